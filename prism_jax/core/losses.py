@@ -1,0 +1,84 @@
+"""Losses on logits: the image side's cross entropy, and what students are trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from prism_jax.types import Array
+
+
+class Targets(NamedTuple):
+    """What a student is told about a batch.
+
+    Attributes:
+      labels_B: hard labels of the images before mixing.
+      partners_B: hard labels of their mix partners.
+      weight: () float32, the share of an image's own pixels in the mix; 1 without one.
+      logits_BK: the teachers' logits for the mixed images, or None.
+    """
+
+    labels_B: Array
+    partners_B: Array
+    weight: Array
+    logits_BK: Array | None = None
+
+
+def cross_entropy(logits_BK: Array, labels_B: Array) -> Array:
+    """Mean over the batch of ``-log softmax(logits)[label]``."""
+    log_probabilities_BK = jax.nn.log_softmax(logits_BK)
+    picked = jnp.take_along_axis(log_probabilities_BK, labels_B[:, None].astype(jnp.int32), 1)
+    return -picked.mean()
+
+
+def mse_gt(student_BK: Array, targets: Targets, *, ce_weight: float, temperature: float) -> Array:
+    """Mean squared error of raw logits plus ``ce_weight`` times the hard label's cross entropy.
+
+    PRISM, G-VBSM and EDC train with it (``train_FKD``'s ``mse_gt``). The temperature has no part.
+    """
+    del temperature
+    loss = jnp.square(student_BK - targets.logits_BK).mean()
+    if ce_weight:
+        # Reference: the label is the unmixed image's own; its mix partner's is ignored.
+        loss += ce_weight * cross_entropy(student_BK, targets.labels_B)
+    return loss
+
+
+def kl(student_BK: Array, targets: Targets, *, ce_weight: float, temperature: float) -> Array:
+    """Batch mean of ``KL(softmax(teacher / T) || softmax(student / T))``, without a factor T^2.
+
+    SRe2L, CDA, RDED and DELT train with it.
+    """
+    teacher_BK = jax.nn.log_softmax(targets.logits_BK / temperature)
+    log_student_BK = jax.nn.log_softmax(student_BK / temperature)
+    loss = (jnp.exp(teacher_BK) * (teacher_BK - log_student_BK)).sum(-1).mean()
+    if ce_weight:
+        loss += ce_weight * cross_entropy(student_BK, targets.labels_B)
+    return loss
+
+
+def kl_t2(student_BK: Array, targets: Targets, *, ce_weight: float, temperature: float) -> Array:
+    """``kl`` with the divergence multiplied by T^2 (Hinton et al., 2015)."""
+    loss = temperature**2 * kl(student_BK, targets, ce_weight=0.0, temperature=temperature)
+    if ce_weight:
+        loss += ce_weight * cross_entropy(student_BK, targets.labels_B)
+    return loss
+
+
+def ce(student_BK: Array, targets: Targets, *, ce_weight: float, temperature: float) -> Array:
+    """Cross entropy with the hard labels, mixed as the pixels were; soft labels have no part."""
+    del ce_weight, temperature
+    own = cross_entropy(student_BK, targets.labels_B)
+    partner = cross_entropy(student_BK, targets.partners_B)
+    return targets.weight * own + (1.0 - targets.weight) * partner
+
+
+STUDENT_LOSSES: dict[str, Callable[..., Array]] = {
+    "mse_gt": mse_gt,
+    "kl": kl,
+    "kl_t2": kl_t2,
+    "ce": ce,
+}

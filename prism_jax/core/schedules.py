@@ -1,0 +1,91 @@
+"""Learning-rate multipliers and iteration budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from prism_jax.types import Array
+
+KNEE = 5 / 6  # where the "decayed cosine" turns linear
+PERIOD = 2.5  # its cosine's period, in runs
+
+
+def _progress(step: Array, total: Array) -> Array:
+    return jnp.asarray(step, jnp.float32) / jnp.asarray(total, jnp.float32)
+
+
+def _cosine(s: Array, period: float = 1.0) -> Array:
+    return 0.5 * (1.0 + jnp.cos(jnp.float32(jnp.pi / period) * s))
+
+
+def constant(step: Array, total: Array) -> Array:
+    """1."""
+    return jnp.ones_like(_progress(step, total))
+
+
+def cosine(step: Array, total: Array) -> Array:
+    """``(1 + cos(pi s)) / 2`` with s = step / total: 1 to 0."""
+    return _cosine(_progress(step, total))
+
+
+def half_cosine(step: Array, total: Array) -> Array:
+    """``(1 + cos(pi s / 2)) / 2``: 1 to 0.5 (RDED, DELT; zeta = 2)."""
+    return _cosine(_progress(step, total), 2.0)
+
+
+def cos2(step: Array, total: Array) -> Array:
+    """The decayed cosine as released: ``(1 + cos(pi s / 2.5)) / 2``, after s = 5/6 linear.
+
+    The linear branch is ``0.75 (1 - s)``, which makes the rate drop sixfold at the knee.
+    """
+    s = _progress(step, total)
+    at_knee = _cosine(jnp.float32(KNEE), PERIOD)
+    # Reference: (6E - 6s) / 6E, where a continuous schedule has (6E - 6s) / E.
+    return jnp.where(s <= jnp.float32(KNEE) + 1e-6, _cosine(s, PERIOD), at_knee * (1.0 - s))
+
+
+def cos2_continuous(step: Array, total: Array) -> Array:
+    """The decayed cosine without the jump: from the knee straight to 0."""
+    s = _progress(step, total)
+    at_knee = _cosine(jnp.float32(KNEE), PERIOD)
+    return jnp.where(s <= jnp.float32(KNEE), _cosine(s, PERIOD), at_knee * 6.0 * (1.0 - s))
+
+
+def linear(step: Array, total: Array) -> Array:
+    """``1 - s``."""
+    return 1.0 - _progress(step, total)
+
+
+def half_linear(step: Array, total: Array) -> Array:
+    """``1 - s / 2`` (what EDC's released code does)."""
+    return 1.0 - 0.5 * _progress(step, total)
+
+
+SCHEDULES: dict[str, Callable[[Array, Array], Array]] = {
+    "constant": constant,
+    "cosine": cosine,
+    "half_cosine": half_cosine,
+    "cos2": cos2,
+    "cos2_continuous": cos2_continuous,
+    "linear": linear,
+    "half_linear": half_linear,
+}
+
+
+def same_budget(iterations: int, slot: int) -> int:
+    """Every slot gets all iterations (paper)."""
+    del slot
+    return iterations
+
+
+def mod8_budget(iterations: int, slot: int) -> int:
+    """``iterations - iterations/8 (slot mod 8)``: 4000, 3500, ..., 500 (released code)."""
+    return iterations - iterations // 8 * (slot % 8)
+
+
+BUDGETS: dict[str, Callable[[int, int], int]] = {
+    "constant": same_budget,
+    "mod8": mod8_budget,
+}

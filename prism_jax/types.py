@@ -1,0 +1,154 @@
+"""The records that cross module boundaries, and the legend of shapes.
+
+Shapes live in names: ``images_BHWC`` is an array of shape (B, H, W, C).
+
+====  ==========================================================================
+B     images in a batch
+H W   height and width of an image in pixels
+C     channels (of an image, or of a feature map)
+K     classes
+T     teachers in the pool, in the order of the config
+D     dimensions of an embedding
+N     images of a whole set
+====  ==========================================================================
+
+Images are NHWC always. ``uint8`` images are pixels in [0, 255]; ``float32`` images are in
+the normalised space of their dataset, ``(pixel / 255 - mean) / std`` per channel, unless a
+name says otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+
+Array = jax.Array
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalisation:
+    """Per-channel mean and standard deviation of pixels scaled to [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSpec:
+    """What a teacher is, without its weights.
+
+    Attributes:
+      name: the config's name for it, unique in a pool ("resnet18").
+      architecture: a row of ``models.ARCHITECTURES``.
+      num_classes: size of the network's head; larger than the dataset's number of classes
+        only together with ``class_indices``.
+      image_size: side of the square images it reads, in pixels.
+      channels: image channels its stem takes.
+      width, depth: multipliers of channels and of blocks per stage.
+      stem: "imagenet" or "small" (3x3, stride 1, no pooling, for 16 to 64 px).
+      normalisation: the one its weights were trained with; None means the dataset's.
+      class_indices: which outputs of its head are the dataset's classes, in order.
+      source: "train", or the path of a checkpoint file.
+    """
+
+    name: str
+    architecture: str
+    num_classes: int
+    image_size: int
+    channels: int = 3
+    width: float = 1.0
+    depth: float = 1.0
+    stem: str = "imagenet"
+    normalisation: Normalisation | None = None
+    class_indices: tuple[int, ...] | None = None
+    source: str = "train"
+
+
+class Moments(NamedTuple):
+    """Batch moments of one layer's input over (B, H, W): the mean and the *biased* variance."""
+
+    mean_C: Array
+    var_C: Array
+
+
+class Reading(NamedTuple):
+    """What a teacher says about a batch: its logits, and the tree of its layers' moments."""
+
+    logits_BK: Array
+    statistics: PyTree
+
+
+class Draw(NamedTuple):
+    """Who supervises what in one iteration. A weight of zero: that teacher is not run for it."""
+
+    logit_weights_T: Array
+    statistic_weights_T: Array
+
+
+class View(NamedTuple):
+    """One crop, flip and roll. Scalars for a whole batch, or a leading axis B for one per image.
+
+    Attributes:
+      crop: (..., 4) float32 (top, left, height, width) in pixels of the image.
+      flip: (...) bool, horizontal.
+      roll: (..., 2) int32 (down, right), with wrap-around, after the flip.
+    """
+
+    crop: Array
+    flip: Array
+    roll: Array
+
+
+class Mix(NamedTuple):
+    """One CutMix or MixUp of a batch with itself.
+
+    Attributes:
+      partner_B: int32 permutation; image i is mixed with image ``partner_B[i]``.
+      box: (4,) int32 (top, left, bottom, right) taken from the partner; empty for MixUp.
+      weight: () float32, the share of image i itself in the result; 1 means untouched.
+      blend: () float32, MixUp's pixel weight of image i itself; 1 for CutMix.
+    """
+
+    partner_B: Array
+    box: Array
+    weight: Array
+    blend: Array
+
+
+class SynthState(NamedTuple):
+    """What is optimised: the images of one batch, Adam's moments, iterations done."""
+
+    images_BHWC: Array
+    opt_state: PyTree
+    step: Array
+
+
+class SoftLabels(NamedTuple):
+    """One record of the label store: the ensemble's logits for one batch of one epoch.
+
+    The view and the mix are not stored: they are functions of (seed, epoch, batch).
+
+    Attributes:
+      epoch, batch: coordinates of the record; ``batch`` counts within its epoch.
+      index_B: int32, which images of the labelled set, in store order.
+      logits_BK: float16 (or the configured precision, decoded to float32 when read).
+    """
+
+    epoch: int
+    batch: int
+    index_B: Any
+    logits_BK: Any
+
+
+class Unit(NamedTuple):
+    """One image batch of recover: ``group`` of slots and ``block`` of classes."""
+
+    group: int
+    block: int
+
+    @property
+    def name(self) -> str:
+        return f"g{self.group:05d}_b{self.block:05d}"
