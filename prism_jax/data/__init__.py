@@ -1,0 +1,1 @@
+"""Everything that touches files: real images, pipelines, the synthetic set, its soft labels."""

@@ -1,0 +1,112 @@
+"""The synthetic set on disk: one PNG per image, in folders that ``ImageFolder`` reads in order.
+
+    <root>/<class:05d>/<slot:05d>.png
+
+PNG is lossless, so the stored pixels are the truth. Files are written whole: present means done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from prism_jax.data import workdir
+from prism_jax.errors import UserError
+
+# What Pillow raises for bytes that are no image, or only a part of one.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+_THREADS = 8
+
+
+class DamagedFile(UserError):
+    """A file that should be there is missing, cut short or altered; ``path`` names it."""
+
+    def __init__(self, path: epath.PathLike, problem: str):
+        super().__init__(
+            f"{path} {problem}. Move it away and run the same command again to redo it."
+        )
+        self.path = epath.Path(path)
+
+
+def image_path(root: epath.PathLike, cls: int, slot: int) -> epath.Path:
+    """Where the image of a class and slot is stored."""
+    return epath.Path(root) / f"{cls:05d}" / f"{slot:05d}.png"
+
+
+def write_images(
+    root: epath.PathLike,
+    images_uint8_BHWC: np.ndarray,
+    classes_B: Sequence[int],
+    slots_B: Sequence[int],
+) -> None:
+    """Write images, each whole.
+
+    Args:
+      root: folder of the set.
+      images_uint8_BHWC: pixels, with one channel (grey) or three (RGB).
+      classes_B, slots_B: where each image belongs.
+    """
+    images = np.asarray(images_uint8_BHWC)
+    assert images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] in (1, 3)
+    for image, cls, slot in zip(images, classes_B, slots_B, strict=True):
+        buffer = io.BytesIO()
+        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "PNG")
+        workdir.write_bytes(image_path(root, cls, slot), buffer.getvalue())
+
+
+def read_images(root: epath.PathLike, num_classes: int, ipc: int) -> tuple[np.ndarray, np.ndarray]:
+    """Read a whole set.
+
+    Returns:
+      uint8 images_NHWC in class-major order (index = class * ipc + slot), int32 labels_N.
+
+    Raises:
+      DamagedFile: the first image that is missing or damaged.
+    """
+    paths = [image_path(root, cls, slot) for cls in range(num_classes) for slot in range(ipc)]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        images = list(threads.map(read_image, paths))
+    for path, image in zip(paths, images, strict=True):
+        if image.shape != images[0].shape:
+            raise DamagedFile(path, f"has shape {image.shape}; {paths[0]} has {images[0].shape}")
+    return np.stack(images), np.repeat(np.arange(num_classes, dtype=np.int32), ipc)
+
+
+def read_image(path: epath.PathLike) -> np.ndarray:
+    """Read one stored image as uint8 (H, W, C).
+
+    Raises:
+      DamagedFile: it is missing or damaged.
+    """
+    try:
+        data = epath.Path(path).read_bytes()
+    except FileNotFoundError:
+        raise DamagedFile(path, "is missing") from None
+    try:
+        # Decoding alone does not compare the checksums; verify() does, and uses the file up.
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            image.verify()
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            pixels = np.array(image)
+            mode = image.mode
+    except UNREADABLE as error:
+        raise DamagedFile(path, f"is damaged ({error})") from error
+    if mode not in ("L", "RGB"):
+        raise DamagedFile(path, f"is a {mode} image, not 8-bit grey or RGB")
+    return pixels[..., None] if mode == "L" else pixels
+
+
+def digest(images_uint8_NHWC: np.ndarray) -> str:
+    """The SHA-256 of pixels and shape, in hexadecimal: independent of how a PNG encodes them."""
+    images = np.ascontiguousarray(images_uint8_NHWC)
+    assert images.dtype == np.uint8
+    sha = hashlib.sha256(repr(images.shape).encode())
+    sha.update(images.data)
+    return sha.hexdigest()

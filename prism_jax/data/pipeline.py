@@ -1,0 +1,135 @@
+"""Grain pipelines whose only state is the global batch number.
+
+Batch ``n`` of a pipeline is a function of ``n``: its epoch is ``n // batches per epoch`` and its
+images are a slice of that epoch's permutation. A run that stopped after batch ``n`` therefore
+continues at ``start=n + 1`` with nothing lost or read twice, and processes share a pipeline by
+taking every so-many-th number of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from prism_jax import rng
+from prism_jax.data.sources import ImageSource
+
+
+class Batch(NamedTuple):
+    """One batch of real images.
+
+    Attributes:
+      number: global batch number over all epochs.
+      epoch, batch: its coordinates; ``batch`` counts within the epoch.
+      index_B: int32 positions in the source.
+      images_BHWC: uint8.
+      labels_B: int32.
+    """
+
+    number: int
+    epoch: int
+    batch: int
+    index_B: np.ndarray
+    images_BHWC: np.ndarray
+    labels_B: np.ndarray
+
+
+def num_batches(count: int, batch_size: int) -> int:
+    """Batches in an epoch of ``count`` images; the last one may be ragged."""
+    return -(-count // batch_size)
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed: int, name: str, epoch: int, count: int) -> np.ndarray:
+    """The order of an epoch: a permutation addressed by coordinates.
+
+    Args:
+      seed: of the stage that reads.
+      name: of the stream ("squeeze/order/resnet18").
+      epoch: which one.
+      count: images in the set.
+
+    Returns:
+      int32 (count,), read-only.
+    """
+    order = rng.generator(seed, name, epoch).permutation(count).astype(np.int32)
+    order.flags.writeable = False
+    return order
+
+
+def share_of(total: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> range:
+    """The global batch numbers from ``start`` on that fall to one process.
+
+    Args:
+      total: batches in all epochs.
+      start: the first global number that is still to be read.
+      share: (process, processes); a process takes the numbers that leave its own index as the
+        remainder, whatever ``start`` is.
+    """
+    process, processes = share
+    assert 0 <= process < processes and start >= 0
+    return range(start + (process - start) % processes, total, processes)
+
+
+def read_batches(
+    numbers: range, read: Callable[[int], Any], *, threads: int = 0, prefetch: int = 2
+) -> Iterator[Any]:
+    """Read batches in the order of their numbers, with Grain.
+
+    Args:
+      numbers: global batch numbers.
+      read: the batch of a number; called from several threads at once.
+      threads: that read ahead; 0 reads in the caller.
+      prefetch: batches read ahead of the one asked for, at least one per thread.
+    """
+    if not numbers:
+        return iter(())
+    ahead = max(prefetch, threads) if threads else 0
+    batches = grain.MapDataset.range(numbers.start, numbers.stop, numbers.step).map(read)
+    return iter(batches.to_iter_dataset(grain.ReadOptions(threads, ahead)))
+
+
+def batches(
+    source: ImageSource,
+    *,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+    name: str,
+    start: int = 0,
+    shuffle: bool = True,
+    share: tuple[int, int] = (0, 1),
+    threads: int = 0,
+    prefetch: int = 2,
+) -> Iterator[Batch]:
+    """Read every image once per epoch.
+
+    Args:
+      source: the images.
+      batch_size: images per batch; the last batch of an epoch has what is left.
+      epochs: how often every image is read.
+      seed, name: address of the order, see ``epoch_order``; unused without ``shuffle``.
+      start: global number of the first batch, to continue where an earlier run stopped.
+      shuffle: draw an order per epoch; otherwise the source's own.
+      share: (process, processes), see ``share_of``.
+      threads, prefetch: see ``read_batches``; they change no batch.
+    """
+    count = len(source)
+    per_epoch = num_batches(count, batch_size)
+    in_order = np.arange(count, dtype=np.int32)
+    labels_N = source.labels_N
+
+    def read(number: int) -> Batch:
+        number = int(number)
+        epoch, batch = divmod(number, per_epoch)
+        order = epoch_order(seed, name, epoch, count) if shuffle else in_order
+        index_B = order[batch * batch_size : (batch + 1) * batch_size]
+        images_BHWC = np.stack([source.image(int(i)) for i in index_B])
+        return Batch(number, epoch, batch, index_B, images_BHWC, labels_N[index_B])
+
+    numbers = share_of(epochs * per_epoch, start, share)
+    return read_batches(numbers, read, threads=threads, prefetch=prefetch)
