@@ -1,0 +1,1 @@
+"""Looking at a finished run: diversity, figures, the summary and the report."""

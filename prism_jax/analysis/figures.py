@@ -1,0 +1,254 @@
+"""Figures as PNG bytes: the images beside those they began as, and the curves of a run.
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart; a line style says the same
+again. Nothing here keeps global state of matplotlib, and equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import io
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from prism_jax.analysis.summary import SYNTHETIC, row_label
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+SET_STYLES = {
+    SYNTHETIC: {"color": "#0072B2", "linewidth": 2.4, "zorder": 3},
+    "random_real": {"color": "#D55E00", "linestyle": (0, (5, 1.5))},
+    "random_real_hard": {"color": "#E69F00", "linestyle": (0, (1.5, 1.5))},
+    "full_real": {"color": "#6B7280", "linestyle": (0, (6, 1.5, 1.5, 1.5))},
+}
+NOT_SUPERVISING = {
+    "linestyle": (0, (2, 2)), "linewidth": 1.3,
+    "marker": "o", "markersize": 4.5, "markerfacecolor": "white",
+}  # fmt: skip
+INK, QUIET, FAINT = "#1F2933", "#6B7280", "#E5E7EB"
+STYLE = {
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.labelcolor": QUIET,
+    "axes.edgecolor": "#C5CAD1",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.8,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.minor.bottom": False,
+    "ytick.minor.left": False,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "legend.handlelength": 2.4,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+}
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., bytes]:
+    """Run a drawing function in the style of this module, and return its figure as PNG bytes."""
+
+    @functools.wraps(draw)
+    def to_png(*args: Any, **kwargs: Any) -> bytes:
+        with matplotlib.rc_context(matplotlib.rcParamsDefault | STYLE):
+            figure = draw(*args, **kwargs)
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", facecolor="white", metadata={"Software": None})
+        return buffer.getvalue()
+
+    return to_png
+
+
+@styled
+def grid(
+    initial_NHWC: np.ndarray,
+    synthetic_NHWC: np.ndarray,
+    labels_N: np.ndarray,
+    *,
+    classes: int = 10,
+    slots: int = 10,
+    class_names: Sequence[str] | None = None,
+) -> Figure:
+    """Draw each synthetic image to the right of the image it began as, a class per row.
+
+    Args:
+      initial_NHWC, synthetic_NHWC: uint8, the same images in the same order.
+      labels_N: the class of each.
+      classes, slots: at most how many rows, and pairs in a row.
+      class_names: names by class; by default "class 3".
+
+    Returns:
+      PNG bytes. Small images are enlarged by a whole factor, without smoothing.
+    """
+    assert initial_NHWC.shape == synthetic_NHWC.shape
+    rows = [np.flatnonzero(labels_N == label)[:slots] for label in np.unique(labels_N)[:classes]]
+    pairs = max(len(row) for row in rows)
+    side = int(np.clip(1180 // (2 * pairs), 40, 96))
+    enlarge = functools.partial(_resize, side=side)
+    height, width = enlarge(initial_NHWC[0]).shape[:2]
+    names = [
+        class_names[labels_N[row[0]]] if class_names else f"class {labels_N[row[0]]}"
+        for row in rows
+    ]
+
+    inner, gap, top, margin = 2, 14, 58, 20
+    left = margin + 14 + round(9.5 * max(len(name) for name in names))
+    canvas_width = max(left + pairs * (2 * width + inner + gap) - gap + margin, 560)
+    canvas_height = top + len(rows) * (height + gap) - gap + margin
+    canvas = np.full((canvas_height, canvas_width, 3), 255, np.uint8)
+    figure = Figure(figsize=(canvas_width / 100, canvas_height / 100), dpi=100)
+
+    def write(x: float, y: float, text: str, **style: Any) -> None:
+        figure.text(x / canvas_width, 1 - y / canvas_height, text, va="center", **style)
+
+    write(margin, 20, "Synthetic images", weight="bold", size=12)
+    write(margin + 142, 20, "each to the right of the image it began as", color=QUIET)
+    captions = [(0, "from"), (width + inner, "to")] if width >= 32 else []
+    for pair in range(pairs):
+        x = left + pair * (2 * width + inner + gap)
+        for offset, caption in captions:
+            write(x + offset + width / 2, top - 11, caption, color=QUIET, size=8.5, ha="center")
+        for index, row in enumerate(rows):
+            if pair < len(row):
+                y = top + index * (height + gap)
+                canvas[y : y + height, x : x + width] = enlarge(initial_NHWC[row[pair]])
+                x2 = x + width + inner
+                canvas[y : y + height, x2 : x2 + width] = enlarge(synthetic_NHWC[row[pair]])
+    for index, name in enumerate(names):
+        y = top + index * (height + gap) + height / 2
+        write(left - 14, y, name, ha="right", color=INK)
+    figure.figimage(canvas, zorder=-1)
+    return figure
+
+
+@styled
+def recover_curves(lines: Iterable[Mapping[str, Any]], *, primary: str) -> Figure:
+    """Draw the loss terms of recover: cross entropy, and BN alignment per teacher.
+
+    Args:
+      lines: records {"step": int, "ce": {teacher: float or None}, "bn": {...}, "drawn":
+        [teacher, ...]} of any number of image batches. A term that was not read is None; a
+        teacher read without being drawn is drawn dashed, from its first value to its last.
+      primary: the teacher whose logits supervise.
+
+    Returns:
+      PNG bytes. Lines are means over image batches, bands run from the least to the greatest.
+    """
+    lines = list(lines)
+    teachers = [primary, *dict.fromkeys(t for line in lines for t in line["bn"] if t != primary)]
+    styles = {
+        teacher: {"color": colour, "linewidth": 2.4 if teacher == primary else 1.7}
+        for teacher, colour in zip(teachers, itertools.cycle(COLOURS), strict=False)
+    }
+    figure = Figure(figsize=(10.4, 4.3), dpi=150, layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, term, title in zip(
+        panels, ("ce", "bn"), ("Cross entropy", "BN alignment"), strict=True
+    ):
+        for teacher in teachers:
+            supervising, others = collections.defaultdict(list), collections.defaultdict(list)
+            for line in lines:
+                supervises = teacher == primary if term == "ce" else teacher in line["drawn"]
+                value = line[term].get(teacher)
+                if value is not None and value > 0:
+                    (supervising if supervises else others)[line["step"]].append(value)
+            ends = {step: others[step] for step in (min(others), max(others))} if others else {}
+            _mean_and_range(axes, ends, band=False, **styles[teacher] | NOT_SUPERVISING)
+            _mean_and_range(axes, supervising, **styles[teacher])
+        axes.set_yscale("log")
+        axes.set(title=title, xlabel="iteration")
+        axes.margins(x=0.02)
+    legend = [Line2D([], [], label=teacher, **styles[teacher]) for teacher in teachers]
+    legend[0].set_label(f"{primary} (primary)")
+    legend.append(Line2D([], [], color=QUIET, label="read, not supervising", **NOT_SUPERVISING))
+    figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 5))
+    return figure
+
+
+@styled
+def student_curves(
+    curves: Mapping[str, Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]],
+) -> Figure:
+    """Draw the test accuracy of students over their training, synthetic set beside controls.
+
+    Args:
+      curves: set ("synthetic", "random_real", ...) -> student -> one list per seed of records
+        {"epoch": int, "top1": fraction}; other keys are ignored.
+
+    Returns:
+      PNG bytes. Lines are means over seeds, bands run from the least to the greatest.
+    """
+    students = list(dict.fromkeys(name for by_student in curves.values() for name in by_student))
+    columns = min(3, len(students))
+    rows = -(-len(students) // columns)
+    figure = Figure(
+        figsize=(max(6.4, 5.2 * columns), 3.6 * rows + 0.6), dpi=150, layout="constrained"
+    )
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    handles = {}
+    for axes, student in zip(panels.flat, students, strict=False):
+        for name, by_student in curves.items():
+            accuracies = collections.defaultdict(list)
+            for seed_lines in by_student.get(student, ()):
+                for line in seed_lines:
+                    if line.get("top1") is not None:
+                        accuracies[line["epoch"]].append(100 * line["top1"])
+            style = SET_STYLES.get(name, {"color": COLOURS[3]})
+            if line := _mean_and_range(axes, accuracies, label=row_label(name), **style):
+                handles[row_label(name)] = line
+        axes.set(title=student, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.margins(x=0.02)
+    for axes in panels.flat[len(students) :]:
+        axes.remove()
+    for axes in panels[:, 0]:
+        axes.set_ylabel("top-1 on real test images, %")
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=2 if columns < 2 else 4
+    )
+    return figure
+
+
+def _mean_and_range(
+    axes: Axes, series: Mapping[int, list[float]], *, band: bool = True, **style: Any
+) -> Any:
+    """Plot the mean of the values at each x, over a band from the least to the greatest."""
+    if not series:
+        return None
+    x = sorted(series)
+    if band and any(len(series[at]) > 1 for at in x):
+        low, high = [min(series[at]) for at in x], [max(series[at]) for at in x]
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.13, linewidth=0)
+    if len(x) == 1:
+        style |= {"marker": "o", "markersize": 5}
+    (line,) = axes.plot(x, [float(np.mean(series[at])) for at in x], **style)
+    return line
+
+
+def _resize(image_HWC: np.ndarray, *, side: int) -> np.ndarray:
+    """An RGB image of about ``side`` pixels: enlarged by repetition, or reduced smoothly."""
+    if image_HWC.shape[-1] == 1:
+        image_HWC = np.repeat(image_HWC, 3, axis=-1)
+    factor = side // max(image_HWC.shape[:2])
+    if factor:
+        return image_HWC.repeat(factor, axis=0).repeat(factor, axis=1)
+    small = Image.fromarray(image_HWC)
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(small)
