@@ -23,15 +23,19 @@ from prism_jax.errors import UserError
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 _THREADS = 8
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 class DamagedFile(UserError):
     """A file that should be there is missing, cut short or altered; ``path`` names it."""
 
-    def __init__(self, path: epath.PathLike, problem: str):
-        super().__init__(
-            f"{path} {problem}. Move it away and run the same command again to redo it."
-        )
+    def __init__(
+        self,
+        path: epath.PathLike,
+        problem: str,
+        remedy: str = "Move it away and run the same command again to redo it.",
+    ):
+        super().__init__(f"{path} {problem}. {remedy}")
         self.path = epath.Path(path)
 
 
@@ -89,6 +93,8 @@ def read_image(path: epath.PathLike) -> np.ndarray:
         data = epath.Path(path).read_bytes()
     except FileNotFoundError:
         raise DamagedFile(path, "is missing") from None
+    if not data.endswith(_PNG_END):
+        raise DamagedFile(path, "is damaged (it does not end like a PNG file)")
     try:
         # Decoding alone does not compare the checksums; verify() does, and uses the file up.
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import grain
-import msgpack
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
@@ -298,8 +297,9 @@ def _unpack(data: bytes, path: epath.Path, plan: LabelPlan, epoch: int, batch: i
 
 @contextlib.contextmanager
 def _naming(path: epath.Path) -> Iterator[None]:
-    """Name the shard in what ArrayRecord and msgpack raise for damaged bytes."""
+    """Name the shard in what ArrayRecord raises for damaged bytes."""
     try:
         yield
-    except (RuntimeError, ValueError, IndexError, KeyError, OSError, msgpack.UnpackException) as e:
-        raise DamagedFile(path, f"is damaged ({type(e).__name__}: {e})") from e
+    except (RuntimeError, ValueError, IndexError, OSError) as error:
+        reason = str(error).split(";")[0] or "cut short"
+        raise DamagedFile(path, f"is damaged ({reason})") from error

@@ -34,6 +34,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 # The names under which the two splits are found, best first: ImageNet's "test" has no labels.
 SPLITS = {"train": ("train",), "test": ("val", "validation", "test")}
 
+_FETCH = "It is one of the real images: fetch it again, or delete it."
+
 
 class ImageSource(Protocol):
     """Labelled images by position.
@@ -307,7 +309,7 @@ class FileSource:
         try:
             data = self._read(index)
         except OSError as error:
-            raise DamagedFile(path, f"cannot be read ({error})") from error
+            raise DamagedFile(path, f"cannot be read ({error})", _FETCH) from error
         return decode(
             data,
             path,
@@ -358,7 +360,7 @@ def decode(
         with Image.open(io.BytesIO(data)) as image:
             return _square(image, channels, image_size, resize_ratio)
     except UNREADABLE as error:
-        raise DamagedFile(path, f"is not a readable image ({error})") from error
+        raise DamagedFile(path, f"is not a readable image ({error})", _FETCH) from error
 
 
 def _square(image: Image.Image, channels: int, size: int, resize_ratio: float) -> np.ndarray:
@@ -558,7 +560,8 @@ def _open_tfds(info: DatasetInfo, path: str | None, split: str, size: int) -> Im
         f'prepared once by\n    python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder('{info.tfds_name}', data_dir='{path or '<dataset.path>'}', "
         f"file_format='array_record').download_and_prepare()\"\n"
-        f"or the folder with its dataset_info.json"
+        f"(preparing takes TensorFlow for some sets, reading does not), or the folder with its "
+        f"dataset_info.json"
     )
     path = _existing(path, expected, lambda p: epath.Path(p).is_dir())
     import tensorflow_datasets as tfds
