@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
 from prism_jax.analysis.summary import SYNTHETIC, row_label
@@ -52,8 +52,6 @@ STYLE = {
     "grid.linewidth": 0.8,
     "xtick.color": QUIET,
     "ytick.color": QUIET,
-    "xtick.minor.bottom": False,
-    "ytick.minor.left": False,
     "legend.frameon": False,
     "legend.fontsize": 10,
     "legend.handlelength": 2.4,
@@ -108,9 +106,9 @@ def grid(
         for row in rows
     ]
 
-    inner, gap, top, margin = 2, 14, 58, 20
+    inner, gap, top, margin = 2, 14, 48, 20
     left = margin + 14 + round(9.5 * max(len(name) for name in names))
-    canvas_width = max(left + pairs * (2 * width + inner + gap) - gap + margin, 560)
+    canvas_width = max(left + pairs * (2 * width + inner + gap) - gap, left + 330) + margin
     canvas_height = top + len(rows) * (height + gap) - gap + margin
     canvas = np.full((canvas_height, canvas_width, 3), 255, np.uint8)
     figure = Figure(figsize=(canvas_width / 100, canvas_height / 100), dpi=100)
@@ -118,22 +116,15 @@ def grid(
     def write(x: float, y: float, text: str, **style: Any) -> None:
         figure.text(x / canvas_width, 1 - y / canvas_height, text, va="center", **style)
 
-    write(margin, 20, "Synthetic images", weight="bold", size=12)
-    write(margin + 142, 20, "each to the right of the image it began as", color=QUIET)
-    captions = [(0, "from"), (width + inner, "to")] if width >= 32 else []
-    for pair in range(pairs):
-        x = left + pair * (2 * width + inner + gap)
-        for offset, caption in captions:
-            write(x + offset + width / 2, top - 11, caption, color=QUIET, size=8.5, ha="center")
-        for index, row in enumerate(rows):
-            if pair < len(row):
-                y = top + index * (height + gap)
-                canvas[y : y + height, x : x + width] = enlarge(initial_NHWC[row[pair]])
-                x2 = x + width + inner
-                canvas[y : y + height, x2 : x2 + width] = enlarge(synthetic_NHWC[row[pair]])
-    for index, name in enumerate(names):
-        y = top + index * (height + gap) + height / 2
-        write(left - 14, y, name, ha="right", color=INK)
+    write(left, top / 2, "each pair: the initial image, then the synthetic one", color=QUIET)
+    for index, (row, name) in enumerate(zip(rows, names, strict=True)):
+        y = top + index * (height + gap)
+        write(left - 14, y + height / 2, name, ha="right")
+        for pair, image in enumerate(row):
+            x = left + pair * (2 * width + inner + gap)
+            canvas[y : y + height, x : x + width] = enlarge(initial_NHWC[image])
+            x += width + inner
+            canvas[y : y + height, x : x + width] = enlarge(synthetic_NHWC[image])
     figure.figimage(canvas, zorder=-1)
     return figure
 
@@ -172,7 +163,7 @@ def recover_curves(lines: Iterable[Mapping[str, Any]], *, primary: str) -> Figur
             ends = {step: others[step] for step in (min(others), max(others))} if others else {}
             _mean_and_range(axes, ends, band=False, **styles[teacher] | NOT_SUPERVISING)
             _mean_and_range(axes, supervising, **styles[teacher])
-        axes.set_yscale("log")
+        _log_scale(axes)
         axes.set(title=title, xlabel="iteration")
         axes.margins(x=0.02)
     legend = [Line2D([], [], label=teacher, **styles[teacher]) for teacher in teachers]
@@ -240,6 +231,15 @@ def _mean_and_range(
         style |= {"marker": "o", "markersize": 5}
     (line,) = axes.plot(x, [float(np.mean(series[at])) for at in x], **style)
     return line
+
+
+def _log_scale(axes: Axes) -> None:
+    """A logarithmic y axis with enough plain numbers on it, also over less than a decade."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _resize(image_HWC: np.ndarray, *, side: int) -> np.ndarray:

@@ -248,7 +248,7 @@ def number(value: float | None) -> str:
     """A number with three significant digits."""
     if value is None:
         return UNKNOWN
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
+    return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:#.3g}".rstrip(".")
 
 
 def seconds(value: float | None) -> str:

@@ -1,0 +1,120 @@
+"""The report of a run: one HTML file that needs nothing beside it and no network."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import jinja2
+
+from prism_jax.analysis import summary as summaries
+
+CAPTIONS = {
+    "grid": (
+        "Images",
+        "The synthetic images beside the images they began as, one class per row.",
+    ),
+    "students": (
+        "Students",
+        "Accuracy on real test images while a student trains: lines are means over seeds, bands "
+        "run from the least to the greatest.",
+    ),
+    "recover": (
+        "Loss terms",
+        "What each teacher said of the images while they were optimised, unweighted: means over "
+        "image batches, with bands from the least to the greatest. Dashed: a teacher that was "
+        "read at both ends and did not supervise.",
+    ),
+}
+IMAGES = ("grid",)  # figures whose colours dark mode must leave alone
+
+
+def render(
+    summary: Mapping[str, Any],
+    *,
+    figures: Mapping[str, bytes],
+    config: Mapping[str, Any],
+    notes: Sequence[str],
+) -> str:
+    """Write the report of a run.
+
+    Args:
+      summary: what ``summary.validate`` accepts.
+      figures: PNG bytes; those named in ``CAPTIONS`` come first and have their captions.
+      config: the resolved experiment as JSON values.
+      notes: sentences a reader must know, such as warnings of the run.
+
+    Returns:
+      HTML.
+    """
+    template = resources.files("prism_jax.analysis").joinpath("report.html.j2").read_text("utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"accuracy": summaries.accuracy, "value": _value}
+    order = [name for name in CAPTIONS if name in figures]
+    order += [name for name in figures if name not in CAPTIONS]
+    return environment.from_string(template).render(
+        summary=summary,
+        headline=headline(summary),
+        students=summaries.students(summary),
+        rows=summaries.accuracy_rows(summary),
+        spread=summaries.spread_note(summary),
+        teachers=summaries.teacher_rows(summary),
+        facts=summaries.facts(summary),
+        figures=[_figure(name, figures[name]) for name in order],
+        environment=_environment(summary),
+        sections=_sections(config),
+        notes=notes,
+    )
+
+
+def headline(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The numbers at the top, each with what it is."""
+    names = summaries.students(summary)
+    entries = {row.name: row.entries for row in summaries.accuracy_rows(summary)}
+
+    def top1(row: str, student: int, words: str) -> tuple[str, str]:
+        text = summaries.accuracy(entries[row][student])
+        unit = "" if text == summaries.UNKNOWN else " %"
+        return text + unit, f"top-1 of {names[student]}, {words}"
+
+    found = [top1(summaries.SYNTHETIC, i, "synthetic set") for i in range(len(names[:2]))]
+    if names and "random_real" in entries:
+        found.append(top1("random_real", 0, "as many random real images"))
+    if "images" in (facts := summaries.facts(summary)):
+        images, _, per_class = facts["images"].partition(" ")
+        found.append((images, f"synthetic images, {per_class.strip('()')}"))
+    return found
+
+
+def _figure(name: str, png: bytes) -> dict[str, Any]:
+    title, caption = CAPTIONS.get(name, (name, ""))
+    source = "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+    return {"title": title, "caption": caption, "source": source, "is_chart": name not in IMAGES}
+
+
+def _environment(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    run = {key: summary.get(key) for key in ("config", "preset", "method", "seeds", "commit")}
+    found = {"Run": run, "Data": summary.get("dataset", {})}
+    found |= {"Machine": summary["machine"], "Versions": summary["versions"]}
+    return {title: fields for title, fields in found.items() if fields}
+
+
+def _sections(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The config by section; fields outside any section come first."""
+    top = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
+    nested = {key: dict(value) for key, value in config.items() if isinstance(value, Mapping)}
+    return ({"experiment": top} if top else {}) | {k: v for k, v in nested.items() if v}
+
+
+def _value(value: Any) -> str:
+    """A value as a person writes it."""
+    if value is None:
+        return summaries.UNKNOWN
+    if isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value):
+        return ", ".join(str(item) for item in value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

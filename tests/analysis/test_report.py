@@ -1,0 +1,96 @@
+"""The report: one file, nothing fetched, nothing of a reader's text taken for HTML."""
+
+from __future__ import annotations
+
+import base64
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from prism_jax.analysis import report
+
+PNG = b"\x89PNG\r\n\x1a\nnot really"
+
+
+class Page(HTMLParser):
+    """The text of a page, the addresses it asks for, and whether its tags are balanced."""
+
+    VOID = {"meta", "img", "br"}
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.text, self.addresses, self.open = "", [], []
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def render(summary, **changes) -> str:
+    return report.render(summary, **{"figures": {}, "config": {}, "notes": []} | changes)
+
+
+def test_the_report_says_what_a_reader_looks_for(summary):
+    config = {"name": "digits_ipc10", "recover": {"iterations": 500, "pool": ["a", "b"]}}
+    page = Page(render(summary, config=config, notes=["The pool is unbalanced."]))
+    for words in (
+        "digits_ipc10", "94.0 ± 1.0", "random real, hard labels", "3 student seeds",
+        "git checkout 0123456789abcdef", "--config=configs/digits_ipc10.py", "0.10.2", "NPROC",
+        "iterations", "500", "a, b", "The pool is unbalanced.", "shufflenet_v2_x0_5",
+        "synthetic 0.812, initial 0.775, real 0.768", "3.06 MB",
+    ):  # fmt: skip
+        assert words in page.text
+    assert "None" not in page.text
+
+
+def test_the_report_needs_nothing_beside_it(summary):
+    html = render(summary, figures={"mine": PNG, "grid": PNG})
+    page = Page(html)
+    assert len(page.addresses) == 2
+    for address in page.addresses:
+        head, _, data = address.partition(",")
+        assert head == "data:image/png;base64"
+        assert base64.b64decode(data) == PNG
+    assert not re.search(r"https?://|@import|url\(|<script|<link", html)
+    assert html.index("Images</h2>") < html.index("mine</h2>")
+
+
+def test_text_is_never_markup(summary):
+    summary["config"] = "<script>alert(1)</script>"
+    html = render(summary, notes=["a < b & c"], config={"recover": {"x": "<b>"}})
+    assert "<script" not in html
+    assert "a &lt; b &amp; c" in html
+    assert "<b>" not in html.replace("<div><b>", "")
+
+
+@pytest.mark.parametrize("upto", ["teachers", "recover", "relabel", "validate"])
+def test_an_unfinished_run_has_a_report(summary, upto):
+    stages = ["teachers", "recover", "relabel", "validate", "controls", "analyse"]
+    for stage in stages[stages.index(upto) + 1 :]:
+        del summary[stage]
+    del summary["dataset"], summary["command"]
+    summary["commit"] = None
+    text = Page(render(summary)).text
+    assert "None" not in text
+    assert ("Accuracy" in text) == (upto == "validate")
+
+
+def test_unknown_numbers_are_dashes(summary):
+    summary["validate"]["resnet18"] = {"top1": None}
+    summary["recover"]["images"] = None
+    text = Page(render(summary)).text
+    assert "None" not in text and "– %" not in text
+
+
+def test_the_same_run_has_the_same_report(summary):
+    assert render(summary, figures={"grid": PNG}) == render(summary, figures={"grid": PNG})

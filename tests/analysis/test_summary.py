@@ -1,0 +1,213 @@
+"""The summary: its schema against an independent checker, and its tables word for word."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from prism_jax.analysis import summary as summaries
+from prism_jax.errors import UserError
+
+
+def drop(*path):
+    def change(value):
+        *to, last = path
+        for key in to:
+            value = value[key]
+        del value[last]
+
+    return change
+
+
+def put(new, *path):
+    def change(value):
+        *to, last = path
+        for key in to:
+            value = value[key]
+        value[last] = new
+
+    return change
+
+
+GOOD = {
+    "whole": lambda value: None,
+    "no stage ran": lambda value: [
+        value.pop(k)
+        for k in ("teachers", "recover", "relabel", "validate", "controls", "analyse", "dataset")
+    ],
+    "nothing known": put(None, "recover", "seconds"),
+    "whole number for a float": put(1, "validate", "resnet18", "top1"),
+    "float for a whole number": put(100.0, "recover", "images"),
+    "no commit": put(None, "commit"),
+    "another control": put({}, "controls", "my_own"),
+}
+BAD = {
+    "schema of the future": (put(2, "schema"), "summary.schema is 2; it must be 1"),
+    "no config": (drop("config"), "summary.config is missing"),
+    "per cent": (put(94.0, "validate", "resnet18", "top1"), "summary.validate.resnet18.top1 is 94"),
+    "truth as a number": (put(True, "recover", "images"), "summary.recover.images is True"),
+    "zero for unknown in words": (put("?", "recover", "seconds"), "number or null"),
+    "half an image": (put(0.5, "recover", "images"), "integer or null"),
+    "negative size": (put(-1, "relabel", "bytes"), "must be in [0, inf]"),
+    "a misspelt key": (put(1, "recover", "second"), "summary.recover.second is not a key"),
+    "in a list": (put([0.5, 1.5], "validate", "resnet18", "top1_per_seed"), "top1_per_seed[1]"),
+    "in a reference": (put(None, "recover", "terms", "resnet18", "end"), "resnet18.end is None"),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_good_summary_is_accepted(summary, name):
+    GOOD[name](summary)
+    summaries.validate(summary)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_summary_is_refused_with_the_key_named(summary, name):
+    change, words = BAD[name]
+    change(summary)
+    with pytest.raises(UserError) as error:
+        summaries.validate(summary)
+    assert words in str(error.value)
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_every_violation_is_named_at_once(summary):
+    put(2, "schema")(summary)
+    put(94.0, "validate", "resnet18", "top1")(summary)
+    assert len(list(summaries.violations(summary))) == 2
+
+
+@pytest.mark.parametrize("name", [*GOOD, *BAD])
+def test_the_check_agrees_with_an_independent_one(summary, name):
+    jsonschema = pytest.importorskip("jsonschema", reason="the independent checker")
+    (GOOD[name] if name in GOOD else BAD[name][0])(summary)
+    jsonschema.Draft202012Validator.check_schema(summaries.SCHEMA)
+    independent = jsonschema.Draft202012Validator(summaries.SCHEMA).is_valid(summary)
+    assert independent == (name in GOOD)
+
+
+def test_not_a_number_is_no_number_of_a_summary(summary):
+    put(math.nan, "recover", "seconds")(summary)
+    with pytest.raises(UserError, match="recover.seconds is nan"):
+        summaries.validate(summary)
+
+
+def test_a_summary_survives_its_file(summary):
+    summaries.validate(json.loads(json.dumps(summary, allow_nan=False)))
+
+
+def test_over_seeds_by_hand():
+    records = [
+        {"top1": 0.90, "top5": 0.99, "best_top1": 0.93, "seconds": 10.0},
+        {"top1": 0.94, "top5": 0.97, "best_top1": 0.95, "seconds": 12.0},
+        {"top1": 0.95, "top5": 0.98, "best_top1": 0.97, "seconds": 14.0},
+    ]
+    found = summaries.over_seeds(records)
+    assert found["top1"] == pytest.approx(0.93)
+    assert found["top1_std"] == pytest.approx(math.sqrt((9 + 1 + 4) / 2) / 100)
+    assert found["top1_std"] != pytest.approx(math.sqrt((9 + 1 + 4) / 3) / 100, rel=1e-3)
+    assert found["top1_per_seed"] == [0.90, 0.94, 0.95]
+    assert found["top5"] == pytest.approx(0.98)
+    assert found["best_top1"] == pytest.approx(0.95)
+    assert found["seconds"] == pytest.approx(36.0)
+
+    assert summaries.over_seeds(records[:1])["top1_std"] is None
+    unknown = summaries.over_seeds([*records, {"top1": 0.9}])
+    assert unknown["top5"] is None and unknown["top1"] is not None
+
+
+def test_the_table_word_for_word(summary):
+    assert summaries.text(summary) == (
+        "digits_ipc10, preset prism, method prism, IPC 10\n"
+        "\n"
+        "top-1 on real test images, %    resnet18     convnet\n"
+        "synthetic                     94.0 ± 1.0  90.0 ± 1.0\n"
+        "random real, soft labels      91.0 ± 1.0  88.7 ± 1.2\n"
+        "random real, hard labels      81.0 ± 1.0           –\n"
+        "full real training set        98.5 ± 0.2           –\n"
+        "mean ± standard deviation over 3 student seeds of one synthetic set\n"
+        "\n"
+        "teacher             top-1  drawn   CE start → end  BN start → end\n"
+        "resnet18 (primary)   98.6  100 %  0.412 → 0.00213     21.3 → 4.12\n"
+        "mobilenet_v2         97.2   50 %   0.510 → 0.0350     30.4 → 9.70\n"
+        "efficientnet_b0      96.9   40 %   0.600 → 0.0410     18.9 → 7.20\n"
+        "shufflenet_v2_x0_5   95.8   60 %   0.710 → 0.0880        44.1 → –\n"
+        "\n"
+        "images                 100 (10 per class)\n"
+        "recover                0.964 s per image\n"
+        "distance from initial  0.213 (RMS of pixels in [0, 1])\n"
+        "soft labels            3.06 MB on disk\n"
+        "intra-class cosine     synthetic 0.812, initial 0.775, real 0.768\n"
+    )
+
+
+def test_tables_of_an_unfinished_run_say_nothing_of_stages_that_did_not_run(summary):
+    for stage in ("recover", "relabel", "validate", "controls", "analyse"):
+        del summary[stage]
+    text = summaries.text(summary)
+    assert "resnet18" in text and "98.6" in text
+    for absent in ("synthetic", "soft labels", "per image", "cosine", "0.0", "None"):
+        assert absent not in text
+
+
+def test_unknown_is_a_dash_and_never_zero(summary):
+    put(None, "teachers", "resnet18", "top1")(summary)
+    put(None, "recover", "seconds_per_image")(summary)
+    put(None, "analyse", "intra_class_cosine", "real")(summary)
+    put(None, "relabel", "bytes")(summary)
+    text = summaries.text(summary)
+    assert "None" not in text
+    assert "– per image" in text and "real –" in text and "– on disk" in text
+
+
+def test_the_spread_is_said(summary):
+    assert "over 3 student seeds" in summaries.spread_note(summary)
+    one = {**summary, "controls": {}, "validate": {"resnet18": {"top1": 0.5, "top1_std": None}}}
+    assert summaries.spread_note(one) == "one student seed, no spread"
+    assert "±" not in summaries.text(one)
+    assert summaries.spread_note({}) == "no student was trained"
+
+
+def test_markdown_compares_runs_and_repeats_no_shared_control(summary):
+    other = json.loads(json.dumps(summary))
+    other |= {"config": "digits_sre2l_ipc10", "method": "sre2l"}
+    other["validate"]["resnet18"] |= {"top1": 0.915, "top1_std": 0.004}
+    del other["validate"]["convnet"]
+    found = summaries.markdown([summary, other]).splitlines()
+    assert found[:8] == [
+        "| IPC | trained on | resnet18 | convnet |",
+        "|:--|:--|--:|--:|",
+        "| 10 | **prism** | 94.0 ± 1.0 | 90.0 ± 1.0 |",
+        "| 10 | random real, soft labels | 91.0 ± 1.0 | 88.7 ± 1.2 |",
+        "| 10 | random real, hard labels | 81.0 ± 1.0 | – |",
+        "| 10 | **sre2l** | 91.5 ± 0.4 | – |",
+        "| – | full real training set | 98.5 ± 0.2 | – |",
+        "",
+    ]
+    assert "over 3 student seeds" in found[8]
+    assert found[-1] == "| `digits_sre2l_ipc10` | 10 | 0.964 s | 3.06 MB | 0.812 | 0.775 | 0.768 |"
+
+    other["controls"]["random_real"]["resnet18"]["top1"] = 0.8  # no longer shared
+    found = summaries.markdown([summary, other])
+    assert "random real, soft labels (`digits_ipc10`) | 91.0" in found
+    assert "random real, soft labels (`digits_sre2l_ipc10`) | 80.0" in found
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (999_600, "1.00 MB"), (5.67e9, "5.67 GB"),
+     (2e16, "20000 TB"), (None, "–")],
+)  # fmt: skip
+def test_sizes(value, text):
+    assert summaries.size(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.00213, "0.00213"), (0.0, "0.00"), (12, "12.0"), (123.4, "123"), (999.7, "1000"),
+     (4321.9, "4322"), (None, "–")],
+)  # fmt: skip
+def test_numbers_have_three_digits(value, text):
+    assert summaries.number(value) == text
