@@ -57,9 +57,7 @@ def clip(images_BHWC: Array, normalisation: Normalisation) -> Array:
     return jnp.clip(images_BHWC, *valid_range(normalisation, images_BHWC.dtype))
 
 
-def renormalise(
-    images_BHWC: Array, source: Normalisation, target: Normalisation | None
-) -> Array:
+def renormalise(images_BHWC: Array, source: Normalisation, target: Normalisation | None) -> Array:
     """Move images from one normalised space to another; None or an equal one: unchanged."""
     if target is None or target == source:
         return images_BHWC
