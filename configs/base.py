@@ -1,0 +1,127 @@
+"""Every field of an experiment with PRISM's values; the other configs change what differs.
+
+PRISM: priors from diverse source models (arXiv 2511.09905, TMLR 2026). The numbers are those of
+its supplement, tables 1 and 2. Where the released code does otherwise, see `official`.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+# The pool of the paper's main runs; the first is the primary.
+POOL = ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2_x0_5")
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    del arg
+    c = ConfigDict()
+    c.name = "prism"
+    c.preset = "prism"
+    c.seed = 0  # initialisation, draws and views of recover; views and mixes of relabel
+
+    c.dataset = ConfigDict()
+    c.dataset.name = "imagenet"
+    c.dataset.source = "folder"
+    c.dataset.path = placeholder(str)
+    c.dataset.image_size = 224
+    c.dataset.num_classes = 1000
+
+    c.networks = ConfigDict()  # name -> architecture, width, depth, stem, checkpoint, ...
+
+    c.squeeze = ConfigDict()
+    c.squeeze.teachers = POOL
+    c.squeeze.epochs = 90
+    c.squeeze.batch_size = 256
+    c.squeeze.optimiser = "sgd"
+    c.squeeze.learning_rate = 0.1
+    c.squeeze.weight_decay = 1e-4
+    c.squeeze.schedule = "cosine"
+    c.squeeze.crop_min = 0.08
+    c.squeeze.flip = True
+    c.squeeze.seed = 0
+
+    c.recover = ConfigDict()
+    c.recover.method = "prism"
+    c.recover.ipc = 10
+    c.recover.iterations = 4000
+    c.recover.budget = "constant"
+    c.recover.learning_rate = 0.05
+    c.recover.betas = (0.5, 0.9)
+    c.recover.alpha_bn = 0.01
+    c.recover.first_bn_multiplier = 10.0
+    c.recover.primary = "resnet18"
+    c.recover.pool = POOL
+    c.recover.count_no_bn = False
+    c.recover.granularity = "per_slot"
+    c.recover.batch_size = placeholder(int)  # unset: all classes, at most 100
+    c.recover.slots_per_batch = placeholder(int)  # unset: 1 (class_major: all)
+    c.recover.batch_order = "ipc_major"
+    c.recover.initialise = "real"
+    c.recover.initialise_from = placeholder(str)
+    c.recover.crop_min = 0.08
+    c.recover.flip = True
+    c.recover.roll = 32
+    c.recover.rounding = "nearest"
+    c.recover.steps_per_dispatch = 50
+    c.recover.checkpoint_seconds = 60.0
+
+    c.relabel = ConfigDict()
+    c.relabel.mode = "store"
+    c.relabel.teachers = ("resnet18",)
+    c.relabel.ensemble = "single"
+    c.relabel.epochs = 300
+    c.relabel.batch_size = 50
+    c.relabel.crop_min = 0.25
+    c.relabel.flip = True
+    c.relabel.mix = "cutmix"
+    c.relabel.mix_alpha = 1.0
+    c.relabel.precision = "float16"
+
+    c.validate = ConfigDict()
+    c.validate.students = ("resnet18",)
+    c.validate.seeds = (0,)
+    c.validate.loss = "mse_gt"
+    c.validate.ce_weight = 0.1
+    c.validate.temperature = 20.0  # of "kl"; "mse_gt" has none
+    c.validate.epochs = 300
+    c.validate.batch_size = 50
+    c.validate.accumulate = 2  # BatchNorm sees 25 images at a time
+    c.validate.bn_group = placeholder(int)
+    c.validate.optimiser = "adamw"
+    c.validate.learning_rate = 1e-3
+    c.validate.weight_decay = 0.01
+    c.validate.schedule = "cos2"  # the "decayed cosine", as released
+    c.validate.eval_every = 10
+    c.validate.controls = ("random_real", "random_real_hard", "full_real")
+    c.validate.checkpoint_seconds = 60.0
+
+    c.analyse = ConfigDict()
+    c.analyse.network = placeholder(str)  # whose features measure diversity
+    c.analyse.grid_classes = 10
+    c.analyse.grid_slots = 10
+
+    c.parallel = ConfigDict()
+    c.parallel.map = "shard_map"
+    c.parallel.deterministic = True
+    return c
+
+
+def network(**fields) -> ConfigDict:
+    """One entry of `networks`; see prism_jax.config.Network for the fields."""
+    return ConfigDict(fields)
+
+
+def official(c: ConfigDict) -> ConfigDict:
+    """The preset `prism_official`: what the released code does where it differs.
+
+    AlexNet, which has no BatchNorm, is in the pool and counts in the mean; iterations fall from
+    4000 to 500 with the slot; four networks label; pixels are truncated.
+    """
+    c.preset = "prism_official"
+    c.squeeze.teachers = (*POOL, "alexnet")
+    c.recover.pool = (*POOL, "alexnet")
+    c.recover.count_no_bn = True
+    c.recover.budget = "mod8"
+    c.recover.rounding = "truncate"
+    c.relabel.teachers = ("resnet18", "mobilenet_v2", "alexnet", "shufflenet_v2_x0_5")
+    c.relabel.ensemble = "norm_mean"
+    return c

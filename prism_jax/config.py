@@ -1,0 +1,495 @@
+"""The experiment as frozen dataclasses, one per stage, and the one way in from ConfigDict.
+
+``ml_collections`` is the language of ``configs/``; past :func:`resolve` nothing knows it.
+Field names here are the field names of the config and of ``--config.<section>.<field>=...``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from typing import Any, Literal, get_args, get_origin
+
+from prism_jax.errors import UserError
+
+STAGES = ("squeeze", "recover", "relabel", "validate", "analyse")
+CONTROLS = ("random_real", "random_real_hard", "full_real")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Which real images; their constants stand in ``data.datasets``."""
+
+    name: str
+    source: str
+    path: str | None
+    image_size: int
+    num_classes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """One named network: an architecture of the registry, scaled, and where its weights are.
+
+    ``checkpoint`` is a file of weights; without one the network is trained by squeeze.
+    ``mean`` and ``std`` state the normalisation of imported weights (default: the dataset's).
+    ``class_indices`` picks the dataset's classes from a larger head of ``head_classes``.
+    """
+
+    architecture: str
+    width: float = 1.0
+    depth: float = 1.0
+    stem: Literal["imagenet", "small"] = "imagenet"
+    checkpoint: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    head_classes: int | None = None
+    class_indices: tuple[int, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Squeeze:
+    """Getting teachers: trained here, or imported where a network names a checkpoint."""
+
+    teachers: tuple[str, ...]
+    epochs: int
+    batch_size: int
+    optimiser: str
+    learning_rate: float
+    weight_decay: float
+    schedule: str
+    crop_min: float
+    flip: bool
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Recover:
+    """Optimising pixels."""
+
+    method: str
+    ipc: int
+    iterations: int
+    budget: str
+    learning_rate: float
+    betas: tuple[float, float]
+    alpha_bn: float
+    first_bn_multiplier: float
+    primary: str
+    pool: tuple[str, ...]
+    count_no_bn: bool
+    granularity: Literal["per_slot", "per_batch", "per_iteration"]
+    batch_size: int | None
+    slots_per_batch: int | None
+    batch_order: Literal["ipc_major", "class_major"]
+    initialise: str
+    initialise_from: str | None
+    crop_min: float
+    flip: bool
+    roll: int
+    rounding: Literal["nearest", "truncate"]
+    steps_per_dispatch: int
+    checkpoint_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Relabel:
+    """Soft labels over augmented views."""
+
+    mode: Literal["store"]
+    teachers: tuple[str, ...]
+    ensemble: str
+    epochs: int
+    batch_size: int
+    crop_min: float
+    flip: bool
+    mix: Literal["none", "cutmix", "mixup"]
+    mix_alpha: float
+    precision: Literal["float16", "float32"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Validate:
+    """Training students on the synthetic set and testing them on real images."""
+
+    students: tuple[str, ...]
+    seeds: tuple[int, ...]
+    loss: str
+    ce_weight: float
+    temperature: float
+    epochs: int
+    batch_size: int
+    accumulate: int
+    bn_group: int | None
+    optimiser: str
+    learning_rate: float
+    weight_decay: float
+    schedule: str
+    eval_every: int
+    controls: tuple[str, ...]
+    checkpoint_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Analyse:
+    """Diversity, figures and the report."""
+
+    network: str | None
+    grid_classes: int
+    grid_slots: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """How the step is mapped over devices; changes no bit of recover and relabel."""
+
+    map: Literal["shard_map", "pmap"]
+    deterministic: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A resolved experiment: what main runs."""
+
+    name: str
+    preset: str
+    seed: int
+    dataset: Dataset
+    networks: dict[str, Network]
+    squeeze: Squeeze
+    recover: Recover
+    relabel: Relabel
+    validate: Validate
+    analyse: Analyse
+    parallel: Parallel
+
+    def network(self, name: str) -> Network:
+        """The definition of a named network; an unlisted name is the architecture itself."""
+        return self.networks.get(name, Network(architecture=name))
+
+
+# Fields that change no bits, or that only say where the same bits come from: they enter no
+# fingerprint.
+NEUTRAL = {
+    "recover": ("steps_per_dispatch", "checkpoint_seconds"),
+    "validate": ("students", "seeds", "controls", "checkpoint_seconds"),
+    "squeeze": ("teachers", "seed"),
+}
+
+
+def fingerprint_fields(section: str, values: Any) -> dict[str, Any]:
+    """The fields of a section that decide bits, as JSON values."""
+    fields = json.loads(json.dumps(dataclasses.asdict(values)))
+    return {k: v for k, v in fields.items() if k not in NEUTRAL.get(section, ())}
+
+
+def to_dict(experiment: Experiment) -> dict[str, Any]:
+    """The experiment as JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(experiment)))
+
+
+# --- ConfigDict -> Experiment ---------------------------------------------------------------
+
+
+def resolve(config: Any) -> Experiment:
+    """Turn a config into an experiment.
+
+    Args:
+      config: an ``ml_collections.ConfigDict`` (or nested dicts) with the fields above.
+
+    Returns:
+      The experiment, checked.
+
+    Raises:
+      UserError: one message with every violation.
+    """
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    problems: list[str] = []
+    experiment = _build(Experiment, values, "", problems)
+    if not problems:
+        problems = violations(experiment)
+    if problems:
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(f"the config has {count}:\n{lines}")
+    return experiment
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
+    hints = typing.get_type_hints(cls)
+    built = {}
+    for field in dataclasses.fields(cls):
+        name = f"{prefix}{field.name}"
+        if field.name in values:
+            built[field.name] = _convert(hints[field.name], values[field.name], name, problems)
+        elif field.default is dataclasses.MISSING:
+            problems.append(f"{name} is missing")
+    for key in values.keys() - hints.keys():
+        near = difflib.get_close_matches(str(key), list(hints), n=1)
+        meant = f"; did you mean {prefix}{near[0]}?" if near else ""
+        problems.append(f"{prefix}{key} is no field of the config{meant}")
+    return None if problems else cls(**built)
+
+
+def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
+    """One value as its declared type, or a line in ``problems``."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, dict):
+            return _build(hint, value, f"{name}.", problems)
+    elif origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, name, problems)
+    elif origin is Literal:
+        if value in arguments:
+            return value
+        problems.append(f"{name} is {value!r}; allowed: {', '.join(map(str, arguments))}")
+        return None
+    elif origin is tuple:
+        if isinstance(value, str) and arguments[0] is str:
+            value = [part.strip() for part in value.split(",")]
+        if isinstance(value, (list, tuple)):
+            if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+                problems.append(f"{name} is {value!r}; it needs {len(arguments)} values")
+                return None
+            return tuple(
+                _convert(arguments[0], v, f"{name}[{i}]", problems) for i, v in enumerate(value)
+            )
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {k: _convert(arguments[1], v, f"{name}.{k}", problems) for k, v in value.items()}
+    elif hint is bool:
+        if isinstance(value, bool):
+            return value
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif hint is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    elif isinstance(value, hint):
+        return value
+    wanted = {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}
+    what = wanted.get(hint, "a list" if origin is tuple else "a group of fields")
+    problems.append(f"{name} is {value!r}; it must be {what}")
+    return None
+
+
+# --- what must hold between fields ----------------------------------------------------------
+
+
+def violations(e: Experiment) -> list[str]:
+    """Everything wrong with an experiment that can be known without its data."""
+    from prism_jax.core import ensemble, losses, schedules
+    from prism_jax.data import datasets, sources
+    from prism_jax.models import ARCHITECTURES
+
+    found: list[str] = []
+
+    def positive(section: str, *names: str) -> None:
+        for name in names:
+            value = getattr(getattr(e, section), name)
+            if value is not None and not value > 0:
+                found.append(f"{section}.{name} is {value}; it must be positive")
+
+    def not_negative(section: str, *names: str) -> None:
+        for name in names:
+            value = getattr(getattr(e, section), name)
+            if value < 0:
+                found.append(f"{section}.{name} is {value}; it must be zero or positive")
+
+    def unit_interval(section: str, *names: str) -> None:
+        for name in names:
+            value = getattr(getattr(e, section), name)
+            if not 0 < value <= 1:
+                found.append(f"{section}.{name} is {value}; it must be in (0, 1]")
+
+    def one_of(name: str, value: str, table: typing.Iterable[str]) -> None:
+        if value not in (allowed := list(table)):
+            near = difflib.get_close_matches(value, allowed, n=1)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            found.append(f"{name} is {value!r}{meant}; allowed: {', '.join(sorted(allowed))}")
+
+    positive("dataset", "image_size", "num_classes")
+    positive("squeeze", "epochs", "batch_size", "learning_rate")
+    positive(
+        "recover",
+        "ipc",
+        "learning_rate",
+        "batch_size",
+        "slots_per_batch",
+        "steps_per_dispatch",
+        "checkpoint_seconds",
+        "first_bn_multiplier",
+    )
+    positive("relabel", "epochs", "batch_size", "mix_alpha")
+    positive(
+        "validate",
+        "epochs",
+        "batch_size",
+        "accumulate",
+        "bn_group",
+        "learning_rate",
+        "temperature",
+        "eval_every",
+        "checkpoint_seconds",
+    )
+    positive("analyse", "grid_classes", "grid_slots")
+    not_negative("recover", "iterations", "alpha_bn", "roll")
+    not_negative("squeeze", "weight_decay", "seed")
+    not_negative("validate", "weight_decay", "ce_weight")
+    for section in ("squeeze", "recover", "relabel"):
+        unit_interval(section, "crop_min")
+    for i, beta in enumerate(e.recover.betas):
+        if not 0 <= beta < 1:
+            found.append(f"recover.betas[{i}] is {beta}; it must be in [0, 1)")
+    if e.seed < 0:
+        found.append(f"seed is {e.seed}; it must be zero or positive")
+
+    from prism_jax import initialise, synthesis, training
+
+    one_of("dataset.name", e.dataset.name, datasets.DATASETS)
+    one_of("dataset.source", e.dataset.source, sources.SOURCES)
+    one_of("squeeze.optimiser", e.squeeze.optimiser, training.OPTIMISERS)
+    one_of("squeeze.schedule", e.squeeze.schedule, schedules.SCHEDULES)
+    one_of("recover.method", e.recover.method, synthesis.METHODS)
+    one_of("recover.budget", e.recover.budget, schedules.BUDGETS)
+    one_of("recover.initialise", e.recover.initialise, initialise.INITIALISERS)
+    one_of("relabel.ensemble", e.relabel.ensemble, ensemble.ENSEMBLES)
+    one_of("validate.loss", e.validate.loss, losses.STUDENT_LOSSES)
+    one_of("validate.optimiser", e.validate.optimiser, training.OPTIMISERS)
+    one_of("validate.schedule", e.validate.schedule, schedules.SCHEDULES)
+    for control in e.validate.controls:
+        one_of("validate.controls", control, CONTROLS)
+
+    used = {
+        "squeeze.teachers": e.squeeze.teachers,
+        "recover.pool": e.recover.pool,
+        "relabel.teachers": e.relabel.teachers,
+        "validate.students": e.validate.students,
+        "analyse.network": (e.analyse.network,) if e.analyse.network else (),
+    }
+    for field, names in used.items():
+        if not names and field not in ("analyse.network", "squeeze.teachers"):
+            found.append(f"{field} is empty; it needs at least one network")
+        for name in sorted({n for n in names if names.count(n) > 1}):
+            found.append(f"{field} names {name} twice")
+    for name in dict.fromkeys(n for names in used.values() for n in names):
+        where = next(field for field, names in used.items() if name in names)
+        one_of(f"{where}: the architecture of {name}", e.network(name).architecture, ARCHITECTURES)
+    for name, network in e.networks.items():
+        for field in ("width", "depth"):
+            if not getattr(network, field) > 0:
+                found.append(
+                    f"networks.{name}.{field} is {getattr(network, field)}; it must be positive"
+                )
+    for field in ("recover.pool", "relabel.teachers", "analyse.network"):
+        for name in used[field]:
+            if name not in e.squeeze.teachers:
+                found.append(
+                    f"{field} names {name}, which squeeze.teachers does not; a network that "
+                    f"supervises must be trained or imported there "
+                    f"(squeeze.teachers: {', '.join(e.squeeze.teachers)})"
+                )
+
+    if e.recover.primary not in e.recover.pool:
+        found.append(
+            f"recover.primary is {e.recover.primary!r}, which is not in recover.pool "
+            f"({', '.join(e.recover.pool)}); name one of the pool"
+        )
+    if not e.recover.count_no_bn and e.recover.alpha_bn > 0:
+        for name in e.recover.pool:
+            row = ARCHITECTURES.get(e.network(name).architecture)
+            if row is not None and not row.batch_norms:
+                found.append(
+                    f"recover.pool names {name}, which has no BatchNorm and so no statistics to "
+                    f"align; leave it out, or set recover.count_no_bn=True to let it count in "
+                    f"the mean as the released code does"
+                )
+    if e.relabel.ensemble == "single" and len(e.relabel.teachers) > 1:
+        found.append(
+            f"relabel.ensemble is 'single' but relabel.teachers has "
+            f"{len(e.relabel.teachers)}; name one teacher or choose another ensemble"
+        )
+    if e.validate.epochs > e.relabel.epochs:
+        found.append(
+            f"validate.epochs is {e.validate.epochs} but relabel.epochs is "
+            f"{e.relabel.epochs}; students cannot train on labels that are not made"
+        )
+    if not found:
+        try:
+            batch_layout(e)
+        except UserError as error:
+            found.append(str(error))
+    if e.recover.initialise == "folder" and not e.recover.initialise_from:
+        found.append("recover.initialise is 'folder'; recover.initialise_from must name the folder")
+    if e.validate.batch_size % e.validate.accumulate:
+        found.append(
+            f"validate.batch_size {e.validate.batch_size} does not divide into "
+            f"validate.accumulate={e.validate.accumulate} equal parts"
+        )
+    elif e.validate.bn_group:
+        micro = e.validate.batch_size // e.validate.accumulate
+        if e.validate.bn_group != micro:
+            found.append(
+                f"validate.bn_group is {e.validate.bn_group}; with batch_size "
+                f"{e.validate.batch_size} and accumulate {e.validate.accumulate} it must be "
+                f"{micro} (the images one forward pass holds) or unset"
+            )
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the set divides into image batches: (slot groups) x (blocks of classes)."""
+
+    slots: int
+    classes: int
+    groups: int
+    blocks: int
+
+
+def batch_layout(e: Experiment) -> Layout:
+    """Slots and classes per batch, and how many groups and blocks that makes.
+
+    ``batch_size = slots x classes``. Unset, it means all classes, at most 100.
+
+    Raises:
+      UserError: a stated size that does not divide.
+    """
+    ipc, classes_total = e.recover.ipc, e.dataset.num_classes
+    slots = e.recover.slots_per_batch or (ipc if e.recover.batch_order == "class_major" else 1)
+    if ipc % slots:
+        raise UserError(
+            f"recover.slots_per_batch is {slots}, which does not divide recover.ipc={ipc}"
+        )
+    if e.recover.batch_size is None:
+        classes = max(c for c in range(1, 101) if classes_total % c == 0 and c <= classes_total)
+    else:
+        classes, rest = divmod(e.recover.batch_size, slots)
+        if rest or not classes or classes_total % classes:
+            allowed = [slots * c for c in range(1, classes_total + 1) if classes_total % c == 0]
+            near = sorted(sorted(allowed, key=lambda a: abs(a - e.recover.batch_size))[:5])
+            raise UserError(
+                f"recover.batch_size is {e.recover.batch_size}, which does not divide into "
+                f"{slots} slot(s) x an equal share of {classes_total} classes; near it these do: "
+                f"{', '.join(map(str, near))}"
+            )
+    budgets = {budget_of(e, slot) for slot in range(slots)} if slots > 1 else set()
+    if len(budgets) > 1:
+        raise UserError(
+            f"recover.budget {e.recover.budget!r} gives the slots of one batch different "
+            f"iterations {sorted(budgets)}; use recover.slots_per_batch=1 or budget='constant'"
+        )
+    return Layout(slots, classes, ipc // slots, classes_total // classes)
+
+
+def budget_of(e: Experiment, slot: int) -> int:
+    """Iterations that the images of a slot receive."""
+    from prism_jax.core.schedules import BUDGETS
+
+    return BUDGETS[e.recover.budget](e.recover.iterations, slot)

@@ -1,0 +1,217 @@
+"""The plan of a run: what it makes, what it needs, and what it would cost on this machine."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from rich.table import Table
+
+from prism_jax import labelling, parallel, progress, synthesis
+from prism_jax.config import Experiment, batch_layout, budget_of
+from prism_jax.core.augment import Augment
+from prism_jax.data.datasets import DATASETS
+from prism_jax.data.pipeline import num_batches
+from prism_jax.data.sources import open_source
+from prism_jax.errors import UserError
+from prism_jax.stages.context import Context
+from prism_jax.teachers import TeacherPool, describe
+
+DISPATCHES = 3
+
+
+def missing(experiment: Experiment, workdir: str) -> list[str]:
+    """What a run needs and does not find: images, and weights that are not squeezed yet."""
+    lines = []
+    dataset = experiment.dataset
+    for split in ("train", "test"):
+        try:
+            open_source(
+                name=dataset.name,
+                source=dataset.source,
+                path=dataset.path,
+                split=split,
+                image_size=dataset.image_size,
+            )
+        except UserError as error:
+            lines.append(f"images ({split}): {error}")
+    for name in experiment.squeeze.teachers:
+        path = experiment.network(name).checkpoint
+        if path and not epath.Path(path).exists():
+            lines.append(
+                f"teacher {name}: the file {epath.Path(path).name} at {path} (torchvision "
+                f"publishes it under this name), or another with "
+                f"--config.networks.{name}.checkpoint=FILE"
+            )
+    return list(dict.fromkeys(lines))
+
+
+def show(experiment: Experiment, workdir: str, *, measure: bool) -> None:
+    """Print the plan; with ``measure`` also hours and memory, from three dispatches.
+
+    The dispatches run on random weights and images of the right shapes: no data and no teachers
+    are needed, and nothing is written.
+    """
+    layout = batch_layout(experiment)
+    recover, relabel = experiment.recover, experiment.relabel
+    images = recover.ipc * experiment.dataset.num_classes
+    iterations = layout.blocks * sum(
+        budget_of(experiment, group * layout.slots) for group in range(layout.groups)
+    )
+    side, channels = experiment.dataset.image_size, DATASETS[experiment.dataset.name].channels
+    image_bytes = images * side * side * channels
+    label_bytes = (
+        relabel.epochs
+        * images
+        * (experiment.dataset.num_classes * np.dtype(relabel.precision).itemsize + 4)
+    )
+    batches = relabel.epochs * num_batches(images, min(relabel.batch_size, images))
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(style="dim")
+    rows = {
+        "experiment": f"{experiment.name} (preset {experiment.preset}), in {workdir}",
+        "images": f"{images:,} ({recover.ipc} per class, {experiment.dataset.num_classes} classes, "
+        f"{side} px)",
+        "pool": ", ".join(
+            f"{name} (primary)" if name == recover.primary else name for name in recover.pool
+        ),
+        "recover": f"{layout.groups * layout.blocks:,} units of {layout.slots * layout.classes} "
+        f"images, {iterations:,} iterations in all",
+        "relabel": f"{relabel.epochs} epochs, {batches:,} batches by {', '.join(relabel.teachers)}",
+        "validate": f"{len(experiment.validate.students)} students x "
+        f"{len(experiment.validate.seeds)} seeds x {1 + len(experiment.validate.controls)} sets",
+        "disk": f"at most {megabytes(image_bytes)} of images, "
+        f"{megabytes(label_bytes)} of soft labels",
+    }
+    if measure:
+        rows |= _measured(experiment, layout.slots * layout.classes, iterations, batches)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    progress.say(table)
+
+
+def megabytes(count: float) -> str:
+    """Bytes in decimal units."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _measured(e: Experiment, batch: int, iterations: int, label_batches: int) -> dict[str, str]:
+    """Hours of recover and relabel and the peak memory, on this machine."""
+    device = jax.local_devices()[0]
+    pool = _random_pool(e, e.recover.pool)
+    recipe = _recipe(e)
+    engine = synthesis.engine(pool, recipe, devices=[device], how=e.parallel.map)
+    available = _memory(device)
+    rows, size = {}, batch
+    while True:
+        lanes = [_random_lane(e, engine, recipe, size)]
+        analysis = engine.compile(0, lanes).memory_analysis()
+        peak = _total(analysis)
+        if peak is None or available is None or peak <= 0.8 * available or size == 1:
+            break
+        size = max(1, size // 2)
+    # The third dispatch is timed: the first compiles, the second warms up.
+    seconds = _time(lambda: _dispatch(e, engine, recipe, size)) * batch / size
+    devices = len(jax.local_devices())
+    hours = iterations * seconds / devices / 3600
+    note = f", measured with {size} images a batch and scaled" if size != batch else ""
+    rows["recover takes"] = (
+        f"about {_hours(hours)} on {devices} device(s): {seconds:.3g} s an iteration{note}"
+    )
+    if peak is not None:
+        scaled = peak * batch / size
+        rows["memory"] = f"about {megabytes(scaled)} a device in recover"
+        if available is not None and scaled > available:
+            rows["memory"] += f"; this machine has {megabytes(available)}: lower recover.batch_size"
+    label_batch = min(e.relabel.batch_size, e.recover.ipc * e.dataset.num_classes)
+    per_batch = _time_labels(e, label_batch)
+    rows["relabel takes"] = (
+        f"about {_hours(label_batches * per_batch / devices / 3600)}: {per_batch:.3g} s a batch"
+    )
+    return rows
+
+
+def _random_pool(e: Experiment, names: tuple[str, ...]) -> TeacherPool:
+    context = Context(e, "unused")
+    teachers, variables = [], []
+    for name in names:
+        module = context.build(name)
+        indices = e.network(name).class_indices
+        teachers.append(describe(name, module, context.image_shape, class_indices=indices))
+        image = np.zeros((1, *context.image_shape), np.float32)
+        variables.append(jax.jit(module.init)(jax.random.key(0), image))
+    return TeacherPool(tuple(teachers), tuple(variables), context.normalisation)
+
+
+def _recipe(e: Experiment) -> synthesis.Recipe:
+    from prism_jax.stages.recover import recipe_of
+
+    return recipe_of(Context(e, "unused"))
+
+
+def _random_lane(e: Experiment, engine: parallel.LaneMap, recipe, size: int) -> tuple:
+    shape = Context(e, "unused").image_shape
+    images = np.random.default_rng(0).standard_normal((size, *shape), np.float32)
+    labels = np.arange(size, dtype=np.int32) % e.dataset.num_classes
+    # In the middle of a unit: a step at its ends reads every teacher.
+    state = synthesis.initial_state(recipe, images)._replace(step=np.int32(1))
+    unit = synthesis.UnitBatch(np.int32(0), np.int32(0), np.int32(1000), labels)
+    trees = jax.device_get((unit, state)) + (np.int32(1),)
+    return tuple(engine.place(tree, 0) for tree in trees)
+
+
+def _dispatch(e: Experiment, engine: parallel.LaneMap, recipe, size: int) -> None:
+    jax.block_until_ready(engine(e.seed, [_random_lane(e, engine, recipe, size)]))
+
+
+def _time(function) -> float:
+    """Seconds of the last of three calls."""
+    for _ in range(DISPATCHES):
+        began = time.monotonic()
+        function()
+        seconds = time.monotonic() - began
+    return seconds
+
+
+def _time_labels(e: Experiment, size: int) -> float:
+    relabel = e.relabel
+    recipe = labelling.LabelRecipe(
+        Augment(relabel.crop_min, relabel.flip, relabel.mix, relabel.mix_alpha),
+        relabel.ensemble,
+        size,
+        relabel.precision,
+    )
+    labeller = labelling.Labeller(_random_pool(e, relabel.teachers), recipe)
+    shape = Context(e, "unused").image_shape
+    images = np.random.default_rng(0).integers(0, 256, (size, *shape), np.uint8)
+    return _time(lambda: list(labeller.epoch(images, 0, seed=0)))
+
+
+def _total(analysis: Any) -> int | None:
+    """Arguments, outputs and temporaries of a compiled program, in bytes."""
+    if analysis is None:
+        return None
+    return (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        + analysis.temp_size_in_bytes
+        - analysis.alias_size_in_bytes
+    )
+
+
+def _memory(device: jax.Device) -> int | None:
+    """Bytes of memory that a device has."""
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit")
+
+
+def _hours(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{3600 * hours:.0f} s"
+    return f"{60 * hours:.0f} min" if hours < 1 else f"{hours:.1f} h"
