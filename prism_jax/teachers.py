@@ -1,0 +1,151 @@
+"""The teacher pool: several frozen networks behind one way of reading images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from prism_jax.core import pixels
+from prism_jax.errors import UserError
+from prism_jax.models import first_batch_norm
+from prism_jax.types import Array, Normalisation, PyTree, Reading
+
+STATISTICS = "bn_statistics"
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A frozen network without its weights: hashable, so that it can be static in a trace.
+
+    Attributes:
+      name: unique in its pool.
+      module: a ``flax.linen`` module built with ``models.layers`` (any architecture).
+      normalisation: what its weights were trained with; None: the images' own.
+      class_indices: the outputs of its head that are the images' classes; None: all.
+      first_bn: path of its first BatchNorm, which has its own multiplier; None: it has none.
+    """
+
+    name: str
+    module: nn.Module
+    normalisation: Normalisation | None = None
+    class_indices: tuple[int, ...] | None = None
+    first_bn: tuple[str, ...] | None = None
+
+    @property
+    def has_batch_norm(self) -> bool:
+        return self.first_bn is not None
+
+    def read(
+        self, variables: PyTree, images_BHWC: Array, source: Normalisation, *, statistics: bool
+    ) -> Reading:
+        """Run the network in evaluation mode.
+
+        Args:
+          variables: its "params" and "batch_stats".
+          images_BHWC: float32, normalised by ``source``.
+          source: the images' normalisation; another one of the teacher's own is applied in
+            front, so that gradients pass through it.
+          statistics: also return the moments of every BatchNorm's input. False costs nothing.
+
+        Returns:
+          Logits over the images' classes, and a tree like ``variables["batch_stats"]`` (empty
+          without ``statistics``).
+        """
+        images_BHWC = pixels.renormalise(images_BHWC, source, self.normalisation)
+        if statistics and self.has_batch_norm:
+            logits_BK, sown = self.module.apply(variables, images_BHWC, mutable=[STATISTICS])
+            moments = sown[STATISTICS]
+        else:
+            logits_BK, moments = self.module.apply(variables, images_BHWC), {}
+        if self.class_indices is not None:
+            logits_BK = logits_BK[:, jnp.asarray(self.class_indices, jnp.int32)]
+        return Reading(logits_BK, moments)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherPool:
+    """Teachers and their weights, in the order of the config; the order is part of the bits.
+
+    ``teachers`` is static, ``variables`` are arguments of compiled functions (as constants they
+    would be compiled into each program).
+    """
+
+    teachers: tuple[Teacher, ...]
+    variables: tuple[PyTree, ...]
+    normalisation: Normalisation
+
+    @classmethod
+    def of(
+        cls,
+        members: dict[str, tuple[nn.Module, PyTree]],
+        *,
+        image_shape: tuple[int, int, int],
+        normalisation: Normalisation,
+    ) -> TeacherPool:
+        """Build a pool from modules and variables.
+
+        Args:
+          members: name -> (module, variables); the first is a natural primary. Modules are any
+            ``flax.linen`` modules whose BatchNorms are ``models.layers.BatchNorm``.
+          image_shape: (height, width, channels) of the images it will read.
+          normalisation: the images' normalisation, taken to be the teachers' own.
+
+        Raises:
+          UserError: no members, or a member whose running statistics do not match its layers.
+        """
+        if not members:
+            raise UserError("a teacher pool needs at least one network; none was given")
+        teachers = tuple(
+            describe(name, module, image_shape) for name, (module, _) in members.items()
+        )
+        return cls(teachers, tuple(v for _, v in members.values()), normalisation)
+
+    def __len__(self) -> int:
+        return len(self.teachers)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(teacher.name for teacher in self.teachers)
+
+    def index(self, name: str) -> int:
+        """Position of a teacher.
+
+        Raises:
+          UserError: no such teacher.
+        """
+        if name not in self.names:
+            raise UserError(f"no teacher {name!r} in the pool; there are: {', '.join(self.names)}")
+        return self.names.index(name)
+
+    def select(self, names: Sequence[str]) -> TeacherPool:
+        """The pool of these teachers, in this order."""
+        at = [self.index(name) for name in names]
+        return dataclasses.replace(
+            self,
+            teachers=tuple(self.teachers[i] for i in at),
+            variables=tuple(self.variables[i] for i in at),
+        )
+
+
+def describe(
+    name: str,
+    module: nn.Module,
+    image_shape: tuple[int, int, int],
+    *,
+    normalisation: Normalisation | None = None,
+    class_indices: tuple[int, ...] | None = None,
+) -> Teacher:
+    """A Teacher for a module, its first BatchNorm found by tracing it once, abstractly."""
+    first = first_batch_norm(module, image_shape)
+    return Teacher(name, module, normalisation, class_indices, first)
+
+
+def embed(module: nn.Module, variables: PyTree, images_BHWC: Array) -> Array:
+    """The penultimate features (B, D) that a module sows as ``features/embedding``."""
+    _, sown = module.apply(variables, images_BHWC, mutable=["features"])
+    (embedding_BD,) = jax.tree.leaves(sown["features"])
+    return embedding_BD
