@@ -1,0 +1,181 @@
+"""The working directory: the only door to a run's files.
+
+Everything is written whole (a temporary name, then a rename), so that *present means done*.
+Paths are ``etils.epath`` paths; nothing outside this module knows how a file becomes visible.
+
+    <workdir>/config.json                    what ran
+    <workdir>/squeeze/<teacher>/             weights.safetensors record.json fingerprint.json
+    <workdir>/recover/                       images/ units/ checkpoints/ manifest.json
+    <workdir>/relabel/                       label shards and their manifest
+    <workdir>/validate/<student>/<seed>/     checkpoints/ metrics.jsonl record.json
+    <workdir>/controls/<name>/               images/ relabel/ validate/, same layout
+    <workdir>/analyse/                       figures and diversity.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import socket
+from typing import Any
+
+from etils import epath
+
+from prism_jax.errors import UserError
+
+FINGERPRINT = "fingerprint.json"
+
+
+def write_bytes(path: epath.PathLike, data: bytes) -> None:
+    """Write a file whole: readers see the old content or the new one, never a part."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def to_json(value: Any) -> str:
+    """Serialise a JSON value the way every file of a workdir is: sorted, indented, no NaN."""
+    return json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """Write a JSON value whole."""
+    write_bytes(path, to_json(value).encode())
+
+
+def read_json(path: epath.PathLike) -> Any:
+    """Read a JSON file.
+
+    Raises:
+      UserError: the file is not JSON; it is named, and never taken for data.
+    """
+    path = epath.Path(path)
+    try:
+        return json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); move it away and run the same command again to redo it."
+        ) from error
+
+
+def set_aside(path: epath.PathLike) -> epath.Path:
+    """Rename a damaged or outdated file or folder so that nothing reads it again."""
+    path = epath.Path(path)
+    count = 1
+    while (target := path.parent / f"{path.name}.set-aside-{count}").exists():
+        count += 1
+    path.rename(target)
+    return target
+
+
+def copy_tree(source: epath.Path, target: epath.Path) -> None:
+    """Copy a folder so that it appears whole under its final name."""
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _copy(source, temporary)
+    temporary.rename(target)
+
+
+def _copy(source: epath.Path, target: epath.Path) -> None:
+    if source.is_dir():
+        target.mkdir(parents=True, exist_ok=True)
+        for child in source.iterdir():
+            if not child.name.startswith("."):
+                _copy(child, target / child.name)
+    else:
+        source.copy(target)
+
+
+def digest(value: Any) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a JSON value."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one level of dotted keys."""
+    flat = {}
+    for key, value in fields.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def write_fingerprint(folder: epath.Path, fields: dict[str, Any]) -> None:
+    """Record what a stage folder was made from."""
+    write_json(folder / FINGERPRINT, fields)
+
+
+def read_fingerprint(folder: epath.Path) -> dict[str, Any] | None:
+    """What a stage folder was made from, or None where nothing was begun."""
+    path = epath.Path(folder) / FINGERPRINT
+    return read_json(path) if path.exists() else None
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """The dotted keys in which two fingerprints differ, as "key: found -> wanted" lines."""
+    found, wanted = flatten(found), flatten(json.loads(json.dumps(wanted)))
+    missing = object()
+    lines = []
+    for key in sorted(found.keys() | wanted.keys()):
+        old, new = found.get(key, missing), wanted.get(key, missing)
+        if old != new:
+            old = "(absent)" if old is missing else json.dumps(old)
+            new = "(absent)" if new is missing else json.dumps(new)
+            lines.append(f"{key}: {old} -> {new}")
+    return lines
+
+
+class Lock:
+    """At most one run writes a workdir: a file that names the host and process that does."""
+
+    def __init__(self, root: epath.Path):
+        self._path = epath.Path(root) / ".lock"
+        self._held = False
+
+    def acquire(self) -> None:
+        """Take the lock, or take over one whose process is gone.
+
+        Raises:
+          UserError: another living process holds it.
+        """
+        if self._held:
+            return
+        if self._path.exists():
+            holder = read_json(self._path)
+            if not self._is_gone(holder):
+                raise UserError(
+                    f"{self._path.parent} is in use by process {holder['pid']} on "
+                    f"{holder['host']}. Wait for it, use another --workdir, or, if that process "
+                    f"is gone, delete {self._path}."
+                )
+        write_json(self._path, {"host": socket.gethostname(), "pid": os.getpid()})
+        self._held = True
+
+    def release(self) -> None:
+        """Give the lock back; harmless when it is not held."""
+        if self._held:
+            self._path.unlink(missing_ok=True)
+            self._held = False
+
+    @staticmethod
+    def _is_gone(holder: dict[str, Any]) -> bool:
+        if holder.get("host") != socket.gethostname():
+            return False
+        try:
+            os.kill(holder["pid"], 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return holder["pid"] == os.getpid()

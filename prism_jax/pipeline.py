@@ -1,0 +1,150 @@
+"""The five stages in order: what is missing is done, what is there is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from etils import epath
+
+from prism_jax.config import STAGES
+from prism_jax.data import workdir
+from prism_jax.errors import UserError
+from prism_jax.stages import analyse, controls, recover, relabel, squeeze, validate
+from prism_jax.stages.context import RECORD, Context, LabelledSet
+
+
+def run(context: Context, stages: Sequence[str] = STAGES) -> bool:
+    """Run stages, in their order, each only where something is missing.
+
+    Returns:
+      Whether anything had to be done.
+
+    Raises:
+      UserError: a person's mistake; Interrupted: a stop was requested. Both leave everything
+        finished in place.
+    """
+    check(context, stages)
+    work = [RUNNERS[stage](context) for stage in STAGES if stage in stages]
+    return any(work)
+
+
+def check(context: Context, stages: Sequence[str]) -> None:
+    """Refuse, before any work, a workdir that holds something made from other settings."""
+    if "squeeze" in stages:
+        squeeze.pending(context)
+    if "recover" in stages:
+        recover.pending(context)
+
+
+def _squeeze(context: Context) -> bool:
+    if not squeeze.pending(context):
+        return False
+    squeeze.run(context)
+    return True
+
+
+def _recover(context: Context) -> bool:
+    if recover.is_done(context):
+        return False
+    recover.run(context)
+    return True
+
+
+def _relabel(context: Context) -> bool:
+    work = False
+    for labelled in sets(context):
+        if labelled.soft and not relabel.is_done(context, labelled):
+            if labelled.name != "synthetic":
+                controls.write(context, labelled)
+            relabel.run(context, labelled)
+            work = True
+    return work
+
+
+def _validate(context: Context) -> bool:
+    work = False
+    for labelled in sets(context):
+        if not validate.pending(context, labelled):
+            continue
+        labels = relabel.open_labels(context, labelled) if labelled.soft else None
+        validate.run(context, labelled, labels, relabel.augment_of(context))
+        work = True
+    return work
+
+
+def _analyse(context: Context) -> bool:
+    labelled = {found.name: found for found in sets(context)}
+    if analyse.is_done(context, labelled):
+        return False
+    analyse.run(context, labelled)
+    return True
+
+
+RUNNERS: dict[str, Callable[[Context], bool]] = {
+    "squeeze": _squeeze,
+    "recover": _recover,
+    "relabel": _relabel,
+    "validate": _validate,
+    "analyse": _analyse,
+}
+
+
+def sets(context: Context) -> Iterator[LabelledSet]:
+    """The synthetic set, then the controls."""
+    yield recover.synthetic_set(context)
+    for name in context.config.validate.controls:
+        yield controls.labelled_set(context, name)
+
+
+# --- adopting finished work -----------------------------------------------------------------
+
+
+def adopt(context: Context, source: epath.PathLike) -> list[str]:
+    """Copy from another workdir everything finished that fits this experiment.
+
+    A folder fits when its fingerprint is the one this experiment would write. What is already
+    here is kept.
+
+    Returns:
+      The adopted folders, relative to the workdir.
+
+    Raises:
+      UserError: ``source`` is no workdir, or is this workdir.
+    """
+    source = epath.Path(source)
+    if not (source / "squeeze").exists() and not (source / "recover").exists():
+        raise UserError(
+            f"--from={source} is no working directory of a run: it has neither squeeze/ nor "
+            f"recover/"
+        )
+    adopted: list[str] = []
+
+    def take(relative: str, fields: dict, done: str) -> bool:
+        theirs, ours = source / relative, context.root / relative
+        if ours.exists() or not (theirs / done).exists():
+            return ours.exists()
+        found = workdir.read_fingerprint(theirs)
+        if found is None or workdir.differences(found, fields):
+            return False
+        context.lock.acquire()
+        workdir.copy_tree(theirs, ours)
+        adopted.append(relative)
+        return True
+
+    for name in context.config.squeeze.teachers:
+        take(f"squeeze/{name}", context.teacher_fields(name), RECORD)
+    if take("recover", context.recover_fields(), "manifest.json"):
+        _adopt_set(context, recover.synthetic_set(context), take)
+    for name in context.config.validate.controls:
+        _adopt_set(context, controls.labelled_set(context, name), take)
+    return adopted
+
+
+def _adopt_set(context: Context, labelled: LabelledSet, take: Callable) -> None:
+    base = "" if labelled.name == "synthetic" else f"controls/{labelled.name}/"
+    if labelled.soft:
+        take(f"{base}relabel", context.relabel_fields(labelled), relabel.DONE)
+    for student in context.config.validate.students:
+        for seed in context.config.validate.seeds:
+            fields = context.validate_fields(labelled, student, seed)
+            take(f"{base}validate/{student}/{seed}", fields, RECORD)

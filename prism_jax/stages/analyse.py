@@ -1,0 +1,282 @@
+"""Analyse: diversity, figures, and the one table and page a person reads at the end.
+
+analyse/diversity.json  grid.png  recover.png  students.png
+summary.json  report.html
+"""
+
+from __future__ import annotations
+
+import statistics as st
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from prism_jax import progress
+from prism_jax.analysis import diversity, figures, report, summary
+from prism_jax.config import to_dict
+from prism_jax.core import pixels
+from prism_jax.data import label_store, workdir
+from prism_jax.data.metrics import read_lines
+from prism_jax.initialise import INITIALISERS
+from prism_jax.stages.context import RECORD, Context, LabelledSet
+from prism_jax.teachers import embed
+
+DIVERSITY = "diversity.json"
+FIGURES = ("grid", "recover", "students")
+
+
+def folder(context: Context) -> epath.Path:
+    return context.root / "analyse"
+
+
+def fields_of(context: Context, sets: Mapping[str, LabelledSet]) -> dict[str, Any]:
+    """What the analysis is made of: everything before it."""
+    config = context.config
+    students = {
+        f"{name}/{student}/{seed}": workdir.digest(context.validate_fields(found, student, seed))
+        for name, found in sets.items()
+        for student in config.validate.students
+        for seed in config.validate.seeds
+    }
+    network = config.analyse.network
+    return {
+        "analyse": to_dict(config)["analyse"],
+        "images": workdir.digest(sets["synthetic"].fields),
+        "students": students,
+        "network": workdir.digest(context.teacher_fields(network)) if network else None,
+    }
+
+
+def is_done(context: Context, sets: Mapping[str, LabelledSet]) -> bool:
+    root = folder(context)
+    found = workdir.read_fingerprint(root)
+    if found is None or workdir.differences(found, fields_of(context, sets)):
+        return False
+    return (context.root / "report.html").exists()
+
+
+def run(context: Context, sets: Mapping[str, LabelledSet]) -> None:
+    """Measure diversity and draw the figures; :func:`write_summary` writes the page."""
+    root, config = folder(context), context.config
+    fields = fields_of(context, sets)
+    context.lock.acquire()
+    synthetic = sets["synthetic"]
+    images, labels = synthetic.images_uint8_NHWC, synthetic.labels_N
+    initial = initial_images(context)
+    record = {
+        "network": config.analyse.network,
+        "distance_from_initial": diversity.distance(images, initial),
+        "intra_class_cosine": _cosines(context, images, initial, labels),
+    }
+    lines = read_lines(context.root / "recover" / "metrics.jsonl")
+    drawings = {
+        "grid": figures.grid(
+            initial, images, labels,
+            classes=config.analyse.grid_classes, slots=config.analyse.grid_slots,
+            class_names=context.info.class_names,
+        ),
+        "recover": figures.recover_curves(lines, primary=config.recover.primary),
+        "students": figures.student_curves(
+            {
+                name: {
+                    student: [
+                        read_lines(found.root / "validate" / student / str(seed) / "metrics.jsonl")
+                        for seed in config.validate.seeds
+                    ]
+                    for student in config.validate.students
+                }
+                for name, found in sets.items()
+            }
+        ),
+    }  # fmt: skip
+    for name, data in drawings.items():
+        workdir.write_bytes(root / f"{name}.png", data)
+    workdir.write_json(root / DIVERSITY, record)
+    workdir.write_fingerprint(root, fields)
+
+
+def initial_images(context: Context) -> np.ndarray:
+    """Where the synthetic images began, uint8 NHWC, class-major."""
+    config = context.config
+    ipc, classes = config.recover.ipc, config.dataset.num_classes
+    images = INITIALISERS[config.recover.initialise](
+        context.open("train"), context.normalisation, context.image_shape,
+        np.repeat(np.arange(classes, dtype=np.int32), ipc),
+        np.tile(np.arange(ipc, dtype=np.int32), classes),
+        config.seed,
+    )  # fmt: skip
+    return np.asarray(pixels.to_uint8(images, context.normalisation))
+
+
+def _cosines(context, images, initial, labels) -> dict[str, float | None]:
+    """Intra-class cosine similarity in a network outside the pool: synthetic, initial, real."""
+    name = context.config.analyse.network
+    if name is None:
+        return dict.fromkeys(("synthetic", "initial", "real"))
+    module, variables = context.build(name), context.load_variables(name)
+
+    @jax.jit
+    def read(images_uint8_BHWC):
+        normalised = pixels.normalise(images_uint8_BHWC, context.normalisation)
+        return embed(module, variables, normalised)
+
+    def cosine(images_uint8, labels_N) -> float | None:
+        found = diversity.embeddings(read, images_uint8, batch_size=100)
+        return diversity.intra_class_cosine(found, labels_N)
+
+    real_images, real_labels = context.test_set()
+    return {
+        "synthetic": cosine(images, labels),
+        "initial": cosine(initial, labels),
+        "real": cosine(real_images, real_labels),
+    }
+
+
+# --- the summary ----------------------------------------------------------------------------
+
+
+def summarise(context: Context, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What the workdir holds, as a summary; sections of stages that did not run are absent."""
+    config, root = context.config, context.root
+    found: dict[str, Any] = {
+        "schema": 1,
+        "config": config.name,
+        "preset": config.preset,
+        "method": config.recover.method,
+        "command": provenance["command"],
+        "seeds": list(config.validate.seeds),
+        "commit": provenance["commit"],
+        "versions": provenance["versions"],
+        "machine": provenance["machine"],
+        "dataset": {
+            "name": config.dataset.name,
+            "num_classes": config.dataset.num_classes,
+            "image_size": config.dataset.image_size,
+            "train_images": len(context.open("train")),
+            "test_images": len(context.open("test")),
+        },
+    }
+    teachers = {name: context.teacher_folder(name) / RECORD for name in config.recover.pool}
+    if all(path.exists() for path in teachers.values()):
+        found["teachers"] = {
+            name: {key: record[key] for key in ("top1", "params", "batch_norms")}
+            for name, record in ((n, workdir.read_json(p)) for n, p in teachers.items())
+        }
+    if (root / "recover" / "manifest.json").exists():
+        found["recover"] = _recover(context, provenance)
+    if (root / "relabel" / label_store.MANIFEST).exists():
+        found["relabel"] = {
+            "bytes": label_store.size_bytes(root / "relabel"),
+            "seconds": workdir.read_json(root / "relabel" / "timing.json")["seconds"],
+        }
+    if students := _students(context, root):
+        found["validate"] = students
+    controls = {
+        name: students
+        for name in config.validate.controls
+        if (students := _students(context, root / "controls" / name))
+    }
+    if controls:
+        found["controls"] = controls
+    if (folder(context) / DIVERSITY).exists():
+        record = workdir.read_json(folder(context) / DIVERSITY)
+        found["analyse"] = {key: record[key] for key in ("network", "intra_class_cosine")}
+        if "recover" in found:
+            found["recover"]["distance_from_initial"] = record["distance_from_initial"]
+    summary.validate(found)
+    return found
+
+
+def _recover(context: Context, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    manifest = workdir.read_json(context.root / "recover" / "manifest.json")
+    units = manifest["units"]
+    seconds = sum(unit["seconds"] for unit in units)
+    found = {
+        "images": manifest["images"],
+        "ipc": manifest["ipc"],
+        "seconds": seconds,
+        "seconds_per_image": seconds / manifest["images"],
+        "peak_bytes": provenance["peak_bytes"],
+        "primary": context.config.recover.primary,
+    }
+    if all("drawn" in unit for unit in units):
+        names = context.config.recover.pool
+        weights = [unit["iterations"] for unit in units]
+        found["teachers_drawn"] = {
+            name: float(np.average([unit["drawn"][name] for unit in units], weights=weights))
+            for name in names
+        }
+        found["terms"] = {
+            name: {
+                end: {
+                    term: _mean([unit["terms"][end][term][name] for unit in units])
+                    for term in ("ce", "bn")
+                }
+                for end in ("start", "end")
+            }
+            for name in names
+        }
+    return found
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return st.fmean(known) if known else None
+
+
+def _students(context: Context, root: epath.Path) -> dict[str, Any]:
+    """The finished students of a set; one that lacks a seed is left out."""
+    found = {}
+    for student in context.config.validate.students:
+        paths = [
+            root / "validate" / student / str(s) / RECORD for s in context.config.validate.seeds
+        ]
+        if all(path.exists() for path in paths):
+            found[student] = summary.over_seeds([workdir.read_json(path) for path in paths])
+    return found
+
+
+def write_summary(context: Context, provenance: Mapping[str, Any]) -> None:
+    """Write summary.json, and the page where the analysis is there."""
+    found = summarise(context, provenance)
+    workdir.write_json(context.root / "summary.json", found)
+    root = folder(context)
+    if "analyse" in found:
+        page = report.render(
+            found,
+            figures={name: (root / f"{name}.png").read_bytes() for name in FIGURES},
+            config=to_dict(context.config),
+            notes=notes(context),
+        )
+        workdir.write_bytes(context.root / "report.html", page.encode())
+
+
+def notes(context: Context) -> list[str]:
+    """What a reader of the numbers must know."""
+    config = context.config
+    said = [
+        "Top-1 is the last epoch's, not the best one's. Every control is trained by the same "
+        "code, augmentation and schedule as the synthetic set.",
+    ]
+    if "full_real" in config.validate.controls:
+        said.append(
+            "The full real set gets as many optimiser steps as the synthetic set, and at least "
+            "as many epochs as the teachers."
+        )
+    if config.recover.initialise == "real":
+        said.append("The synthetic images start from real training images.")
+    return said
+
+
+def show_summary(context: Context) -> None:
+    """Print the table and where the page is; reads only."""
+    path = context.root / "summary.json"
+    if not path.exists():
+        return
+    progress.say("")
+    progress.say(summary.table(workdir.read_json(path)))
+    page = context.root / "report.html"
+    progress.say(f"\n{page if page.exists() else path}")

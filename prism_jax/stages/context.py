@@ -1,0 +1,311 @@
+"""What every stage is handed: the experiment, its working directory, its data and its teachers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from etils import epath
+from flax import traverse_util
+from safetensors import numpy as safetensors
+
+from prism_jax import progress
+from prism_jax.config import Experiment, Network, fingerprint_fields
+from prism_jax.data import workdir
+from prism_jax.data.datasets import DATASETS, DatasetInfo
+from prism_jax.data.sources import ImageSource, open_source, read_all
+from prism_jax.errors import UserError
+from prism_jax.models import build
+from prism_jax.teachers import TeacherPool, describe
+from prism_jax.types import Normalisation, PyTree
+
+WEIGHTS = "weights.safetensors"
+RECORD = "record.json"
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; everything so far is saved."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class StopSignal:
+    """Turns SIGINT and SIGTERM into a request that the running stage honours after saving."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    def install(self) -> None:
+        """Catch both signals from now on; a second one ends the process at once."""
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._request)
+
+    def _request(self, signum: int, frame: Any) -> None:
+        if self.signum is not None:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+        self.signum = signum
+
+    @property
+    def requested(self) -> bool:
+        return self.signum is not None
+
+    def check(self) -> None:
+        """Raise ``Interrupted`` where a stop was requested; call it only when all is saved."""
+        if self.signum is not None:
+            raise Interrupted(self.signum)
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledSet:
+    """A set of images that students train on: the synthetic one, or a control.
+
+    ``fields`` say what made the images; they enter the fingerprints of labels and students.
+    """
+
+    name: str
+    root: epath.Path
+    images_uint8_NHWC: np.ndarray
+    labels_N: np.ndarray
+    fields: dict[str, Any]
+    soft: bool
+
+
+class Context:
+    """One run: configuration, paths, data, teachers, and the request to stop."""
+
+    def __init__(self, config: Experiment, root: epath.PathLike, *, stop: StopSignal | None = None):
+        self.config = config
+        self.root = epath.Path(root)
+        self.stop = stop or StopSignal()
+        self.lock = workdir.Lock(self.root)
+
+    # --- data ---
+
+    @property
+    def info(self) -> DatasetInfo:
+        return DATASETS[self.config.dataset.name]
+
+    @property
+    def normalisation(self) -> Normalisation:
+        return self.info.normalisation
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        size = self.config.dataset.image_size
+        return size, size, self.info.channels
+
+    def open(self, split: str) -> ImageSource:
+        """The real images of a split ("train", "test"), opened on first use."""
+        return self._open(split)
+
+    @functools.cache  # noqa: B019 - a context lives as long as the run
+    def _open(self, split: str) -> ImageSource:
+        dataset = self.config.dataset
+        source = open_source(
+            name=dataset.name,
+            source=dataset.source,
+            path=dataset.path,
+            split=split,
+            image_size=dataset.image_size,
+        )
+        if source.num_classes != dataset.num_classes:
+            if dataset.num_classes > source.num_classes:
+                raise UserError(
+                    f"dataset.num_classes is {dataset.num_classes}, but {dataset.name} at "
+                    f"{dataset.path or dataset.source} has {source.num_classes} classes"
+                )
+            source = FirstClasses(source, dataset.num_classes)
+        return source
+
+    @functools.cache  # noqa: B019
+    def test_set(self) -> tuple[np.ndarray, np.ndarray]:
+        """The real test images, uint8 NHWC, and their labels."""
+        return read_all(self.open("test"))
+
+    # --- fingerprints: what decides the bits of each folder ---
+
+    def teacher_fields(self, name: str) -> dict[str, Any]:
+        """What a teacher is made of: its network and either its training or its checkpoint."""
+        network = self.config.network(name)
+        fields = {"network": dataclasses.asdict(network)}
+        if network.checkpoint:
+            fields["network"]["checkpoint"] = checkpoint_digest(network.checkpoint)
+        else:
+            fields["squeeze"] = fingerprint_fields("squeeze", self.config.squeeze)
+            fields["squeeze"]["seed"] = self.config.squeeze.seed
+            fields["data"] = self.open("train").describe()
+        return fields
+
+    def pool_fields(self, names: Sequence[str]) -> dict[str, str]:
+        """Teachers by the digest of what they are made of."""
+        return {name: workdir.digest(self.teacher_fields(name)) for name in names}
+
+    def recover_fields(self) -> dict[str, Any]:
+        """What the synthetic images are made of."""
+        return {
+            "recover": fingerprint_fields("recover", self.config.recover),
+            "seed": self.config.seed,
+            "data": self.open("train").describe(),
+            "teachers": self.pool_fields(self.config.recover.pool),
+        }
+
+    def relabel_fields(self, labelled: LabelledSet) -> dict[str, Any]:
+        """What soft labels are made of."""
+        return {
+            "relabel": fingerprint_fields("relabel", self.config.relabel),
+            "seed": self.config.seed,
+            "images": workdir.digest(labelled.fields),
+            "teachers": self.pool_fields(self.config.relabel.teachers),
+        }
+
+    def validate_fields(self, labelled: LabelledSet, student: str, seed: int) -> dict[str, Any]:
+        """What a trained student is made of."""
+        fields = {
+            "validate": fingerprint_fields("validate", self.config.validate),
+            "network": dataclasses.asdict(self.config.network(student)),
+            "student_seed": seed,
+            "seed": self.config.seed,
+            "images": workdir.digest(labelled.fields),
+            "test": self.open("test").describe(),
+        }
+        if labelled.soft:
+            fields["labels"] = workdir.digest(self.relabel_fields(labelled))
+        else:
+            views = ("batch_size", "crop_min", "flip", "mix", "mix_alpha")
+            relabel = fingerprint_fields("relabel", self.config.relabel)
+            fields["views"] = {name: relabel[name] for name in views}
+            fields["validate"]["loss"] = "ce"
+        return fields
+
+    # --- networks ---
+
+    def build(self, name: str, *, student: bool = False) -> nn.Module:
+        """A named network's module: a student's head is the dataset's, a teacher's its weights'."""
+        network = self.config.network(name)
+        head = None if student else network.head_classes
+        return build(
+            network.architecture,
+            head or self.config.dataset.num_classes,
+            width=network.width,
+            depth=network.depth,
+            stem=network.stem,
+        )
+
+    def teacher_folder(self, name: str) -> epath.Path:
+        return self.root / "squeeze" / name
+
+    def load_variables(self, name: str) -> PyTree:
+        """A squeezed teacher's variables.
+
+        Raises:
+          UserError: it is not there, or its file is not the one that was written.
+        """
+        folder = self.teacher_folder(name)
+        if not (folder / RECORD).exists():
+            raise UserError(
+                f"teacher {name} is not in {folder}; run the squeeze stage first "
+                f"(--stages=squeeze,...), or adopt it with --from=<workdir that has it>"
+            )
+        data = (folder / WEIGHTS).read_bytes() if (folder / WEIGHTS).exists() else b""
+        if sha256(data) != workdir.read_json(folder / RECORD)["sha256"]:
+            raise UserError(
+                f"{folder / WEIGHTS} is damaged: its content is not what squeeze wrote. Delete "
+                f"{folder} and run the same command again; only this teacher is redone."
+            )
+        return unpack_variables(data)
+
+    def weights_digests(self, names: Sequence[str]) -> dict[str, str]:
+        """SHA-256 of squeezed teachers' weights, by name."""
+        return {
+            name: workdir.read_json(self.teacher_folder(name) / RECORD)["sha256"] for name in names
+        }
+
+    def pool(self, names: Sequence[str]) -> TeacherPool:
+        """These squeezed teachers, ready to read images of the dataset."""
+        teachers, variables = [], []
+        for name in names:
+            network = self.config.network(name)
+            teachers.append(
+                describe(
+                    name,
+                    self.build(name),
+                    self.image_shape,
+                    normalisation=own_normalisation(network),
+                    class_indices=network.class_indices,
+                )
+            )
+            variables.append(self.load_variables(name))
+        return TeacherPool(tuple(teachers), tuple(variables), self.normalisation)
+
+    def begin(self, folder: epath.Path, fields: dict[str, Any]) -> None:
+        """Take the workdir's lock and record what a folder is about to be made from."""
+        self.lock.acquire()
+        if workdir.read_fingerprint(folder) is None:
+            workdir.write_fingerprint(folder, fields)
+
+    def say(self, text: str) -> None:
+        progress.say(text)
+
+
+class FirstClasses:
+    """A source restricted to its first classes (``:smoke`` runs, small studies)."""
+
+    def __init__(self, source: ImageSource, num_classes: int):
+        self._source = source
+        self._at = np.flatnonzero(source.labels_N < num_classes)
+        self.labels_N = source.labels_N[self._at]
+        self.num_classes = num_classes
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def image(self, index: int) -> np.ndarray:
+        return self._source.image(int(self._at[index]))
+
+    def describe(self) -> dict[str, Any]:
+        return {**self._source.describe(), "first_classes": self.num_classes}
+
+
+def own_normalisation(network: Network) -> Normalisation | None:
+    """The normalisation imported weights were trained with, where the config states one."""
+    if network.mean is None or network.std is None:
+        return None
+    return Normalisation(network.mean, network.std)
+
+
+@functools.cache
+def checkpoint_digest(path: str) -> str:
+    """Digest of a checkpoint file.
+
+    Raises:
+      UserError: no such file.
+    """
+    file = epath.Path(path)
+    if not file.exists():
+        raise UserError(f"no checkpoint file at {path}")
+    return sha256(file.read_bytes())
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def pack_variables(variables: PyTree) -> bytes:
+    """Variables as one safetensors file: "params/conv1/kernel" and so on."""
+    flat = traverse_util.flatten_dict(variables, sep="/")
+    return safetensors.save({name: np.ascontiguousarray(leaf) for name, leaf in flat.items()})
+
+
+def unpack_variables(data: bytes) -> PyTree:
+    """The inverse of :func:`pack_variables`."""
+    variables = traverse_util.unflatten_dict(safetensors.load(data), sep="/")
+    return {"params": {}, "batch_stats": {}, **variables}

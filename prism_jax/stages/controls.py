@@ -1,0 +1,50 @@
+"""Controls: what the synthetic set must be compared with, in the same shape.
+
+controls/random_real/        as many random real images, labelled as the synthetic ones
+controls/random_real_hard/   the same images with their hard labels
+controls/full_real/          the whole training set with its hard labels
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from prism_jax.data import image_set
+from prism_jax.data.sources import read_all
+from prism_jax.initialise import random_positions
+from prism_jax.stages.context import Context, LabelledSet
+
+SOFT = {"random_real": True, "random_real_hard": False, "full_real": False}
+
+
+def labelled_set(context: Context, name: str) -> LabelledSet:
+    """The images of one control."""
+    config, source = context.config, context.open("train")
+    root = context.root / "controls" / name
+    fields = {"data": source.describe()}
+    if name == "full_real":
+        images, labels = read_all(source)
+        fields["epochs"] = config.validate.epochs, config.recover.ipc, config.squeeze.epochs
+        return LabelledSet(name, root, images, labels, fields, SOFT[name])
+    classes, slots = _order(context)
+    at = random_positions(source, classes, slots, config.seed)
+    images = np.stack([source.image(i) for i in at])
+    fields |= {"ipc": config.recover.ipc, "seed": config.seed, "classes": int(classes.max()) + 1}
+    return LabelledSet(name, root, images, classes, fields, SOFT[name])
+
+
+def write(context: Context, labelled: LabelledSet) -> None:
+    """Write a random control's images beside its labels, for people to look at."""
+    folder = labelled.root / "images"
+    if labelled.name == "full_real" or folder.exists():
+        return
+    context.lock.acquire()
+    image_set.write_images(folder, labelled.images_uint8_NHWC, *_order(context))
+
+
+def _order(context: Context) -> tuple[np.ndarray, np.ndarray]:
+    """Classes and slots of a set, class-major as image sets are read."""
+    classes, ipc = context.config.dataset.num_classes, context.config.recover.ipc
+    class_N = np.repeat(np.arange(classes, dtype=np.int32), ipc)
+    slot_N = np.tile(np.arange(ipc, dtype=np.int32), classes)
+    return class_N, slot_N

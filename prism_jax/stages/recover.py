@@ -1,0 +1,385 @@
+"""Recover: optimise the pixels of every unit, on every device at once.
+
+recover/images/<class>/<slot>.png   what everything after reads
+recover/units/<unit>.json           written last: this unit is done
+recover/checkpoints/<unit>/         Orbax: images, optimiser, step of a unit in flight
+recover/metrics.jsonl               loss terms per teacher
+recover/manifest.json               written when every unit is done
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from prism_jax import parallel, progress, synthesis
+from prism_jax.config import Layout, batch_layout, budget_of
+from prism_jax.core import pixels
+from prism_jax.data import image_set, workdir
+from prism_jax.data.checkpoints import Checkpoints
+from prism_jax.data.metrics import MetricsWriter, truncate
+from prism_jax.errors import UserError
+from prism_jax.initialise import INITIALISERS
+from prism_jax.stages.context import Context, LabelledSet
+from prism_jax.types import PyTree, Unit
+
+DISPROPORTION = 10.0  # BN terms of two teachers further apart than this are warned of
+
+
+def folder(context: Context) -> epath.Path:
+    return context.root / "recover"
+
+
+def units(context: Context) -> list[Unit]:
+    """All units, in the order they are worked on."""
+    layout = batch_layout(context.config)
+    groups, blocks = range(layout.groups), range(layout.blocks)
+    if context.config.recover.batch_order == "ipc_major":
+        return [Unit(g, b) for g in groups for b in blocks]
+    return [Unit(g, b) for b in blocks for g in groups]
+
+
+def members(context: Context, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
+    """Classes and slots (int32, B) of a unit's images, in batch order."""
+    layout: Layout = batch_layout(context.config)
+    slots = np.arange(unit.group * layout.slots, (unit.group + 1) * layout.slots, dtype=np.int32)
+    classes = np.arange(
+        unit.block * layout.classes, (unit.block + 1) * layout.classes, dtype=np.int32
+    )
+    if context.config.recover.batch_order == "ipc_major":
+        return np.tile(classes, len(slots)), np.repeat(slots, len(classes))
+    return np.repeat(classes, len(slots)), np.tile(slots, len(classes))
+
+
+def recipe_of(context: Context) -> synthesis.Recipe:
+    """The engine's numbers."""
+    recover = context.config.recover
+    names = {field.name for field in dataclasses.fields(synthesis.Recipe)}
+    numbers = {k: v for k, v in dataclasses.asdict(recover).items() if k in names}
+    return synthesis.Recipe(**{**numbers, "primary": recover.pool.index(recover.primary)})
+
+
+def pending(context: Context) -> list[Unit]:
+    """Units whose images are not there yet.
+
+    Raises:
+      UserError: there are images, but they were made from other settings.
+    """
+    root = folder(context)
+    found = workdir.read_fingerprint(root)
+    if found is None:
+        return units(context)
+    if lines := workdir.differences(found, context.recover_fields()):
+        changed = "\n".join(f"  - {line}" for line in lines)
+        raise UserError(
+            f"{root} holds images made from other settings:\n{changed}\n"
+            f"Nothing was changed. Either use another --workdir (with --from={context.root} to "
+            f"adopt every stage that still fits), or restore these values, or delete {root}."
+        )
+    if (root / "manifest.json").exists():
+        return []
+    return [unit for unit in units(context) if not _record(context, unit).exists()]
+
+
+def is_done(context: Context) -> bool:
+    return not pending(context) and (folder(context) / "manifest.json").exists()
+
+
+def synthetic_set(context: Context) -> LabelledSet:
+    """The finished synthetic set.
+
+    Raises:
+      UserError: it is not finished, or an image is damaged; a damaged one is set aside, and
+        the next run redoes its unit.
+    """
+    root = folder(context)
+    if not is_done(context):
+        raise UserError(f"{root} has no finished images; run the recover stage first")
+    shape = context.config.dataset.num_classes, context.config.recover.ipc
+    try:
+        images, labels = image_set.read_images(root / "images", *shape)
+    except image_set.DamagedFile as error:
+        _redo(context, error)
+        raise
+    expected = workdir.read_json(root / "manifest.json")["digest"]
+    if image_set.digest(images) != expected:
+        raise UserError(
+            f"the images in {root / 'images'} are not those that recover wrote (their digest "
+            f"differs from manifest.json). Put the originals back, or delete {root} to redo them."
+        )
+    return LabelledSet("synthetic", context.root, images, labels, context.recover_fields(), True)
+
+
+def run(context: Context) -> None:
+    """Optimise every unit that is missing, then write the manifest."""
+    root, config = folder(context), context.config
+    waiting = pending(context)
+    if not waiting and (root / "manifest.json").exists():
+        return
+    context.begin(root, context.recover_fields())
+    if waiting:
+        _optimise(context, waiting)
+    records = [workdir.read_json(_record(context, unit)) for unit in units(context)]
+    images, _ = image_set.read_images(
+        root / "images", config.dataset.num_classes, config.recover.ipc
+    )
+    manifest = {
+        "digest": image_set.digest(images),
+        "images": len(images),
+        "ipc": config.recover.ipc,
+        "num_classes": config.dataset.num_classes,
+        "seed": config.seed,
+        "pool": list(config.recover.pool),
+        "units": records,
+    }
+    workdir.write_json(root / "manifest.json", manifest)
+
+
+# --- the lanes ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Lane:
+    """A unit in flight on one device."""
+
+    unit: Unit
+    budget: int
+    done: int
+    placed_unit: PyTree
+    state: PyTree
+    checkpoints: Checkpoints
+    start_terms: dict[str, Any] | None
+    seconds: float
+
+
+def _optimise(context: Context, waiting: list[Unit]) -> None:
+    config, root = context.config, folder(context)
+    recipe, pool = recipe_of(context), context.pool(config.recover.pool)
+    devices = parallel.lane_devices(len(waiting))
+    engine = synthesis.engine(pool, recipe, devices=devices, how=config.parallel.map)
+    queue = deque(parallel.process_share(waiting))
+    lanes: list[Lane | None] = [None] * len(engine)
+    spare: PyTree = None
+    _cut_metrics(context)
+    writer = MetricsWriter(root / "metrics.jsonl", tensorboard_dir=root / "tensorboard")
+    total = sum(_budget(context, unit) for unit in queue)
+    warned = False
+
+    with progress.task("recover", total, unit="iteration") as bar:
+        while queue or any(lanes):
+            for at, lane in enumerate(lanes):
+                if lane is None and queue:
+                    lanes[at] = lane = _start(context, engine, recipe, queue.popleft(), at)
+                    bar.advance(lane.done)
+            counts = [_count(lane, config.recover.steps_per_dispatch) for lane in lanes]
+            spare = spare or next(lane for lane in lanes if lane)
+            began = time.monotonic()
+            results = _dispatch(context, engine, lanes, counts, spare)
+            for at, (lane, count, (state, report)) in enumerate(
+                zip(lanes, counts, results, strict=True)
+            ):
+                if lane is None:
+                    continue
+                lane.state, lane.done = state, lane.done + count
+                lane.seconds += (time.monotonic() - began) / sum(map(bool, lanes))
+                report = engine.fetch(report)
+                if count:
+                    _check(context, lane, report, pool.names)
+                    writer.write(lane.done, **_line(lane, report.last, pool.names))
+                    if report.first.step == 0:
+                        lane.start_terms = terms(report.first, pool.names)
+                        warned = warned or _warn(context, report.first, pool.names)
+                    bar.advance(count, loss=float(report.last.loss))
+                if lane.done >= lane.budget:
+                    _finish(context, engine, recipe, pool, lane, report)
+                    lanes[at] = None
+                elif lane.checkpoints.due or context.stop.requested:
+                    _save(engine, lane)
+            if context.stop.requested:
+                for lane in filter(None, lanes):
+                    lane.checkpoints.close()
+                context.stop.check()
+    writer.close()
+
+
+def _start(context: Context, engine, recipe, unit: Unit, at: int) -> Lane:
+    """Put a unit on a lane: from its checkpoint, or from its initial images."""
+    config = context.config
+    classes, slots = members(context, unit)
+    initialise = INITIALISERS[config.recover.initialise]
+    images = initialise(
+        context.open("train"), context.normalisation, context.image_shape, classes, slots,
+        config.seed,
+    )  # fmt: skip
+    state = jax.device_get(synthesis.initial_state(recipe, images))
+    checkpoints = Checkpoints(
+        folder(context) / "checkpoints" / unit.name,
+        every_seconds=config.recover.checkpoint_seconds,
+    )
+    start_terms, seconds = None, 0.0
+    if restored := checkpoints.restore(state):
+        _, state, meta = restored
+        start_terms, seconds = meta["start_terms"], meta["seconds"]
+    budget = _budget(context, unit)
+    batch = synthesis.UnitBatch(np.int32(slots[0]), np.int32(unit.block), np.int32(budget), classes)
+    return Lane(
+        unit, budget, int(state.step), engine.place(batch, at), engine.place(state, at),
+        checkpoints, start_terms, seconds,
+    )  # fmt: skip
+
+
+def _dispatch(context: Context, engine, lanes, counts, spare: Lane) -> list:
+    """One call of the engine; a lane without a unit runs zero iterations of a copy."""
+    arguments = []
+    for at, (lane, count) in enumerate(zip(lanes, counts, strict=True)):
+        if lane is None:
+            unit, state = engine.fetch(spare.placed_unit), engine.fetch(spare.state)
+            placed = engine.place(unit, at), engine.place(state, at)
+        else:
+            placed = lane.placed_unit, lane.state
+        arguments.append((*placed, engine.place(np.int32(count), at)))
+    try:
+        return engine(context.config.seed, arguments)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"the device has not enough memory for one image batch. Lower recover.batch_size "
+            f"(now {len(spare.placed_unit.labels_B[0])} images) and start in another workdir: "
+            f"--workdir=<new> --from={context.root}. Finished units stay where they are."
+        ) from error
+
+
+def _count(lane: Lane | None, steps_per_dispatch: int) -> int:
+    """Iterations to the next multiple of ``steps_per_dispatch``, or to the end."""
+    if lane is None:
+        return 0
+    return min(steps_per_dispatch - lane.done % steps_per_dispatch, lane.budget - lane.done)
+
+
+def _save(engine, lane: Lane) -> None:
+    meta = {"start_terms": lane.start_terms, "seconds": lane.seconds}
+    lane.checkpoints.save(lane.done, engine.fetch(lane.state), meta)
+
+
+def _finish(context: Context, engine, recipe, pool, lane: Lane, report) -> None:
+    """Write a unit's images and then its record, which makes it done."""
+    root, config = folder(context), context.config
+    classes, slots = members(context, lane.unit)
+    images = pixels.to_uint8(
+        engine.fetch(lane.state).images_BHWC,
+        context.normalisation,
+        rounding=config.recover.rounding,
+    )
+    images = np.asarray(images)
+    image_set.write_images(root / "images", images, classes, slots)
+    record = {
+        "unit": lane.unit.name,
+        "slots": sorted({int(s) for s in slots}),
+        "classes": [int(classes.min()), int(classes.max())],
+        "iterations": lane.budget,
+        "digest": image_set.digest(images),
+        "seconds": lane.seconds,
+    }
+    if lane.budget:
+        batch = engine.fetch(lane.placed_unit)
+        drawn = synthesis.drawn_share(recipe, pool.teachers, config.seed, batch)
+        record["drawn"] = dict(zip(pool.names, map(float, drawn), strict=True))
+        record["terms"] = {"start": lane.start_terms, "end": terms(report.last, pool.names)}
+    workdir.write_json(_record(context, lane.unit), record)
+    lane.checkpoints.delete()
+
+
+# --- what is said and logged ----------------------------------------------------------------
+
+
+def terms(found: synthesis.Terms, names: tuple[str, ...]) -> dict[str, dict[str, float | None]]:
+    """One iteration's unweighted terms per teacher; None for a teacher that was not read."""
+
+    def by_name(values) -> dict[str, float | None]:
+        return {
+            name: None if np.isnan(v) else float(v) for name, v in zip(names, values, strict=True)
+        }
+
+    return {"ce": by_name(found.ce_T), "bn": by_name(found.bn_T)}
+
+
+def _line(lane: Lane, last: synthesis.Terms, names: tuple[str, ...]) -> dict[str, Any]:
+    drawn = [n for n, w in zip(names, last.draw.statistic_weights_T, strict=True) if w > 0]
+    return {
+        "unit": lane.unit.name,
+        "loss": float(last.loss),
+        "drawn": drawn,
+        **terms(last, names),
+    }
+
+
+def _check(context: Context, lane: Lane, report, names: tuple[str, ...]) -> None:
+    if reason := synthesis.explain_failure(report.failed, names):
+        raise UserError(
+            f"recover stopped at unit {lane.unit.name}: {reason}. Finished units stay. Lower "
+            f"recover.learning_rate or recover.alpha_bn, or leave that teacher out, in another "
+            f"workdir: --workdir=<new> --from={context.root}"
+        )
+
+
+def _warn(context: Context, first: synthesis.Terms, names: tuple[str, ...]) -> bool:
+    """Say so where one teacher's BN term dwarfs another's; returns whether it was said."""
+    if context.config.recover.alpha_bn == 0:
+        return False
+    sizes = {n: float(v) for n, v in zip(names, first.bn_T, strict=True) if v > 0}
+    if not sizes:
+        return False
+    small, large = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
+    ratio = sizes[large] / sizes[small]
+    if ratio <= DISPROPORTION:
+        return False
+    context.say(
+        f"warning: the BN term of {large} ({sizes[large]:.3g}) is {ratio:.0f} times that of "
+        f"{small} ({sizes[small]:.3g}); where both are drawn, {large} decides. If that is not "
+        f"meant, leave one of them out of recover.pool."
+    )
+    return True
+
+
+def _cut_metrics(context: Context) -> None:
+    """Drop the lines of iterations that a resumed unit will do again."""
+    root = folder(context)
+    reached = {}
+    for unit in units(context):
+        if _record(context, unit).exists():
+            reached[unit.name] = np.inf
+        else:
+            steps = root / "checkpoints" / unit.name
+            names = [p.name for p in steps.iterdir()] if steps.exists() else []
+            reached[unit.name] = max((int(n) for n in names if n.isdecimal()), default=0)
+    truncate(root / "metrics.jsonl", lambda line: line["step"] <= reached.get(line["unit"], 0))
+
+
+# --- small parts ----------------------------------------------------------------------------
+
+
+def _budget(context: Context, unit: Unit) -> int:
+    return budget_of(context.config, unit.group * batch_layout(context.config).slots)
+
+
+def _record(context: Context, unit: Unit) -> epath.Path:
+    return folder(context) / "units" / f"{unit.name}.json"
+
+
+def _redo(context: Context, error: image_set.DamagedFile) -> None:
+    """Set a damaged image aside and forget that its unit is done."""
+    damaged = epath.Path(error.path)
+    if damaged.exists():
+        workdir.set_aside(damaged)
+    for unit in units(context):
+        for cls, slot in zip(*members(context, unit), strict=True):
+            if image_set.image_path(folder(context) / "images", cls, slot) == damaged:
+                _record(context, unit).unlink(missing_ok=True)
+                (folder(context) / "manifest.json").unlink(missing_ok=True)

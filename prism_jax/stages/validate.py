@@ -1,0 +1,156 @@
+"""Validate: train students on a set of images and test them on the real test images.
+
+    validate/<student>/<seed>/  metrics.jsonl  checkpoints/  record.json (last: present = done)
+
+The synthetic set and every control go through this same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from etils import epath
+
+from prism_jax.core.augment import Augment
+from prism_jax.data import workdir
+from prism_jax.data.label_store import LabelReader
+from prism_jax.data.pipeline import num_batches
+from prism_jax.stages.context import RECORD, Context, LabelledSet
+from prism_jax.stages.loop import train
+from prism_jax.training import TrainBatch, Trainer, TrainRecipe, hard_batches, soft_batches
+
+
+def folder(labelled: LabelledSet, student: str, seed: int) -> epath.Path:
+    return labelled.root / "validate" / student / str(seed)
+
+
+def pending(context: Context, labelled: LabelledSet) -> list[tuple[str, int]]:
+    """(student, seed) pairs that are not trained yet; those of other settings count as none."""
+    validate = context.config.validate
+    return [
+        (student, seed)
+        for student in validate.students
+        for seed in validate.seeds
+        if not _is_done(context, labelled, student, seed)
+    ]
+
+
+def records(context: Context, labelled: LabelledSet) -> dict[str, list[dict[str, Any]]]:
+    """What the finished trainings say: student -> one record per seed, in the config's order."""
+    validate = context.config.validate
+    return {
+        student: [
+            workdir.read_json(folder(labelled, student, seed) / RECORD) for seed in validate.seeds
+        ]
+        for student in validate.students
+    }
+
+
+def run(
+    context: Context, labelled: LabelledSet, labels: LabelReader | None, augment: Augment
+) -> None:
+    """Train every student that is missing.
+
+    Args:
+      labels: the set's soft labels; None trains on hard labels.
+      augment: the views and mixes; for soft labels, those they were made with.
+    """
+    for student, seed in pending(context, labelled):
+        _train(context, labelled, labels, augment, student, seed)
+        context.stop.check()
+
+
+def epochs_of(context: Context, labelled: LabelledSet) -> int:
+    """Epochs for a set: the configured ones for a set of the synthetic size.
+
+    A larger set (``full_real``) gets as many optimiser steps, and at least squeeze's epochs.
+    """
+    config = context.config
+    size = config.validate.batch_size
+    synthetic = config.recover.ipc * config.dataset.num_classes
+    if len(labelled.labels_N) <= synthetic:
+        return config.validate.epochs
+    steps = config.validate.epochs * num_batches(synthetic, size)
+    equal_steps = -(-steps // num_batches(len(labelled.labels_N), size))
+    return max(equal_steps, config.squeeze.epochs)
+
+
+def _is_done(context: Context, labelled: LabelledSet, student: str, seed: int) -> bool:
+    root = folder(labelled, student, seed)
+    found = workdir.read_fingerprint(root)
+    if found is None or workdir.differences(
+        found, context.validate_fields(labelled, student, seed)
+    ):
+        return False
+    return (root / RECORD).exists()
+
+
+def _train(
+    context: Context,
+    labelled: LabelledSet,
+    labels: LabelReader | None,
+    augment: Augment,
+    student: str,
+    seed: int,
+) -> None:
+    validate, root = context.config.validate, folder(labelled, student, seed)
+    fields = context.validate_fields(labelled, student, seed)
+    found = workdir.read_fingerprint(root)
+    if found is not None and workdir.differences(found, fields):
+        context.lock.acquire()
+        context.say(f"{root} was made from other settings; training again")
+        root.rmtree()
+    context.begin(root, fields)
+    images, targets = labelled.images_uint8_NHWC, labelled.labels_N
+    epochs, size = epochs_of(context, labelled), min(validate.batch_size, len(targets))
+    recipe = TrainRecipe(
+        views="relabel/view",
+        augment=augment,
+        loss=validate.loss if labels else "ce",
+        ce_weight=validate.ce_weight,
+        temperature=validate.temperature,
+        epochs=epochs,
+        accumulate=validate.accumulate,
+        optimiser=validate.optimiser,
+        learning_rate=validate.learning_rate,
+        weight_decay=validate.weight_decay,
+        schedule=validate.schedule,
+    )
+
+    def from_batch(start: int) -> Iterable[TrainBatch]:
+        if labels:
+            records = labels.read(start=start, epochs=epochs, threads=1)
+            return soft_batches(images, targets, records)
+        return hard_batches(
+            images, targets, batch_size=size, epochs=epochs, seed=context.config.seed,
+            name="relabel/order", start=start,
+        )  # fmt: skip
+
+    trained = train(
+        context,
+        Trainer(
+            context.build(student, student=True),
+            recipe,
+            context.normalisation,
+            view_seed=context.config.seed,
+            seed=seed,
+        ),
+        root,
+        title=f"validate {labelled.name}/{student}/{seed}",
+        batches=from_batch,
+        per_epoch=labels.plan.batches_per_epoch if labels else num_batches(len(targets), size),
+        eval_every=min(validate.eval_every, epochs),
+        checkpoint_seconds=validate.checkpoint_seconds,
+    )
+    record = {
+        "student": student,
+        "seed": seed,
+        "epochs": epochs,
+        "top1": trained.top1,
+        "top5": trained.top5,
+        "best_top1": trained.best_top1,
+        "per_class": trained.per_class,
+        "seconds": trained.seconds,
+    }
+    workdir.write_json(root / RECORD, record)

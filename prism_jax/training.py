@@ -1,0 +1,342 @@
+"""Training and testing a network: teachers in squeeze, students in validate.
+
+One jitted step per batch, at top level: on a CPU the gradient by the weights is slow inside a
+loop. A batch may be accumulated in parts; BatchNorm then sees one part at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from prism_jax import rng
+from prism_jax.core import losses, pixels, schedules
+from prism_jax.core.augment import Augment, augment
+from prism_jax.data.pipeline import epoch_order, num_batches
+from prism_jax.errors import UserError
+from prism_jax.types import Array, Normalisation, PyTree, SoftLabels
+
+
+def decayed(params: PyTree) -> PyTree:
+    """Weight decay for kernels only; biases and BatchNorm get none (``methods.md`` 0.6)."""
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def adamw(weight_decay: float) -> optax.GradientTransformation:
+    """AdamW with PyTorch's defaults, without its learning rate."""
+    return optax.chain(
+        optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
+        optax.add_decayed_weights(weight_decay, decayed),
+    )
+
+
+def sgd(weight_decay: float) -> optax.GradientTransformation:
+    """SGD with momentum 0.9 and coupled weight decay, without its learning rate."""
+    return optax.chain(optax.add_decayed_weights(weight_decay, decayed), optax.trace(0.9))
+
+
+OPTIMISERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "adamw": adamw,
+    "sgd": sgd,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainRecipe:
+    """How a network is trained; static in the trace.
+
+    ``views`` names the random stream of views and mixes: a student of soft labels uses the
+    stream the labels were made with. The learning rate is constant within an epoch.
+    """
+
+    views: str
+    augment: Augment
+    loss: str = "ce"
+    ce_weight: float = 0.0
+    temperature: float = 1.0
+    epochs: int = 10
+    accumulate: int = 1
+    optimiser: str = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    schedule: str = "cosine"
+
+
+class TrainState(NamedTuple):
+    """A network in training: optimiser steps done, its variables, the optimiser's state."""
+
+    step: Array
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: PyTree
+
+    @property
+    def variables(self) -> PyTree:
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+class TrainBatch(NamedTuple):
+    """One batch: its coordinates, pixels, hard labels, and soft labels or None."""
+
+    epoch: int
+    batch: int
+    images_uint8_BHWC: np.ndarray
+    labels_B: np.ndarray
+    logits_BK: np.ndarray | None = None
+
+
+class TestResult(NamedTuple):
+    """Fractions in [0, 1]: top-1, top-5, and top-1 of each class (NaN where it has no image)."""
+
+    top1: float
+    top5: float
+    per_class_K: np.ndarray
+
+
+def initial_state(
+    module: nn.Module, recipe: TrainRecipe, seed: int, image_shape: tuple[int, int, int]
+) -> TrainState:
+    """Fresh weights from the stream "train/init" of ``seed``."""
+    images = jnp.zeros((1, *image_shape), jnp.float32)
+    init = jax.jit(functools.partial(module.init, train=False))
+    variables = init(rng.stream(rng.root(seed), "train/init"), images)
+    params = variables["params"]
+    opt_state = OPTIMISERS[recipe.optimiser](recipe.weight_decay).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), opt_state)
+
+
+def train_step(
+    recipe: TrainRecipe,
+    module: nn.Module,
+    normalisation: Normalisation,
+    view_seed: Array,
+    seed: Array,
+    state: TrainState,
+    batch: TrainBatch,
+) -> tuple[TrainState, Array]:
+    """One optimiser step, from pixels: view, mix, forward, loss, update.
+
+    Args:
+      view_seed: whose views and mixes; ``seed``: whose dropout.
+
+    Returns:
+      The new state, and the loss averaged over the batch.
+    """
+    key = rng.stream(rng.root(view_seed), recipe.views, batch.epoch, batch.batch)
+    images_BHWC, mix = augment(key, batch.images_uint8_BHWC, recipe.augment, normalisation)
+    dropout = rng.stream(rng.root(seed), "train/dropout", batch.epoch, batch.batch)
+    size = images_BHWC.shape[0]
+    targets = losses.Targets(
+        batch.labels_B,
+        batch.labels_B[mix.partner_B],
+        mix.weight,
+        None if batch.logits_BK is None else batch.logits_BK.astype(jnp.float32),
+    )
+
+    def objective(params, batch_stats, part: slice, part_key):
+        logits_BK, updated = module.apply(
+            {"params": params, "batch_stats": batch_stats}, images_BHWC[part], train=True,
+            mutable=["batch_stats"], rngs={"dropout": part_key},
+        )  # fmt: skip
+        loss = losses.STUDENT_LOSSES[recipe.loss](
+            logits_BK,
+            jax.tree.map(lambda x: x[part] if x.ndim else x, targets),
+            ce_weight=recipe.ce_weight,
+            temperature=recipe.temperature,
+        )
+        return loss, updated.get("batch_stats", {})
+
+    loss, batch_stats = jnp.zeros((), jnp.float32), state.batch_stats
+    gradient = jax.tree.map(jnp.zeros_like, state.params)
+    for i, rows in enumerate(np.array_split(np.arange(size), min(recipe.accumulate, size))):
+        part, share = slice(int(rows[0]), int(rows[-1]) + 1), len(rows) / size
+        (part_loss, batch_stats), part_gradient = jax.value_and_grad(objective, has_aux=True)(
+            state.params, batch_stats, part, rng.stream(dropout, "part", i)
+        )
+        loss += share * part_loss
+        gradient = jax.tree.map(lambda g, p, s=share: g + s * p, gradient, part_gradient)
+
+    rate = recipe.learning_rate * schedules.SCHEDULES[recipe.schedule](batch.epoch, recipe.epochs)
+    optimiser = OPTIMISERS[recipe.optimiser](recipe.weight_decay)
+    direction, opt_state = optimiser.update(gradient, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
+    return TrainState(state.step + 1, params, batch_stats, opt_state), loss
+
+
+class Trainer:
+    """A jitted train step and a jitted test of one network."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        recipe: TrainRecipe,
+        normalisation: Normalisation,
+        *,
+        view_seed: int,
+        seed: int,
+    ):
+        self.module, self.recipe, self.normalisation = module, recipe, normalisation
+        self._seeds = np.uint32(view_seed), np.uint32(seed)
+        self._step = _jitted_step(recipe, module, normalisation)
+
+    def start(self, image_shape: tuple[int, int, int]) -> TrainState:
+        """Fresh weights for images of (height, width, channels)."""
+        return initial_state(self.module, self.recipe, int(self._seeds[1]), image_shape)
+
+    def step(self, state: TrainState, batch: TrainBatch) -> tuple[TrainState, Array]:
+        """One optimiser step; the loss stays on the device."""
+        batch = batch._replace(epoch=np.int32(batch.epoch), batch=np.int32(batch.batch))
+        return self._step(*self._seeds, state, batch)
+
+    def test(self, state: TrainState, images_uint8, labels, *, batch_size: int = 256) -> TestResult:
+        """Accuracy on real images, in evaluation mode, without augmentation."""
+        return test(
+            self.module, state.variables, images_uint8, labels, self.normalisation,
+            batch_size=batch_size,
+        )  # fmt: skip
+
+
+@functools.cache
+def _jitted_step(recipe: TrainRecipe, module: nn.Module, normalisation: Normalisation) -> Callable:
+    """One executable per (recipe, network): seeds, controls and student seeds share it."""
+    return jax.jit(functools.partial(train_step, recipe, module, normalisation), donate_argnums=2)
+
+
+@functools.cache
+def _jitted_forward(module: nn.Module, normalisation: Normalisation) -> Callable:
+    def forward(variables, images_uint8_BHWC):
+        return module.apply(variables, pixels.normalise(images_uint8_BHWC, normalisation))
+
+    return jax.jit(forward)
+
+
+def test(
+    module: nn.Module,
+    variables: PyTree,
+    images_uint8_NHWC: np.ndarray,
+    labels_N: np.ndarray,
+    normalisation: Normalisation,
+    *,
+    batch_size: int = 256,
+    class_indices: tuple[int, ...] | None = None,
+) -> TestResult:
+    """Test a network on images; the last batch is padded, so that one program serves all."""
+    forward = _jitted_forward(module, normalisation)
+    count = len(labels_N)
+    batch_size = min(batch_size, count)
+    right1, right5 = np.zeros(count, bool), np.zeros(count, bool)
+    for start in range(0, count, batch_size):
+        rows = np.arange(start, min(start + batch_size, count))
+        padded = np.resize(rows, batch_size)
+        logits = np.asarray(forward(variables, images_uint8_NHWC[padded]))[: len(rows)]
+        if class_indices is not None:
+            logits = logits[:, list(class_indices)]
+        order = np.argsort(-logits, axis=1, kind="stable")  # ties: the lower class first
+        rank = (order == labels_N[rows][:, None]).argmax(1)
+        finite = np.isfinite(logits).all(1)
+        right1[rows], right5[rows] = (rank < 1) & finite, (rank < 5) & finite
+    per_class = [
+        right1[labels_N == c].mean() if (labels_N == c).any() else np.nan
+        for c in range(int(labels_N.max()) + 1)
+    ]
+    return TestResult(float(right1.mean()), float(right5.mean()), np.array(per_class))
+
+
+def soft_batches(
+    images_uint8_NHWC: np.ndarray, labels_N: np.ndarray, records: Iterable[SoftLabels]
+) -> Iterable[TrainBatch]:
+    """The images that each record labels, in stored order."""
+    for record in records:
+        index = np.asarray(record.index_B)
+        yield TrainBatch(
+            record.epoch, record.batch, images_uint8_NHWC[index], labels_N[index],
+            np.asarray(record.logits_BK),
+        )  # fmt: skip
+
+
+def hard_batches(
+    images_uint8_NHWC: np.ndarray,
+    labels_N: np.ndarray,
+    *,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+    name: str,
+    start: int = 0,
+) -> Iterable[TrainBatch]:
+    """Every image once per epoch, in the order of the named stream, from batch ``start`` on."""
+    count = len(labels_N)
+    per_epoch = num_batches(count, batch_size)
+    for epoch in range(start // per_epoch, epochs):
+        order = epoch_order(seed, name, epoch, count)
+        for batch in range(
+            start - epoch * per_epoch if start > epoch * per_epoch else 0, per_epoch
+        ):
+            index = order[batch * batch_size : (batch + 1) * batch_size]
+            yield TrainBatch(epoch, batch, images_uint8_NHWC[index], labels_N[index])
+
+
+def fit(
+    module: nn.Module,
+    images_uint8_NHWC: np.ndarray,
+    labels_N: np.ndarray,
+    *,
+    normalisation: Normalisation,
+    soft_labels: Iterable[SoftLabels] | None = None,
+    epochs: int = 10,
+    batch_size: int = 64,
+    seed: int = 0,
+    label_seed: int = 0,
+    crop_min: float = 0.25,
+    flip: bool = True,
+    mix: str = "none",
+    **recipe,
+) -> PyTree:
+    """Train a network on images in memory.
+
+    Args:
+      module: a ``flax.linen`` module called as ``module(images, train=...)``.
+      images_uint8_NHWC, labels_N: the set.
+      normalisation: applied to the pixels.
+      soft_labels: the records of ``relabel``; then ``label_seed``, ``crop_min``, ``flip`` and
+        ``mix`` must be those they were made with, the loss is MSE + 0.1 CE unless stated, and
+        ``epochs`` is the number of labelled epochs.
+      **recipe: further fields of ``TrainRecipe``.
+
+    Returns:
+      The network's variables: "params" and "batch_stats".
+
+    Raises:
+      UserError: images that are not uint8 NHWC, or labels of another length.
+    """
+    images = np.asarray(images_uint8_NHWC)
+    labels = np.asarray(labels_N, np.int32)
+    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(labels):
+        raise UserError(
+            f"fit got images of dtype {images.dtype} and shape {images.shape} with "
+            f"{len(labels)} labels; it needs uint8 (N, H, W, C) and N labels"
+        )
+    how = Augment(crop_min=crop_min, flip=flip, mix=mix)
+    if soft_labels is None:
+        recipe = TrainRecipe("train/view", how, epochs=epochs, **recipe)
+        batches = hard_batches(
+            images, labels, batch_size=batch_size, epochs=epochs, seed=seed, name="train/order"
+        )
+        view_seed = seed
+    else:
+        recipe = {"loss": "mse_gt", "ce_weight": 0.1, **recipe}
+        recipe = TrainRecipe("relabel/view", how, epochs=epochs, **recipe)
+        batches, view_seed = soft_batches(images, labels, soft_labels), label_seed
+    trainer = Trainer(module, recipe, normalisation, view_seed=view_seed, seed=seed)
+    state = trainer.start(images.shape[1:])
+    for batch in batches:
+        state, _ = trainer.step(state, batch)
+    return jax.device_get(state.variables)
