@@ -1,0 +1,567 @@
+"""Convolution, normalisation, pooling and dropout with PyTorch's conventions, NHWC.
+
+``Conv`` hides what XLA does badly on a CPU (measured, jax 0.10): the gradient of a convolution
+inside a loop is 10 to 15 times slower unless the input gradient is a convolution with an
+explicitly transposed kernel; a depthwise convolution is 10 to 80 times slower than shifted
+multiply-adds; a map smaller than its kernel costs 50 times its share. :func:`choose_form` picks
+the form of each pass, ``FORMS`` holds them. Other platforms run the plain ``lax`` convolution.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from prism_jax.types import Array
+
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+MOMENTUM = 0.1
+
+
+class Spec(NamedTuple):
+    """A convolution without its arrays; zeros pad every side."""
+
+    x_shape: tuple[int, int, int, int]  # B H W C
+    kernel_shape: tuple[int, int, int, int]  # height, width, C / groups, features
+    stride: int
+    padding: int
+    groups: int
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """Height and width of the result."""
+        sizes = zip(self.x_shape[1:3], self.kernel_shape[:2], strict=True)
+        rows, columns = (_output_size(n, k, self.stride, self.padding) for n, k in sizes)
+        return rows, columns
+
+
+class Form(NamedTuple):
+    """One way to compute a convolution and its two gradients; each takes (array, array, Spec)."""
+
+    forward: Callable[[Array, Array, Spec], Array]  # x, kernel
+    input_gradient: Callable[[Array, Array, Spec], Array]  # dy, kernel
+    kernel_gradient: Callable[[Array, Array, Spec], Array]  # x, dy
+
+
+def _output_size(size: int, kernel: int, stride: int, padding: int) -> int:
+    return (size + 2 * padding - kernel) // stride + 1
+
+
+def conv2d(
+    x_BHWC: Array, kernel_HWIO: Array, *, stride: int = 1, padding: int = 0, groups: int = 1
+) -> Array:
+    """Convolve, in the form that suits the platform and the shapes.
+
+    Args:
+      x_BHWC: the input.
+      kernel_HWIO: (height, width, C / groups, features), of the input's dtype.
+      stride, padding, groups: as in PyTorch.
+
+    Returns:
+      (B, H', W', features) with H' = floor((H + 2 padding - height) / stride) + 1.
+    """
+    height, width = kernel_HWIO.shape[:2]
+    apart = height == width and height in (1, stride)
+    if apart and padding == 0 and groups == 1:
+        return _dot(x_BHWC, kernel_HWIO, stride)
+    spec = Spec(x_BHWC.shape, kernel_HWIO.shape, stride, padding, groups)
+    return _conv(x_BHWC, kernel_HWIO, spec)
+
+
+def _dot(x_BHWC: Array, kernel_HWIO: Array, stride: int) -> Array:
+    """Convolve with windows that do not overlap: a matrix product, differentiated as one."""
+    size = kernel_HWIO.shape[0]
+    if size == 1:
+        return x_BHWC[:, ::stride, ::stride] @ kernel_HWIO[0, 0]
+    batch, height, width, channels = x_BHWC.shape
+    rows, columns = height // size, width // size
+    windows = x_BHWC[:, : rows * size, : columns * size]
+    windows = windows.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
+    return windows.reshape(batch, rows, columns, -1) @ kernel_HWIO.reshape(
+        -1, kernel_HWIO.shape[-1]
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv(x_BHWC: Array, kernel_HWIO: Array, spec: Spec) -> Array:
+    return _run("forward", x_BHWC, kernel_HWIO, spec)
+
+
+def _conv_forward(x_BHWC: Array, kernel_HWIO: Array, spec: Spec):
+    return _run("forward", x_BHWC, kernel_HWIO, spec), (x_BHWC, kernel_HWIO)
+
+
+def _conv_backward(spec: Spec, saved: tuple[Array, Array], dy_BHWC: Array):
+    x_BHWC, kernel_HWIO = saved
+    return (
+        _run("input_gradient", dy_BHWC, kernel_HWIO, spec),
+        _run("kernel_gradient", x_BHWC, dy_BHWC, spec),
+    )
+
+
+_conv.defvjp(_conv_forward, _conv_backward)
+
+
+def choose_form(step: str, spec: Spec, platform: str) -> str:
+    """Name the form for one step of a convolution.
+
+    Args:
+      step: a field of :class:`Form`.
+      spec: shapes, stride, padding, groups.
+      platform: "cpu" or another.
+
+    Returns:
+      A key of ``FORMS``.
+    """
+    if platform != "cpu":
+        return "lax"
+    height, width, per_group, features = spec.kernel_shape
+    if spec.groups > 1:
+        if per_group > 1:
+            return "split"
+        return "depthwise" if features == spec.groups else "lax"
+    # The input gradient slides the kernel over the output's map.
+    rows, columns = spec.output_size if step == "input_gradient" else spec.x_shape[1:3]
+    small = rows < height or columns < width
+    return "taps" if small and step != "kernel_gradient" else "dense"
+
+
+def _run(step: str, left: Array, right: Array, spec: Spec) -> Array:
+    """Run one step; the platform is known when the program is lowered, not when it is traced."""
+
+    def branch(platform: str) -> Callable[[Array, Array], Array]:
+        function = getattr(FORMS[choose_form(step, spec, platform)], step)
+        return lambda left, right: function(left, right, spec)
+
+    return lax.platform_dependent(left, right, cpu=branch("cpu"), default=branch("gpu"))
+
+
+def _lax_forward(x_BHWC: Array, kernel_HWIO: Array, spec: Spec) -> Array:
+    return lax.conv_general_dilated(
+        x_BHWC,
+        kernel_HWIO,
+        window_strides=(spec.stride, spec.stride),
+        padding=[(spec.padding, spec.padding)] * 2,
+        dimension_numbers=DIMENSIONS,
+        feature_group_count=spec.groups,
+    )
+
+
+def _lax_input_gradient(dy_BHWC: Array, kernel_HWIO: Array, spec: Spec) -> Array:
+    x_BHWC = jax.ShapeDtypeStruct(spec.x_shape, dy_BHWC.dtype)
+    transpose = jax.linear_transpose(lambda x: _lax_forward(x, kernel_HWIO, spec), x_BHWC)
+    return transpose(dy_BHWC)[0]
+
+
+def _lax_kernel_gradient(x_BHWC: Array, dy_BHWC: Array, spec: Spec) -> Array:
+    kernel_HWIO = jax.ShapeDtypeStruct(spec.kernel_shape, dy_BHWC.dtype)
+    transpose = jax.linear_transpose(lambda k: _lax_forward(x_BHWC, k, spec), kernel_HWIO)
+    return transpose(dy_BHWC)[0]
+
+
+def _dense_input_gradient(dy_BHWC: Array, kernel_HWIO: Array, spec: Spec) -> Array:
+    """Convolve with the flipped and transposed kernel, in the layout XLA has a fast path for."""
+    padding = []
+    for size, kernel, out in zip(
+        spec.x_shape[1:3], spec.kernel_shape[:2], spec.output_size, strict=True
+    ):
+        low = kernel - 1 - spec.padding
+        padding.append((low, size + kernel - 1 - low - (out - 1) * spec.stride - 1))
+    return lax.conv_general_dilated(
+        dy_BHWC,
+        kernel_HWIO[::-1, ::-1].swapaxes(2, 3),
+        window_strides=(1, 1),
+        padding=padding,
+        lhs_dilation=(spec.stride, spec.stride),
+        dimension_numbers=DIMENSIONS,
+    )
+
+
+def _sum_of_products(maps: list[Array], taps: list[Array]) -> Array:
+    """Depthwise: a tap scales its map per channel."""
+    return functools.reduce(operator.add, map(operator.mul, maps, taps))
+
+
+def _stacked_product(maps: list[Array], taps: list[Array]) -> Array:
+    """Dense: all taps as one matrix product."""
+    return jnp.concatenate(maps, axis=-1) @ jnp.concatenate(taps, axis=0)
+
+
+def _live_taps(size: int, kernel: int, stride: int, padding: int) -> list[int]:
+    """Taps that meet the map at all; the others only ever read padding."""
+    reads = np.arange(_output_size(size, kernel, stride, padding)) * stride - padding
+    return [i for i in range(kernel) if np.any((reads + i >= 0) & (reads + i < size))]
+
+
+def _windows(x_BHWC: Array, kernel: tuple[int, int], stride: int, padding: int, fill: float):
+    """Yield ((i, j), the map that tap (i, j) reads) for all taps that meet the map."""
+    size = x_BHWC.shape[1:3]
+    edges = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    padded = jnp.pad(x_BHWC, edges, constant_values=fill)
+    reach = [
+        (_output_size(n, k, stride, padding) - 1) * stride + 1
+        for n, k in zip(size, kernel, strict=True)
+    ]
+    live = [_live_taps(n, k, stride, padding) for n, k in zip(size, kernel, strict=True)]
+    for i, j in itertools.product(*live):
+        yield (i, j), padded[:, i : i + reach[0] : stride, j : j + reach[1] : stride]
+
+
+def _forward_by_taps(x_BHWC, kernel_HWIO, spec: Spec, *, contract, tap) -> Array:
+    windows = list(_windows(x_BHWC, spec.kernel_shape[:2], spec.stride, spec.padding, fill=0.0))
+    return contract([w for _, w in windows], [tap(kernel_HWIO[ij]) for ij, _ in windows])
+
+
+def _input_gradient_by_taps(dy_BHWC, kernel_HWIO, spec: Spec, *, contract, tap) -> Array:
+    """Gather the gradient of every phase of the stride from the outputs that read it.
+
+    Input row ``stride * m + phase`` was read by tap i of output row ``m + shift`` with
+    ``shift = (phase + padding - i) / stride``, where that is whole.
+    """
+    stride, (batch, *size, channels) = spec.stride, spec.x_shape
+    steps = [-(-n // stride) for n in size]
+
+    def readers(axis: int) -> list[list[tuple[int, int]]]:
+        live = _live_taps(size[axis], spec.kernel_shape[axis], stride, spec.padding)
+        reach = [[(i, phase + spec.padding - i) for i in live] for phase in range(stride)]
+        return [[(i, far // stride) for i, far in taps if far % stride == 0] for taps in reach]
+
+    rows, columns = readers(0), readers(1)
+    edges = [(0, 0)]
+    for phases, count, out in zip((rows, columns), steps, spec.output_size, strict=True):
+        shifts = [shift for taps in phases for _, shift in taps]
+        edges.append((max(0, -min(shifts)), max(0, max(shifts) + count - out)))
+    padded = jnp.pad(dy_BHWC, [*edges, (0, 0)])
+    (top, _), (left, _) = edges[1:]
+
+    phases = []
+    for readers_row, readers_column in itertools.product(rows, columns):
+        read = list(itertools.product(readers_row, readers_column))
+        maps = [
+            padded[:, top + down : top + down + steps[0], left + right : left + right + steps[1]]
+            for (_, down), (_, right) in read
+        ]
+        taps = [tap(kernel_HWIO[i, j]) for (i, _), (j, _) in read]
+        nothing = jnp.zeros((batch, *steps, channels), dy_BHWC.dtype)
+        phases.append(contract(maps, taps) if read else nothing)
+    grid = jnp.stack(phases, axis=3).reshape(batch, *steps, stride, stride, channels)
+    grid = grid.swapaxes(2, 3).reshape(batch, steps[0] * stride, steps[1] * stride, channels)
+    return grid[:, : size[0], : size[1]]
+
+
+def _depthwise_kernel_gradient(x_BHWC: Array, dy_BHWC: Array, spec: Spec) -> Array:
+    gradient = {
+        ij: jnp.sum(window * dy_BHWC, axis=(0, 1, 2))
+        for ij, window in _windows(
+            x_BHWC, spec.kernel_shape[:2], spec.stride, spec.padding, fill=0.0
+        )
+    }
+    zeros = jnp.zeros(spec.kernel_shape[-1:], dy_BHWC.dtype)
+    taps = itertools.product(*map(range, spec.kernel_shape[:2]))
+    return jnp.stack([gradient.get(ij, zeros) for ij in taps]).reshape(spec.kernel_shape)
+
+
+def _split(step: str) -> Callable[[Array, Array, Spec], Array]:
+    """Run one step group by group, each group in the form its own shape asks for."""
+
+    def run(left: Array, right: Array, spec: Spec) -> Array:
+        height, width, per_group, features = spec.kernel_shape
+        part = spec._replace(
+            x_shape=(*spec.x_shape[:3], per_group),
+            kernel_shape=(height, width, per_group, features // spec.groups),
+            groups=1,
+        )
+        function = getattr(FORMS[choose_form(step, part, "cpu")], step)
+        groups = (jnp.split(array, spec.groups, axis=-1) for array in (left, right))
+        return jnp.concatenate([function(*pair, part) for pair in zip(*groups, strict=True)], -1)
+
+    return run
+
+
+_DENSE = {"contract": _stacked_product}
+_DEPTHWISE = {"contract": _sum_of_products, "tap": operator.itemgetter(0)}
+FORMS = {
+    "lax": Form(_lax_forward, _lax_input_gradient, _lax_kernel_gradient),
+    "dense": Form(_lax_forward, _dense_input_gradient, _lax_kernel_gradient),
+    "taps": Form(
+        functools.partial(_forward_by_taps, **_DENSE, tap=lambda tap_IO: tap_IO),
+        functools.partial(_input_gradient_by_taps, **_DENSE, tap=jnp.transpose),
+        _lax_kernel_gradient,
+    ),
+    "depthwise": Form(
+        functools.partial(_forward_by_taps, **_DEPTHWISE),
+        functools.partial(_input_gradient_by_taps, **_DEPTHWISE),
+        _depthwise_kernel_gradient,
+    ),
+    "split": Form(_split("forward"), _split("input_gradient"), _split("kernel_gradient")),
+}
+
+
+class Conv(nn.Module):
+    """2-D convolution with PyTorch's padding; params "kernel" (HWIO) and "bias".
+
+    Attributes:
+      features: output channels.
+      kernel_size: side of the square kernel.
+      stride, padding, groups: as in PyTorch.
+      use_bias: add a bias.
+      dtype: of the computation; parameters are float32.
+    """
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+    padding: int = 0
+    groups: int = 1
+    use_bias: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BHWC: Array) -> Array:
+        shape = (
+            self.kernel_size,
+            self.kernel_size,
+            x_BHWC.shape[-1] // self.groups,
+            self.features,
+        )
+        kernel_HWIO = self.param("kernel", nn.initializers.he_normal(), shape, jnp.float32)
+        y_BHWC = conv2d(
+            x_BHWC.astype(self.dtype),
+            kernel_HWIO.astype(self.dtype),
+            stride=self.stride,
+            padding=self.padding,
+            groups=self.groups,
+        )
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            y_BHWC = y_BHWC + bias.astype(self.dtype)
+        return y_BHWC
+
+
+class Dense(nn.Module):
+    """Affine map of the last axis; params "kernel" (inputs, features) and "bias".
+
+    Attributes:
+      features: outputs.
+      kernel_init: PyTorch's default unless stated.
+      dtype: of the computation; parameters are float32.
+    """
+
+    features: int
+    kernel_init: nn.initializers.Initializer = nn.initializers.variance_scaling(
+        1 / 3, "fan_in", "uniform"
+    )
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation that tells the moments of its input.
+
+    When the collection "bn_statistics" is mutable, the mean and the biased variance of the
+    input over (B, H, W) are sown there as ``mean`` and ``var``, at least in float32, so that
+    ``apply(variables, x, mutable=["bn_statistics"])`` returns a tree like
+    ``variables["batch_stats"]``. Otherwise they are not computed.
+
+    Evaluation normalises with the running statistics. Training normalises with the biased
+    batch statistics and, where "batch_stats" is mutable, updates the running ones as PyTorch
+    does: ``running += momentum * (batch - running)``, with the unbiased variance.
+
+    Attributes:
+      epsilon: added to the variance.
+      momentum: weight of the new batch, PyTorch's convention.
+      dtype: of the result.
+    """
+
+    epsilon: float = 1e-5
+    momentum: float = MOMENTUM
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BHWC: Array, train: bool = False) -> Array:
+        shape = x_BHWC.shape[-1:]
+        scale_C = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        bias_C = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+
+        wide = x_BHWC.astype(jnp.promote_types(x_BHWC.dtype, jnp.float32))
+        mean_C, var_C = running_mean.value, running_var.value
+        if not self.is_initializing():
+            tell = self.is_mutable_collection("bn_statistics")
+            if tell or train:
+                batch_mean_C, batch_var_C = moments(wide, running_mean.value)
+            if tell:
+                last = {"init_fn": lambda: None, "reduce_fn": lambda _, new: new}
+                self.sow("bn_statistics", "mean", batch_mean_C, **last)
+                self.sow("bn_statistics", "var", batch_var_C, **last)
+            if train:
+                mean_C, var_C = batch_mean_C, batch_var_C
+                if self.is_mutable_collection("batch_stats"):
+                    count = x_BHWC.size // x_BHWC.shape[-1]
+                    unbiased_C = var_C * (count / max(count - 1, 1))
+                    running_mean.value += self.momentum * (mean_C - running_mean.value)
+                    running_var.value += self.momentum * (unbiased_C - running_var.value)
+        gain_C = scale_C * lax.rsqrt(var_C + self.epsilon)
+        return (wide * gain_C + (bias_C - mean_C * gain_C)).astype(self.dtype)
+
+
+def moments(x_BHWC: Array, near_C: Array) -> tuple[Array, Array]:
+    """Mean and biased variance over all but the last axis, in one pass.
+
+    The input is shifted by ``near_C``, a constant close to the mean: then the difference
+    E[(x - near)^2] - (E[x] - near)^2 does not cancel.
+    """
+    near_C = lax.stop_gradient(near_C)
+    shifted = x_BHWC - near_C
+    axes = tuple(range(x_BHWC.ndim - 1))
+    shift_C = jnp.mean(shifted, axes)
+    var_C = jnp.mean(jnp.square(shifted), axes) - jnp.square(shift_C)
+    return near_C + shift_C, jnp.maximum(var_C, 0.0)
+
+
+class InstanceNorm(nn.Module):
+    """Normalise each channel of each image over (H, W); params "scale" and "bias"."""
+
+    epsilon: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BHWC: Array, train: bool = False) -> Array:
+        del train
+        scale_C = self.param("scale", nn.initializers.ones, x_BHWC.shape[-1:], jnp.float32)
+        bias_C = self.param("bias", nn.initializers.zeros, x_BHWC.shape[-1:], jnp.float32)
+        wide = x_BHWC.astype(jnp.promote_types(x_BHWC.dtype, jnp.float32))
+        centred = wide - jnp.mean(wide, axis=(1, 2), keepdims=True)
+        var = jnp.mean(jnp.square(centred), axis=(1, 2), keepdims=True)
+        return (centred * lax.rsqrt(var + self.epsilon) * scale_C + bias_C).astype(self.dtype)
+
+
+class Dropout(nn.Module):
+    """Zero entries with probability ``rate`` and scale the others up; rng "dropout".
+
+    Attributes:
+      rate: probability in [0, 1).
+      whole_images: drop all of an image or nothing: stochastic depth ("row" mode), arXiv
+        1603.09382.
+    """
+
+    rate: float
+    whole_images: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        if not train or self.rate == 0.0:
+            return x
+        shape = x.shape[:1] + (1,) * (x.ndim - 1) if self.whole_images else x.shape
+        uniform = jax.random.uniform(self.make_rng("dropout"), shape, jnp.float32)
+        return jnp.where(uniform >= self.rate, x / (1 - self.rate), jnp.zeros((), x.dtype))
+
+
+def conv_norm(
+    x_BHWC: Array,
+    features: int,
+    kernel_size: int = 1,
+    stride: int = 1,
+    groups: int = 1,
+    *,
+    names: tuple[str, str],
+    activation: Callable[[Array], Array] | None = None,
+    train: bool,
+    dtype: jnp.dtype,
+) -> Array:
+    """Add to the calling module a convolution that keeps the map, its BatchNorm, an activation.
+
+    Args:
+      names: of the convolution and of the BatchNorm.
+    """
+    x_BHWC = Conv(
+        features,
+        kernel_size,
+        stride,
+        padding=(kernel_size - 1) // 2,
+        groups=groups,
+        use_bias=False,
+        dtype=dtype,
+        name=names[0],
+    )(x_BHWC)
+    x_BHWC = BatchNorm(dtype=dtype, name=names[1])(x_BHWC, train)
+    return x_BHWC if activation is None else activation(x_BHWC)
+
+
+def max_pool(x_BHWC: Array, size: int, stride: int, padding: int = 0) -> Array:
+    """PyTorch's MaxPool2d, as a maximum of shifted maps.
+
+    The gradient of XLA's own pooling is 8 times slower on a CPU (measured) and is a scatter on
+    a GPU. Where maxima tie, the gradient is shared instead of going to the first.
+    """
+    windows = _windows(x_BHWC, (size, size), stride, padding, fill=-np.inf)
+    return functools.reduce(jnp.maximum, [window for _, window in windows])
+
+
+def avg_pool(x_BHWC: Array, size: int) -> Array:
+    """Mean of windows that do not overlap; a rest at the end is dropped."""
+    batch, height, width, channels = x_BHWC.shape
+    rows, columns = height // size, width // size
+    windows = x_BHWC[:, : rows * size, : columns * size]
+    return windows.reshape(batch, rows, size, columns, size, channels).mean((2, 4))
+
+
+def adaptive_avg_pool(x_BHWC: Array, size: int) -> Array:
+    """PyTorch's AdaptiveAvgPool2d: cell i averages floor(i H / size) to ceil((i + 1) H / size)."""
+
+    def average(length: int) -> Array:
+        matrix = np.zeros((size, length), np.float64)
+        for i in range(size):
+            start, stop = i * length // size, -(-(i + 1) * length // size)
+            matrix[i, start:stop] = 1 / (stop - start)
+        return jnp.asarray(matrix, x_BHWC.dtype)
+
+    rows, columns = (average(n) for n in x_BHWC.shape[1:3])
+    return jnp.einsum("ih,bhwc,jw->bijc", rows, x_BHWC, columns)
+
+
+def global_avg_pool(x_BHWC: Array) -> Array:
+    """Mean over the map: (B, C)."""
+    return jnp.mean(x_BHWC, axis=(1, 2))
+
+
+def flatten(x_BHWC: Array) -> Array:
+    """Flatten a map in PyTorch's order (C, H, W), so that imported linear weights fit."""
+    return x_BHWC.transpose(0, 3, 1, 2).reshape(x_BHWC.shape[0], -1)
+
+
+def sow_embedding(module: nn.Module, x_BD: Array) -> Array:
+    """Keep the penultimate features as "features/embedding", where that collection is mutable."""
+    if not module.is_initializing():
+        module.sow(
+            "features", "embedding", x_BD, init_fn=lambda: None, reduce_fn=lambda _, new: new
+        )
+    return x_BD
+
+
+def scale_channels(channels: int, width: float, divisor: int = 8) -> int:
+    """``channels * width``, rounded to the divisor, at least one divisor; exact at width 1."""
+    if width == 1.0:
+        return channels
+    return max(divisor, int(channels * width / divisor + 0.5) * divisor)
+
+
+def scale_blocks(blocks: int, depth: float) -> int:
+    """``blocks * depth``, rounded, at least one."""
+    return max(1, round(blocks * depth))
