@@ -102,7 +102,8 @@ class LaneMap:
 
     def _arguments(self, seed, lanes):
         assert len(lanes) == len(self), "one lane tuple per device"
-        return self._shared, np.uint32(seed), *(self._join(trees) for trees in zip(*lanes))
+        joined = (self._join(trees) for trees in zip(*lanes, strict=True))
+        return self._shared, np.uint32(seed), *joined
 
     def _join(self, lanes: Sequence[PyTree]) -> PyTree:
         sharding = NamedSharding(self._mesh, P(AXIS))

@@ -20,7 +20,7 @@ import optax
 from prism_jax import rng
 from prism_jax.core import losses, pixels, schedules
 from prism_jax.core.augment import Augment, augment
-from prism_jax.data.pipeline import epoch_order, num_batches
+from prism_jax.data.pipeline import continuous_index, num_batches
 from prism_jax.errors import UserError
 from prism_jax.types import Array, Normalisation, PyTree, SoftLabels
 
@@ -272,16 +272,13 @@ def hard_batches(
     name: str,
     start: int = 0,
 ) -> Iterable[TrainBatch]:
-    """Every image once per epoch, in the order of the named stream, from batch ``start`` on."""
+    """Batches of one size over passes that follow one another, from batch ``start`` on."""
     count = len(labels_N)
     per_epoch = num_batches(count, batch_size)
-    for epoch in range(start // per_epoch, epochs):
-        order = epoch_order(seed, name, epoch, count)
-        for batch in range(
-            start - epoch * per_epoch if start > epoch * per_epoch else 0, per_epoch
-        ):
-            index = order[batch * batch_size : (batch + 1) * batch_size]
-            yield TrainBatch(epoch, batch, images_uint8_NHWC[index], labels_N[index])
+    for number in range(start, epochs * per_epoch):
+        index = continuous_index(number, count=count, batch_size=batch_size, seed=seed, name=name)
+        epoch, batch = divmod(number, per_epoch)
+        yield TrainBatch(epoch, batch, images_uint8_NHWC[index], labels_N[index])
 
 
 def fit(

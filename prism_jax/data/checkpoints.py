@@ -67,7 +67,8 @@ class Checkpoints:
             except Exception:  # Orbax raises many kinds; each means: not this one.
                 continue
             arrays = [np.asarray(restored["state"][name]) for name in abstract]
-            if all(a.shape == np.shape(x) and a.dtype == x.dtype for a, x in zip(arrays, leaves)):
+            pairs = zip(arrays, leaves, strict=True)
+            if all(a.shape == np.shape(x) and a.dtype == x.dtype for a, x in pairs):
                 return step, jax.tree.unflatten(structure, arrays), restored["meta"] or {}
         return None
 

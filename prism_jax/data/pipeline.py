@@ -61,6 +61,31 @@ def epoch_order(seed: int, name: str, epoch: int, count: int) -> np.ndarray:
     return order
 
 
+def continuous_index(
+    number: int, *, count: int, batch_size: int, seed: int, name: str
+) -> np.ndarray:
+    """The images of a batch when passes over the set follow one another without a gap.
+
+    Every batch has ``batch_size`` images, so one compiled program serves them all; a batch that
+    reaches the end of a pass goes on with the next one's order. Over any number of batches no
+    image is read more often than another by more than one.
+
+    Args:
+      number: global batch number.
+      count: images in the set.
+      batch_size: images per batch; may exceed ``count``.
+      seed, name: address of the orders, see ``epoch_order``.
+
+    Returns:
+      int32 (batch_size,).
+    """
+    positions = number * batch_size + np.arange(batch_size)
+    return np.array(
+        [epoch_order(seed, name, int(p) // count, count)[int(p) % count] for p in positions],
+        np.int32,
+    )
+
+
 def share_of(total: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> range:
     """The global batch numbers from ``start`` on that fall to one process.
 
@@ -102,6 +127,7 @@ def batches(
     name: str,
     start: int = 0,
     shuffle: bool = True,
+    continuous: bool = False,
     share: tuple[int, int] = (0, 1),
     threads: int = 0,
     prefetch: int = 2,
@@ -115,6 +141,8 @@ def batches(
       seed, name: address of the order, see ``epoch_order``; unused without ``shuffle``.
       start: global number of the first batch, to continue where an earlier run stopped.
       shuffle: draw an order per epoch; otherwise the source's own.
+      continuous: fill up the last batch of an epoch from the next pass, see
+        ``continuous_index``.
       share: (process, processes), see ``share_of``.
       threads, prefetch: see ``read_batches``; they change no batch.
     """
@@ -126,8 +154,13 @@ def batches(
     def read(number: int) -> Batch:
         number = int(number)
         epoch, batch = divmod(number, per_epoch)
-        order = epoch_order(seed, name, epoch, count) if shuffle else in_order
-        index_B = order[batch * batch_size : (batch + 1) * batch_size]
+        if continuous:
+            index_B = continuous_index(
+                number, count=count, batch_size=batch_size, seed=seed, name=name
+            )
+        else:
+            order = epoch_order(seed, name, epoch, count) if shuffle else in_order
+            index_B = order[batch * batch_size : (batch + 1) * batch_size]
         images_BHWC = np.stack([source.image(int(i)) for i in index_B])
         return Batch(number, epoch, batch, index_B, images_BHWC, labels_N[index_B])
 

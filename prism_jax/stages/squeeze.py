@@ -109,6 +109,7 @@ def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dic
             seed=squeeze.seed,
             name=f"squeeze/order/{name}",
             start=start,
+            continuous=True,
         ):
             yield TrainBatch(batch.epoch, batch.batch, batch.images_BHWC, batch.labels_B)
 
