@@ -11,10 +11,14 @@ from prism_jax.types import Array, PyTree
 
 
 def safe_norm(x: Array) -> Array:
-    """The Euclidean norm of all elements, with a gradient of 0 (not NaN) at 0."""
+    """The Euclidean norm of all elements, with a gradient of 0 (not NaN) at 0.
+
+    NaN and Inf stay what they are, so that a loss made of norms still shows them. In float32
+    squares below 1e-38 count as 0 and above 3e38 as Inf.
+    """
     square = jnp.sum(jnp.square(x))
-    positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
+    zero = square == 0  # False for NaN, unlike the negation of square > 0
+    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, square)))
 
 
 def bn_alignment(
