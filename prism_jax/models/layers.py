@@ -265,8 +265,7 @@ def _depthwise_kernel_gradient(x_BHWC: Array, dy_BHWC: Array, spec: Spec) -> Arr
     padded = jnp.pad(x_BHWC, edges)
     rows, columns = ((out - 1) * stride + 1 for out in spec.output_size)
     live = [
-        _live_taps(n, k, stride, padding)
-        for n, k in zip(size, spec.kernel_shape[:2], strict=True)
+        _live_taps(n, k, stride, padding) for n, k in zip(size, spec.kernel_shape[:2], strict=True)
     ]
     taps = np.array(list(itertools.product(*live)), np.int32)
 
@@ -369,14 +368,18 @@ class Dense(nn.Module):
     kernel_init: nn.initializers.Initializer = nn.initializers.variance_scaling(
         1 / 3, "fan_in", "uniform"
     )
+    use_bias: bool = True
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            y = y + bias.astype(self.dtype)
+        return y
 
 
 class BatchNorm(nn.Module):
@@ -444,6 +447,14 @@ def moments(x_BHWC: Array, near_C: Array) -> tuple[Array, Array]:
     return near_C + shift_C, jnp.maximum(var_C, 0.0)
 
 
+def _normalise(x: Array, axes: int | tuple[int, ...], epsilon: float) -> Array:
+    """Zero mean and unit variance over the axes, at least in float32."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = x - jnp.mean(x, axes, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axes, keepdims=True)
+    return centred * lax.rsqrt(variance + epsilon)
+
+
 class InstanceNorm(nn.Module):
     """Normalise each channel of each image over (H, W); params "scale" and "bias"."""
 
@@ -452,13 +463,23 @@ class InstanceNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWC: Array, train: bool = False) -> Array:
-        del train
+        del train  # as BatchNorm is called; there is nothing to learn from a batch
         scale_C = self.param("scale", nn.initializers.ones, x_BHWC.shape[-1:], jnp.float32)
         bias_C = self.param("bias", nn.initializers.zeros, x_BHWC.shape[-1:], jnp.float32)
-        wide = x_BHWC.astype(jnp.promote_types(x_BHWC.dtype, jnp.float32))
-        centred = wide - jnp.mean(wide, axis=(1, 2), keepdims=True)
-        var = jnp.mean(jnp.square(centred), axis=(1, 2), keepdims=True)
-        return (centred * lax.rsqrt(var + self.epsilon) * scale_C + bias_C).astype(self.dtype)
+        return (_normalise(x_BHWC, (1, 2), self.epsilon) * scale_C + bias_C).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Normalise over the last axis; params "scale" and "bias"."""
+
+    epsilon: float
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
+        return (_normalise(x, -1, self.epsilon) * scale + bias).astype(self.dtype)
 
 
 class Dropout(nn.Module):

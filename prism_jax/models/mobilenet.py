@@ -63,7 +63,7 @@ class MobileNetV2(nn.Module):
                     conv_norm,
                 )
                 index += 1
-        last = layers.scale_channels(1280, max(1.0, self.width) if not small else self.width)
+        last = layers.scale_channels(1280, self.width)
         x = conv_norm(x, last, 1, names=(f"features.{index}.0", f"features.{index}.1"))
         x = layers.sow_embedding(self, layers.global_avg_pool(x))
         x = layers.Dropout(self.dropout, name="classifier.0")(x, train)

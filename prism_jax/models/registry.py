@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -15,10 +15,17 @@ from prism_jax.errors import UserError
 from prism_jax.models import layers
 from prism_jax.models.alexnet import AlexNet
 from prism_jax.models.convnet import ConvNet
+from prism_jax.models.convnext import ConvNeXt
+from prism_jax.models.densenet import DenseNet
 from prism_jax.models.efficientnet import EfficientNet
-from prism_jax.models.mobilenet import MobileNetV2
-from prism_jax.models.resnet import ResNet
+from prism_jax.models.mobilenet import MnasNet, MobileNetV2
+from prism_jax.models.regnet import RegNetY
+from prism_jax.models.resnet import CifarResNet, ResNet
 from prism_jax.models.shufflenet import ShuffleNetV2
+from prism_jax.models.swin import Swin
+from prism_jax.models.vgg import VGG
+from prism_jax.models.vit import VisionTransformer
+from prism_jax.models.wrn import WideResNet
 
 STEMS = ("imagenet", "small")
 
@@ -63,7 +70,7 @@ def _convnets() -> dict[str, Architecture]:
             convs = 3 * 9 * 128 + (blocks - 1) * 9 * 128 * 128 + blocks * 128
             norms = 0 if norm == "none" else blocks * 256
             rows[f"convnet_d{blocks}{suffix}"] = Architecture(
-                functools.partial(ConvNet, blocks=blocks, norm=norm),
+                partial(ConvNet, blocks=blocks, norm=norm),
                 family="convnet",
                 paper="2006.05929",
                 parameters=convs + norms + 10 * (128 * side * side + 1),
@@ -77,51 +84,163 @@ def _convnets() -> dict[str, Architecture]:
     return rows
 
 
+def _row(make, parameters: int, batch_norms: int, first_bn: str | None, **known) -> Architecture:
+    """A row whose other fields are those of most of torchvision's networks, unless stated."""
+    path = None if first_bn is None else (first_bn,)
+    known = {"min_image_size": {"imagenet": 32, "small": 8}, **known}
+    return Architecture(
+        make, parameters=parameters, batch_norms=batch_norms, first_bn=path, **known
+    )
+
+
+_RESNET = {"family": "resnet", "paper": "1512.03385"}
+_CIFAR = {
+    "min_image_size": dict.fromkeys(STEMS, 8),
+    "classes": 10,
+    "image_size": 32,
+    "weights": ("cifar",),
+}
+_SHUFFLENET = {"family": "shufflenet", "paper": "1807.11164"}
+_MNASNET = {"family": "mnasnet", "paper": "1807.11626"}
+_VIT = {"min_image_size": {"imagenet": 16, "small": 4}, "weights": ("timm",)}
+
+
+def _cifar_resnet(blocks: int, parameters: int) -> Architecture:
+    make = partial(CifarResNet, blocks=blocks)
+    return _row(make, parameters, 6 * blocks + 1, "bn1", **_RESNET, **_CIFAR)
+
+
 ARCHITECTURES: dict[str, Architecture] = {
-    "resnet18": Architecture(
-        functools.partial(ResNet, blocks=(2, 2, 2, 2)),
-        family="resnet",
-        paper="1512.03385",
-        parameters=11_689_512,
-        batch_norms=20,
-        first_bn=("bn1",),
-        min_image_size={"imagenet": 32, "small": 8},
+    "resnet18": _row(partial(ResNet, blocks=(2, 2, 2, 2)), 11_689_512, 20, "bn1", **_RESNET),
+    "resnet34": _row(partial(ResNet, blocks=(3, 4, 6, 3)), 21_797_672, 36, "bn1", **_RESNET),
+    "resnet50": _row(
+        partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True), 25_557_032, 53, "bn1", **_RESNET
     ),
-    "mobilenet_v2": Architecture(
-        MobileNetV2,
-        family="mobilenet",
-        paper="1801.04381",
-        parameters=3_504_872,
-        batch_norms=52,
-        first_bn=("features.0.1",),
-        min_image_size={"imagenet": 32, "small": 8},
+    "resnet101": _row(
+        partial(ResNet, blocks=(3, 4, 23, 3), bottleneck=True), 44_549_160, 104, "bn1", **_RESNET
     ),
-    "shufflenet_v2_x0_5": Architecture(
-        functools.partial(ShuffleNetV2, features=(48, 96, 192, 1024)),
-        family="shufflenet",
-        paper="1807.11164",
-        parameters=1_366_792,
-        batch_norms=56,
-        first_bn=("conv1.1",),
-        min_image_size={"imagenet": 32, "small": 8},
+    "wide_resnet50_2": _row(
+        partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True, inner=2),
+        68_883_240,
+        53,
+        "bn1",
+        family="wide_resnet",
+        paper="1605.07146",
     ),
-    "efficientnet_b0": Architecture(
-        EfficientNet,
-        family="efficientnet",
-        paper="1905.11946",
-        parameters=5_288_548,
-        batch_norms=49,
-        first_bn=("features.0.1",),
-        min_image_size={"imagenet": 32, "small": 8},
+    "resnet20": _cifar_resnet(3, 269_722),
+    "resnet32": _cifar_resnet(5, 464_154),
+    "resnet44": _cifar_resnet(7, 658_586),
+    "resnet56": _cifar_resnet(9, 853_018),
+    "wrn_16_2": _row(
+        WideResNet,
+        691_674,
+        13,
+        "block1.layer.0.bn1",
+        family="wide_resnet",
+        paper="1605.07146",
+        **_CIFAR,
     ),
-    "alexnet": Architecture(
+    "mobilenet_v2": _row(
+        MobileNetV2, 3_504_872, 52, "features.0.1", family="mobilenet", paper="1801.04381"
+    ),
+    "shufflenet_v2_x0_5": _row(
+        partial(ShuffleNetV2, features=(48, 96, 192, 1024)),
+        1_366_792,
+        56,
+        "conv1.1",
+        **_SHUFFLENET,
+    ),
+    "shufflenet_v2_x1_0": _row(
+        partial(ShuffleNetV2, features=(116, 232, 464, 1024)),
+        2_278_604,
+        56,
+        "conv1.1",
+        **_SHUFFLENET,
+    ),
+    "shufflenet_v2_x2_0": _row(
+        partial(ShuffleNetV2, features=(244, 488, 976, 2048)),
+        7_393_996,
+        56,
+        "conv1.1",
+        **_SHUFFLENET,
+    ),
+    "efficientnet_b0": _row(
+        EfficientNet, 5_288_548, 49, "features.0.1", family="efficientnet", paper="1905.11946"
+    ),
+    "mnasnet1_0": _row(MnasNet, 4_383_312, 52, "layers.1", **_MNASNET),
+    "mnasnet1_3": _row(partial(MnasNet, alpha=1.3), 6_282_256, 52, "layers.1", **_MNASNET),
+    "densenet121": _row(
+        DenseNet,
+        7_978_856,
+        121,
+        "features.norm0",
+        family="densenet",
+        paper="1608.06993",
+        weights=("torchvision", "densenet_2017"),
+    ),
+    "vgg11_bn": _row(
+        VGG,
+        132_868_840,
+        8,
+        "features.1",
+        family="vgg",
+        paper="1409.1556",
+        min_image_size={"imagenet": 32, "small": 16},
+    ),
+    "regnet_y_8gf": _row(RegNetY, 39_381_472, 56, "stem.1", family="regnet", paper="2003.13678"),
+    "alexnet": _row(
         AlexNet,
+        61_100_840,
+        0,
+        None,
         family="alexnet",
         paper="1404.5997",
-        parameters=61_100_840,
-        batch_norms=0,
-        first_bn=None,
         min_image_size={"imagenet": 63, "small": 16},
+    ),
+    "vit_tiny_patch16_224": _row(
+        partial(VisionTransformer, heads=3),
+        5_717_416,
+        0,
+        None,
+        family="vit",
+        paper="2010.11929",
+        **_VIT,
+    ),
+    "vit_small_patch16_224": _row(
+        partial(VisionTransformer, heads=6),
+        22_050_664,
+        0,
+        None,
+        family="vit",
+        paper="2010.11929",
+        **_VIT,
+    ),
+    "deit_tiny": _row(
+        partial(VisionTransformer, heads=3, stochastic_depth=0.1),
+        5_717_416,
+        0,
+        None,
+        family="vit",
+        paper="2012.12877",
+        **_VIT,
+    ),
+    "swin_tiny": _row(
+        Swin,
+        28_288_354,
+        0,
+        None,
+        family="swin",
+        paper="2103.14030",
+        weights=("torchvision", "swin_2021"),
+    ),
+    "convnext_tiny": _row(
+        ConvNeXt,
+        28_589_128,
+        0,
+        None,
+        family="convnext",
+        paper="2201.03545",
+        weights=("torchvision", "convnext_2022"),
     ),
     **_convnets(),
 }
