@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 MAIN := $(BIN)/python -m prism_jax.main
 PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile
 
-# The commands behind the tables of the README. A run that stopped continues; a finished one
-# only prints its table. Every run but the first adopts the teachers of the first.
-RESULTS_SEEDS := (0, 1, 2, 3, 4)
-RESULTS_COMMAND = $(MAIN) --config.validate.seeds="$(RESULTS_SEEDS)"
-RESULTS_FROM := --from=runs/digits_ipc10
+# The runs behind the tables of the README: three seeds of everything but the teachers, which
+# every run adopts from the demo's. A run that stopped continues; a finished one is only read.
+TEACHERS := runs/digits_ipc10
+RESULTS_SEEDS := 0 1 2
+RESULTS_CONFIGS := digits_ipc1 digits_sre2l_ipc1 digits_ipc10 digits_sre2l_ipc10
+RESULTS := $(foreach c,$(RESULTS_CONFIGS),$(foreach s,$(RESULTS_SEEDS),runs/results/$(c)/seed$(s)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -26,13 +27,16 @@ help:
 
 demo: $(VENV)/.installed
 	$(MAIN) --config=configs/digits_ipc10.py
-	$(MAIN) --config=configs/digits_sre2l_ipc10.py $(RESULTS_FROM)
+	$(MAIN) --config=configs/digits_sre2l_ipc10.py --from=$(TEACHERS)
 
 results: $(VENV)/.installed
-	$(RESULTS_COMMAND) --config=configs/digits_ipc10.py
-	$(RESULTS_COMMAND) --config=configs/digits_sre2l_ipc10.py $(RESULTS_FROM)
-	$(RESULTS_COMMAND) --config=configs/digits_ipc1.py $(RESULTS_FROM)
-	$(RESULTS_COMMAND) --config=configs/digits_sre2l_ipc1.py $(RESULTS_FROM)
+	$(MAIN) --config=configs/digits_ipc10.py
+	set -e; for config in $(RESULTS_CONFIGS); do for seed in $(RESULTS_SEEDS); do \
+	  $(MAIN) --config=configs/$$config.py --from=$(TEACHERS) \
+	    --workdir=runs/results/$$config/seed$$seed \
+	    --config.seed=$$seed --config.validate.seeds="($$seed,)"; \
+	done; done
+	$(BIN)/python -m prism_jax.tools.results $(RESULTS)
 
 test: $(VENV)/.installed-test
 	$(PYTEST)

@@ -106,7 +106,11 @@ def initial_state(
 ) -> TrainState:
     """Fresh weights from the stream "train/init" of ``seed``."""
     images = jnp.zeros((1, *image_shape), jnp.float32)
-    init = jax.jit(functools.partial(module.init, train=False))
+    # Initialisation runs once: compile it fast, not well (a quarter of the time on a CPU).
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    if jax.default_backend() != "cpu":
+        options = None
+    init = jax.jit(functools.partial(module.init, train=False), compiler_options=options)
     variables = init(rng.stream(rng.root(seed), "train/init"), images)
     params = variables["params"]
     opt_state = OPTIMISERS[recipe.optimiser](recipe.weight_decay).init(params)
@@ -119,6 +123,7 @@ def train_step(
     normalisation: Normalisation,
     view_seed: Array,
     seed: Array,
+    epochs: Array,
     state: TrainState,
     batch: TrainBatch,
 ) -> tuple[TrainState, Array]:
@@ -126,6 +131,8 @@ def train_step(
 
     Args:
       view_seed: whose views and mixes; ``seed``: whose dropout.
+      epochs: length of the schedule, in place of the recipe's; so that trainings of different
+        lengths share a program.
 
     Returns:
       The new state, and the loss averaged over the batch.
@@ -164,7 +171,7 @@ def train_step(
         loss += share * part_loss
         gradient = jax.tree.map(lambda g, p, s=share: g + s * p, gradient, part_gradient)
 
-    rate = recipe.learning_rate * schedules.SCHEDULES[recipe.schedule](batch.epoch, recipe.epochs)
+    rate = recipe.learning_rate * schedules.SCHEDULES[recipe.schedule](batch.epoch, epochs)
     optimiser = OPTIMISERS[recipe.optimiser](recipe.weight_decay)
     direction, opt_state = optimiser.update(gradient, state.opt_state, state.params)
     params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
@@ -184,17 +191,18 @@ class Trainer:
         seed: int,
     ):
         self.module, self.recipe, self.normalisation = module, recipe, normalisation
-        self._seeds = np.uint32(view_seed), np.uint32(seed)
-        self._step = _jitted_step(recipe, module, normalisation)
+        self._seed = seed
+        self._arguments = np.uint32(view_seed), np.uint32(seed), np.int32(recipe.epochs)
+        self._step = _jitted_step(dataclasses.replace(recipe, epochs=0), module, normalisation)
 
     def start(self, image_shape: tuple[int, int, int]) -> TrainState:
         """Fresh weights for images of (height, width, channels)."""
-        return initial_state(self.module, self.recipe, int(self._seeds[1]), image_shape)
+        return initial_state(self.module, self.recipe, self._seed, image_shape)
 
     def step(self, state: TrainState, batch: TrainBatch) -> tuple[TrainState, Array]:
         """One optimiser step; the loss stays on the device."""
         batch = batch._replace(epoch=np.int32(batch.epoch), batch=np.int32(batch.batch))
-        return self._step(*self._seeds, state, batch)
+        return self._step(*self._arguments, state, batch)
 
     def test(self, state: TrainState, images_uint8, labels, *, batch_size: int = 256) -> TestResult:
         """Accuracy on real images, in evaluation mode, without augmentation."""
@@ -207,7 +215,7 @@ class Trainer:
 @functools.cache
 def _jitted_step(recipe: TrainRecipe, module: nn.Module, normalisation: Normalisation) -> Callable:
     """One executable per (recipe, network): seeds, controls and student seeds share it."""
-    return jax.jit(functools.partial(train_step, recipe, module, normalisation), donate_argnums=2)
+    return jax.jit(functools.partial(train_step, recipe, module, normalisation), donate_argnums=3)
 
 
 @functools.cache

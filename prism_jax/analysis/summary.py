@@ -65,6 +65,50 @@ def over_seeds(records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     }
 
 
+def merge(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Combine runs of one config with different seeds into one summary.
+
+    Accuracies of all runs' students are pooled, so their standard deviation spans what varies
+    between runs; every other number is the mean over runs, None where a run lacks it.
+
+    Args:
+      runs: at least one summary, all of one config.
+    """
+    assert len({run["config"] for run in runs}) == 1
+    if len(runs) == 1:
+        return dict(runs[0])
+    merged = _mean_of(list(runs))
+    merged["runs"] = len(runs)
+    merged["seeds"] = [seed for run in runs for seed in run["seeds"]]
+    for key in ("validate", "controls"):
+        if all(key in run for run in runs):
+            merged[key] = _pool([run[key] for run in runs])
+    return merged
+
+
+def _mean_of(values: list[Any]) -> Any:
+    """Numbers as their mean, dicts by key, anything else as the first run has it."""
+    first = values[0]
+    if isinstance(first, dict):
+        keys = [key for key in first if all(key in value for value in values)]
+        return {key: _mean_of([value[key] for value in values]) for key in keys}
+    if all(_is_number(value) for value in values):
+        same = all(value == first for value in values)
+        return first if same else statistics.fmean(values)
+    return None if None in values else first
+
+
+def _pool(entries: list[Any]) -> Any:
+    """Students by name, or controls of students by name, with all seeds pooled."""
+    if "top1" not in entries[0]:
+        keys = [key for key in entries[0] if all(key in entry for entry in entries)]
+        return {key: _pool([entry[key] for entry in entries]) for key in keys}
+    records = [
+        {**entry, "top1": top1} for entry in entries for top1 in entry["top1_per_seed"]
+    ]
+    return over_seeds(records)
+
+
 def validate(summary: Any) -> None:
     """Check a summary against the schema.
 
@@ -173,6 +217,11 @@ def spread_note(summary: Mapping[str, Any]) -> str:
         return "no student was trained"
     if counts[-1] == 1:
         return "one student seed, no spread"
+    if summary.get("runs", 1) > 1:
+        return (
+            f"mean ± standard deviation over {counts[-1]} runs (recover, labels, random real "
+            f"images and students vary, teachers are fixed)"
+        )
     number = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return f"mean ± standard deviation over {number} student seeds of one synthetic set"
 
@@ -367,6 +416,31 @@ def markdown(summaries: Sequence[Mapping[str, Any]]) -> str:
             "",
         ]
     )  # fmt: skip
+
+
+def markdown_teachers(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """What the teachers did in each run: share drawn, and their terms at start and end."""
+    rows = []
+    for summary in summaries:
+        distance = summary.get("recover", {}).get("distance_from_initial")
+        for index, row in enumerate(teacher_rows(summary)):
+            name = f"{row.name} (primary)" if row.primary else row.name
+            rows.append(
+                (
+                    f"`{summary['config']}`" if index == 0 else "",
+                    name,
+                    row.top1,
+                    row.drawn,
+                    row.cross_entropy,
+                    row.bn_alignment,
+                    number(distance) if index == 0 else "",
+                )
+            )
+    header = (
+        "config", "teacher", "top-1", "drawn", "CE start → end", "BN start → end",
+        "distance from initial",
+    )  # fmt: skip
+    return "\n".join(_markdown_table(header, rows, left=2)) + "\n"
 
 
 def _title(summary: Mapping[str, Any]) -> str:

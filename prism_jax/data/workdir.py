@@ -26,6 +26,7 @@ from etils import epath
 from prism_jax.errors import UserError
 
 FINGERPRINT = "fingerprint.json"
+CHECKSUM = "checksum"
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
@@ -42,8 +43,8 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
 
 
 def to_json(value: Any) -> str:
-    """Serialise a JSON value the way every file of a workdir is: sorted, indented, no NaN."""
-    return json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+    """Serialise a JSON value the way every file of a workdir is: indented, no NaN."""
+    return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
@@ -64,6 +65,35 @@ def read_json(path: epath.PathLike) -> Any:
         raise UserError(
             f"{path} is damaged ({error}); move it away and run the same command again to redo it."
         ) from error
+
+
+def write_record(path: epath.PathLike, fields: dict[str, Any]) -> None:
+    """Write the record that makes a piece of work done: JSON that carries its own checksum."""
+    write_json(path, {**fields, CHECKSUM: digest(fields)})
+
+
+def read_record(path: epath.PathLike) -> dict[str, Any]:
+    """Read a record, without its checksum.
+
+    Raises:
+      UserError: the file is not what was written; it is named, and never taken for data.
+    """
+    fields = read_json(path)
+    checksum = fields.pop(CHECKSUM, None) if isinstance(fields, dict) else None
+    if checksum is None or checksum != digest(fields):
+        raise UserError(
+            f"{path} is damaged (its checksum is not that of its content); move it away and run "
+            f"the same command again to redo it."
+        )
+    return fields
+
+
+def remove(folder: epath.PathLike) -> None:
+    """Delete a folder: it vanishes at once, so that no part of it is taken for the whole."""
+    folder = epath.Path(folder)
+    doomed = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.tmp"
+    folder.rename(doomed)
+    doomed.rmtree()
 
 
 def set_aside(path: epath.PathLike) -> epath.Path:
@@ -136,6 +166,15 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     return lines
 
 
+def sweep(root: epath.PathLike) -> None:
+    """Delete the half-written files and folders that a killed run left behind."""
+    for path in list(epath.Path(root).rglob(".*.tmp")):
+        if path.is_dir():
+            path.rmtree()
+        else:
+            path.unlink(missing_ok=True)
+
+
 class Lock:
     """At most one run writes a workdir: a file that names the host and process that does."""
 
@@ -143,24 +182,56 @@ class Lock:
         self._path = epath.Path(root) / ".lock"
         self._held = False
 
+    @property
+    def held(self) -> bool:
+        return self._held
+
     def acquire(self) -> None:
-        """Take the lock, or take over one whose process is gone.
+        """Take the lock, or take over one whose process is gone and tidy up after it.
 
         Raises:
           UserError: another living process holds it.
         """
         if self._held:
             return
-        if self._path.exists():
-            holder = read_json(self._path)
+        while not self._create():
+            holder = self._holder()
+            if holder is None:
+                continue  # it was given back between two looks
             if not self._is_gone(holder):
                 raise UserError(
                     f"{self._path.parent} is in use by process {holder['pid']} on "
                     f"{holder['host']}. Wait for it, use another --workdir, or, if that process "
                     f"is gone, delete {self._path}."
                 )
-        write_json(self._path, {"host": socket.gethostname(), "pid": os.getpid()})
+            self._path.unlink(missing_ok=True)
+            sweep(self._path.parent)
         self._held = True
+
+    def _create(self) -> bool:
+        """Make the file, whole and only if there is none; returns whether there was none."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        content = to_json({"host": socket.gethostname(), "pid": os.getpid()}).encode()
+        if "://" in os.fspath(self._path):  # an object store has no links
+            found = self._path.exists()
+            if not found:
+                write_bytes(self._path, content)
+            return not found
+        temporary = self._path.parent / f".lock.{secrets.token_hex(4)}.tmp"
+        temporary.write_bytes(content)
+        try:
+            os.link(temporary, self._path)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink()
+        return True
+
+    def _holder(self) -> dict[str, Any] | None:
+        try:
+            return read_json(self._path)
+        except FileNotFoundError:
+            return None
 
     def release(self) -> None:
         """Give the lock back; harmless when it is not held."""

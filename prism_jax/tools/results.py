@@ -1,0 +1,62 @@
+"""Compare finished runs in Markdown: python -m prism_jax.tools.results WORKDIR [WORKDIR ...]
+
+Runs of one config with different seeds become one row with mean and spread.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from etils import epath
+
+from prism_jax.analysis import summary
+from prism_jax.data import workdir
+from prism_jax.errors import UserError
+
+HELP = """\
+usage: python -m prism_jax.tools.results WORKDIR [WORKDIR ...]
+
+Prints the tables of the README for finished runs. Runs of one config with different seeds
+become one row with mean and spread.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables.
+
+    Returns:
+      The exit status.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0
+    try:
+        print(tables(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def tables(folders: Sequence[str]) -> str:
+    """The Markdown tables of runs.
+
+    Raises:
+      UserError: a folder without a summary, or with a damaged one.
+    """
+    by_config: dict[str, list[dict]] = {}
+    for folder in folders:
+        path = epath.Path(folder) / "summary.json"
+        if not path.exists():
+            raise UserError(f"{folder} holds no summary.json; run its config to the end first")
+        found = workdir.read_json(path)
+        summary.validate(found)
+        by_config.setdefault(found["config"], []).append(found)
+    merged = [summary.merge(runs) for runs in by_config.values()]
+    return summary.markdown(merged) + "\n" + summary.markdown_teachers(merged)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
