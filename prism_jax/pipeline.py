@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -13,80 +14,71 @@ from prism_jax.stages import analyse, controls, recover, relabel, squeeze, valid
 from prism_jax.stages.context import RECORD, Context, LabelledSet
 
 
-def run(context: Context, stages: Sequence[str] = STAGES) -> bool:
+def run(context: Context, stages: Sequence[str] = STAGES) -> None:
     """Run stages, in their order, each only where something is missing.
-
-    Returns:
-      Whether anything had to be done.
 
     Raises:
       UserError: a person's mistake; Interrupted: a stop was requested. Both leave everything
         finished in place.
     """
-    check(context, stages)
-    work = [RUNNERS[stage](context) for stage in STAGES if stage in stages]
-    return any(work)
+    check(context)
+    for stage in STAGES:
+        if stage in stages:
+            RUNNERS[stage](context)
 
 
-def check(context: Context, stages: Sequence[str]) -> None:
-    """Refuse, before any work, a workdir that holds something made from other settings."""
-    if "squeeze" in stages:
-        squeeze.pending(context)
-    if "recover" in stages:
-        recover.pending(context)
+def check(context: Context) -> None:
+    """Refuse, before any work, a workdir that holds teachers or images of other settings."""
+    squeeze.pending(context)
+    recover.pending(context)
 
 
-def _squeeze(context: Context) -> bool:
-    if not squeeze.pending(context):
-        return False
-    squeeze.run(context)
-    return True
+def _squeeze(context: Context) -> None:
+    if squeeze.pending(context):
+        squeeze.run(context)
 
 
-def _recover(context: Context) -> bool:
-    if recover.is_done(context):
-        return False
-    recover.run(context)
-    return True
+def _recover(context: Context) -> None:
+    if not recover.is_done(context):
+        recover.run(context)
 
 
-def _relabel(context: Context) -> bool:
-    work = False
+def _relabel(context: Context) -> None:
     for labelled in sets(context):
         if labelled.soft and not relabel.is_done(context, labelled):
             if labelled.name != "synthetic":
                 controls.write(context, labelled)
             relabel.run(context, labelled)
-            work = True
-    return work
 
 
-def _validate(context: Context) -> bool:
-    work = False
+def _validate(context: Context) -> None:
     for labelled in sets(context):
-        if not validate.pending(context, labelled):
-            continue
-        labels = relabel.open_labels(context, labelled) if labelled.soft else None
-        validate.run(context, labelled, labels, relabel.augment_of(context))
-        work = True
-    return work
+        if validate.pending(context, labelled):
+            labels = relabel.open_labels(context, labelled) if labelled.soft else None
+            validate.run(context, labelled, labels, relabel.augment_of(context))
 
 
-def _analyse(context: Context) -> bool:
+def _analyse(context: Context) -> None:
     labelled = {found.name: found for found in sets(context)}
-    if analyse.is_done(context, labelled):
-        return False
-    analyse.run(context, labelled)
-    return True
+    if not analyse.is_done(context, labelled):
+        analyse.run(context, labelled)
 
 
-RUNNERS: dict[str, Callable[[Context], bool]] = {
+RUNNERS: dict[str, Callable[[Context], None]] = {
     "squeeze": _squeeze,
     "recover": _recover,
     "relabel": _relabel,
     "validate": _validate,
     "analyse": _analyse,
 }
+
+
+def summarise(context: Context, provenance: Mapping[str, Any]) -> None:
+    """Write the summary, where it does not say already what the workdir holds, and show it."""
+    found = {s.name: s for s in sets(context)} if recover.is_done(context) else {}
+    if not analyse.is_summarised(context, found):
+        analyse.write_summary(context, found, provenance)
+    analyse.show_summary(context)
 
 
 def sets(context: Context) -> Iterator[LabelledSet]:
@@ -112,6 +104,8 @@ def adopt(context: Context, source: epath.PathLike) -> list[str]:
       UserError: ``source`` is no workdir, or is this workdir.
     """
     source = epath.Path(source)
+    if source.resolve() == context.root.resolve():
+        raise UserError(f"--from={source} is the working directory itself; name another one")
     if not (source / "squeeze").exists() and not (source / "recover").exists():
         raise UserError(
             f"--from={source} is no working directory of a run: it has neither squeeze/ nor "
@@ -126,7 +120,7 @@ def adopt(context: Context, source: epath.PathLike) -> list[str]:
         found = workdir.read_fingerprint(theirs)
         if found is None or workdir.differences(found, fields):
             return False
-        context.lock.acquire()
+        context.acquire()
         workdir.copy_tree(theirs, ours)
         adopted.append(relative)
         return True

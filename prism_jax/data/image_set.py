@@ -37,6 +37,7 @@ class DamagedFile(UserError):
     ):
         super().__init__(f"{path} {problem}. {remedy}")
         self.path = epath.Path(path)
+        self.problem = problem
 
 
 def image_path(root: epath.PathLike, cls: int, slot: int) -> epath.Path:

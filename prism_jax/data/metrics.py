@@ -120,6 +120,22 @@ def truncate(path: epath.PathLike, keep: Callable[[dict[str, Any]], bool]) -> No
         workdir.write_bytes(path, remaining)
 
 
+def keep(path: epath.PathLike, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Keep the lines for which ``wanted`` is true: for a file in which several units alternate.
+
+    A file in which every line is wanted is not written.
+
+    Raises:
+      UserError: as ``read_lines``.
+    """
+    path = epath.Path(path)
+    lines, content = _parse(path)
+    whole = content.splitlines(keepends=True)[: len(lines)]
+    remaining = b"".join(r for r, line in zip(whole, lines, strict=True) if wanted(line))
+    if remaining != content:
+        workdir.write_bytes(path, remaining)
+
+
 def _parse(path: epath.Path) -> tuple[list[dict[str, Any]], bytes]:
     """The records of a file's whole lines, and all its bytes."""
     content = path.read_bytes() if path.exists() else b""

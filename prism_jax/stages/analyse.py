@@ -6,6 +6,7 @@ summary.json  report.html
 
 from __future__ import annotations
 
+import json
 import statistics as st
 from collections.abc import Mapping
 from typing import Any
@@ -51,18 +52,16 @@ def fields_of(context: Context, sets: Mapping[str, LabelledSet]) -> dict[str, An
 
 
 def is_done(context: Context, sets: Mapping[str, LabelledSet]) -> bool:
-    root = folder(context)
-    found = workdir.read_fingerprint(root)
-    if found is None or workdir.differences(found, fields_of(context, sets)):
-        return False
-    return (context.root / "report.html").exists()
+    return context.fits(folder(context), fields_of(context, sets))
 
 
 def run(context: Context, sets: Mapping[str, LabelledSet]) -> None:
     """Measure diversity and draw the figures; :func:`write_summary` writes the page."""
     root, config = folder(context), context.config
     fields = fields_of(context, sets)
-    context.lock.acquire()
+    context.acquire()
+    if root.exists():
+        workdir.remove(root)
     synthetic = sets["synthetic"]
     images, labels = synthetic.images_uint8_NHWC, synthetic.labels_N
     initial = initial_images(context)
@@ -94,7 +93,7 @@ def run(context: Context, sets: Mapping[str, LabelledSet]) -> None:
     }  # fmt: skip
     for name, data in drawings.items():
         workdir.write_bytes(root / f"{name}.png", data)
-    workdir.write_json(root / DIVERSITY, record)
+    workdir.write_record(root / DIVERSITY, record)
     workdir.write_fingerprint(root, fields)
 
 
@@ -138,8 +137,19 @@ def _cosines(context, images, initial, labels) -> dict[str, float | None]:
 # --- the summary ----------------------------------------------------------------------------
 
 
-def summarise(context: Context, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """What the workdir holds, as a summary; sections of stages that did not run are absent."""
+def summarise(
+    context: Context, sets: Mapping[str, LabelledSet], provenance: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the workdir holds, as a summary.
+
+    Args:
+      context: the run.
+      sets: the synthetic set and the controls; none before the images are finished.
+      provenance: what made the results.
+
+    Returns:
+      The summary; sections of stages that did not run with these settings are absent.
+    """
     config, root = context.config, context.root
     found: dict[str, Any] = {
         "schema": 1,
@@ -163,35 +173,37 @@ def summarise(context: Context, provenance: Mapping[str, Any]) -> dict[str, Any]
     if all(path.exists() for path in teachers.values()):
         found["teachers"] = {
             name: {key: record[key] for key in ("top1", "params", "batch_norms")}
-            for name, record in ((n, workdir.read_json(p)) for n, p in teachers.items())
+            for name, record in ((n, workdir.read_record(p)) for n, p in teachers.items())
         }
-    if (root / "recover" / "manifest.json").exists():
-        found["recover"] = _recover(context, provenance)
-    if (root / "relabel" / label_store.MANIFEST).exists():
+    if not sets:
+        summary.validate(found)
+        return found
+    found["recover"] = _recover(context, provenance)
+    done = (root / "relabel" / label_store.MANIFEST).exists()
+    if done and context.fits(root / "relabel", context.relabel_fields(sets["synthetic"])):
         found["relabel"] = {
             "bytes": label_store.size_bytes(root / "relabel"),
             "seconds": workdir.read_json(root / "relabel" / "timing.json")["seconds"],
         }
-    if students := _students(context, root):
+    if students := _students(context, sets["synthetic"]):
         found["validate"] = students
     controls = {
         name: students
         for name in config.validate.controls
-        if (students := _students(context, root / "controls" / name))
+        if (students := _students(context, sets[name]))
     }
     if controls:
         found["controls"] = controls
-    if (folder(context) / DIVERSITY).exists():
-        record = workdir.read_json(folder(context) / DIVERSITY)
+    if is_done(context, sets):
+        record = workdir.read_record(folder(context) / DIVERSITY)
         found["analyse"] = {key: record[key] for key in ("network", "intra_class_cosine")}
-        if "recover" in found:
-            found["recover"]["distance_from_initial"] = record["distance_from_initial"]
+        found["recover"]["distance_from_initial"] = record["distance_from_initial"]
     summary.validate(found)
     return found
 
 
 def _recover(context: Context, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    manifest = workdir.read_json(context.root / "recover" / "manifest.json")
+    manifest = workdir.read_record(context.root / "recover" / "manifest.json")
     units = manifest["units"]
     seconds = sum(unit["seconds"] for unit in units)
     found = {
@@ -227,23 +239,40 @@ def _mean(values: list[float | None]) -> float | None:
     return st.fmean(known) if known else None
 
 
-def _students(context: Context, root: epath.Path) -> dict[str, Any]:
+def _students(context: Context, labelled: LabelledSet) -> dict[str, Any]:
     """The finished students of a set; one that lacks a seed is left out."""
     found = {}
     for student in context.config.validate.students:
-        paths = [
-            root / "validate" / student / str(s) / RECORD for s in context.config.validate.seeds
-        ]
-        if all(path.exists() for path in paths):
-            found[student] = summary.over_seeds([workdir.read_json(path) for path in paths])
+        records = []
+        for seed in context.config.validate.seeds:
+            path = labelled.root / "validate" / student / str(seed)
+            fields = context.validate_fields(labelled, student, seed)
+            if (path / RECORD).exists() and context.fits(path, fields):
+                records.append(workdir.read_record(path / RECORD))
+        if len(records) == len(context.config.validate.seeds):
+            found[student] = summary.over_seeds(records)
     return found
 
 
-def write_summary(context: Context, provenance: Mapping[str, Any]) -> None:
-    """Write summary.json, and the page where the analysis is there."""
-    found = summarise(context, provenance)
-    workdir.write_json(context.root / "summary.json", found)
+def is_summarised(context: Context, sets: Mapping[str, LabelledSet]) -> bool:
+    """Whether summary.json says what the workdir holds: a run may have died before writing it."""
+    path = context.root / "summary.json"
+    if not path.exists():
+        return False
+    found = workdir.read_json(path)
+    if "analyse" in found and not (context.root / "report.html").exists():
+        return False
+    provenance = {**found, "peak_bytes": found.get("recover", {}).get("peak_bytes")}
+    return json.loads(workdir.to_json(summarise(context, sets, provenance))) == found
+
+
+def write_summary(
+    context: Context, sets: Mapping[str, LabelledSet], provenance: Mapping[str, Any]
+) -> None:
+    """Write the page, where the analysis is there, and then summary.json."""
+    found = summarise(context, sets, provenance)
     root = folder(context)
+    context.acquire()
     if "analyse" in found:
         page = report.render(
             found,
@@ -252,6 +281,7 @@ def write_summary(context: Context, provenance: Mapping[str, Any]) -> None:
             notes=notes(context),
         )
         workdir.write_bytes(context.root / "report.html", page.encode())
+    workdir.write_json(context.root / "summary.json", found)
 
 
 def notes(context: Context) -> list[str]:

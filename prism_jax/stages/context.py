@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ from flax import traverse_util
 from safetensors import numpy as safetensors
 
 from prism_jax import progress
-from prism_jax.config import Experiment, Network, fingerprint_fields
+from prism_jax.config import Experiment, Network, fingerprint_fields, to_dict
 from prism_jax.data import workdir
 from prism_jax.data.datasets import DATASETS, DatasetInfo
 from prism_jax.data.sources import ImageSource, open_source, read_all
@@ -68,25 +68,69 @@ class StopSignal:
 class LabelledSet:
     """A set of images that students train on: the synthetic one, or a control.
 
-    ``fields`` say what made the images; they enter the fingerprints of labels and students.
+    Attributes:
+      name: "synthetic", or the control's.
+      root: where its labels and students are.
+      read: reads the images; most questions about a set do not need them.
+      labels_N: int32 classes.
+      fields: what made the images; they enter the fingerprints of labels and students.
+      soft: whether it is given soft labels.
     """
 
     name: str
     root: epath.Path
-    images_uint8_NHWC: np.ndarray
+    read: Callable[[], np.ndarray]
     labels_N: np.ndarray
     fields: dict[str, Any]
     soft: bool
+
+    @functools.cached_property
+    def images_uint8_NHWC(self) -> np.ndarray:
+        return self.read()
 
 
 class Context:
     """One run: configuration, paths, data, teachers, and the request to stop."""
 
-    def __init__(self, config: Experiment, root: epath.PathLike, *, stop: StopSignal | None = None):
+    def __init__(
+        self,
+        config: Experiment,
+        root: epath.PathLike,
+        *,
+        stop: StopSignal | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ):
+        """Write nothing yet.
+
+        Args:
+          config: the experiment.
+          root: its working directory.
+          stop: the request to stop.
+          provenance: what makes the results: command, commit, versions, machine.
+        """
         self.config = config
         self.root = epath.Path(root)
         self.stop = stop or StopSignal()
+        self.provenance = dict(provenance or {})
         self.lock = workdir.Lock(self.root)
+
+    def acquire(self) -> None:
+        """Take the workdir's lock before the first write, and record what runs: config.json."""
+        if self.lock.held:
+            return
+        self.lock.acquire()
+        path = self.root / "config.json"
+        if path.exists() and self.provenance:
+            before = workdir.read_json(path)["provenance"].get("machine", {}).get("nproc")
+            now = self.provenance["machine"]["nproc"]
+            if before not in (None, now):
+                self.say(
+                    f"warning: this workdir was begun with NPROC={before} and goes on with "
+                    f"NPROC={now}; on a CPU other bits will follow."
+                )
+        workdir.write_json(
+            path, {"experiment": to_dict(self.config), "provenance": self.provenance}
+        )
 
     # --- data ---
 
@@ -216,7 +260,7 @@ class Context:
                 f"(--stages=squeeze,...), or adopt it with --from=<workdir that has it>"
             )
         data = (folder / WEIGHTS).read_bytes() if (folder / WEIGHTS).exists() else b""
-        if sha256(data) != workdir.read_json(folder / RECORD)["sha256"]:
+        if sha256(data) != workdir.read_record(folder / RECORD)["sha256"]:
             raise UserError(
                 f"{folder / WEIGHTS} is damaged: its content is not what squeeze wrote. Delete "
                 f"{folder} and run the same command again; only this teacher is redone."
@@ -226,7 +270,8 @@ class Context:
     def weights_digests(self, names: Sequence[str]) -> dict[str, str]:
         """SHA-256 of squeezed teachers' weights, by name."""
         return {
-            name: workdir.read_json(self.teacher_folder(name) / RECORD)["sha256"] for name in names
+            name: workdir.read_record(self.teacher_folder(name) / RECORD)["sha256"]
+            for name in names
         }
 
     def pool(self, names: Sequence[str]) -> TeacherPool:
@@ -247,10 +292,27 @@ class Context:
         return TeacherPool(tuple(teachers), tuple(variables), self.normalisation)
 
     def begin(self, folder: epath.Path, fields: dict[str, Any]) -> None:
-        """Take the workdir's lock and record what a folder is about to be made from."""
-        self.lock.acquire()
-        if workdir.read_fingerprint(folder) is None:
-            workdir.write_fingerprint(folder, fields)
+        """Take the workdir's lock and record what a folder is about to be made from.
+
+        What was made there from other settings is deleted (squeeze and recover refuse before it
+        comes to that); what does not say what it was made from is set aside.
+        """
+        self.acquire()
+        found = workdir.read_fingerprint(folder)
+        if found is not None:
+            if not workdir.differences(found, fields):
+                return
+            self.say(f"{folder} was made from other settings; it is made again")
+            workdir.remove(folder)
+        elif folder.exists():
+            aside = workdir.set_aside(folder)
+            self.say(f"warning: {folder} has no {workdir.FINGERPRINT}; it is set aside as {aside}")
+        workdir.write_fingerprint(folder, fields)
+
+    def fits(self, folder: epath.Path, fields: dict[str, Any]) -> bool:
+        """Whether what a folder holds was made from these fields."""
+        found = workdir.read_fingerprint(folder)
+        return found is not None and not workdir.differences(found, fields)
 
     def say(self, text: str) -> None:
         progress.say(text)

@@ -23,23 +23,27 @@ def labelled_set(context: Context, name: str) -> LabelledSet:
     root = context.root / "controls" / name
     fields = {"data": source.describe()}
     if name == "full_real":
-        images, labels = read_all(source)
         fields["epochs"] = config.validate.epochs, config.recover.ipc, config.squeeze.epochs
-        return LabelledSet(name, root, images, labels, fields, SOFT[name])
+        labels = np.asarray(source.labels_N, np.int32)
+        return LabelledSet(name, root, lambda: read_all(source)[0], labels, fields, SOFT[name])
     classes, slots = _order(context)
-    at = random_positions(source, classes, slots, config.seed)
-    images = np.stack([source.image(i) for i in at])
     fields |= {"ipc": config.recover.ipc, "seed": config.seed, "classes": int(classes.max()) + 1}
-    return LabelledSet(name, root, images, classes, fields, SOFT[name])
+
+    def read() -> np.ndarray:
+        at = random_positions(source, classes, slots, config.seed)
+        return np.stack([source.image(i) for i in at])
+
+    return LabelledSet(name, root, read, classes, fields, SOFT[name])
 
 
 def write(context: Context, labelled: LabelledSet) -> None:
     """Write a random control's images beside its labels, for people to look at."""
-    folder = labelled.root / "images"
-    if labelled.name == "full_real" or folder.exists():
+    folder, (classes, slots) = labelled.root / "images", _order(context)
+    last = image_set.image_path(folder, classes[-1], slots[-1])
+    if labelled.name == "full_real" or last.exists():
         return
-    context.lock.acquire()
-    image_set.write_images(folder, labelled.images_uint8_NHWC, *_order(context))
+    context.acquire()
+    image_set.write_images(folder, labelled.images_uint8_NHWC, classes, slots)
 
 
 def _order(context: Context) -> tuple[np.ndarray, np.ndarray]:

@@ -66,22 +66,25 @@ def train(
     checkpoints = Checkpoints(folder / "checkpoints", every_seconds=checkpoint_seconds)
     state = trainer.start(context.image_shape)
     best, seconds = 0.0, 0.0
+    losses: list[float | jax.Array] = []  # of the epoch so far
     if restored := checkpoints.restore(jax.device_get(state)):
-        _, state, meta = restored
-        best, seconds = meta["best_top1"], meta["seconds"]
+        done, state, meta = restored
+        best, seconds, losses = meta["best_top1"], meta["seconds"], meta["losses"]
+        context.say(f"{title}: continues after step {done} of {total}")
     done = int(state.step)
     metrics = folder / "metrics.jsonl"
     truncate(metrics, lambda line: line["step"] <= done)
     writer = MetricsWriter(metrics, tensorboard_dir=folder / "tensorboard")
     images, labels = context.test_set()
     started = time.monotonic()
-    losses: list[jax.Array] = []
 
     def elapsed() -> float:
         return seconds + time.monotonic() - started
 
     def save(step: int) -> None:
-        checkpoints.save(step, state, {"best_top1": best, "seconds": elapsed()})
+        so_far = [float(loss) for loss in jax.device_get(losses)]
+        meta = {"best_top1": best, "seconds": elapsed(), "losses": so_far}
+        checkpoints.save(step, state, meta)
 
     result = None
     with progress.task(title, total, unit="step", done=done) as bar:
@@ -92,7 +95,7 @@ def train(
             shown: dict[str, Any] = {}
             if done % per_epoch == 0:
                 epoch = done // per_epoch
-                mean_loss = float(np.mean(jax.device_get(losses)))
+                mean_loss = float(np.mean(np.array(jax.device_get(losses), np.float32)))
                 losses = []
                 if not np.isfinite(mean_loss):
                     raise UserError(

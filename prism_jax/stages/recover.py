@@ -23,7 +23,7 @@ from prism_jax.config import Layout, batch_layout, budget_of
 from prism_jax.core import pixels
 from prism_jax.data import image_set, workdir
 from prism_jax.data.checkpoints import Checkpoints
-from prism_jax.data.metrics import MetricsWriter, truncate
+from prism_jax.data.metrics import MetricsWriter, keep
 from prism_jax.errors import UserError
 from prism_jax.initialise import INITIALISERS
 from prism_jax.stages.context import Context, LabelledSet
@@ -100,20 +100,12 @@ def synthetic_set(context: Context) -> LabelledSet:
     """
     root = folder(context)
     if not is_done(context):
-        raise UserError(f"{root} has no finished images; run the recover stage first")
-    shape = context.config.dataset.num_classes, context.config.recover.ipc
-    try:
-        images, labels = image_set.read_images(root / "images", *shape)
-    except image_set.DamagedFile as error:
-        _redo(context, error)
-        raise
-    expected = workdir.read_json(root / "manifest.json")["digest"]
-    if image_set.digest(images) != expected:
         raise UserError(
-            f"the images in {root / 'images'} are not those that recover wrote (their digest "
-            f"differs from manifest.json). Put the originals back, or delete {root} to redo them."
+            f"{root} has no finished images; run the recover stage first (--stages=recover,...)"
         )
-    return LabelledSet("synthetic", context.root, images, labels, context.recover_fields(), True)
+    images, labels = _read_images(context, workdir.read_record(root / "manifest.json")["units"])
+    fields = context.recover_fields()
+    return LabelledSet("synthetic", context.root, lambda: images, labels, fields, True)
 
 
 def run(context: Context) -> None:
@@ -125,10 +117,10 @@ def run(context: Context) -> None:
     context.begin(root, context.recover_fields())
     if waiting:
         _optimise(context, waiting)
-    records = [workdir.read_json(_record(context, unit)) for unit in units(context)]
-    images, _ = image_set.read_images(
-        root / "images", config.dataset.num_classes, config.recover.ipc
-    )
+    records = [workdir.read_record(_record(context, unit)) for unit in units(context)]
+    images, _ = _read_images(context, records)
+    if (root / "checkpoints").exists():
+        workdir.remove(root / "checkpoints")
     manifest = {
         "digest": image_set.digest(images),
         "images": len(images),
@@ -138,7 +130,7 @@ def run(context: Context) -> None:
         "pool": list(config.recover.pool),
         "units": records,
     }
-    workdir.write_json(root / "manifest.json", manifest)
+    workdir.write_record(root / "manifest.json", manifest)
 
 
 # --- the lanes ------------------------------------------------------------------------------
@@ -226,6 +218,7 @@ def _start(context: Context, engine, recipe, unit: Unit, at: int) -> Lane:
     if restored := checkpoints.restore(state):
         _, state, meta = restored
         start_terms, seconds = meta["start_terms"], meta["seconds"]
+        context.say(f"recover: unit {unit.name} continues after iteration {int(state.step)}")
     budget = _budget(context, unit)
     batch = synthesis.UnitBatch(np.int32(slots[0]), np.int32(unit.block), np.int32(budget), classes)
     return Lane(
@@ -292,7 +285,7 @@ def _finish(context: Context, engine, recipe, pool, lane: Lane, report) -> None:
         drawn = synthesis.drawn_share(recipe, pool.teachers, config.seed, batch)
         record["drawn"] = dict(zip(pool.names, map(float, drawn), strict=True))
         record["terms"] = {"start": lane.start_terms, "end": terms(report.last, pool.names)}
-    workdir.write_json(_record(context, lane.unit), record)
+    workdir.write_record(_record(context, lane.unit), record)
     lane.checkpoints.delete()
 
 
@@ -349,7 +342,7 @@ def _warn(context: Context, first: synthesis.Terms, names: tuple[str, ...]) -> b
 
 
 def _cut_metrics(context: Context) -> None:
-    """Drop the lines of iterations that a resumed unit will do again."""
+    """Drop the lines of iterations that a resumed unit will do again; the others' stay."""
     root = folder(context)
     reached = {}
     for unit in units(context):
@@ -359,7 +352,7 @@ def _cut_metrics(context: Context) -> None:
             steps = root / "checkpoints" / unit.name
             names = [p.name for p in steps.iterdir()] if steps.exists() else []
             reached[unit.name] = max((int(n) for n in names if n.isdecimal()), default=0)
-    truncate(root / "metrics.jsonl", lambda line: line["step"] <= reached.get(line["unit"], 0))
+    keep(root / "metrics.jsonl", lambda line: line["step"] <= reached.get(line["unit"], 0))
 
 
 # --- small parts ----------------------------------------------------------------------------
@@ -373,13 +366,47 @@ def _record(context: Context, unit: Unit) -> epath.Path:
     return folder(context) / "units" / f"{unit.name}.json"
 
 
-def _redo(context: Context, error: image_set.DamagedFile) -> None:
-    """Set a damaged image aside and forget that its unit is done."""
-    damaged = epath.Path(error.path)
-    if damaged.exists():
-        workdir.set_aside(damaged)
-    for unit in units(context):
-        for cls, slot in zip(*members(context, unit), strict=True):
-            if image_set.image_path(folder(context) / "images", cls, slot) == damaged:
-                _record(context, unit).unlink(missing_ok=True)
-                (folder(context) / "manifest.json").unlink(missing_ok=True)
+def _read_images(context: Context, records: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """All images and labels, class-major, compared with what the units' records say of them.
+
+    Raises:
+      UserError: an image is missing, damaged, or another one than recover wrote. It is set aside
+        (all images of its unit, where only their common digest differs), and the unit is undone.
+    """
+    root, ipc = folder(context), context.config.recover.ipc
+    try:
+        images, labels = image_set.read_images(
+            root / "images", context.config.dataset.num_classes, ipc
+        )
+    except image_set.DamagedFile as error:
+        for unit in units(context):
+            if error.path in _paths(context, unit):
+                _forget(context, unit, [error.path])
+        again = "Run the same command again to redo it; what was there is set aside."
+        raise image_set.DamagedFile(error.path, error.problem, again) from error
+    for unit, record in zip(units(context), records, strict=True):
+        classes, slots = members(context, unit)
+        if image_set.digest(images[classes * ipc + slots]) != record["digest"]:
+            paths = _paths(context, unit)
+            _forget(context, unit, paths)
+            raise UserError(
+                f"the images {', '.join(map(str, paths))} are not those that recover wrote for "
+                f"unit {unit.name}. Run the same command again to redo them; what was there is "
+                f"set aside."
+            )
+    return images, labels
+
+
+def _paths(context: Context, unit: Unit) -> list[epath.Path]:
+    root = folder(context) / "images"
+    return [image_set.image_path(root, c, s) for c, s in zip(*members(context, unit), strict=True)]
+
+
+def _forget(context: Context, unit: Unit, damaged: list[epath.Path]) -> None:
+    """Set damaged images aside and forget that their unit is done."""
+    context.acquire()
+    (folder(context) / "manifest.json").unlink(missing_ok=True)
+    _record(context, unit).unlink(missing_ok=True)
+    for path in damaged:
+        if path.exists():
+            workdir.set_aside(path)

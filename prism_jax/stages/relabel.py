@@ -15,6 +15,7 @@ from etils import epath
 from prism_jax import parallel, progress
 from prism_jax.core.augment import Augment
 from prism_jax.data import image_set, label_store, workdir
+from prism_jax.errors import UserError
 from prism_jax.labelling import Labeller, LabelRecipe
 from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.types import SoftLabels
@@ -47,8 +48,7 @@ def plan_of(context: Context, labelled: LabelledSet) -> label_store.LabelPlan:
 def pending(context: Context, labelled: LabelledSet) -> list[int]:
     """Shards that are not there yet; labels of other settings count as none."""
     root, plan = folder(labelled), plan_of(context, labelled)
-    found = workdir.read_fingerprint(root)
-    if found is None or workdir.differences(found, context.relabel_fields(labelled)):
+    if not context.fits(root, context.relabel_fields(labelled)):
         return list(range(plan.num_shards))
     return label_store.missing_shards(root, plan)
 
@@ -60,13 +60,7 @@ def is_done(context: Context, labelled: LabelledSet) -> bool:
 def run(context: Context, labelled: LabelledSet) -> None:
     """Label every epoch that is missing, then write the manifest."""
     root, config = folder(labelled), context.config
-    fields = context.relabel_fields(labelled)
-    found = workdir.read_fingerprint(root)
-    if found is not None and workdir.differences(found, fields):
-        context.lock.acquire()
-        context.say(f"{root} was made from other settings; labelling again")
-        root.rmtree()
-    context.begin(root, fields)
+    context.begin(root, context.relabel_fields(labelled))
     plan, shards = plan_of(context, labelled), pending(context, labelled)
     labeller = Labeller(
         context.pool(config.relabel.teachers),
@@ -86,6 +80,7 @@ def run(context: Context, labelled: LabelledSet) -> None:
     with progress.task(f"relabel {labelled.name}", left, unit="epoch") as bar:
         for shard in parallel.process_share(shards):
             label_store.write_shard(root, plan, shard, records(shard, bar))
+    workdir.write_json(root / "timing.json", {"seconds": time.monotonic() - seconds})
     view = dataclasses.asdict(augment_of(context))
     label_store.write_manifest(
         root,
@@ -94,11 +89,22 @@ def run(context: Context, labelled: LabelledSet) -> None:
         teachers=context.weights_digests(config.relabel.teachers),
         view={**view, "ensemble": config.relabel.ensemble, "seed": config.seed},
     )
-    workdir.write_json(root / "timing.json", {"seconds": time.monotonic() - seconds})
 
 
 def open_labels(context: Context, labelled: LabelledSet) -> label_store.LabelReader:
-    """The finished labels of a set, checked to be about these very images."""
-    return label_store.LabelReader(
+    """The finished labels of a set, checked to be of these settings and about these very images.
+
+    Raises:
+      UserError: they are not there, or were made from something else.
+    """
+    if not is_done(context, labelled):
+        raise UserError(
+            f"{folder(labelled)} has no finished soft labels made with these settings; run the "
+            f"relabel stage first (--stages=relabel,...)"
+        )
+    reader = label_store.LabelReader(
         folder(labelled), images=image_set.digest(labelled.images_uint8_NHWC)
     )
+    if reader.plan != plan_of(context, labelled):
+        raise image_set.DamagedFile(folder(labelled) / DONE, "is damaged: it has another plan")
+    return reader

@@ -55,7 +55,7 @@ def run(context: Context) -> None:
             "batch_norms": len(jax.tree.leaves(variables["batch_stats"])) // 2,
             "sha256": sha256(data),
         }
-        workdir.write_json(folder / RECORD, record)
+        workdir.write_record(folder / RECORD, record)
         context.say(f"teacher {name}: top-1 {record['top1']:.1%} on the real test images")
         context.stop.check()
 

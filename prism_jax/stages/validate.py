@@ -8,7 +8,6 @@ The synthetic set and every control go through this same code.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from etils import epath
 
@@ -34,17 +33,6 @@ def pending(context: Context, labelled: LabelledSet) -> list[tuple[str, int]]:
         for seed in validate.seeds
         if not _is_done(context, labelled, student, seed)
     ]
-
-
-def records(context: Context, labelled: LabelledSet) -> dict[str, list[dict[str, Any]]]:
-    """What the finished trainings say: student -> one record per seed, in the config's order."""
-    validate = context.config.validate
-    return {
-        student: [
-            workdir.read_json(folder(labelled, student, seed) / RECORD) for seed in validate.seeds
-        ]
-        for student in validate.students
-    }
 
 
 def run(
@@ -78,12 +66,8 @@ def epochs_of(context: Context, labelled: LabelledSet) -> int:
 
 def _is_done(context: Context, labelled: LabelledSet, student: str, seed: int) -> bool:
     root = folder(labelled, student, seed)
-    found = workdir.read_fingerprint(root)
-    if found is None or workdir.differences(
-        found, context.validate_fields(labelled, student, seed)
-    ):
-        return False
-    return (root / RECORD).exists()
+    fields = context.validate_fields(labelled, student, seed)
+    return (root / RECORD).exists() and context.fits(root, fields)
 
 
 def _train(
@@ -95,13 +79,7 @@ def _train(
     seed: int,
 ) -> None:
     validate, root = context.config.validate, folder(labelled, student, seed)
-    fields = context.validate_fields(labelled, student, seed)
-    found = workdir.read_fingerprint(root)
-    if found is not None and workdir.differences(found, fields):
-        context.lock.acquire()
-        context.say(f"{root} was made from other settings; training again")
-        root.rmtree()
-    context.begin(root, fields)
+    context.begin(root, context.validate_fields(labelled, student, seed))
     images, targets = labelled.images_uint8_NHWC, labelled.labels_N
     epochs, size = epochs_of(context, labelled), min(validate.batch_size, len(targets))
     recipe = TrainRecipe(
@@ -153,4 +131,4 @@ def _train(
         "per_class": trained.per_class,
         "seconds": trained.seconds,
     }
-    workdir.write_json(root / RECORD, record)
+    workdir.write_record(root / RECORD, record)
