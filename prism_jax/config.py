@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
+from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from prism_jax.errors import UserError
@@ -191,14 +193,25 @@ def to_dict(experiment: Experiment) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(experiment)))
 
 
+# What a person calls the types of fields.
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    bool: "True or False",
+    tuple: "a list of values",
+}
+
+
 # --- ConfigDict -> Experiment ---------------------------------------------------------------
 
 
-def resolve(config: Any) -> Experiment:
+def resolve(config: Any, problems: Sequence[str] = ()) -> Experiment:
     """Turn a config into an experiment.
 
     Args:
       config: an ``ml_collections.ConfigDict`` (or nested dicts) with the fields above.
+      problems: what is known to be wrong already, to be said in the same message.
 
     Returns:
       The experiment, checked.
@@ -207,14 +220,16 @@ def resolve(config: Any) -> Experiment:
       UserError: one message with every violation.
     """
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    problems: list[str] = []
-    experiment = _build(Experiment, values, "", problems)
-    if not problems:
-        problems = violations(experiment)
-    if problems:
-        lines = "\n".join(f"  - {problem}" for problem in problems)
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError(f"the config has {count}:\n{lines}")
+    found: list[str] = []
+    experiment = _build(Experiment, values, "", found)
+    if not found:
+        found = violations(experiment)
+    found = [*problems, *found]
+    if len(found) == 1:
+        raise UserError(found[0])
+    if found:
+        lines = "\n".join(f"  - {problem}" for problem in found)
+        raise UserError(f"{len(found)} things cannot be used:\n{lines}")
     return experiment
 
 
@@ -269,12 +284,12 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and math.isfinite(value):
             return float(value)
     elif isinstance(value, hint):
         return value
-    wanted = {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}
-    what = wanted.get(hint, "a list" if origin is tuple else "a group of fields")
+    what = KINDS.get(origin or hint, "a group of fields")
     problems.append(f"{name} is {value!r}; it must be {what}")
     return None
 
@@ -349,6 +364,11 @@ def violations(e: Experiment) -> list[str]:
             found.append(f"recover.betas[{i}] is {beta}; it must be in [0, 1)")
     if e.seed < 0:
         found.append(f"seed is {e.seed}; it must be zero or positive")
+    if not e.validate.seeds or min(e.validate.seeds) < 0 or _repeated(e.validate.seeds):
+        found.append(
+            f"validate.seeds is {e.validate.seeds}; it must be one or more different numbers, "
+            f"zero or positive"
+        )
 
     from prism_jax import initialise, synthesis, training
 
@@ -365,6 +385,8 @@ def violations(e: Experiment) -> list[str]:
     one_of("validate.schedule", e.validate.schedule, schedules.SCHEDULES)
     for control in e.validate.controls:
         one_of("validate.controls", control, CONTROLS)
+    for control in _repeated(e.validate.controls):
+        found.append(f"validate.controls names {control} twice")
 
     used = {
         "squeeze.teachers": e.squeeze.teachers,
@@ -376,11 +398,20 @@ def violations(e: Experiment) -> list[str]:
     for field, names in used.items():
         if not names and field not in ("analyse.network", "squeeze.teachers"):
             found.append(f"{field} is empty; it needs at least one network")
-        for name in sorted({n for n in names if names.count(n) > 1}):
+        for name in _repeated(names):
             found.append(f"{field} names {name} twice")
     for name in dict.fromkeys(n for names in used.values() for n in names):
         where = next(field for field, names in used.items() if name in names)
-        one_of(f"{where}: the architecture of {name}", e.network(name).architecture, ARCHITECTURES)
+        network = e.network(name)
+        one_of(f"{where}: the architecture of {name}", network.architecture, ARCHITECTURES)
+        if network.architecture in ARCHITECTURES:
+            smallest = ARCHITECTURES[network.architecture].min_image_size[network.stem]
+            if e.dataset.image_size < smallest:
+                found.append(
+                    f"dataset.image_size is {e.dataset.image_size}, and {name} "
+                    f"({network.architecture} with the {network.stem} stem) needs {smallest} or "
+                    f"more; enlarge the images, set networks.{name}.stem='small', or leave it out"
+                )
     for name, network in e.networks.items():
         for field in ("width", "depth"):
             if not getattr(network, field) > 0:
@@ -420,14 +451,17 @@ def violations(e: Experiment) -> list[str]:
             f"validate.epochs is {e.validate.epochs} but relabel.epochs is "
             f"{e.relabel.epochs}; students cannot train on labels that are not made"
         )
-    if not found:
+    sizes = e.recover.ipc, e.dataset.num_classes, e.recover.slots_per_batch, e.recover.batch_size
+    if all(size is None or size > 0 for size in sizes) and e.recover.budget in schedules.BUDGETS:
         try:
             batch_layout(e)
         except UserError as error:
             found.append(str(error))
     if e.recover.initialise == "folder" and not e.recover.initialise_from:
         found.append("recover.initialise is 'folder'; recover.initialise_from must name the folder")
-    if e.validate.batch_size % e.validate.accumulate:
+    if e.validate.batch_size <= 0 or e.validate.accumulate <= 0:
+        pass  # said above
+    elif e.validate.batch_size % e.validate.accumulate:
         found.append(
             f"validate.batch_size {e.validate.batch_size} does not divide into "
             f"validate.accumulate={e.validate.accumulate} equal parts"
@@ -441,6 +475,10 @@ def violations(e: Experiment) -> list[str]:
                 f"{micro} (the images one forward pass holds) or unset"
             )
     return found
+
+
+def _repeated(values: Sequence[Any]) -> list[Any]:
+    return sorted({value for value in values if values.count(value) > 1})
 
 
 @dataclasses.dataclass(frozen=True)

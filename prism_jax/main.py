@@ -9,6 +9,7 @@ CPU, and is fixed when the first backend is created.
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import pathlib
 import platform
@@ -21,6 +22,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from prism_jax.config import KINDS, STAGES
 from prism_jax.errors import UserError
 
 HELP = """\
@@ -57,12 +59,7 @@ Exit status: 0 done, 2 something given cannot be used, 130 or 143 stopped by Ctr
 (everything is saved; the same command continues).
 """
 
-_FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file("config", None, "experiment", flag_values=_FLAGS)
-flags.DEFINE_string("workdir", None, "working directory", flag_values=_FLAGS)
-flags.DEFINE_string("from", None, "workdir to adopt from", flag_values=_FLAGS)
-flags.DEFINE_list("stages", None, "stages to run", flag_values=_FLAGS)
-flags.DEFINE_bool("plan", False, "print the plan and stop", flag_values=_FLAGS)
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,30 +77,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        print(
+            f"error: {error.filename or 'a file'} cannot be used: {error.strerror}. What was "
+            f"finished is kept; run the same command again when that is solved, or with another "
+            f"--workdir.",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("stopped by SIGINT before any work had begun.", file=sys.stderr)
+        return 130
 
 
 def _main(argv: list[str]) -> int:
-    config = parse(argv)
-    stages = parse_stages(_FLAGS.stages)
-    prepare_environment(deterministic=config.parallel.get("deterministic") is True)
+    problems: list[str] = []
+    config, given = parse(argv, problems)
+    stages = parse_stages(given.stages, problems)
+    prepare_environment(config, problems)
 
     from prism_jax.config import resolve
     from prism_jax.stages.context import Context, Interrupted, StopSignal
 
-    experiment = resolve(config)
-    workdir = _FLAGS.workdir or f"runs/{experiment.name}"
-    if _FLAGS.plan:
+    experiment = resolve(config, problems)
+    workdir = given.workdir or f"runs/{experiment.name}"
+    if given.plan:
         from prism_jax import plan
 
         plan.show(experiment, workdir, measure=True)
         return 0
-    check_requirements(experiment, workdir, stages)
+    check_requirements(experiment, workdir)
 
     stop = StopSignal()
     stop.install()
-    context = Context(experiment, workdir, stop=stop)
+    context = Context(experiment, workdir, stop=stop, provenance=provenance(argv))
     try:
-        _run(context, stages, argv)
+        _run(context, stages, argv, getattr(given, "from"))
     except Interrupted as interrupted:
         print(
             f"stopped by {interrupted}; everything so far is saved in {workdir}. "
@@ -116,47 +127,42 @@ def _main(argv: list[str]) -> int:
     return 0
 
 
-def _run(context: Any, stages: Sequence[str], argv: Sequence[str]) -> None:
+def _run(context: Any, stages: Sequence[str], argv: Sequence[str], source: str | None) -> None:
     from prism_jax import pipeline, progress
-    from prism_jax.data import workdir
-    from prism_jax.stages import analyse
 
-    pipeline.check(context, stages)
-    if source := getattr(_FLAGS, "from"):
+    pipeline.check(context)
+    if source:
         for folder in pipeline.adopt(context, source):
             progress.say(f"adopted {folder} from {source}")
-    record = provenance(argv)
-    previous = context.root / "config.json"
-    if previous.exists():
-        before = workdir.read_json(previous)["provenance"]["machine"]["nproc"]
-        if before != record["machine"]["nproc"]:
-            progress.say(
-                f"warning: this workdir was begun with NPROC={before} and goes on with "
-                f"NPROC={record['machine']['nproc']}; on a CPU other bits will follow."
-            )
-    if pipeline.run(context, stages):
-        from prism_jax.config import to_dict
-
-        value = {"experiment": to_dict(context.config), "provenance": record}
-        workdir.write_json(previous, value)
-        analyse.write_summary(context, provenance(argv))
-    analyse.show_summary(context)
+    pipeline.run(context, stages)
+    # Once more: the peak of memory is known only now.
+    pipeline.summarise(context, provenance(argv))
 
 
 # --- flags ----------------------------------------------------------------------------------
 
 
-def parse(argv: Sequence[str]) -> Any:
-    """Parse the flags into ``_FLAGS`` and return the config.
+def parse(argv: Sequence[str], problems: list[str]) -> tuple[Any, flags.FlagValues]:
+    """Parse the flags.
+
+    Args:
+      argv: the command line, without the program's name.
+      problems: receives a line for every argument that cannot be used: an unknown flag, a field
+        that does not exist, a wrong type. Such arguments are left out.
+
+    Returns:
+      The config, and the other flags' values.
 
     Raises:
-      UserError: an unknown flag, a missing file, a field that does not exist, a wrong type.
+      UserError: there is no config file, or it cannot be loaded.
     """
-    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
-    if path is None:
+    argv = _joined(argv)
+    chosen = [a for a in argv if a.startswith("--config=")]
+    if not chosen:
         if "--config" in argv:
             raise UserError("write --config=FILE, with an equals sign")
         raise UserError("no --config=FILE was given; see --help for examples")
+    path = chosen[-1].split("=", 1)[1]
     file = pathlib.Path(path.split(":", 1)[0])
     if not file.is_file():
         near = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
@@ -165,93 +171,109 @@ def parse(argv: Sequence[str]) -> Any:
         raise UserError(f"no config file at {file}{there}")
     # A config imports its siblings as `configs.base`, wherever the command is run.
     sys.path.insert(0, str(file.resolve().parent.parent))
-    _FLAGS.unparse_flags()
     try:
-        rest = _FLAGS(["prism_jax", *argv])[1:]
-    except UserError:
-        raise
-    except Exception as error:  # absl and ml_collections raise many kinds
-        raise UserError(_explain(argv, error)) from error
-    if rest:
+        config, _ = _parse(chosen[-1:])
+    except Exception as error:  # whatever a file of Python may raise
+        raise UserError(f"the config {path} cannot be loaded: {_first_line(error)}") from error
+    good = chosen[-1:]
+    for argument in argv:
+        if argument in chosen:
+            continue
+        try:
+            _parse([*good, argument])
+            good.append(argument)
+        except Exception as error:  # absl and ml_collections raise many kinds
+            problems.append(_explain(config, argument, error))
+    return _parse(good)
+
+
+def _parse(argv: Sequence[str]) -> tuple[Any, flags.FlagValues]:
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", None, "experiment", flag_values=values)
+    flags.DEFINE_string("workdir", None, "working directory", flag_values=values)
+    flags.DEFINE_string("from", None, "workdir to adopt from", flag_values=values)
+    flags.DEFINE_list("stages", None, "stages to run", flag_values=values)
+    flags.DEFINE_bool("plan", False, "print the plan and stop", flag_values=values)
+    if rest := values(["prism_jax", *argv])[1:]:
         raise UserError(f"unexpected argument {rest[0]!r}; flags start with --, see --help")
-    return _CONFIG.value
+    return config.value, values
 
 
-def _explain(argv: Sequence[str], error: Exception) -> str:
-    """What a person should know of a parsing error."""
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _joined(argv: Sequence[str]) -> list[str]:
+    """The arguments, each flag together with its value: "--config.seed", "1" is one flag."""
+    joined: list[str] = []
+    for argument in argv:
+        before = joined[-1] if joined else ""
+        waits = before.startswith("--config.") or before in ("--workdir", "--from", "--stages")
+        if waits and "=" not in before and not argument.startswith("--"):
+            joined[-1] = f"{before}={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _explain(config: Any, argument: str, error: Exception) -> str:
+    """Why an argument cannot be used, what is allowed, and the nearest that is."""
+    name, _, value = argument.partition("=")
+    if isinstance(error, UserError):
+        return str(error)
+    if name.startswith("--config."):
+        field = name.removeprefix("--config.")
+        known = _fields(config)
+        if field not in known:
+            near = difflib.get_close_matches(field, known, n=3)
+            meant = f"; did you mean {' or '.join(near)}?" if near else ""
+            return f"{argument}: the config has no field {field}{meant}"
+        wanted = KINDS.get(known[field], f"a {known[field].__name__}")
+        return f"{argument}: {field} is {value!r}; it must be {wanted}"
     if isinstance(error, flags.UnrecognizedFlagError):
         known = ("config", "workdir", "from", "stages", "plan", "help")
         near = difflib.get_close_matches(error.flagname, known, n=1)
         meant = f"; did you mean --{near[0]}?" if near else ""
         return f"unknown flag --{error.flagname}{meant}; allowed: --{', --'.join(known)}"
-    for argument in argv:
-        name, _, value = argument.partition("=")
-        if not name.startswith("--config."):
-            continue
-        field = name.removeprefix("--config.")
-        if problem := _field_problem(argv, field):
-            return problem
-        if field in first or f"'{value}'" in first or value in first:
-            return f"{name} cannot be {value!r}: {first}"
-    return f"the flags cannot be used: {first}"
+    return f"{argument} cannot be used: {_first_line(error)}"
 
 
-def _field_problem(argv: Sequence[str], field: str) -> str | None:
-    """Whether an overridden field exists; where not, the nearest one that does."""
-    config_argument = next(a for a in argv if a.startswith("--config="))
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", None, "", flag_values=values)
-    try:
-        values(["prism_jax", config_argument])
-        found = holder.value
-    except Exception as error:
-        return f"{config_argument} cannot be loaded: {str(error).strip().splitlines()[0]}"
-    known = _fields(found)
-    if field in known:
-        return None
-    near = difflib.get_close_matches(field, known, n=3)
-    meant = f"; did you mean {', '.join(near)}?" if near else ""
-    return f"--config.{field}: the config has no field {field}{meant}"
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _fields(config: Any, prefix: str = "") -> list[str]:
-    names = []
+def _fields(config: Any, prefix: str = "") -> dict[str, type]:
+    """Every field of a config by its dotted name, with its type."""
+    fields: dict[str, type] = {}
     for key in config:
-        value = config[key]
-        names.append(prefix + key)
-        if hasattr(value, "items"):
-            names.extend(_fields(value, f"{prefix}{key}."))
-    return names
+        fields[prefix + key] = config.get_type(key)
+        if hasattr(config[key], "items"):
+            fields |= _fields(config[key], f"{prefix}{key}.")
+    return fields
 
 
-def parse_stages(given: Sequence[str] | None) -> tuple[str, ...]:
-    """The stages to run, in their order.
-
-    Raises:
-      UserError: an unknown one.
-    """
-    from prism_jax.config import STAGES
-
+def parse_stages(given: Sequence[str] | None, problems: list[str]) -> tuple[str, ...]:
+    """The stages to run, in their order; unknown ones are named in ``problems``."""
     if given is None:
         return STAGES
+    if not given:
+        problems.append(f"--stages is empty; allowed: {', '.join(STAGES)}")
     for stage in given:
         if stage not in STAGES:
             near = difflib.get_close_matches(stage, STAGES, n=1)
             meant = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"unknown stage {stage!r}{meant}; allowed: {', '.join(STAGES)}")
+            problems.append(f"unknown stage {stage!r}{meant}; allowed: {', '.join(STAGES)}")
     return tuple(stage for stage in STAGES if stage in given)
 
 
 # --- before and beside the work -------------------------------------------------------------
 
 
-def prepare_environment(*, deterministic: bool) -> None:
+def prepare_environment(config: Any, problems: list[str]) -> None:
     """Fix what decides bits and speed, before JAX creates a backend.
 
     NPROC is the size of XLA's CPU thread pool. Values already in the environment win.
     """
-    os.environ.setdefault("NPROC", "8")
+    nproc = os.environ.setdefault("NPROC", "8")
+    if not nproc.isdecimal() or int(nproc) == 0:
+        problems.append(f"NPROC in the environment is {nproc!r}; it must be a positive number")
+    deterministic = config.get("parallel", {}).get("deterministic") is True
     if deterministic and "xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
         flag = "--xla_gpu_deterministic_ops=true"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
@@ -271,7 +293,7 @@ def cache_folder(jax_version: str) -> pathlib.Path:
     return pathlib.Path(home) / "prism_jax" / f"jax-{jax_version}-{platform.machine()}"
 
 
-def check_requirements(experiment: Any, workdir: str, stages: Sequence[str]) -> None:
+def check_requirements(experiment: Any, workdir: str) -> None:
     """Say everything that is missing at once: images and checkpoints.
 
     Raises:
