@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from scipy import special
 
 from prism_jax.types import Array, Mix
 
 MIXES = ("none", "cutmix", "mixup")
+LAMBDAS = 2**12  # equally probable values of lambda to draw from
 
 
 def sample_mix(
@@ -25,9 +28,11 @@ def sample_mix(
     pixels that stays, after clipping. MixUp (Zhang et al., 2018): ``weight`` is lambda.
 
     Args:
+      key: the key of this draw.
       batch: number of images.
       image_size: (height, width) in pixels.
       kind: "none", "cutmix" or "mixup".
+      alpha: static and positive; MixUp is usually run with 0.8.
 
     Raises:
       ValueError: another kind.
@@ -38,18 +43,20 @@ def sample_mix(
     one, empty = jnp.ones((), jnp.float32), jnp.zeros((4,), jnp.int32)
     if kind == "none":
         return Mix(jnp.arange(batch, dtype=jnp.int32), empty, one, one)
-    partner_key, weight_key, row_key, column_key = jax.random.split(key, 4)
-    # Sorting named-dtype draws: jax.random.permutation's index dtype depends on x64 mode.
-    partner_B = jnp.argsort(jax.random.uniform(partner_key, (batch,), jnp.float32))
-    partner_B = partner_B.astype(jnp.int32)
-    lam = jax.random.beta(weight_key, jnp.float32(alpha), jnp.float32(alpha), (), jnp.float32)
+    # Teacher and student draw the same mix in two programs and must agree to the bit. A beta
+    # variate computed on the device differs in its last bits from program to program; so the
+    # draw is of integers, and the quantiles of lambda are a table made here, in float64.
+    bits = jax.random.bits(key, (batch + 3,), jnp.uint32)
+    partner_B = jnp.argsort(bits[:batch]).astype(jnp.int32)
+    pick, row, column = (bits[batch:] % jnp.asarray([LAMBDAS, height, width], jnp.uint32)).astype(
+        jnp.int32
+    )
+    lam = special.betaincinv(alpha, alpha, (np.arange(LAMBDAS) + 0.5) / LAMBDAS)
     if kind == "mixup":
-        return Mix(partner_B, empty, lam, lam)
-    side = jnp.sqrt(1.0 - lam)
-    half_h = (side * height).astype(jnp.int32) // 2
-    half_w = (side * width).astype(jnp.int32) // 2
-    row = jax.random.randint(row_key, (), 0, height, jnp.int32)
-    column = jax.random.randint(column_key, (), 0, width, jnp.int32)
+        weight = jnp.asarray(lam, jnp.float32)[pick]
+        return Mix(partner_B, empty, weight, weight)
+    halves = np.outer(np.sqrt(1.0 - lam), image_size).astype(np.int32) // 2
+    half_h, half_w = jnp.asarray(halves, jnp.int32)[pick]
     box = jnp.stack(
         [
             jnp.clip(row - half_h, 0, height),
@@ -58,8 +65,10 @@ def sample_mix(
             jnp.clip(column + half_w, 0, width),
         ]
     )
-    cut = ((box[2] - box[0]) * (box[3] - box[1])).astype(jnp.float32)
-    return Mix(partner_B, box, 1.0 - cut / (height * width), one)
+    kept = height * width - (box[2] - box[0]) * (box[3] - box[1])
+    # Times the reciprocal: a compiler may turn a division by a constant into that, or may not.
+    weight = kept.astype(jnp.float32) * jnp.float32(1 / (height * width))
+    return Mix(partner_B, box, weight, one)
 
 
 def apply_mix(images_BHWC: Array, mix: Mix) -> Array:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from prism_jax.types import Array, View
 
 TRIES = 10  # torchvision's RandomResizedCrop
+SHARES = 2**20  # steps in which the share of the area is drawn
+RATIOS = 2**12  # equally probable ratios to draw from
 
 
 def sample_view(
@@ -40,56 +43,57 @@ def sample_view(
     Returns:
       A ``View`` of scalars, or with a leading axis of ``batch``.
     """
+    # Two programs that draw the same view (a teacher's, a student's) must agree to the bit, but
+    # a compiler may fuse ``a + u * b`` or an ``exp`` differently in each. So everything is drawn
+    # as integers, in one go; what is left are single, correctly rounded operations.
     shape = () if batch is None else (batch,)
-    area_key, ratio_key, top_key, left_key, flip_key, roll_key = jax.random.split(key, 6)
-    crop = _sample_crop(
-        (area_key, ratio_key, top_key, left_key), shape, image_size, crop_scale, crop_ratio
+    bits = jax.random.bits(key, (*shape, 2 * TRIES + 5), jnp.uint32)
+    share, ratio, offset, flips, rolls = jnp.split(
+        bits, np.cumsum([TRIES, TRIES, 2, 1]).tolist(), axis=-1
     )
-    flips = jnp.zeros(shape, jnp.bool)
-    if flip:
-        flips = jax.random.bernoulli(flip_key, jnp.float32(0.5), shape)
-    rolls = jnp.zeros((*shape, 2), jnp.int32)
-    if roll:
-        rolls = jax.random.randint(roll_key, (*shape, 2), 0, roll + 1, jnp.int32)
-    return View(crop, flips, rolls)
+    crop = _crop(share, ratio, offset, image_size, crop_scale, crop_ratio)
+    flips, rolls = _below(flips[..., 0], 2) == 1, _below(rolls, roll + 1)
+    return View(crop, flips if flip else jnp.zeros_like(flips), rolls)
 
 
-def _sample_crop(keys, shape, image_size, crop_scale, crop_ratio) -> Array:
-    """The first of ten tries that fits, else the largest centred crop of an allowed ratio."""
-    area_key, ratio_key, top_key, left_key = keys
-    height, width = image_size
+def _below(bits: Array, count: int | Array) -> Array:
+    """Random bits as int32 in [0, count), uniform up to count / 2^32."""
+    return (bits % jnp.asarray(count).astype(jnp.uint32)).astype(jnp.int32)
 
-    def uniform(key, low, high):
-        unit = jax.random.uniform(key, (*shape, TRIES), jnp.float32)
-        return jnp.float32(low) + unit * (jnp.float32(high) - jnp.float32(low))
 
-    area = jnp.float32(height * width) * uniform(area_key, *crop_scale)
-    ratio = jnp.exp(uniform(ratio_key, *jnp.log(jnp.asarray(crop_ratio, jnp.float32))))
-    w = jnp.round(jnp.sqrt(area * ratio)).astype(jnp.int32)
-    h = jnp.round(jnp.sqrt(area / ratio)).astype(jnp.int32)
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = jnp.argmax(fits, axis=-1)[..., None]
-    w, h = (jnp.take_along_axis(x, first, -1)[..., 0] for x in (w, h))
+def _crop(share, ratio, offset, image_size, crop_scale, crop_ratio) -> Array:
+    """The first of ten tries that fits, else the largest centred crop of an allowed ratio.
 
-    # torchvision's fallback: the whole image, narrowed to the nearest allowed ratio.
-    low, high = crop_ratio
+    ``share``, ``ratio`` (..., TRIES) and ``offset`` (..., 2) are random bits.
+    """
+    low, high = (jnp.round(jnp.float32(x) * SHARES).astype(jnp.int32) for x in crop_scale)
+    share = (low + _below(share, high - low + 1)).astype(jnp.float32)
+    side = jnp.sqrt(share * jnp.float32(np.prod(image_size) / SHARES))
+    middles = (np.arange(RATIOS) + 0.5) / RATIOS
+    log_ratio = np.interp(middles, [0, 1], np.log(crop_ratio))
+    stretch = np.exp(np.outer(log_ratio, [-0.5, 0.5]))  # of height and width, at equal area
+    stretch = jnp.asarray(stretch, jnp.float32)[_below(ratio, RATIOS)]
+    sizes = jnp.round(side[..., None] * stretch).astype(jnp.int32)  # (..., TRIES, 2)
+    limits = jnp.asarray(image_size, jnp.int32)
+    fits = ((sizes > 0) & (sizes <= limits)).all(-1)
+    first = jnp.argmax(fits, axis=-1)[..., None, None]
+    size = jnp.take_along_axis(sizes, first, -2)[..., 0, :]
+
+    found = fits.any(-1)[..., None]
+    size = jnp.where(found, size, jnp.asarray(_fallback(image_size, crop_ratio), jnp.int32))
+    space = limits - size
+    start = jnp.where(found, _below(offset, space + 1), space // 2)
+    return jnp.concatenate([start, size], axis=-1).astype(jnp.float32)
+
+
+def _fallback(image_size: tuple[int, int], crop_ratio: tuple[float, float]) -> tuple[int, int]:
+    """torchvision's: the whole image, narrowed to the nearest allowed ratio."""
+    (height, width), (low, high) = image_size, crop_ratio
     if width / height < low:
-        fallback = (round(width / low), width)
-    elif width / height > high:
-        fallback = (height, round(height * high))
-    else:
-        fallback = (height, width)
-    found = fits.any(-1)
-    h = jnp.where(found, h, fallback[0])
-    w = jnp.where(found, w, fallback[1])
-
-    def offset(key, space):
-        unit = jax.random.uniform(key, shape, jnp.float32)
-        drawn = jnp.floor(unit * (space + 1).astype(jnp.float32)).astype(jnp.int32)
-        return jnp.where(found, jnp.minimum(drawn, space), space // 2)
-
-    top, left = offset(top_key, height - h), offset(left_key, width - w)
-    return jnp.stack([top, left, h, w], axis=-1).astype(jnp.float32)
+        return round(width / low), width
+    if width / height > high:
+        return height, round(height * high)
+    return height, width
 
 
 def identity_view(image_size: tuple[int, int], batch: int | None = None) -> View:
