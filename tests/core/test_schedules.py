@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prism_jax.core.schedules import BUDGETS, SCHEDULES
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("constant", {0: 1, 150: 1, 300: 1}),
+        ("cosine", {0: 1, 100: 0.75, 150: 0.5, 200: 0.25, 300: 0}),
+        ("half_cosine", {0: 1, 150: 0.853553, 200: 0.75, 300: 0.5}),
+        ("linear", {0: 1, 75: 0.75, 300: 0}),
+        ("half_linear", {0: 1, 75: 0.875, 300: 0.5}),
+        ("cos2", {0: 1, 100: 0.956773, 200: 0.834565, 250: 0.75, 251: 0.1225, 299: 0.0025}),
+        ("cos2_continuous", {0: 1, 100: 0.956773, 250: 0.75, 251: 0.735, 275: 0.375, 300: 0}),
+    ],
+)
+def test_values_of_300_epochs(name, values):
+    for step, expected in values.items():
+        np.testing.assert_allclose(SCHEDULES[name](step, 300), expected, atol=2e-6)
+
+
+def cos2_in_exact_arithmetic(s: int, total: int) -> float:
+    if 6 * s <= 5 * total:
+        return 0.5 * (1 + math.cos(math.pi * s / (2.5 * total)))
+    return 0.75 * (6 * total - 6 * s) / (6 * total)
+
+
+@pytest.mark.parametrize("total", [6, 30, 90, 100, 180, 300, 400, 1000, 1200])
+def test_the_knee_of_cos2_is_on_the_right_side(total):
+    steps = np.arange(total)
+    values = jax.vmap(SCHEDULES["cos2"], (0, None))(jnp.asarray(steps, jnp.int32), total)
+    expected = [cos2_in_exact_arithmetic(int(s), total) for s in steps]
+    np.testing.assert_allclose(values, expected, atol=2e-6)
+
+
+def test_cos2_jumps_sixfold_and_its_continuous_twin_does_not():
+    jump = {
+        name: float(SCHEDULES[name](250, 300) / SCHEDULES[name](251, 300))
+        for name in ("cos2", "cos2_continuous")
+    }
+    np.testing.assert_allclose(jump["cos2"], 0.75 / 0.1225, rtol=1e-5)
+    np.testing.assert_allclose(jump["cos2_continuous"], 0.75 / 0.735, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_every_schedule_starts_at_one_falls_and_stays_in_the_unit_interval(name):
+    steps = jnp.arange(301, dtype=jnp.int32)
+    values = jax.vmap(SCHEDULES[name], (0, None))(steps, jnp.int32(300))
+    assert values.dtype == jnp.float32
+    assert values[0] == 1
+    assert (np.diff(values) <= 1e-7).all()
+    assert ((values >= 0) & (values <= 1)).all()
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_traced_steps_and_x64_change_nothing(name):
+    eager = [np.asarray(SCHEDULES[name](s, 300)) for s in (0, 7, 250, 251)]
+    jitted = jax.jit(SCHEDULES[name])
+    np.testing.assert_allclose([jitted(s, 300) for s in (0, 7, 250, 251)], eager, atol=1e-7)
+    with jax.enable_x64(True):
+        wide = SCHEDULES[name](jnp.int64(7), 300)
+        assert wide.dtype == jnp.float32
+        np.testing.assert_array_equal(wide, eager[1])
+
+
+def test_budgets_by_hand():
+    slots = range(10)
+    assert [BUDGETS["constant"](4000, s) for s in slots] == [4000] * 10
+    official = [4000, 3500, 3000, 2500, 2000, 1500, 1000, 500, 4000, 3500]
+    assert [BUDGETS["mod8"](4000, s) for s in slots] == official
+    assert np.mean(official) == 2550
+    assert [BUDGETS["mod8"](20, s) for s in slots] == [20, 18, 16, 14, 12, 10, 8, 6, 20, 18]
+    assert min(BUDGETS["mod8"](n, s) for n in range(1, 40) for s in slots) >= 1
