@@ -172,13 +172,15 @@ def synthesis_step(
     ce, bn = [], []
     for t, teacher in enumerate(teachers):
         weights = draw.logit_weights_T[t], draw.statistic_weights_T[t]
+        supervises = (weights[0] > 0) | (weights[1] > 0)
         (ce_t, bn_t), gradient_t = lax.cond(
-            report_all | (weights[0] > 0) | (weights[1] > 0),
+            supervises | report_all,
             teacher_gradient(recipe, teacher, normalisation),
             lambda _, x, *__: ((not_read, not_read), jnp.zeros_like(x)),
             variables[t], viewed_BHWC, unit.labels_B, *weights,
         )  # fmt: skip
-        gradient_BHWC += gradient_t
+        # Zero times a gradient is zero only where it is finite.
+        gradient_BHWC += jnp.where(supervises, gradient_t, 0.0)
         ce.append(ce_t)
         bn.append(bn_t)
 
