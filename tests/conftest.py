@@ -1,0 +1,29 @@
+"""One machine for all tests: eight forced devices and a thread pool of fixed size.
+
+XLA reads both when the first backend is made, so they stand here, before anything imports JAX.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+
+TESTS = pathlib.Path(__file__).resolve().parent
+DEVICES = 8
+
+os.environ.setdefault("NPROC", "8")  # the size of XLA's CPU thread pool decides bits
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        *(f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f),
+        f"--xla_force_host_platform_device_count={DEVICES}",
+    ]
+)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(TESTS.parent / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("JAX_LEGACY_PRNG_KEY", "error")  # untyped keys take their kind from a default
+
+# `from helpers import ...` in tests, `from configs import ...` without an installation.
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]

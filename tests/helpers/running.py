@@ -1,0 +1,60 @@
+"""Driving the engine over many units, as the recover stage does."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from prism_jax import synthesis
+from prism_jax.core import pixels
+
+
+def make_unit(slot: int, block: int, budget: int, labels=(0, 1, 2)) -> synthesis.UnitBatch:
+    return synthesis.UnitBatch(
+        np.int32(slot), np.int32(block), np.int32(budget), np.asarray(labels, np.int32)
+    )
+
+
+def start_images(unit: synthesis.UnitBatch, normalisation, size: int = 8) -> np.ndarray:
+    """Random pixels of a unit's own, normalised."""
+    random = np.random.default_rng([int(unit.slot), int(unit.block)])
+    shape = (len(unit.labels_B), size, size, len(normalisation.mean))
+    levels = random.integers(0, 256, shape, np.uint8)
+    return np.asarray(pixels.normalise(levels, normalisation))
+
+
+def begin(pool, recipe, units, size: int = 8) -> list:
+    """The state of every unit before its first iteration, on the host."""
+    return [
+        jax.device_get(synthesis.initial_state(recipe, start_images(u, pool.normalisation, size)))
+        for u in units
+    ]
+
+
+def advance(
+    pool, recipe, units, states, *, devices=1, how="shard_map", chunk=50, until=None, seed=0
+) -> list:
+    """Run every unit to iteration ``until`` (or its end), in a new engine of ``devices`` lanes.
+
+    Returns:
+      The states, on the host again.
+    """
+    run = synthesis.engine(pool, recipe, devices=jax.devices()[:devices], how=how)
+    after = []
+    for first in range(0, len(units), devices):
+        group, at = units[first : first + devices], states[first : first + devices]
+        lanes = [(run.place(u, i), run.place(s, i)) for i, (u, s) in enumerate(zip(group, at))]
+        left = [min(int(u.budget), until or u.budget) - int(s.step) for u, s in zip(group, at)]
+        while any(left):
+            counts = [min(chunk, n) for n in left]
+            arguments = [
+                (*lane, run.place(np.int32(n), i)) for i, (lane, n) in enumerate(zip(lanes, counts))
+            ]
+            lanes = [(unit, out[0]) for (unit, _), out in zip(lanes, run(seed, arguments))]
+            left = [n - count for n, count in zip(left, counts)]
+        after += [run.fetch(state) for _, state in lanes]
+    return after
+
+
+def images_of(states) -> np.ndarray:
+    return np.stack([state.images_BHWC for state in states])

@@ -1,0 +1,220 @@
+"""The same bits of images for any number of devices, any chunking and any interruption.
+
+Images are 16 px in batches of 10 here: below that, no convolution is divided among threads and a
+wrong size of the thread pool would go unnoticed (measured; the twin below depends on it).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.networks import small_pool
+from helpers.running import advance, begin, images_of, make_unit
+
+from prism_jax import parallel, synthesis
+
+SIZE, CHUNK, STOP = 16, 50, 23
+RECIPE = synthesis.Recipe(granularity="per_iteration", roll=2)
+LABELS = np.arange(10) % 5
+# Eight batches, each with its own draws and views, and three different budgets.
+UNITS = [make_unit(slot, slot % 3, 55 - 6 * (slot % 3), LABELS) for slot in range(8)]
+COLLECTIVES = (
+    "all-reduce", "all-gather", "all-to-all", "collective-permute", "collective-broadcast",
+    "reduce-scatter",
+)  # fmt: skip
+
+
+@functools.cache
+def pool():
+    return small_pool(3, image_shape=(SIZE, SIZE, 1))
+
+
+def run(units=UNITS, states=None, **options):
+    states = begin(pool(), RECIPE, units, SIZE) if states is None else states
+    return advance(pool(), RECIPE, units, states, **options)
+
+
+@functools.cache
+def expected() -> np.ndarray:
+    """All units on one device, 50 iterations per dispatch."""
+    return images_of(run(devices=1, chunk=CHUNK))
+
+
+def test_eight_devices_and_units_that_differ():
+    assert jax.device_count() == 8
+    images = expected()
+    assert images.shape == (8, 10, SIZE, SIZE, 1) and np.isfinite(images).all()
+    assert len({image.tobytes() for image in images}) == 8
+
+
+@pytest.mark.parametrize("how", parallel.MAPS)
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_any_number_of_devices_and_either_map(devices, how):
+    np.testing.assert_array_equal(images_of(run(devices=devices, how=how)), expected())
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_any_number_of_iterations_per_dispatch(chunk):
+    np.testing.assert_array_equal(images_of(run(devices=8, chunk=chunk)), expected())
+
+
+def test_interrupted_within_a_chunk_and_continued_on_other_devices():
+    halfway = run(devices=8, chunk=CHUNK, until=STOP)
+    assert {int(state.step) for state in halfway} == {STOP}
+    assert all(isinstance(leaf, (np.ndarray, np.generic)) for leaf in jax.tree.leaves(halfway))
+    np.testing.assert_array_equal(images_of(run(states=halfway, devices=2)), expected())
+
+    # Twin: a state without Adam's moments is another run.
+    lost = [
+        state._replace(opt_state=synthesis.initial_state(RECIPE, state.images_BHWC).opt_state)
+        for state in halfway[:2]
+    ]
+    assert not np.array_equal(images_of(run(UNITS[:2], lost, devices=2)), expected()[:2])
+
+
+def test_one_unit_does_not_depend_on_its_lane_or_its_neighbours():
+    turned = [*UNITS[3:], *UNITS[:3]]
+    images = images_of(run(turned, devices=8))
+    np.testing.assert_array_equal(images, np.roll(expected(), -3, axis=0))
+
+
+def test_a_bit_is_noticed():
+    """Twin: one pixel that starts one unit in the last place away is another image."""
+    states = begin(pool(), RECIPE, UNITS[:1], SIZE)
+    images = states[0].images_BHWC.copy()
+    images[0, 8, 8, 0] = np.nextafter(images[0, 8, 8, 0], np.float32(0))
+    moved = images_of(run(UNITS[:1], [states[0]._replace(images_BHWC=images)]))
+    assert (moved[0] != expected()[0]).mean() > 0.1
+
+
+# --- the thread pool, which only a new process can change ----------------------------------------
+
+PROGRAM = """
+import sys
+import numpy as np
+import test_parallel as here
+units = here.UNITS[:2]
+np.save(sys.argv[1], here.images_of(here.run(units, devices=int(sys.argv[2]))))
+"""
+
+
+def images_elsewhere(path: pathlib.Path, *, threads: int, devices: int) -> np.ndarray:
+    """The first two units, computed by another process."""
+    folder = pathlib.Path(__file__).parent
+    environment = os.environ | {
+        "NPROC": str(threads),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": os.pathsep.join([str(folder), str(folder.parent)]),
+    }
+    command = [sys.executable, "-c", PROGRAM, str(path), str(devices)]
+    subprocess.run(command, env=environment, check=True)
+    return np.load(path)
+
+
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_process_with_fewer_devices_and_the_same_threads_has_the_same_bits(tmp_path, devices):
+    images = images_elsewhere(tmp_path / "images.npy", threads=8, devices=devices)
+    np.testing.assert_array_equal(images, expected()[:2])
+
+
+def test_another_size_of_the_thread_pool_has_other_bits(tmp_path):
+    """The twin of all of the above: without NPROC the promise would be an accident."""
+    images = images_elsewhere(tmp_path / "images.npy", threads=1, devices=1)
+    assert not np.array_equal(images, expected()[:2])
+
+
+# --- what the program holds -----------------------------------------------------------------------
+
+
+def collectives(program) -> list[str]:
+    text = program.as_text()
+    return [name for name in COLLECTIVES if name in text]
+
+
+def lanes_for(engine, count=1):
+    state = begin(pool(), RECIPE, UNITS[:1], SIZE)[0]
+    return [
+        (engine.place(unit, i), engine.place(state, i), engine.place(np.int32(count), i))
+        for i, unit in enumerate(UNITS[: len(engine)])
+    ]
+
+
+@pytest.mark.parametrize("how", parallel.MAPS)
+def test_the_step_of_one_batch_per_device_holds_no_collective(how):
+    engine = synthesis.engine(pool(), RECIPE, devices=jax.devices(), how=how)
+    assert collectives(engine.compile(0, lanes_for(engine))) == []
+
+
+@pytest.mark.parametrize("how", parallel.MAPS)
+def test_a_collective_would_be_found(how):
+    def over_lanes(shared, seed, x):
+        return jax.lax.psum(x + shared, parallel.AXIS)
+
+    lane_map = parallel.LaneMap(over_lanes, jnp.float32(1), arity=1, devices=jax.devices(), how=how)
+    lanes = [(lane_map.place(np.float32(i), i),) for i in range(8)]
+    assert collectives(lane_map.compile(0, lanes)) == ["all-reduce"]
+    assert [float(lane_map.fetch(x)) for x in lane_map(0, lanes)] == [36.0] * 8
+
+
+# --- the map itself -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", parallel.MAPS)
+def test_lanes_share_the_first_argument_and_nothing_else(how):
+    def function(shared, seed, x, n):
+        return {"y": shared * x + seed.astype(jnp.float32), "n": n + 1}
+
+    lane_map = parallel.LaneMap(
+        function, np.float32(10), arity=2, devices=jax.devices()[:2], how=how
+    )
+    lanes = [
+        (lane_map.place(np.arange(3, dtype=np.float32) + i, i), lane_map.place(np.int32(i), i))
+        for i in range(2)
+    ]
+    first, second = map(lane_map.fetch, lane_map(7, lanes))
+    np.testing.assert_array_equal(first["y"], [7, 17, 27])
+    np.testing.assert_array_equal(second["y"], [17, 27, 37])
+    assert (first["n"], second["n"]) == (1, 2)
+    assert lane_map.traces == 1
+
+
+def test_results_stay_on_their_device_and_placed_copies_are_the_maps_own():
+    lane_map = parallel.LaneMap(
+        lambda shared, seed, x: x + shared, np.float32(1), arity=1,
+        devices=jax.devices()[2:4], donate=(0,),
+    )  # fmt: skip
+    mine = jnp.zeros((4,), jnp.float32)
+    lanes = [(lane_map.place(mine, i),) for i in range(2)]
+    results = lane_map(0, lanes)
+    assert [set(x.devices()) for x in results] == [{d} for d in jax.devices()[2:4]]
+    np.testing.assert_array_equal(mine, np.zeros(4))  # donation took the copy
+
+
+def test_an_unknown_map_lists_the_known_ones():
+    with pytest.raises(ValueError, match="'vmap'; allowed: shard_map, pmap"):
+        parallel.LaneMap(lambda *a: a, 0, arity=1, devices=jax.devices()[:1], how="vmap")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+def test_processes_share_the_work_out(monkeypatch, processes):
+    items = list(range(10))
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    shares = []
+    for index in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        shares.append(parallel.process_share(items))
+    assert sorted(sum(shares, [])) == items
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert parallel.process_share([]) == []
+
+
+def test_lane_devices_are_no_more_than_the_batches_and_at_least_one():
+    assert [len(parallel.lane_devices(n)) for n in (0, 1, 3, 8, 100)] == [1, 1, 3, 8, 8]
