@@ -15,7 +15,7 @@ from configs import base
 SMALL = {"stem": "small"}
 NETWORKS = {
     "resnet18": dict(architecture="resnet18", width=0.25, depth=0.5, **SMALL),
-    "mobilenet_v2": dict(architecture="mobilenet_v2", width=0.25, depth=0.25, **SMALL),
+    "mobilenet_v2": dict(architecture="mobilenet_v2", width=0.35, depth=0.25, **SMALL),
     "efficientnet_b0": dict(architecture="efficientnet_b0", width=0.25, depth=0.25, **SMALL),
     "shufflenet_v2_x0_5": dict(architecture="shufflenet_v2_x0_5", depth=0.25, **SMALL),
     "convnet": dict(architecture="convnet_d3", width=0.25),
