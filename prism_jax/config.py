@@ -260,13 +260,12 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
             return None
         return _convert(next(a for a in arguments if a is not type(None)), value, name, problems)
     elif origin is Literal:
-        if value in arguments:
-            return value
-        problems.append(f"{name} is {value!r}; allowed: {', '.join(map(str, arguments))}")
-        return None
+        return _convert(str, value, name, problems)  # which strings: violations()
     elif origin is tuple:
-        if isinstance(value, str) and arguments[0] is str:
-            value = [part.strip() for part in value.split(",")]
+        if arguments[0] is str:  # "a,b" is ("a", "b"), also as the one value of a flag
+            value = (value,) if isinstance(value, str) else value
+            if all(isinstance(v, str) for v in value):
+                value = [part.strip() for v in value for part in v.split(",") if part.strip()]
         if isinstance(value, (list, tuple)):
             if arguments[-1] is not Ellipsis and len(value) != len(arguments):
                 problems.append(f"{name} is {value!r}; it needs {len(arguments)} values")
@@ -328,6 +327,15 @@ def violations(e: Experiment) -> list[str]:
             near = difflib.get_close_matches(value, allowed, n=1)
             meant = f" (did you mean {near[0]}?)" if near else ""
             found.append(f"{name} is {value!r}{meant}; allowed: {', '.join(sorted(allowed))}")
+
+    for name, group in {
+        **{field.name: getattr(e, field.name) for field in dataclasses.fields(e)},
+        **{f"networks.{name}": network for name, network in e.networks.items()},
+    }.items():
+        hints = typing.get_type_hints(type(group)) if dataclasses.is_dataclass(group) else {}
+        for field, hint in hints.items():
+            if get_origin(hint) is Literal:
+                one_of(f"{name}.{field}", getattr(group, field), get_args(hint))
 
     positive("dataset", "image_size", "num_classes")
     positive("squeeze", "epochs", "batch_size", "learning_rate")
@@ -405,7 +413,7 @@ def violations(e: Experiment) -> list[str]:
         network = e.network(name)
         one_of(f"{where}: the architecture of {name}", network.architecture, ARCHITECTURES)
         if network.architecture in ARCHITECTURES:
-            smallest = ARCHITECTURES[network.architecture].min_image_size[network.stem]
+            smallest = ARCHITECTURES[network.architecture].min_image_size.get(network.stem, 1)
             if e.dataset.image_size < smallest:
                 found.append(
                     f"dataset.image_size is {e.dataset.image_size}, and {name} "

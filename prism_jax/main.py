@@ -103,6 +103,8 @@ def _main(argv: list[str]) -> int:
 
     experiment = resolve(config, problems)
     workdir = given.workdir or f"runs/{experiment.name}"
+    if pathlib.Path(workdir).exists() and not pathlib.Path(workdir).is_dir():
+        raise UserError(f"--workdir={workdir} is a file; name a folder, or one that is not there")
     if given.plan:
         from prism_jax import plan
 
@@ -174,7 +176,7 @@ def parse(argv: Sequence[str], problems: list[str]) -> tuple[Any, flags.FlagValu
     try:
         config, _ = _parse(chosen[-1:])
     except Exception as error:  # whatever a file of Python may raise
-        raise UserError(f"the config {path} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"the config {path} cannot be loaded: {_reason(error)}") from error
     good = chosen[-1:]
     for argument in argv:
         if argument in chosen:
@@ -188,13 +190,15 @@ def parse(argv: Sequence[str], problems: list[str]) -> tuple[Any, flags.FlagValu
 
 
 def _parse(argv: Sequence[str]) -> tuple[Any, flags.FlagValues]:
-    values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", None, "experiment", flag_values=values)
+    argv, values = ["prism_jax", *argv], flags.FlagValues()
+    config = config_flags.DEFINE_config_file(
+        "config", None, "experiment", flag_values=values, sys_argv=argv
+    )
     flags.DEFINE_string("workdir", None, "working directory", flag_values=values)
     flags.DEFINE_string("from", None, "workdir to adopt from", flag_values=values)
     flags.DEFINE_list("stages", None, "stages to run", flag_values=values)
     flags.DEFINE_bool("plan", False, "print the plan and stop", flag_values=values)
-    if rest := values(["prism_jax", *argv])[1:]:
+    if rest := values(argv)[1:]:
         raise UserError(f"unexpected argument {rest[0]!r}; flags start with --, see --help")
     return config.value, values
 
@@ -224,18 +228,20 @@ def _explain(config: Any, argument: str, error: Exception) -> str:
             near = difflib.get_close_matches(field, known, n=3)
             meant = f"; did you mean {' or '.join(near)}?" if near else ""
             return f"{argument}: the config has no field {field}{meant}"
-        wanted = KINDS.get(known[field], f"a {known[field].__name__}")
+        wanted = KINDS.get(known[field], "a group of fields")
         return f"{argument}: {field} is {value!r}; it must be {wanted}"
     if isinstance(error, flags.UnrecognizedFlagError):
         known = ("config", "workdir", "from", "stages", "plan", "help")
         near = difflib.get_close_matches(error.flagname, known, n=1)
         meant = f"; did you mean --{near[0]}?" if near else ""
         return f"unknown flag --{error.flagname}{meant}; allowed: --{', --'.join(known)}"
-    return f"{argument} cannot be used: {_first_line(error)}"
+    return f"{argument} cannot be used; see --help"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _reason(error: Exception) -> str:
+    """The line that says what happened: the last of a traceback, which ml_collections quotes."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1] if "Traceback" in str(error) else lines[0]
 
 
 def _fields(config: Any, prefix: str = "") -> dict[str, type]:
