@@ -182,10 +182,16 @@ NEUTRAL = {
 }
 
 
+# Raised when a change of code changes the bits that the same settings give, so that a workdir
+# begun before it is not continued after it.
+BITS_VERSION = 1
+
+
 def fingerprint_fields(section: str, values: Any) -> dict[str, Any]:
-    """The fields of a section that decide bits, as JSON values."""
+    """What decides the bits of a section: its fields, as JSON values, and the code's version."""
     fields = json.loads(json.dumps(dataclasses.asdict(values)))
-    return {k: v for k, v in fields.items() if k not in NEUTRAL.get(section, ())}
+    kept = {k: v for k, v in fields.items() if k not in NEUTRAL.get(section, ())}
+    return {**kept, "bits_version": BITS_VERSION}
 
 
 def to_dict(experiment: Experiment) -> dict[str, Any]:
