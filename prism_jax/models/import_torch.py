@@ -104,7 +104,8 @@ def load_checkpoint(
     row = lookup(architecture)
     tensors = rename(read_checkpoint(path), row.weights)
     module = build(architecture, num_classes, width=width, depth=depth, stem=stem)
-    leaves = torch_leaves(_shapes(module, image_shape))
+    shapes = _shapes(module, image_shape)
+    leaves = torch_leaves(shapes)
     missing = sorted(leaves.keys() - tensors.keys())
     unused = sorted(tensors.keys() - leaves.keys())
     misshapen = [
@@ -114,18 +115,30 @@ def load_checkpoint(
     ]
     if missing or unused or misshapen:
         raise UserError(_misfit(path, architecture, tensors, missing, unused, misshapen))
-    variables: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *parents, last = leaf.path
-        node = variables
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = _from_torch(tensors[name], leaf)
-    return variables
+    return from_state_dict(tensors, shapes, np.float32)
+
+
+def from_state_dict(tensors: dict[str, np.ndarray], like: PyTree, dtype: np.dtype) -> PyTree:
+    """Lay out tensors with our names as variables.
+
+    Args:
+      tensors: by name, in PyTorch's layout; just those of ``like``.
+      like: variables, or their shapes.
+      dtype: of the result.
+    """
+
+    def convert(keys: Any, leaf: Any) -> np.ndarray:
+        path = _names(keys)
+        tensor = tensors[_torch_name(path)]
+        if path[-1] == "kernel":
+            tensor = tensor.transpose(*range(2, tensor.ndim), 1, 0)
+        return np.ascontiguousarray(tensor.reshape(leaf.shape), dtype)
+
+    return jax.tree_util.tree_map_with_path(convert, like)
 
 
 def to_state_dict(variables: PyTree) -> dict[str, np.ndarray]:
-    """Name and lay out variables as PyTorch does: the inverse of :func:`load_checkpoint`.
+    """Name and lay out variables as PyTorch does: the inverse of :func:`from_state_dict`.
 
     Returns:
       Tensors by name, in the dtypes given, without BatchNorm's counters.
@@ -159,7 +172,7 @@ def rename(tensors: dict[str, np.ndarray], layouts: tuple[str, ...]) -> dict[str
             continue
         for pattern, replacement in rules:
             name = pattern.sub(replacement, name)
-        renamed[name] = tensor
+        renamed[name] = tensor.reshape(-1, 1, 1) if name.endswith("layer_scale") else tensor
     return renamed
 
 
@@ -182,12 +195,6 @@ def _to_torch(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
     if path[-1].endswith("layer_scale"):
         return array.reshape(-1, 1, 1)
     return array
-
-
-def _from_torch(tensor: np.ndarray, leaf: Leaf) -> np.ndarray:
-    if leaf.path[-1] == "kernel":
-        tensor = tensor.transpose(*range(2, tensor.ndim), 1, 0)
-    return np.ascontiguousarray(tensor.reshape(leaf.shape), np.float32)
 
 
 def _shapes(module, image_shape: tuple[int, int, int]) -> PyTree:

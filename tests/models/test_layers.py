@@ -1,0 +1,346 @@
+"""Layers: every form of a convolution against lax, normalisation against its definition."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from prism_jax.models import layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A convolution, and the forms a CPU should take: forward, input and kernel gradient."""
+
+    map: tuple[int, int]
+    kernel: int
+    stride: int
+    padding: int
+    channels: tuple[int, int]
+    groups: int
+    forms: tuple[str, str, str]
+
+
+DENSE, TAPS = ("dense", "dense", "dense"), ("taps", "taps", "dense")
+SPLIT, DEPTHWISE = ("split",) * 3, ("depthwise",) * 3
+SHAPES = [
+    Shape((8, 8), 3, 1, 1, (4, 6), 1, DENSE),
+    Shape((8, 9), 3, 2, 1, (4, 6), 1, DENSE),
+    Shape((8, 8), 3, 1, 0, (4, 6), 1, DENSE),
+    Shape((5, 5), 1, 1, 1, (4, 6), 1, DENSE),
+    Shape((2, 2), 3, 1, 1, (4, 6), 1, TAPS),
+    Shape((1, 1), 3, 1, 1, (4, 6), 1, TAPS),
+    Shape((2, 3), 5, 2, 2, (4, 6), 1, TAPS),
+    Shape((4, 4), 3, 2, 1, (4, 6), 1, ("dense", "taps", "dense")),
+    Shape((9, 9), 7, 4, 2, (3, 4), 1, ("dense", "taps", "dense")),
+    Shape((6, 6), 3, 1, 1, (4, 4), 4, DEPTHWISE),
+    Shape((7, 6), 3, 2, 1, (4, 4), 4, DEPTHWISE),
+    Shape((2, 1), 5, 1, 2, (4, 4), 4, DEPTHWISE),
+    Shape((2, 2), 5, 2, 2, (4, 4), 4, DEPTHWISE),
+    Shape((7, 7), 1, 2, 0, (4, 4), 4, DEPTHWISE),
+    Shape((6, 6), 3, 2, 1, (4, 8), 2, SPLIT),
+    Shape((2, 2), 3, 1, 1, (4, 8), 2, SPLIT),
+    Shape((5, 5), 3, 1, 1, (4, 8), 4, ("lax",) * 3),
+]
+# Windows that do not overlap are matrix products on every platform.
+DOTS = [
+    Shape((7, 7), 1, 2, 0, (4, 6), 1, ()),
+    Shape((5, 4), 1, 1, 0, (4, 6), 1, ()),
+    Shape((9, 8), 4, 4, 0, (3, 6), 1, ()),
+]
+
+
+def arrays(shape, dtype=np.float64):
+    draw = np.random.default_rng(0)
+    inputs, features = shape.channels
+    kernel = (shape.kernel, shape.kernel, inputs // shape.groups, features)
+    x = draw.standard_normal((2, *shape.map, inputs))
+    return jnp.asarray(x, dtype), jnp.asarray(draw.standard_normal(kernel), dtype)
+
+
+def ours(shape, x, kernel):
+    return layers.conv2d(x, kernel, stride=shape.stride, padding=shape.padding, groups=shape.groups)
+
+
+def plain(shape, x, kernel):
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (shape.stride, shape.stride),
+        [(shape.padding, shape.padding)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=shape.groups,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def passes(conv, shape, x, kernel):
+    """Value, input gradient, kernel gradient."""
+    y, pull = jax.vjp(functools.partial(conv, shape), x, kernel)
+    return [y, *pull(jnp.cos(y))]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def second_gradients(conv, shape, x, kernel):
+    """Gradients of the size of both gradients: reverse over reverse."""
+
+    def size(x, kernel):
+        loss = lambda x, k: jnp.sum(jnp.sin(conv(shape, x, k)))  # noqa: E731
+        return sum(jnp.sum(g**2) for g in jax.grad(loss, (0, 1))(x, kernel))
+
+    return jax.grad(size, (0, 1))(x, kernel)
+
+
+def furthest(left, right):
+    return max(float(jnp.max(jnp.abs(a - b))) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES + DOTS, ids=str)
+def test_every_form_is_the_convolution(shape):
+    with jax.enable_x64(True):
+        x, kernel = arrays(shape)
+        assert furthest(passes(ours, shape, x, kernel), passes(plain, shape, x, kernel)) < 1e-10
+
+
+@pytest.mark.parametrize("shape", [SHAPES[i] for i in (0, 7, 10)], ids=str)
+def test_gradients_have_gradients(shape):
+    with jax.enable_x64(True):
+        x, kernel = arrays(shape)
+        ours_and_plain = (second_gradients(conv, shape, x, kernel) for conv in (ours, plain))
+        assert furthest(*ours_and_plain) < 1e-9
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_form_follows_the_shape(shape):
+    x, kernel = arrays(shape, np.float32)
+    spec = layers.Spec(x.shape, kernel.shape, shape.stride, shape.padding, shape.groups)
+    chosen = tuple(layers.choose_form(step, spec, "cpu") for step in layers.Form._fields)
+    assert chosen == shape.forms
+    assert {layers.choose_form(step, spec, "gpu") for step in layers.Form._fields} == {"lax"}
+
+
+def test_every_form_is_tested():
+    assert {form for shape in SHAPES for form in shape.forms} == set(layers.FORMS)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[i] for i in (0, 4, 7, 10, 14)], ids=str)
+def test_gradients_are_the_same_inside_a_loop(shape):
+    with jax.enable_x64(True):
+        x, kernel = arrays(shape)
+
+        def descend(conv):
+            def step(_, state):
+                loss = lambda x, k: jnp.sum(jnp.sin(conv(shape, x, k)))  # noqa: E731
+                return tuple(
+                    a - 0.1 * g for a, g in zip(state, jax.grad(loss, (0, 1))(*state), strict=True)
+                )
+
+            return jax.jit(lambda n, s: lax.fori_loop(0, n, step, s))(3, (x, kernel))
+
+        assert furthest(descend(ours), descend(plain)) < 1e-10
+
+
+PLAIN, TRANSPOSED = layers.FORMS["lax"], layers.FORMS["dense"].input_gradient
+
+
+@pytest.mark.parametrize(
+    ("form", "twin"),
+    [
+        ("dense", {"input_gradient": lambda dy, k, s: TRANSPOSED(dy, k[::-1, ::-1], s)}),
+        ("taps", {"forward": lambda x, k, s: PLAIN.forward(x, k[::-1], s)}),
+        ("depthwise", {"kernel_gradient": lambda x, dy, s: jnp.zeros(s.kernel_shape, x.dtype)}),
+    ],
+)
+def test_a_broken_form_is_seen(form, twin, monkeypatch):
+    shape = next(s for s in SHAPES if form in s.forms)
+    with jax.enable_x64(True):
+        x, kernel = arrays(shape)
+        monkeypatch.setitem(layers.FORMS, form, layers.FORMS[form]._replace(**twin))
+        broken = lambda *args: ours(*args)  # noqa: E731 (a new function is traced anew)
+        found = passes(broken, shape, x, kernel)
+        assert furthest(found, passes(plain, shape, x, kernel)) > 1e-2
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.1)])
+def test_forms_keep_the_dtype(dtype, tolerance):
+    for shape in (SHAPES[i] for i in (0, 4, 7, 10, 14)):
+        x, kernel = arrays(shape, dtype)
+        y = ours(shape, x, kernel)
+        assert y.dtype == dtype
+        exact = plain(shape, x.astype(jnp.float32), kernel.astype(jnp.float32))
+        assert float(jnp.max(jnp.abs(y - exact))) < tolerance * float(jnp.max(jnp.abs(exact)))
+
+
+def test_other_platforms_keep_the_plain_convolution():
+    shape = SHAPES[9]
+    x, kernel = arrays(shape, np.float32)
+    lowered = jax.jit(functools.partial(ours, shape)).trace(x, kernel)
+    on_cpu = lowered.lower(lowering_platforms=("cpu",)).as_text()
+    on_gpu = lowered.lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.convolution" not in on_cpu
+    assert "stablehlo.convolution" in on_gpu
+
+
+class Norm(nn.Module):
+    """A BatchNorm by name, as networks have it."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BHWC, train=False):
+        return layers.BatchNorm(dtype=self.dtype, name="bn")(x_BHWC, train)
+
+
+def norm_variables():
+    return {
+        "params": {"bn": {"scale": jnp.float32([2, 3]), "bias": jnp.float32([1, -1])}},
+        "batch_stats": {"bn": {"mean": jnp.float32([0.5, 0]), "var": jnp.float32([4, 9])}},
+    }
+
+
+# Channel means 2 and 10; biased variances 2.5 and 50; unbiased ones 10/3 and 200/3.
+FOUR_PIXELS = jnp.float32([[[[0, 0], [4, 20]], [[2, 10], [2, 10]]]]) + jnp.float32(
+    [[[[0, 0], [0, 0]], [[1, 0], [-1, 0]]]]
+)
+
+
+def test_evaluation_normalises_with_running_statistics():
+    y = Norm().apply(norm_variables(), FOUR_PIXELS)
+    expected = (
+        (FOUR_PIXELS - np.array([0.5, 0])) / np.sqrt(np.array([4, 9]) + 1e-5) * np.array([2, 3])
+    )
+    np.testing.assert_allclose(y, expected + np.array([1, -1]), rtol=1e-6)
+
+
+def test_moments_of_the_input_are_told_when_asked_for():
+    variables = norm_variables()
+    _, told = Norm().apply(variables, FOUR_PIXELS, mutable=["bn_statistics"])
+    shape_of = jax.tree.structure
+    assert shape_of(told["bn_statistics"]) == shape_of(variables["batch_stats"])
+    moments = told["bn_statistics"]["bn"]
+    np.testing.assert_allclose(moments["mean"], [2, 10], rtol=1e-6)
+    np.testing.assert_allclose(moments["var"], [2.5, 50], rtol=1e-6)  # biased
+    assert not np.allclose(moments["var"], [10 / 3, 200 / 3], rtol=1e-2)
+
+
+def test_moments_cost_nothing_when_nobody_asks():
+    text = str(jax.make_jaxpr(lambda x: Norm().apply(norm_variables(), x))(FOUR_PIXELS))
+    assert "reduce_sum" not in text
+    asked = lambda x: Norm().apply(norm_variables(), x, mutable=["bn_statistics"])  # noqa: E731
+    assert "reduce_sum" in str(jax.make_jaxpr(asked)(FOUR_PIXELS))
+
+
+def test_initialising_leaves_no_moments_behind():
+    assert set(Norm().init(jax.random.key(0), FOUR_PIXELS)) == {"params", "batch_stats"}
+
+
+def test_training_updates_running_statistics_as_pytorch_does():
+    y, updated = Norm().apply(norm_variables(), FOUR_PIXELS, train=True, mutable=["batch_stats"])
+    running = updated["batch_stats"]["bn"]
+    np.testing.assert_allclose(running["mean"], [0.9 * 0.5 + 0.2, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(running["var"], [3.6 + 1 / 3, 8.1 + 20 / 3], rtol=1e-6)
+    np.testing.assert_allclose(jnp.mean(y, (0, 1, 2)), [1, -1], atol=1e-6)
+    np.testing.assert_allclose(jnp.var(y, (0, 1, 2)), [4, 9], rtol=1e-4)
+
+
+def test_training_leaves_fixed_statistics_alone():
+    y = Norm().apply(norm_variables(), FOUR_PIXELS, train=True)
+    np.testing.assert_allclose(jnp.mean(y, (0, 1, 2)), [1, -1], atol=1e-6)
+
+
+def test_moments_survive_a_mean_far_from_zero():
+    """float32, mean 1000, standard deviation 1/10: E[x^2] - E[x]^2 would lose everything."""
+    exact = np.random.default_rng(0).normal(1000, 0.1, (8, 16, 16, 1))
+    x = jnp.asarray(exact, jnp.float32)
+    var = np.asarray(x, np.float64).var()
+    _, ours_C = layers.moments(x, jnp.float32([999.5]))
+    naive = jnp.mean(x**2) - jnp.mean(x) ** 2
+    assert abs(float(ours_C[0]) - var) < 1e-3 * var
+    assert abs(float(naive) - var) > 0.1 * var
+
+
+def test_gradients_of_moments():
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (2, 3, 3, 2)))
+        near = jnp.asarray([2.5, -1.0])
+
+        def distance(moments):
+            mean_C, var_C = moments
+            return jnp.linalg.norm(mean_C - 1.0) + jnp.linalg.norm(var_C - 2.0)
+
+        one_pass = jax.grad(lambda x: distance(layers.moments(x, near)))(x)
+        two_pass = jax.grad(lambda x: distance((x.mean((0, 1, 2)), x.var((0, 1, 2)))))(x)
+        np.testing.assert_allclose(one_pass, two_pass, rtol=1e-12)
+
+
+def test_moments_of_bfloat16_are_float32():
+    network = Norm(dtype=jnp.bfloat16)
+    x = FOUR_PIXELS.astype(jnp.bfloat16)
+    y, told = network.apply(norm_variables(), x, mutable=["bn_statistics"])
+    assert y.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(told)} == {np.dtype(np.float32)}
+
+
+def test_max_pool_pads_with_minus_infinity():
+    x = -jnp.arange(1.0, 10.0).reshape(1, 3, 3, 1)
+    pooled = layers.max_pool(x, 3, 2, 1)
+    np.testing.assert_array_equal(pooled[0, :, :, 0], [[-1, -2], [-4, -5]])
+    reference = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    np.testing.assert_array_equal(pooled, reference)
+
+
+def test_max_pool_gradient_goes_to_the_maximum():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 7, 3)), jnp.float32)
+    gradient = lambda pool: jax.grad(lambda x: jnp.sum(jnp.sin(pool(x))))(x)  # noqa: E731
+    np.testing.assert_allclose(
+        gradient(lambda x: layers.max_pool(x, 3, 2)),
+        gradient(lambda x: nn.max_pool(x, (3, 3), (2, 2))),
+        rtol=1e-6,
+    )
+
+
+def test_average_pools():
+    x = jnp.arange(25.0).reshape(1, 5, 5, 1)
+    np.testing.assert_allclose(layers.avg_pool(x, 2)[0, :, :, 0], [[3, 5], [13, 15]])
+    # Cells of an adaptive pooling from 5 to 2 rows overlap: 0 to 2 and 2 to 4.
+    np.testing.assert_allclose(layers.adaptive_avg_pool(x, 2)[0, :, :, 0], [[6, 8], [16, 18]])
+    np.testing.assert_allclose(layers.global_avg_pool(x), [[12]])
+
+
+def test_flatten_has_pytorch_s_order():
+    x = jnp.arange(8.0).reshape(1, 2, 2, 2)
+    np.testing.assert_array_equal(layers.flatten(x), [[0, 2, 4, 6, 1, 3, 5, 7]])
+
+
+def drop(module, x, seed=0, train=True):
+    return module.apply({}, x, train, rngs={"dropout": jax.random.key(seed)})
+
+
+def test_dropout_keeps_the_mean_and_is_off_in_evaluation():
+    x = jnp.ones((100, 100))
+    dropped = drop(layers.Dropout(0.2), x)
+    assert set(np.unique(dropped)) == {0.0, 1.25}
+    assert abs(float(dropped.mean()) - 1) < 0.02
+    np.testing.assert_array_equal(drop(layers.Dropout(0.2), x, train=False), x)
+    with jax.enable_x64(True):  # the draw names its dtype
+        np.testing.assert_array_equal(drop(layers.Dropout(0.2), x), dropped)
+
+
+def test_stochastic_depth_drops_whole_images():
+    dropped = np.asarray(drop(layers.Dropout(0.5, whole_images=True), jnp.ones((64, 3, 3, 2))))
+    per_image = dropped.reshape(64, -1)
+    assert np.all(per_image == per_image[:, :1])
+    assert set(per_image[:, 0]) == {0.0, 2.0}
+
+
+def test_scaling():
+    assert layers.scale_channels(116, 1.0) == 116
+    assert [layers.scale_channels(64, w) for w in (0.01, 0.25, 0.5, 2)] == [8, 16, 32, 128]
+    assert [layers.scale_blocks(4, d) for d in (0.01, 0.5, 1, 2)] == [1, 2, 4, 8]
