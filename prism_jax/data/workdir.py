@@ -168,10 +168,11 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 def sweep(root: epath.PathLike) -> None:
     """Delete the half-written files and folders that a killed run left behind."""
-    for path in list(epath.Path(root).rglob(".*.tmp")):
+    for path in epath.Path(root).iterdir():
+        left_behind = path.name.startswith(".") and path.name.endswith(".tmp")
         if path.is_dir():
-            path.rmtree()
-        else:
+            path.rmtree() if left_behind else sweep(path)
+        elif left_behind:
             path.unlink(missing_ok=True)
 
 
