@@ -248,9 +248,8 @@ def test(
         if class_indices is not None:
             logits = logits[:, list(class_indices)]
         order = np.argsort(-logits, axis=1, kind="stable")  # ties: the lower class first
-        rank = (order == labels_N[rows][:, None]).argmax(1)
-        finite = np.isfinite(logits).all(1)
-        right1[rows], right5[rows] = (rank < 1) & finite, (rank < 5) & finite
+        hit = (order == labels_N[rows][:, None]) & np.isfinite(logits).all(1)[:, None]
+        right1[rows], right5[rows] = hit[:, :1].any(1), hit[:, :5].any(1)
     per_class = [
         right1[labels_N == c].mean() if (labels_N == c).any() else np.nan
         for c in range(int(labels_N.max()) + 1)
@@ -302,7 +301,7 @@ def fit(
     label_seed: int = 0,
     crop_min: float = 0.25,
     flip: bool = True,
-    mix: str = "none",
+    mix: str | None = None,
     **recipe,
 ) -> PyTree:
     """Train a network on images in memory.
@@ -314,6 +313,8 @@ def fit(
       soft_labels: the records of ``relabel``; then ``label_seed``, ``crop_min``, ``flip`` and
         ``mix`` must be those they were made with, the loss is MSE + 0.1 CE unless stated, and
         ``epochs`` is the number of labelled epochs.
+      mix: "none", "cutmix" or "mixup"; by default what ``relabel`` does by default with soft
+        labels ("cutmix"), and none without.
       **recipe: further fields of ``TrainRecipe``.
 
     Returns:
@@ -329,6 +330,7 @@ def fit(
             f"fit got images of dtype {images.dtype} and shape {images.shape} with "
             f"{len(labels)} labels; it needs uint8 (N, H, W, C) and N labels"
         )
+    mix = mix or ("none" if soft_labels is None else "cutmix")
     how = Augment(crop_min=crop_min, flip=flip, mix=mix)
     if soft_labels is None:
         recipe = TrainRecipe("train/view", how, epochs=epochs, **recipe)
