@@ -9,6 +9,8 @@ import os
 import pathlib
 import sys
 
+import pytest
+
 TESTS = pathlib.Path(__file__).resolve().parent
 DEVICES = 8
 
@@ -27,3 +29,19 @@ os.environ.setdefault("JAX_LEGACY_PRNG_KEY", "error")  # untyped keys take their
 
 # `from helpers import ...` in tests, `from configs import ...` without an installation.
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+
+
+@pytest.fixture
+def compilations():
+    """One entry for every program that JAX lowers, whether or not a cache then holds it."""
+    import jax
+
+    seen = []
+
+    def listen(event, *_, **__):
+        if event.endswith("jaxpr_to_mlir_module_duration"):
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)

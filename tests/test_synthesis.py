@@ -220,20 +220,6 @@ def test_an_undrawn_teacher_contributes_exactly_nothing():
 # --- one executable -----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def compilations():
-    """How many programs JAX has lowered since; a hit of the persistent cache counts too."""
-    seen = []
-
-    def listen(event, *_, **__):
-        if event.endswith("jaxpr_to_mlir_module_duration"):
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def test_subsets_units_and_iteration_counts_are_one_compilation(compilations):
     pool = small_pool(POOL)
     recipe = synthesis.Recipe(granularity="per_iteration", roll=2)

@@ -45,13 +45,15 @@ class NoNorm(nn.Module):
 
 
 class Mirror(nn.Module):
-    """Its logits are the pixels it was shown, plus a bias that starts at zero."""
+    """Its logits are the pixels it was shown, times a scale of one, plus a bias of zero."""
 
     @nn.compact
     def __call__(self, x_BHWC: Array, train: bool = False) -> Array:
         del train
         x_BD = x_BHWC.reshape(x_BHWC.shape[0], -1)
-        return x_BD + self.param("bias", nn.initializers.zeros, x_BD.shape[-1:], jnp.float32)
+        scale_D = self.param("scale", nn.initializers.ones, x_BD.shape[-1:], jnp.float32)
+        bias_D = self.param("bias", nn.initializers.zeros, x_BD.shape[-1:], jnp.float32)
+        return x_BD * scale_D + bias_D
 
 
 def random_variables(

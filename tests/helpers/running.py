@@ -42,17 +42,17 @@ def advance(
     run = synthesis.engine(pool, recipe, devices=jax.devices()[:devices], how=how)
     after = []
     for first in range(0, len(units), devices):
+        here = range(min(devices, len(units) - first))
         group, at = units[first : first + devices], states[first : first + devices]
-        lanes = [(run.place(u, i), run.place(s, i)) for i, (u, s) in enumerate(zip(group, at))]
-        left = [min(int(u.budget), until or u.budget) - int(s.step) for u, s in zip(group, at)]
+        placed = [run.place(group[i], i) for i in here]
+        going = [run.place(at[i], i) for i in here]
+        left = [min(int(group[i].budget), until or 10**9) - int(at[i].step) for i in here]
         while any(left):
             counts = [min(chunk, n) for n in left]
-            arguments = [
-                (*lane, run.place(np.int32(n), i)) for i, (lane, n) in enumerate(zip(lanes, counts))
-            ]
-            lanes = [(unit, out[0]) for (unit, _), out in zip(lanes, run(seed, arguments))]
-            left = [n - count for n, count in zip(left, counts)]
-        after += [run.fetch(state) for _, state in lanes]
+            lanes = [(placed[i], going[i], run.place(np.int32(counts[i]), i)) for i in here]
+            going = [state for state, _ in run(seed, lanes)]
+            left = [left[i] - counts[i] for i in here]
+        after += [run.fetch(state) for state in going]
     return after
 
 

@@ -1,0 +1,222 @@
+"""From a ConfigDict to an experiment: what is refused, and that one message says all of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import pathlib
+import re
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import base, imagenet_ipc10
+from configs.digits import config as digits
+from prism_jax import config as configs
+from prism_jax.config import Layout, batch_layout, budget_of, resolve
+from prism_jax.errors import UserError
+
+FILES = sorted(
+    path.stem
+    for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")
+    if "def get_config" in path.read_text()
+)
+
+
+def changed(**fields) -> ConfigDict:
+    """The digits config with ``section__field`` set to values."""
+    c = digits(10)
+    with c.unlocked():
+        for path, value in fields.items():
+            *sections, field = path.split("__")
+            at = c
+            for section in sections:
+                at = at[section]
+            with at.ignore_type():
+                at[field] = value
+    return c
+
+
+def refusal(c: ConfigDict) -> str:
+    with pytest.raises(UserError) as caught:
+        resolve(c)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_config_file_resolves(name):
+    module = importlib.import_module(f"configs.{name}")
+    experiment = resolve(module.get_config())
+    assert experiment.recover.iterations > 0
+    if name.startswith("imagenet_"):
+        for arg in ("smoke", "official", "smoke,official"):
+            resolve(module.get_config(arg))
+
+
+def test_values_arrive_as_they_are():
+    e = resolve(changed(recover__iterations=7, recover__pool=["resnet18"], recover__alpha_bn=1))
+    assert e.recover.iterations == 7
+    assert e.recover.pool == ("resnet18",)
+    assert e.recover.alpha_bn == 1.0 and isinstance(e.recover.alpha_bn, float)
+    assert e.recover.batch_size is None
+    assert e.network("mobilenet_v2").width == digits(10).networks.mobilenet_v2.width
+    assert e.network("vgg11").architecture == "vgg11"  # not listed: the architecture itself
+    assert json.loads(json.dumps(configs.to_dict(e))) == configs.to_dict(e)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        e.recover.iterations = 8
+
+
+def test_names_may_be_one_string():
+    e = resolve(changed(recover__pool="resnet18, mobilenet_v2"))
+    assert e.recover.pool == ("resnet18", "mobilenet_v2")
+
+
+REFUSED = {
+    "misspelt": ({"recover__iteration": 5}, "recover.iteration", "did you mean recover.iterations"),
+    "misspelt section": ({"recovr": 5}, "recovr", "did you mean recover?"),
+    "text for a number": ({"recover__iterations": "many"}, "recover.iterations is 'many'", "whole"),
+    "a fraction": ({"recover__ipc": 1.5}, "recover.ipc is 1.5", "whole number"),
+    "a truth for a number": ({"recover__ipc": True}, "recover.ipc is True", "whole number"),
+    "a number for a truth": ({"recover__flip": 1}, "recover.flip is 1", "True or False"),
+    "a value for a section": ({"recover": 3}, "recover is 3", "group of fields"),
+    "NaN": ({"recover__learning_rate": float("nan")}, "recover.learning_rate is nan", "number"),
+    "two betas": ({"recover__betas": (0.5,)}, "recover.betas", "2 values"),
+    "negative": ({"recover__iterations": -1}, "recover.iterations is -1", "zero or positive"),
+    "zero": ({"recover__ipc": 0}, "recover.ipc is 0", "must be positive"),
+    "crop": ({"relabel__crop_min": 1.5}, "relabel.crop_min is 1.5", "(0, 1]"),
+    "beta": ({"recover__betas": (0.5, 1.0)}, "recover.betas[1] is 1.0", "[0, 1)"),
+    "choice": ({"recover__granularity": "per_image"}, "recover.granularity", "per_slot"),
+    "method": ({"recover__method": "prsm"}, "recover.method is 'prsm'", "prism"),
+    "loss": ({"validate__loss": "mse"}, "validate.loss is 'mse'", "mse_gt"),
+    "schedule": ({"validate__schedule": "cosin"}, "validate.schedule", "cosine"),
+    "primary": ({"recover__primary": "convnet"}, "recover.primary is 'convnet'", "recover.pool"),
+    "architecture": ({"validate__students": ("resnet19",)}, "resnet19", "did you mean resnet18"),
+    "twice": ({"recover__pool": ("resnet18",) * 2}, "recover.pool names resnet18 twice",),
+    "nobody": ({"relabel__teachers": ()}, "relabel.teachers is empty", "at least one network"),
+    "untrained": ({"relabel__teachers": ("resnet34",)}, "squeeze.teachers", "resnet34"),
+    "single": (
+        {"relabel__teachers": ("resnet18", "mobilenet_v2")}, "relabel.ensemble is 'single'",
+    ),
+    "more epochs than labels": ({"validate__epochs": 999}, "validate.epochs is 999", "not made"),
+    "batch": ({"recover__batch_size": 3}, "recover.batch_size is 3", "1, 2, 5, 10"),
+    "slots": ({"recover__slots_per_batch": 3}, "recover.slots_per_batch is 3", "recover.ipc=10"),
+    "budgets": (
+        {"recover__slots_per_batch": 2, "recover__budget": "mod8"}, "[438, 500]", "constant",
+    ),
+    "parts": ({"validate__accumulate": 3}, "validate.batch_size 50", "validate.accumulate=3"),
+    "bn_group": ({"validate__bn_group": 50}, "validate.bn_group is 50", "must be 25"),
+    "control": ({"validate__controls": ("random",)}, "validate.controls", "random_real"),
+    "no class": ({"dataset__num_classes": 0}, "dataset.num_classes is 0", "must be positive"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_mistake_is_named_with_its_field_and_what_to_do(case):
+    fields, *expected = REFUSED[case]
+    message = refusal(changed(**fields))
+    for words in expected:
+        assert words in message, message
+
+
+def test_a_missing_field_is_named():
+    c = digits(10)
+    with c.unlocked():
+        del c.recover["iterations"]
+    assert "recover.iterations is missing" in refusal(c)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        (
+            {
+                "recover__iterations": -5, "recover__primary": "nobody", "relabel__crop_min": 0.0,
+                "validate__loss": "l1", "recover__batch_size": 4, "validate__students": ("vgg99",),
+            },
+            ["recover.iterations", "recover.primary", "relabel.crop_min", "validate.loss",
+             "recover.batch_size", "vgg99"],
+        ),
+        (
+            {"recover__ipc": "ten", "seed": 0.5, "squeeze__epoch": 3},
+            ["recover.ipc", "seed", "squeeze.epoch"],
+        ),
+    ],
+)  # fmt: skip
+def test_one_message_names_every_mistake(fields, named):
+    message = refusal(changed(**fields))
+    for name in named:
+        assert name in message, message
+    assert re.search(rf"\b{len(named)}\b", message), message  # and counts them
+
+
+def test_a_teacher_without_batch_norm_must_be_asked_for():
+    c = imagenet_ipc10.get_config("official")
+    resolve(c)
+    c.recover.count_no_bn = False
+    message = refusal(c)
+    assert "alexnet" in message and "recover.count_no_bn=True" in message
+
+
+# --- how the set divides into batches ----------------------------------------------------------
+
+
+def layout(classes: int, ipc: int, **recover) -> Layout:
+    e = resolve(digits(10))
+    e = dataclasses.replace(
+        e,
+        dataset=dataclasses.replace(e.dataset, num_classes=classes),
+        recover=dataclasses.replace(e.recover, ipc=ipc, **recover),
+    )
+    return batch_layout(e)
+
+
+@pytest.mark.parametrize(
+    ("classes", "ipc", "recover", "expected"),
+    [
+        (10, 10, {}, Layout(slots=1, classes=10, groups=10, blocks=1)),
+        (10, 10, {"slots_per_batch": 5}, Layout(5, 10, 2, 1)),
+        (10, 10, {"batch_size": 5}, Layout(1, 5, 10, 2)),
+        (10, 10, {"batch_size": 10, "slots_per_batch": 5}, Layout(5, 2, 2, 5)),
+        (10, 4, {"batch_order": "class_major"}, Layout(4, 10, 1, 1)),
+        (10, 4, {"batch_order": "class_major", "batch_size": 8}, Layout(4, 2, 1, 5)),
+        (1000, 10, {"batch_size": 100}, Layout(1, 100, 10, 10)),
+        (1000, 10, {}, Layout(1, 100, 10, 10)),
+        (200, 1, {}, Layout(1, 100, 1, 2)),
+        (102, 1, {}, Layout(1, 51, 1, 2)),  # at most 100, in equal blocks
+        (97, 1, {}, Layout(1, 97, 1, 1)),
+    ],
+)
+def test_the_layout_of_batches(classes, ipc, recover, expected):
+    found = layout(classes, ipc, **recover)
+    assert found == expected
+    assert found.slots * found.groups == ipc
+    assert found.classes * found.blocks == classes
+
+
+@pytest.mark.parametrize(
+    "recover",
+    [{"batch_size": 3}, {"slots_per_batch": 4}, {"batch_size": 5, "slots_per_batch": 2}],
+)
+def test_a_batch_that_does_not_divide_is_refused(recover):
+    with pytest.raises(UserError, match="does not divide"):
+        layout(10, 10, **recover)
+
+
+def test_budgets():
+    e = resolve(base.get_config())
+    assert [budget_of(e, slot) for slot in range(10)] == [4000] * 10
+    e = dataclasses.replace(e, recover=dataclasses.replace(e.recover, budget="mod8"))
+    mod8 = [4000, 3500, 3000, 2500, 2000, 1500, 1000, 500, 4000, 3500]
+    assert [budget_of(e, slot) for slot in range(10)] == mod8
+
+
+def test_fields_that_change_no_bits_enter_no_fingerprint():
+    e = resolve(digits(10))
+
+    def fields(**recover):
+        return configs.fingerprint_fields("recover", dataclasses.replace(e.recover, **recover))
+
+    assert fields(steps_per_dispatch=1, checkpoint_seconds=1.0) == fields()
+    for other in ({"iterations": 1}, {"pool": ("resnet18",)}, {"granularity": "per_batch"}):
+        assert fields(**other) != fields()

@@ -1,0 +1,144 @@
+"""Soft labels: the same for any number of devices, and of the views that the student sees."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.networks import GREY, Mirror, small_pool
+
+import prism_jax
+from prism_jax import rng
+from prism_jax.core.augment import Augment, augment
+from prism_jax.labelling import ORDER, VIEWS, Labeller, LabelRecipe
+from prism_jax.teachers import TeacherPool
+from prism_jax.training import Trainer, TrainRecipe, soft_batches
+
+COUNT, BATCH, SIZE = 23, 5, 16  # five batches, the last of three images
+HOW = Augment(crop_min=0.25, flip=True, mix="cutmix")
+
+
+@functools.cache
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (COUNT, SIZE, SIZE, 1), np.uint8)
+
+
+@functools.cache
+def pool() -> TeacherPool:
+    return small_pool(2, image_shape=(SIZE, SIZE, 1))
+
+
+RECIPE = LabelRecipe(HOW, "norm_mean", BATCH)
+
+
+@functools.cache
+def labels(devices: int, how: str = "shard_map", epoch: int = 2):
+    labeller = Labeller(pool(), RECIPE, devices=jax.devices()[:devices], how=how)
+    return list(labeller.epoch(images(), epoch, seed=3))
+
+
+@pytest.mark.parametrize(("devices", "how"), [(2, "shard_map"), (8, "shard_map"), (8, "pmap")])
+def test_any_number_of_devices_gives_the_same_labels(devices, how):
+    one, many = labels(1), labels(devices, how)
+    assert len(one) == len(many) == 5
+    for a, b in zip(one, many, strict=True):
+        assert (a.epoch, a.batch) == (b.epoch, b.batch)
+        np.testing.assert_array_equal(a.index_B, b.index_B)
+        assert a.logits_BK.dtype == b.logits_BK.dtype == np.float16
+        np.testing.assert_array_equal(a.logits_BK, b.logits_BK)
+
+
+def test_every_image_is_labelled_once_an_epoch_in_another_order():
+    records = labels(8)
+    assert [len(r.index_B) for r in records] == [5, 5, 5, 5, 3]
+    assert [r.logits_BK.shape for r in records] == [(5, 5)] * 4 + [(3, 5)]
+    assert [r.batch for r in records] == list(range(5))
+    order = np.concatenate([r.index_B for r in records])
+    np.testing.assert_array_equal(np.sort(order), np.arange(COUNT))
+    np.testing.assert_array_equal(order, rng.generator(3, ORDER, 2).permutation(COUNT))
+    other = np.concatenate([r.index_B for r in labels(8, epoch=1)])
+    assert not np.array_equal(order, other)
+
+
+@jax.jit
+def plainly(key, pixels):
+    """The ensemble written out: one batch, no map, no Labeller."""
+    seen, _ = augment(key, pixels, HOW, GREY)
+    a, b = (t.module.apply(v, seen) for t, v in zip(pool().teachers, pool().variables, strict=True))
+    size_a, size_b = jnp.linalg.norm(a), jnp.linalg.norm(b)
+    size = (size_a + size_b) / 2
+    return (a * size / size_a + b * size / size_b) / 2
+
+
+def test_a_record_holds_the_ensembles_logits_of_its_own_view():
+    """One batch, written out: a lane that got another batch's coordinates would show."""
+
+    def off(record, *coordinates) -> float:
+        key = rng.stream(rng.root(3), VIEWS, *coordinates)
+        return float(jnp.abs(plainly(key, images()[record.index_B]) - record.logits_BK).max())
+
+    for record in labels(8):
+        assert off(record, record.epoch, record.batch) < 5e-3  # float16
+        assert off(record, record.epoch, record.batch + 1) > 0.05
+        assert off(record, record.epoch + 1, record.batch) > 0.05
+
+
+# --- replay: what the student sees is what the teacher saw ----------------------------------------
+
+
+def mirror_pool() -> TeacherPool:
+    """A teacher whose logits are the pixels it was shown."""
+    module = Mirror()
+    one, zero = np.ones(SIZE * SIZE, np.float32), np.zeros(SIZE * SIZE, np.float32)
+    bias = {"params": {"scale": one, "bias": zero}, "batch_stats": {}}
+    return TeacherPool.of(
+        {"mirror": (module, bias)}, image_shape=(SIZE, SIZE, 1), normalisation=GREY
+    )
+
+
+@pytest.mark.parametrize("mix", ["none", "cutmix", "mixup"])
+def test_the_student_sees_what_the_teacher_saw(mix):
+    how = dataclasses.replace(HOW, mix=mix)
+    labeller = Labeller(mirror_pool(), LabelRecipe(how, "single", BATCH, "float32"))
+    records = list(labeller.epoch(images(), 1, seed=3))
+
+    def losses(view_seed=3, records=records, how=how):
+        """The mean squared difference between a mirror student and the labels, per batch."""
+        recipe = TrainRecipe(VIEWS, how, loss="mse_gt", epochs=2)
+        trainer = Trainer(Mirror(), recipe, GREY, view_seed=view_seed, seed=0)
+        zeros = np.zeros(COUNT, np.int32)
+        batches = soft_batches(images(), zeros, records[1:])  # one whole batch is enough, and the
+        state = jax.device_get(trainer.start((SIZE, SIZE, 1)))  # ragged one
+        return [float(trainer.step(state, batch)[1]) for batch in batches]
+
+    assert max(losses()) < 1e-9
+    # Twins: another seed, the coordinates of another batch, another lower bound of the crop.
+    assert min(losses(view_seed=4)) > 1e-2
+    assert min(losses(records=[r._replace(batch=r.batch + 1) for r in records])) > 1e-2
+    if mix == "none":
+        assert max(losses(how=dataclasses.replace(how, crop_min=0.5))) > 1e-2
+
+
+def test_relabel_and_fit_agree_by_default_and_from_the_same_seed():
+    records = prism_jax.relabel(mirror_pool(), images(), epochs=2, batch_size=BATCH, seed=5)
+    assert [(r.epoch, r.batch) for r in records] == [(e, b) for e in range(2) for b in range(5)]
+
+    def drift(**options) -> float:
+        """How far differences between its pixels and the labels push the student's scale from one.
+
+        The bias would not do: it sees the mean of a batch, which no mix changes.
+        """
+        student = prism_jax.fit(
+            Mirror(), images(), np.zeros(COUNT), normalisation=GREY, soft_labels=records, epochs=2,
+            **{"ce_weight": 0.0, "optimiser": "sgd", "learning_rate": 1.0, **options},
+        )  # fmt: skip
+        return float(np.abs(student["params"]["scale"] - 1).max())
+
+    assert drift(label_seed=5) < 1e-3
+    assert drift(label_seed=6) > 1e-2
+    assert drift(label_seed=5, mix="none") > 1e-2
+    assert drift(label_seed=5, flip=False) > 1e-2

@@ -1,0 +1,348 @@
+"""Training against NumPy and PyTorch, and testing with ties, padding and missing classes."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import by_hand
+from helpers.networks import GREY, Mirror, NoNorm, TwoConvs, random_variables
+
+import prism_jax
+from prism_jax import training
+from prism_jax.core.augment import Augment
+from prism_jax.errors import UserError
+from prism_jax.training import OPTIMISERS, TrainBatch, Trainer, TrainRecipe, hard_batches
+from prism_jax.types import Normalisation
+
+SHAPE, CLASSES = (6, 6, 1), 5
+PLAIN = Augment(crop_min=1.0, flip=False)  # the whole image, as it is
+
+
+def a_set(count: int, seed: int = 0):
+    random = np.random.default_rng(seed)
+    return (
+        random.integers(0, 256, (count, *SHAPE), np.uint8),
+        random.integers(0, CLASSES, count).astype(np.int32),
+    )
+
+
+def normalised(pixels) -> np.ndarray:
+    return (pixels.astype(np.float64) / 255 - GREY.mean[0]) / GREY.std[0]
+
+
+# --- one step of a linear network, by hand --------------------------------------------------------
+
+
+def linear_gradient(kernel, bias, pixels, labels):
+    """Loss and gradient of cross entropy for ``x @ kernel + bias``."""
+    x = normalised(pixels).reshape(len(pixels), -1)
+    z = x @ kernel + bias
+    p = np.exp(z - z.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    rows = np.arange(len(labels))
+    loss = -np.log(p[rows, labels]).mean()
+    p[rows, labels] -= 1
+    p /= len(labels)
+    return loss, x.T @ p, p.sum(0)
+
+
+BATCHES = [a_set(5, seed) for seed in (1, 2, 3)]
+RATE, DECAY, EPOCHS = 0.1, 0.3, 4
+
+
+def by_numpy(optimiser: str, *, decay_bias=False, parts=None):
+    """Three steps in epochs 0, 1, 2 of 4 under a cosine; ``parts``: unweighted means of parts."""
+    params = random_variables(NoNorm(CLASSES), SHAPE, 0, np.float64)["params"]["head"]
+    w = {name: np.array(params[name]) for name in ("kernel", "bias")}
+    m = {name: 0.0 for name in w}
+    v = {name: 0.0 for name in w}
+    losses = []
+    for t, (pixels, labels) in enumerate(BATCHES):
+        pieces = np.array_split(np.arange(5), parts or 1)
+        found = [linear_gradient(w["kernel"], w["bias"], pixels[i], labels[i]) for i in pieces]
+        losses.append(np.mean([f[0] for f in found]))
+        g = {"kernel": np.mean([f[1] for f in found], 0), "bias": np.mean([f[2] for f in found], 0)}
+        rate = RATE * 0.5 * (1 + np.cos(np.pi * t / EPOCHS))
+        for name in w:
+            decay = DECAY * w[name] if name == "kernel" or decay_bias else 0.0
+            if optimiser == "sgd":  # coupled: decay goes through the momentum
+                m[name] = 0.9 * m[name] + g[name] + decay
+                w[name] = w[name] - rate * m[name]
+            else:  # decoupled (AdamW)
+                m[name] = 0.9 * m[name] + 0.1 * g[name]
+                v[name] = 0.999 * v[name] + 0.001 * g[name] ** 2
+                m_hat, v_hat = m[name] / (1 - 0.9 ** (t + 1)), v[name] / (1 - 0.999 ** (t + 1))
+                w[name] = w[name] - rate * (m_hat / (np.sqrt(v_hat) + 1e-8) + decay)
+    return np.array(losses), w
+
+
+def by_trainer(optimiser: str, accumulate: int):
+    recipe = TrainRecipe(
+        "train/view", PLAIN, loss="ce", epochs=EPOCHS, accumulate=accumulate, optimiser=optimiser,
+        learning_rate=RATE, weight_decay=DECAY, schedule="cosine",
+    )  # fmt: skip
+    module = NoNorm(CLASSES)
+    trainer = Trainer(module, recipe, GREY, view_seed=0, seed=0)
+    params = jax.tree.map(jnp.asarray, random_variables(module, SHAPE, 0)["params"])
+    state = trainer.start(SHAPE)._replace(params=params)
+    losses = []
+    for epoch, (pixels, labels) in enumerate(BATCHES):
+        state, loss = trainer.step(state, TrainBatch(epoch, 0, pixels, labels))
+        losses.append(float(loss))
+    assert int(state.step) == 3
+    return np.array(losses), jax.device_get(state.params["head"])
+
+
+def difference(these, those) -> float:
+    (loss_a, w_a), (loss_b, w_b) = these, those
+    pairs = [(loss_a, loss_b), *((w_a[name], w_b[name]) for name in w_a)]
+    return max(float(np.abs(a - b).max()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("accumulate", [1, 2, 5, 9])
+def test_steps_equal_numpy_however_the_batch_is_divided(optimiser, accumulate):
+    found = by_trainer(optimiser, accumulate)
+    assert difference(found, by_numpy(optimiser)) < 2e-5
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_wrong_steps_do_not_pass(optimiser):
+    found = by_trainer(optimiser, 2)
+    other = next(name for name in OPTIMISERS if name != optimiser)
+    twins = {
+        "decay on the bias": by_numpy(optimiser, decay_bias=True),
+        "parts of three and two count equally": by_numpy(optimiser, parts=2),
+        "the other optimiser": by_numpy(other),
+    }
+    for name, twin in twins.items():
+        assert difference(found, twin) > 1e-3, name
+
+
+def test_adamw_and_sgd_are_pytorchs():
+    torch = pytest.importorskip("torch", reason="compares with torch.optim")
+    random = np.random.default_rng(0)
+    start = {"kernel": random.standard_normal((4, 3)), "bias": random.standard_normal(3)}
+    gradients = [{k: random.standard_normal(x.shape) for k, x in start.items()} for _ in range(5)]
+    make = {
+        "adamw": lambda groups: torch.optim.AdamW(groups, lr=RATE),
+        "sgd": lambda groups: torch.optim.SGD(groups, lr=RATE, momentum=0.9),
+    }
+    assert make.keys() == OPTIMISERS.keys()
+    for name, optimiser in make.items():
+        theirs = {k: torch.tensor(x, requires_grad=True) for k, x in start.items()}
+        stepper = optimiser(
+            [
+                {"params": [theirs["kernel"]], "weight_decay": DECAY},
+                {"params": [theirs["bias"]], "weight_decay": 0.0},
+            ]
+        )
+        with jax.enable_x64(True):
+            ours = {k: jnp.asarray(x) for k, x in start.items()}
+            update = OPTIMISERS[name](DECAY)
+            state = update.init(ours)
+            for gradient in gradients:
+                direction, state = update.update(gradient, state, ours)
+                ours = jax.tree.map(lambda p, d: p - RATE * d, ours, direction)
+                for k, tensor in theirs.items():
+                    tensor.grad = torch.tensor(gradient[k])
+                stepper.step()
+            for k in ours:
+                np.testing.assert_allclose(ours[k], theirs[k].detach().numpy(), rtol=1e-6)
+
+
+def test_only_kernels_decay():
+    params = random_variables(TwoConvs(), SHAPE, 0)["params"]
+    chosen = jax.tree_util.tree_leaves_with_path(training.decayed(params))
+    assert {path[-1].key for path, yes in chosen if yes} == {"kernel"}
+    assert {path[-1].key for path, yes in chosen if not yes} == {"scale", "bias"}
+
+
+def test_batch_norm_sees_one_part_at_a_time():
+    pixels, labels = a_set(6)
+    module = TwoConvs(num_classes=CLASSES)
+    start = jax.tree.map(np.array, random_variables(module, SHAPE, 0))
+
+    def running_mean(parts: int) -> np.ndarray:
+        """By hand: PyTorch's update of the first layer, once per part."""
+        mean = start["batch_stats"]["bn1"]["mean"].astype(np.float64)
+        for part in np.array_split(normalised(pixels), parts):
+            z, _ = by_hand.convolve(part, start["params"]["conv1"]["kernel"], 1)
+            mean = 0.9 * mean + 0.1 * z.mean((0, 1, 2))
+        return mean
+
+    def trained(accumulate: int) -> np.ndarray:
+        recipe = TrainRecipe("train/view", PLAIN, accumulate=accumulate)
+        trainer = Trainer(module, recipe, GREY, view_seed=0, seed=0)
+        state = trainer.start(SHAPE)._replace(**jax.tree.map(jnp.asarray, start))
+        state, _ = trainer.step(state, TrainBatch(0, 0, pixels, labels))
+        return np.asarray(state.batch_stats["bn1"]["mean"])
+
+    for parts in (1, 2):
+        np.testing.assert_allclose(trained(parts), running_mean(parts), atol=1e-5)
+        assert np.abs(trained(parts) - running_mean(3 - parts)).max() > 1e-3
+
+
+def test_seeds_and_lengths_share_one_program(compilations):
+    pixels, labels = a_set(4)
+
+    def step(view_seed, seed, epochs, state=None):
+        recipe = TrainRecipe("train/view", PLAIN, epochs=epochs)
+        trainer = Trainer(NoNorm(CLASSES), recipe, GREY, view_seed=view_seed, seed=seed)
+        start = trainer.start(SHAPE)
+        compilations.clear()
+        trainer.step(start, TrainBatch(epochs - 1, seed, pixels, labels))
+        return len(compilations)
+
+    step(0, 0, 3)
+    assert [step(1, 0, 3), step(0, 5, 3), step(0, 0, 7)] == [0, 0, 0]
+
+
+# --- testing --------------------------------------------------------------------------------------
+
+AS_PIXELS = Normalisation(mean=(0.0,), std=(1 / 255,))  # logits of a Mirror are the pixel values
+
+
+def images_with_logits(logits_NK) -> np.ndarray:
+    return np.asarray(logits_NK, np.uint8)[:, None, :, None]
+
+
+def score(logits_NK, labels, *, bias=0.0, **options):
+    module = Mirror()
+    ones = np.ones(np.shape(logits_NK)[1], np.float32)
+    variables = {"params": {"scale": ones, "bias": bias * ones}}
+    images = images_with_logits(logits_NK)
+    return training.test(module, variables, images, np.array(labels), AS_PIXELS, **options)
+
+
+LOGITS = np.array(
+    [
+        [9, 1, 2, 3, 4, 5],  # label 0: first
+        [9, 1, 2, 3, 4, 5],  # label 1: sixth
+        [9, 1, 2, 3, 4, 5],  # label 2: fifth
+        [7, 7, 0, 0, 0, 0],  # label 1: a tie, which the lower class wins
+        [7, 7, 0, 0, 0, 0],  # label 0: the same tie, won
+        [3, 3, 3, 3, 3, 3],  # label 4: fifth of a tie of six
+        [3, 3, 3, 3, 3, 3],  # label 5: sixth of it
+    ]
+)
+TRUE = [0, 1, 2, 1, 0, 4, 5]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+def test_accuracy_with_ties_and_any_padding(batch_size):
+    result = score(LOGITS, TRUE, batch_size=batch_size)
+    assert result.top1 == pytest.approx(2 / 7)
+    assert result.top5 == pytest.approx(5 / 7)
+    np.testing.assert_allclose(result.per_class_K, [1, 0, 0, np.nan, 0, 0])
+
+
+def test_padding_is_not_counted():
+    """Three images in batches of two: the padded fourth is a copy, and would change the mean."""
+    logits = [[1, 0], [1, 0], [0, 1]]
+    assert score(logits, [0, 1, 1], batch_size=2).top1 == pytest.approx(2 / 3)
+
+
+def test_logits_that_are_not_numbers_are_never_right():
+    result = score(LOGITS, TRUE, bias=np.nan)
+    assert (result.top1, result.top5) == (0, 0)
+
+
+def test_a_label_that_the_head_does_not_have_is_never_right():
+    result = score(LOGITS, [6, 7, 8, 9, 10, 11, 12])
+    assert (result.top1, result.top5) == (0, 0)
+
+
+def test_classes_of_a_larger_head():
+    result = score(LOGITS[:1], [1], class_indices=(5, 0))
+    assert result.top1 == 1
+    assert score(LOGITS[:1], [0], class_indices=(5, 0)).top1 == 0
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+def test_batches_resume_from_any_batch():
+    pixels, labels = a_set(11)
+    read = functools.partial(
+        hard_batches, pixels, labels, batch_size=4, epochs=3, seed=2, name="test/order"
+    )
+    whole = list(read())
+    assert [(b.epoch, b.batch) for b in whole] == [(e, b) for e in range(3) for b in range(3)]
+    for start in range(len(whole) + 1):
+        rest = list(read(start=start))
+        assert len(rest) == len(whole) - start
+        for a, b in zip(rest, whole[start:], strict=True):
+            for x, y in zip(a[:4], b[:4], strict=True):
+                np.testing.assert_array_equal(x, y)
+    for batch in whole:  # labels belong to their images
+        for image, label in zip(batch.images_uint8_BHWC, batch.labels_B, strict=True):
+            assert label in labels[(pixels == image).all((1, 2, 3))]
+    assert not np.array_equal(whole[0].images_uint8_BHWC, whole[3].images_uint8_BHWC)
+
+
+def test_training_resumes_bit_for_bit():
+    pixels, labels = a_set(12)
+    how = Augment(crop_min=0.5, flip=True, mix="cutmix")
+    recipe = TrainRecipe("train/view", how, epochs=3)
+    trainer = Trainer(TwoConvs(num_classes=CLASSES), recipe, GREY, view_seed=1, seed=1)
+
+    def train(state, start=0, stop=9):
+        batches = hard_batches(
+            pixels, labels, batch_size=4, epochs=3, seed=1, name="train/order", start=start
+        )
+        for _, batch in zip(range(start, stop), batches, strict=False):
+            state, _ = trainer.step(state, batch)
+        return jax.device_get(state)
+
+    whole = train(trainer.start(SHAPE))
+    halfway = train(trainer.start(SHAPE), stop=5)
+    resumed = train(jax.tree.map(jnp.asarray, halfway), start=5)
+    late = train(jax.tree.map(jnp.asarray, halfway), start=4, stop=8)  # twin: one batch again
+    same = jax.tree.map(np.array_equal, whole, resumed)
+    assert all(jax.tree.leaves(same))
+    assert not np.array_equal(whole.params["head"]["kernel"], late.params["head"]["kernel"])
+
+
+# --- the public function --------------------------------------------------------------------------
+
+
+def bright_or_dark(count: int):
+    labels = np.arange(count) % 2
+    noise = np.random.default_rng(0).integers(0, 60, (count, *SHAPE))
+    return (noise + 150 * labels[:, None, None, None]).astype(np.uint8), labels
+
+
+def test_fit_learns_what_can_be_learnt_and_repeats():
+    pixels, labels = bright_or_dark(32)
+    module = TwoConvs(num_classes=2)
+    fit = functools.partial(
+        prism_jax.fit, module, pixels, labels, normalisation=GREY, epochs=8, batch_size=8,
+        learning_rate=0.02,
+    )  # fmt: skip
+    student = fit()
+    assert training.test(module, student, pixels, labels, GREY).top1 == 1.0
+    again, other = fit(), fit(seed=1)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, student, again)))
+    assert not np.array_equal(
+        student["params"]["head"]["kernel"], other["params"]["head"]["kernel"]
+    )
+    untrained = fit(epochs=0)
+    assert training.test(module, untrained, pixels, labels, GREY).top1 < 1.0
+
+
+@pytest.mark.parametrize(
+    ("pixels", "labels"),
+    [
+        (np.zeros((4, 6, 6, 1), np.float32), np.zeros(4)),
+        (np.zeros((4, 6, 6), np.uint8), np.zeros(4)),
+        (np.zeros((4, 6, 6, 1), np.uint8), np.zeros(3)),
+    ],
+)
+def test_fit_refuses_what_is_no_set_of_images(pixels, labels):
+    with pytest.raises(UserError, match=r"it needs uint8 \(N, H, W, C\) and N labels"):
+        prism_jax.fit(NoNorm(), pixels, labels, normalisation=GREY)
