@@ -98,6 +98,8 @@ class Checkpoints:
         meta = restored["meta"]["meta"]
         if restored["meta"]["digest"] != _digest(leaves, meta):
             raise ValueError("its content is not what was saved")
+        if any(leaf.shape != like.shape for leaf, like in zip(leaves, abstract.values(), strict=True)):
+            raise ValueError("it has other shapes")
         return leaves, meta
 
     def close(self) -> None:

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from prism_jax.data.checkpoints import Checkpoints
+
+
+def state_of(step: int) -> dict:
+    random = np.random.default_rng(step)
+    images = random.standard_normal((4, 8, 8, 1), np.float32)
+    images[0, 0, 0, 0], images[0, 0, 1, 0] = np.nan, -0.0
+    return {
+        "images": images,
+        "moments": (random.standard_normal((50, 20), np.float32), np.zeros((2, 3), np.float32)),
+        "half": jnp.asarray(random.standard_normal(5, np.float32), jnp.bfloat16),
+        "seen": np.array([True, False]),
+        "step": np.int32(step),
+    }
+
+
+def same(a, b) -> bool:
+    """Bit for bit, NaN and the sign of zero too."""
+    a, b = jax.tree.leaves(a), jax.tree.leaves(b)
+    return len(a) == len(b) and all(
+        x.dtype == y.dtype and np.shape(x) == np.shape(y)
+        and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+        for x, y in zip(a, b, strict=True)
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Checkpoints of steps 3 and 6. Only to be read."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "unit"
+    checkpoints = Checkpoints(folder)
+    for step in (3, 6):
+        checkpoints.save(step, state_of(step), {"seconds": step / 7, "terms": None})
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "unit")
+
+
+def restore(folder, like=None):
+    checkpoints = Checkpoints(folder)
+    found = checkpoints.restore(like if like is not None else state_of(0))
+    checkpoints.close()
+    return found
+
+
+def parts(folder, step: int, name: str) -> list:
+    """The files of a checkpoint that hold its arrays, or its meta."""
+    return sorted(p for p in (folder / str(step) / name).rglob("*") if p.is_file())
+
+
+def test_the_newest_comes_back_exactly(saved):
+    step, state, meta = restore(saved)
+    assert step == 6 and same(state, state_of(6)) and not same(state, state_of(3))
+    assert jax.tree.structure(state) == jax.tree.structure(state_of(6))
+    assert meta == {"seconds": 6 / 7, "terms": None}
+
+
+def test_nothing_is_restored_from_nothing(tmp_path):
+    assert restore(tmp_path / "none") is None
+    assert not (tmp_path / "none").exists()
+
+
+def test_other_shapes_are_not_taken(folder, capsys):
+    like = {**state_of(0), "images": np.zeros((4, 8, 9, 1), np.float32)}
+    assert restore(folder, like) is None
+
+
+def test_a_cut_newest_is_passed_over_and_set_aside(folder, capsys):
+    for path in parts(folder, 6, "state"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    step, state, _ = restore(folder)
+    assert step == 3 and same(state, state_of(3))
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "is damaged" in said and "6.set-aside-1" in said
+    assert sorted(p.name for p in folder.iterdir()) == ["3", "6.set-aside-1"]
+
+
+def test_work_goes_on_after_a_damaged_one(folder, capsys):
+    for path in parts(folder, 6, "meta"):
+        path.write_bytes(b"")
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.restore(state_of(0))[0] == 3
+    checkpoints.save(4, state_of(4))  # smaller than the damaged one's step
+    checkpoints.close()
+    step, state, _ = restore(folder)
+    assert step == 4 and same(state, state_of(4))
+
+
+def test_the_twin_that_leaves_a_damaged_one_in_place_saves_nothing(folder):
+    with ocp.CheckpointManager(folder) as manager:
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave({"x": np.zeros(3)}))
+        assert not manager.save(4, args=arguments)
+
+
+def test_every_flipped_bit_is_noticed_or_harmless(folder, tmp_path, capsys):
+    """Orbax alone takes some of them for data."""
+    random, passed_over = np.random.default_rng(0), 0
+    for path in parts(folder, 6, "state/d") + parts(folder, 6, "meta"):
+        data = bytearray(path.read_bytes())
+        data[random.integers(len(data))] ^= 1 << random.integers(8)
+        twin = shutil.copytree(folder, tmp_path / f"twin{passed_over}-{path.name}")
+        (twin / path.relative_to(folder)).write_bytes(data)
+        step, state, meta = restore(twin)
+        assert same(state, state_of(step)) and meta["seconds"] == step / 7
+        passed_over += step == 3
+    assert passed_over > 0
+
+
+def test_an_unfinished_save_is_no_checkpoint(folder):
+    (folder / "6").rename(folder / "9.orbax-checkpoint-tmp")
+    step, state, _ = restore(folder)
+    assert step == 3 and same(state, state_of(3))
+
+
+def test_a_saved_step_is_left_as_it_is(folder):
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(6, state_of(5))
+    checkpoints.close()
+    assert same(restore(folder)[1], state_of(6))
+
+
+def test_two_are_kept(folder):
+    checkpoints = Checkpoints(folder)
+    for step in (7, 8):
+        checkpoints.save(step, state_of(step))
+    checkpoints.close()
+    assert sorted(int(p.name) for p in folder.iterdir()) == [7, 8]
+
+
+def test_delete_removes_all_and_may_be_repeated(folder):
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(9, state_of(9))
+    checkpoints.delete()
+    checkpoints.delete()
+    assert not folder.exists()
+
+
+def test_due_after_the_interval(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    checkpoints = Checkpoints(tmp_path / "unit", every_seconds=60.0)
+    now[0] = 159.0
+    assert not checkpoints.due
+    now[0] = 160.0
+    assert checkpoints.due
+    monkeypatch.undo()
+    assert not (tmp_path / "unit").exists()  # nothing is opened before the first save

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from etils import epath
+
+from prism_jax.data import workdir
+from prism_jax.errors import UserError
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "file.json"
+    workdir.write_json(path, {"a": 1})
+
+    def die(self, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(epath.Path(path)), "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        workdir.write_json(path, {"a": 2})
+    assert workdir.read_json(path) == {"a": 1}
+    assert names(path.parent) == ["file.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe{}", b'{"a": }'])
+def test_damaged_json_is_named(tmp_path, content):
+    path = tmp_path / "record.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"record\.json is damaged .* move it away and run"):
+        workdir.read_json(path)
+
+
+def test_a_record_notices_every_flipped_bit(tmp_path):
+    path = tmp_path / "record.json"
+    fields = {"top1": 0.9375, "name": "é", "steps": (1, 2), "none": None}
+    workdir.write_record(path, fields)
+    assert workdir.read_record(path) == {**fields, "steps": [1, 2]}
+
+    whole, unnoticed_by_json = path.read_bytes(), 0
+    for at in range(len(whole)):
+        for bit in (0, 3):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+            try:
+                workdir.read_json(path)
+                unnoticed_by_json += 1
+            except UserError:
+                pass
+            try:  # a flip in the white space between values changes nothing
+                assert workdir.read_record(path) == {**fields, "steps": [1, 2]}
+            except UserError as error:
+                assert "is damaged" in str(error)
+    assert unnoticed_by_json > 20  # the twin without a checksum reads other values
+
+
+def test_to_json_refuses_nan():
+    with pytest.raises(ValueError):
+        workdir.to_json({"loss": float("nan")})
+
+
+def test_differences_name_the_dotted_keys():
+    found = {"recover": {"ipc": 1, "betas": [0.5, 0.9], "old": 1}, "seed": 0, "empty": {}}
+    wanted = {"recover": {"ipc": 2, "betas": (0.5, 0.9), "new": None}, "seed": 0, "empty": {}}
+    assert workdir.differences(found, wanted) == [
+        "recover.ipc: 1 -> 2",
+        "recover.new: (absent) -> null",
+        "recover.old: 1 -> (absent)",
+    ]
+    assert workdir.differences(found, found) == []
+
+
+def test_digest_is_of_values_not_of_their_order():
+    assert workdir.digest({"a": 1, "b": (2, 3)}) == workdir.digest({"b": [2, 3], "a": 1})
+    assert workdir.digest({"a": 1}) != workdir.digest({"a": 1.5})
+
+
+def test_copies_are_no_links_and_leave_out_half_written_files(tmp_path):
+    source, target = epath.Path(tmp_path / "source"), epath.Path(tmp_path / "new" / "target")
+    workdir.write_bytes(source / "deep" / "file", b"content")
+    (tmp_path / "source" / ".file.0a.tmp").write_bytes(b"half")
+    workdir.copy_tree(source, target)
+    assert names(tmp_path / "new") == ["target"]
+    assert names(tmp_path / "new" / "target") == ["deep"]
+    ours, theirs = (os.stat(p / "deep" / "file") for p in (source, target))
+    assert ours.st_ino != theirs.st_ino and ours.st_nlink == 1
+    (source / "deep" / "file").write_bytes(b"other")
+    assert (target / "deep" / "file").read_bytes() == b"content"
+
+
+def test_set_aside_and_remove(tmp_path):
+    for content in (b"1", b"2"):
+        workdir.write_bytes(tmp_path / "file", content)
+        workdir.set_aside(tmp_path / "file")
+    assert names(tmp_path) == ["file.set-aside-1", "file.set-aside-2"]
+    workdir.write_bytes(tmp_path / "folder" / "deep" / "file", b"")
+    workdir.remove(tmp_path / "folder")
+    assert names(tmp_path) == ["file.set-aside-1", "file.set-aside-2"]
+
+
+def test_a_folder_that_is_removed_vanishes_at_once(tmp_path, monkeypatch):
+    """Deleted file by file, a folder killed halfway would pass for another's finished work."""
+    workdir.write_bytes(tmp_path / "folder" / "shard", b"")
+
+    def die(self, *arguments, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        workdir.remove(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+# --- the lock -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sleeper():
+    """Another living process."""
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
+        yield process
+        process.kill()
+
+
+def hold(root, pid, host=None):
+    root.mkdir(exist_ok=True)
+    holder = {"host": host or socket.gethostname(), "pid": pid}
+    (root / ".lock").write_text(json.dumps(holder))
+
+
+def test_the_lock_is_given_back(tmp_path):
+    lock = workdir.Lock(epath.Path(tmp_path / "run"))
+    lock.release()  # harmless
+    assert not (tmp_path / "run").exists()  # and nothing is written before it is needed
+    lock.acquire()
+    lock.acquire()
+    assert json.loads((tmp_path / "run" / ".lock").read_text())["pid"] == os.getpid()
+    lock.release()
+    assert names(tmp_path / "run") == []
+
+
+def test_a_lock_of_a_living_process_is_respected(tmp_path, sleeper):
+    hold(tmp_path, sleeper.pid)
+    with pytest.raises(UserError, match=f"in use by process {sleeper.pid} on "):
+        workdir.Lock(epath.Path(tmp_path)).acquire()
+    assert json.loads((tmp_path / ".lock").read_text())["pid"] == sleeper.pid
+
+
+def test_a_lock_of_another_host_is_respected(tmp_path):
+    hold(tmp_path, 1, host="elsewhere")
+    with pytest.raises(UserError, match=r"process 1 on elsewhere.*delete .*\.lock"):
+        workdir.Lock(epath.Path(tmp_path)).acquire()
+
+
+def test_a_dead_lock_is_taken_over_and_what_it_left_is_swept(tmp_path, sleeper):
+    sleeper.kill()
+    sleeper.wait()
+    hold(tmp_path, sleeper.pid)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / ".00000.png.12ab.tmp").write_bytes(b"half")
+    (tmp_path / "deep" / ".kept").write_bytes(b"")
+    (tmp_path / ".squeeze.12ab.tmp" / "inside").mkdir(parents=True)
+    lock = workdir.Lock(epath.Path(tmp_path))
+    lock.acquire()
+    assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    assert names(tmp_path) == [".lock", "deep"] and names(tmp_path / "deep") == [".kept"]
+    lock.release()
+
+
+def test_of_many_processes_one_gets_the_lock(tmp_path):
+    code = (
+        "import sys, time; from etils import epath; from prism_jax.data import workdir\n"
+        "lock = workdir.Lock(epath.Path(sys.argv[1])); print('ready', flush=True); input()\n"
+        "try: lock.acquire(); print('got', flush=True); time.sleep(600)\n"
+        "except Exception as error: print(type(error).__name__, flush=True)\n"
+    )
+    root = os.path.dirname(os.path.dirname(workdir.__file__))
+    env = {**os.environ, "PYTHONPATH": os.path.dirname(root)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "run")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
+        )
+        for _ in range(3)
+    ]  # fmt: skip
+    try:
+        assert [p.stdout.readline() for p in processes] == ["ready\n"] * 3
+        for p in processes:
+            p.stdin.write("\n")
+            p.stdin.flush()
+        said = sorted(p.stdout.readline() for p in processes)
+    finally:
+        for p in processes:
+            p.kill()
+            p.communicate()
+    assert said == ["UserError\n", "UserError\n", "got\n"]

@@ -1,0 +1,109 @@
+"""A run that is killed or stopped at any moment continues to the same bits."""
+
+from __future__ import annotations
+
+import re
+import signal
+
+import pytest
+from helpers.command import TINY, assert_same, finished, reference, run, signal_when
+
+__all__ = ["finished", "reference"]  # fixtures
+
+# Checkpoints after every dispatch of recover and after every training step.
+OFTEN = ("--config.recover.checkpoint_seconds=0.001", "--config.validate.checkpoint_seconds=0.001")
+
+DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
+
+# stage -> a path whose appearance says that the stage is in the middle of its work
+MOMENTS = {
+    "squeeze": "squeeze/second/checkpoints/[3-9]",
+    "recover": "recover/checkpoints/*/[369]",
+    "validate": "validate/outside/0/checkpoints/[3-9]",
+    "summary": "analyse/fingerprint.json",
+}
+MORE_MOMENTS = {
+    "first write": "config.json",
+    "teacher begun": "squeeze/first/fingerprint.json",
+    "teacher written": "squeeze/outside/weights.safetensors",
+    "recover begun": "recover/fingerprint.json",
+    "checkpoint half written": "recover/checkpoints/*/*tmp*",
+    "unit half written": "recover/images/00001/00000.png",
+    "unit done": "recover/units/g00001_b00000.json",
+    "all units done": "recover/units/g00001_b00001.json",
+    "images done": "recover/manifest.json",
+    "relabel": "relabel/fingerprint.json",
+    "labels written": "relabel/labels-00000.array_record",
+    "control's labels": "controls/random_real/relabel/fingerprint.json",
+    "student begun": "validate/outside/0/fingerprint.json",
+    "student done": "validate/outside/0/record.json",
+    "control's student": "controls/full_real/validate/outside/0/checkpoints/[3-9]",
+    "analyse": "analyse/grid.png",
+    "page written": "report.html",
+}
+
+
+def appears(root, pattern):
+    return lambda: any(root.glob(pattern))
+
+
+def test_killed_in_stage_after_stage(tmp_path, reference):
+    root, command = tmp_path / "run", (TINY, f"--workdir={tmp_path / 'run'}", *OFTEN)
+    said, devices = "", {}
+    for stage, pattern in MOMENTS.items():
+        killed = signal_when(appears(root, pattern), signal.SIGKILL, *command, **devices)
+        assert killed.returncode == -signal.SIGKILL, stage
+        assert not (root / "summary.json").exists(), stage
+        said += killed.stdout
+        # What one device began, three devices end.
+        devices = DEVICES if stage == "recover" else {}
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    said += done.stdout
+    # The checkpoints were used: a run that begins anew does not say so.
+    assert re.search(r"squeeze second: continues after step \d+ of 12", said)
+    assert re.search(r"recover: unit \w+ continues after iteration [369]\n", said)
+    assert re.search(r"validate synthetic/outside/0: continues after step \d+ of 12", said)
+    assert_same(root, reference)
+
+
+STOPS = [("squeeze", signal.SIGINT, 130), ("recover", signal.SIGTERM, 143)]
+MORE_STOPS = [("validate", signal.SIGINT, 130), ("relabel", signal.SIGTERM, 143)]
+
+
+@pytest.mark.parametrize("stops", [STOPS, pytest.param(MORE_STOPS, marks=pytest.mark.slow)])
+def test_a_stop_saves_says_how_to_continue_and_continues(tmp_path, reference, stops):
+    root, command = tmp_path / "run", (TINY, f"--workdir={tmp_path / 'run'}", *OFTEN)
+    for stage, signum, status in stops:
+        pattern = {**MOMENTS, **MORE_MOMENTS}[stage]
+        stopped = signal_when(appears(root, pattern), signum, *command)
+        assert stopped.returncode == status
+        assert stopped.stderr.strip().splitlines()[-1] == (
+            f"stopped by {signum.name}; everything so far is saved in {root}. "
+            f"Run the same command again to continue."
+        )
+        assert not (root / ".lock").exists()
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert_same(root, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", {**MOMENTS, **MORE_MOMENTS})
+def test_killed_once(tmp_path, reference, moment):
+    root, command = tmp_path / "run", (TINY, f"--workdir={tmp_path / 'run'}", *OFTEN)
+    pattern = {**MOMENTS, **MORE_MOMENTS}[moment]
+    killed = signal_when(appears(root, pattern), signal.SIGKILL, *command)
+    assert killed.returncode == -signal.SIGKILL
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert_same(root, reference)
+
+
+@pytest.mark.slow
+def test_another_thread_pool_is_warned_of(finished):
+    """The twin of the promise: other bits may follow, and the run says so."""
+    (finished / "report.html").unlink()
+    done = run(TINY, f"--workdir={finished}", NPROC="1")
+    assert done.returncode == 0, done.stderr
+    assert "NPROC=8 and goes on with NPROC=1" in done.stdout
