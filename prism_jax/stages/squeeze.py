@@ -15,6 +15,7 @@ from prism_jax.core.augment import Augment
 from prism_jax.data import workdir
 from prism_jax.data.pipeline import batches, num_batches
 from prism_jax.errors import UserError
+from prism_jax.models.import_torch import load_checkpoint
 from prism_jax.stages.context import (
     RECORD,
     WEIGHTS,
@@ -128,13 +129,17 @@ def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dic
 
 
 def _import(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dict[str, Any]]:
-    from prism_jax.models.import_torch import load_checkpoint
-
     network = context.config.network(name)
-    module = context.build(name)
     context.say(f"importing {name} from {network.checkpoint}")
+    module = context.build(name)
     variables = load_checkpoint(
-        network.checkpoint, network.architecture, module, image_shape=context.image_shape
+        network.checkpoint,
+        network.architecture,
+        module.num_classes,
+        image_shape=context.image_shape,
+        width=network.width,
+        depth=network.depth,
+        stem=network.stem,
     )
     images, labels = context.test_set()
     result = test(
