@@ -41,7 +41,7 @@ def outputs(case, module=None):
         variables = variables_of(module, case)
         images_BHWC, labels_B = parity.batch(case)
 
-        def objective(images_BHWC):
+        def objective(images_BHWC, variables):
             logits_BK, sown = module.apply(variables, images_BHWC, mutable=["bn_statistics"])
             loss = optax.softmax_cross_entropy_with_integer_labels(logits_BK, labels_B).mean()
             moments = sown.get("bn_statistics", {})
@@ -50,7 +50,7 @@ def outputs(case, module=None):
             return loss + 0.01 * sum(jax.tree.leaves(gaps)), (logits_BK, moments)
 
         (_, (logits, moments)), pixels = jax.jit(jax.value_and_grad(objective, has_aux=True))(
-            images_BHWC
+            images_BHWC, variables
         )
         found = {"logits": np.asarray(logits), "pixels": np.asarray(pixels)}
         moments = import_torch.to_state_dict({"batch_stats": moments})
@@ -67,7 +67,9 @@ def outputs(case, module=None):
                 ce = optax.softmax_cross_entropy_with_integer_labels(logits_BK, labels_B).mean()
                 return ce, updated
 
-            gradient, updated = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+            gradient, updated = jax.jit(jax.grad(loss, has_aux=True))(
+                variables["params"], variables["batch_stats"]
+            )
             gradient = import_torch.to_state_dict({"params": gradient})
             found |= {f"gradient.{name}": value for name, value in gradient.items()}
             updated = import_torch.to_state_dict(updated)

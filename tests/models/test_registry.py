@@ -1,0 +1,139 @@
+"""Every row of the registry: counts, first BatchNorm, smallest images, embeddings."""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from prism_jax import models, training
+from prism_jax.errors import UserError
+from prism_jax.models import ARCHITECTURES, layers
+from prism_jax.types import Normalisation
+
+KEY = functools.partial(jax.random.key, 0, impl="threefry2x32")
+
+
+def shapes(module, size, channels=3):
+    images = jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32)
+    return jax.eval_shape(module.init_with_output, KEY(), images)
+
+
+# One of each kind: the others differ from one of these in a number.
+KINDS = [
+    *("resnet18", "resnet50", "resnet20", "wrn_16_2", "mobilenet_v2", "shufflenet_v2_x0_5"),
+    *("efficientnet_b0", "mnasnet1_3", "densenet121", "vgg11_bn", "regnet_y_8gf", "alexnet"),
+    *("vit_tiny_patch16_224", "swin_tiny", "convnext_tiny", "convnet_d4", "convnet_d4_bn"),
+]
+
+
+ROWS = [pytest.param(n, marks=() if n in KINDS else pytest.mark.slow) for n in ARCHITECTURES]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_counts_are_the_published_ones(name):
+    row = ARCHITECTURES[name]
+    logits, variables = shapes(models.build(name, row.classes), row.image_size)
+    assert logits.shape == (2, row.classes)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == row.parameters
+    assert len(jax.tree.leaves(variables.get("batch_stats", {}))) == 2 * row.batch_norms
+    assert set(variables) <= {"params", "batch_stats"}
+    if row.first_bn:
+        assert {"mean", "var"} == set(variables["batch_stats"][row.first_bn[0]])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_first_batch_norm_of_the_registry_runs_first(name):
+    row = ARCHITECTURES[name]
+    module = models.build(name, 10, width=0.25, depth=0.01)
+    assert models.first_batch_norm(module, (row.image_size, row.image_size, 3)) == row.first_bn
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "small"])
+@pytest.mark.parametrize("name", KINDS)
+def test_scaled_networks_on_their_smallest_images(name, stem):
+    row = ARCHITECTURES[name]
+    size = row.min_image_size[stem]
+    module = models.build(name, 7, width=0.25, depth=0.01, stem=stem, dtype=jnp.bfloat16)
+    logits, variables = shapes(module, size, channels=1)
+    assert logits.shape == (2, 7) and logits.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) < row.parameters / 3
+
+    images = jax.ShapeDtypeStruct((2, size, size, 1), jnp.float32)
+    read = functools.partial(module.apply, mutable=["bn_statistics", "features"])
+    _, told = jax.eval_shape(read, variables, images)
+    expected = jax.tree.structure(variables.get("batch_stats", {}))
+    assert jax.tree.structure(told.get("bn_statistics", {})) == expected
+    (embedding,) = jax.tree.leaves(told["features"])
+    head = [leaf for leaf in jax.tree.leaves(variables["params"]) if leaf.shape[-1:] == (7,)]
+    assert embedding.ndim == 2 and embedding.shape[1] in {leaf.shape[0] for leaf in head}
+
+
+def test_depth_and_width_at_one_change_nothing():
+    assert models.build("resnet18", 10) == models.build("resnet18", 10, width=1.0, depth=1.0)
+    assert hash(models.build("resnet18", 10)) == hash(models.build("resnet18", 10))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"architecture": "resnet81"}, "no architecture 'resnet81'; did you mean resnet18"),
+        ({"architecture": "zzz"}, "There are: alexnet, convnet_d1"),
+        ({"stem": "big"}, "must be one of: imagenet, small"),
+        ({"width": 0.0}, "width of resnet18 is 0.0; it must be positive"),
+        ({"depth": -1.0}, "depth of resnet18 is -1.0; it must be positive"),
+        ({"num_classes": 0}, "num_classes of resnet18 is 0; it must be positive"),
+    ],
+)
+def test_mistakes_are_explained(arguments, message):
+    with pytest.raises(UserError) as caught:
+        models.build(**{"architecture": "resnet18", "num_classes": 10, **arguments})
+    assert message in str(caught.value)
+
+
+class Reversed(nn.Module):
+    """Its first BatchNorm in the tree is the second to run."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = layers.BatchNorm(name="z")(x, train)
+        return layers.global_avg_pool(layers.BatchNorm(name="a")(x, train))
+
+
+class Nested(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return Reversed(name="inside")(x, train)
+
+
+def test_the_first_batch_norm_is_the_first_to_run():
+    assert models.first_batch_norm(Reversed(), (8, 8, 3)) == ("z",)
+    assert models.first_batch_norm(Nested(), (8, 8, 3)) == ("inside", "z")
+    variables = Reversed().init(KEY(), jnp.zeros((1, 8, 8, 3)))
+    assert next(iter(sorted(variables["batch_stats"]))) == "a"  # the tree's order would be wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    "resnet18 mobilenet_v2 shufflenet_v2_x0_5 efficientnet_b0 convnet_d3 convnet_d3_bn".split(),
+)
+def test_small_networks_learn_digits(name):
+    digits = load_digits()
+    images = np.kron(digits.images, np.ones((1, 2, 2)))[..., None] * (255 / 16)
+    images, labels = images.astype(np.uint8), digits.target.astype(np.int32)
+    order = np.random.default_rng(0).permutation(len(labels))
+    train, test = order[:1437], order[1437:]
+    scale = Normalisation((0.3,), (0.37,))
+    module = models.build(name, 10, width=0.25, depth=0.34, stem="small")
+    variables = training.fit(
+        module, images[train], labels[train], normalisation=scale, epochs=10, batch_size=64,
+        crop_min=0.8, flip=False, learning_rate=3e-3,
+    )  # fmt: skip
+    assert training.test(module, variables, images[test], labels[test], scale).top1 > 0.95
