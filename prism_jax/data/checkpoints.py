@@ -98,7 +98,7 @@ class Checkpoints:
         meta = restored["meta"]["meta"]
         if restored["meta"]["digest"] != _digest(leaves, meta):
             raise ValueError("its content is not what was saved")
-        if any(leaf.shape != like.shape for leaf, like in zip(leaves, abstract.values(), strict=True)):
+        if [leaf.shape for leaf in leaves] != [like.shape for like in abstract.values()]:
             raise ValueError("it has other shapes")
         return leaves, meta
 
