@@ -34,7 +34,7 @@ COLLECTIVES = (
 
 @functools.cache
 def pool():
-    return small_pool(3, image_shape=(SIZE, SIZE, 1))
+    return small_pool(2, image_shape=(SIZE, SIZE, 1))
 
 
 def run(units=UNITS, states=None, **options):
