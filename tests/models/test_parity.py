@@ -57,9 +57,9 @@ def outputs(case, module=None):
         found |= {f"moments.{name}": value for name, value in moments.items()}
         if case.train:
 
-            def loss(params):
+            def loss(params, batch_stats):
                 logits_BK, updated = module.apply(
-                    {**variables, "params": params},
+                    {"params": params, "batch_stats": batch_stats},
                     images_BHWC,
                     train=True,
                     mutable=["batch_stats"],
