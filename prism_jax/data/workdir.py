@@ -193,12 +193,11 @@ class Lock:
         Raises:
           UserError: another living process holds it.
         """
-        if self._held:
-            return
-        while not self._create():
+        while not self._held:
             holder = self._holder()
             if holder is None:
-                continue  # it was given back between two looks
+                self._held = self._create()
+                continue
             if not self._is_gone(holder):
                 raise UserError(
                     f"{self._path.parent} is in use by process {holder['pid']} on "
@@ -207,7 +206,6 @@ class Lock:
                 )
             self._path.unlink(missing_ok=True)
             sweep(self._path.parent)
-        self._held = True
 
     def _create(self) -> bool:
         """Make the file, whole and only if there is none; returns whether there was none."""

@@ -1,0 +1,190 @@
+"""What a person types wrong costs one clear message and nothing else."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from helpers.command import ROOT, TINY, call, run, snapshot
+
+from prism_jax.config import STAGES
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """The command runs in an empty folder, which stays empty."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert list(tmp_path.iterdir()) == []
+
+
+def field(name, value):
+    return f"--config.{name}={value}"
+
+
+WRONG = {
+    "misspelt field": (
+        [field("recover.itertions", 5)],
+        ["--config.recover.itertions=5", "no field", "did you mean recover.iterations"],
+    ),
+    "wrong type": ([field("recover.iterations", "many")], ["'many'", "a whole number"]),
+    "value apart from its flag": (["--config.seed", "x"], ["seed is 'x'", "a whole number"]),
+    "not a number": ([field("recover.learning_rate", "nan")], ["nan", "a number"]),
+    "not a bool": ([field("recover.flip", "perhaps")], ["'perhaps'", "True or False"]),
+    "group as value": ([field("recover", 5)], ["recover is '5'", "a group of fields"]),
+    "too few values": ([field("recover.betas", "(0.5,)")], ["recover.betas", "needs 2 values"]),
+    "unknown flag": (["--frm=x"], ["unknown flag --frm", "did you mean --from?", "--workdir"]),
+    "stray argument": (["digits"], ["unexpected argument 'digits'", "--help"]),
+    "unknown stage": (["--stages=validte"], ["'validte'", "did you mean validate?", "squeeze"]),
+    "no stage": (["--stages="], ["--stages is empty", "squeeze, recover"]),
+    "negative": ([field("recover.iterations", -1)], ["recover.iterations is -1", "zero or posi"]),
+    "zero": ([field("validate.accumulate", 0)], ["validate.accumulate is 0", "positive"]),
+    "out of range": ([field("relabel.crop_min", 2.0)], ["relabel.crop_min is 2.0", "(0, 1]"]),
+    "no such choice": ([field("relabel.mix", "mix")], ["relabel.mix is 'mix'", "cutmix, mixup"]),
+    "primary outside": ([field("recover.primary", "third")], ["'third'", "(first, second)"]),
+    "unknown architecture": (
+        [field("networks.first.architecture", "resnet19")],
+        ["the architecture of first is 'resnet19'", "did you mean resnet18?", "convnet_d1_bn"],
+    ),
+    "no such network": ([field("recover.pool", "first,thrid")], ["recover.pool", "thrid"]),
+    "batch does not divide": ([field("recover.batch_size", 3)], ["is 3", "these do: 1, 2, 4"]),
+    "too small images": ([field("dataset.image_size", 3)], ["second", "needs 4 or more"]),
+    "too many classes": ([field("dataset.num_classes", 12)], ["is 12", "has 10 classes"]),
+    "labels not made": ([field("validate.epochs", 7)], ["validate.epochs is 7", "relabel.epochs"]),
+    "seed twice": ([field("validate.seeds", "(0, 0)")], ["validate.seeds is (0, 0)", "different"]),
+    "no seed": ([field("validate.seeds", "()")], ["validate.seeds", "one or more"]),
+    "no such workdir": (["--from=nowhere"], ["--from=nowhere", "no working directory"]),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_mistake_is_one_message_and_nothing_else(mistake):
+    arguments, said = WRONG[mistake]
+    status, out, err = call(TINY, "--workdir=run", *arguments)
+    assert status == 2 and out == ""
+    assert err.startswith("error: ") and "Traceback" not in err and err.count("error:") == 1
+    assert [part for part in said if part not in err] == [], err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--workdir=run"], ["no --config=FILE was given", "--help"]),
+        (["--config", "x.py"], ["--config=FILE"]),
+        (["--config=x.py"], ["no config file at x.py"]),
+        ([f"--config={ROOT}/configs/digts_ipc10.py"], ["no config file at", "digits_ipc10.py"]),
+        (
+            [f"--config={ROOT}/configs/imagenet_ipc10.py:smok"],
+            ["imagenet_ipc10.py:smok cannot be loaded", "unknown argument smok; allowed: smoke"],
+        ),
+    ],
+)
+def test_a_config_that_cannot_be_loaded(arguments, said):
+    status, out, err = call(*arguments)
+    assert status == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith("error: ") and [part for part in said if part not in err] == []
+
+
+def test_everything_wrong_is_said_at_once_by_the_real_command(tmp_path):
+    wrong = (
+        field("recover.itertions", 5), field("recover.iterations", "x"), field("relabel.mix", "y"),
+        field("recover.ipc", -2), field("validate.accumulate", 0), field("recover.primary", "z"),
+        "--bogus", "stray", "--stages=first",
+    )  # fmt: skip
+    done = run(TINY, f"--workdir={tmp_path / 'run'}", *wrong)
+    assert done.returncode == 2 and done.stdout == ""
+    first, *lines = done.stderr.strip().splitlines()
+    assert first == "error: 9 things cannot be used:"
+    assert len(lines) == 9 and all(line.startswith("  - ") for line in lines)
+    for part in ("itertions", "'x'", "'y'", "-2", "accumulate", "'z'", "bogus", "stray", "'first'"):
+        assert part in done.stderr
+
+
+def test_imagenet_without_its_files(tmp_path):
+    before = snapshot(ROOT / "runs") if (ROOT / "runs").exists() else None
+    nowhere = field("dataset.path", tmp_path / "imagenet")
+    done = run("--config=configs/imagenet_ipc10.py", nowhere)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for part in ("10,000 (10 per class, 1000 classes, 224 px)", "resnet18 (primary)", "disk"):
+        assert part in done.stdout  # the plan
+    for part in (
+        str(tmp_path / "imagenet"), "train", "val",
+        "resnet18-f37072fd.pth", "mobilenet_v2-b0353104.pth",
+        "efficientnet_b0_rwightman-7f5810bc.pth", "shufflenetv2_x0.5-f707e7126e.pth",
+    ):  # fmt: skip
+        assert part in done.stderr
+    assert before == (snapshot(ROOT / "runs") if (ROOT / "runs").exists() else None)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], [], [TINY, "--help"]])
+def test_help(arguments):
+    status, out, err = call(*arguments)
+    assert status == 0 and err == ""
+    assert all(f"\n    {stage} " in out for stage in STAGES)
+    assert out.count("python -m prism_jax.main --config=") >= 5
+    for flag in ("--config=FILE", "--workdir=DIR", "--from=DIR", "--stages=A,B", "--plan"):
+        assert flag in out
+
+
+def test_the_examples_of_help_name_configs_that_are_there():
+    _, out, _ = call("--help")
+    files = {w.split("=", 1)[1].split(":")[0] for w in out.split() if w.startswith("--config=conf")}
+    assert len(files) >= 3 and all((ROOT / file).is_file() for file in files)
+
+
+def test_plan_writes_nothing():
+    status, out, err = call(TINY, "--workdir=run", "--plan")
+    assert status == 0 and err == ""
+    for part in ("8 (2 per class, 4 classes, 8 px)", "first (primary), second", "4 units of 2"):
+        assert part in out
+    for measured in ("recover takes", "memory", "relabel takes"):
+        assert measured in out
+
+
+def test_a_workdir_that_is_a_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("other") / "file"
+    path.write_text("mine")
+    status, _, err = call(TINY, f"--workdir={path}")
+    assert status == 2 and f"--workdir={path} is a file" in err
+    assert path.read_text() == "mine"
+
+
+def test_nproc_must_be_a_number(monkeypatch):
+    monkeypatch.setitem(os.environ, "NPROC", "many")
+    status, _, err = call(TINY, "--workdir=run")
+    assert status == 2 and "NPROC in the environment is 'many'" in err
+
+
+def test_a_full_disk_is_no_traceback(monkeypatch):
+    from prism_jax.data import workdir
+
+    def full(self):
+        raise OSError(28, "No space left on device", "run/.lock")
+
+    monkeypatch.setattr(workdir.Lock, "acquire", full)
+    status, _, err = call(TINY, "--workdir=run")
+    assert status == 2
+    assert err.startswith("error: run/.lock cannot be used: No space left on device.")
+
+
+def test_another_error_keeps_its_traceback(monkeypatch):
+    """The twin: only what a person can mend is shortened to a message."""
+    from prism_jax.data import workdir
+
+    def broken(self):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(workdir.Lock, "acquire", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        call(TINY, "--workdir=run")
+
+
+def test_ctrl_c_before_any_work(monkeypatch):
+    from prism_jax import main
+
+    def interrupt(config, problems):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "prepare_environment", interrupt)
+    status, _, err = call(TINY, "--workdir=run")
+    assert status == 130 and err.startswith("stopped by SIGINT")

@@ -1,0 +1,337 @@
+"""What is there is kept, what is missing is made, what does not fit is refused.
+
+Every test starts from a copy of one finished run. `main` runs in this process, on eight devices;
+the finished run was made by a process of its own on one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers.command import TINY, assert_same, call, finished, reference, results, snapshot
+from PIL import Image
+
+__all__ = ["finished", "reference"]  # fixtures
+
+STUDENT = "validate/outside/0"
+
+
+def ok(root, *arguments: str) -> str:
+    """Run the tiny experiment in ``root``; it succeeds."""
+    status, out, err = call(TINY, f"--workdir={root}", *arguments)
+    assert status == 0, err
+    return out
+
+
+def refused(root, *arguments: str, also=()) -> str:
+    """Run it; it is refused and leaves everything as it was."""
+    before = snapshot(root)
+    status, _, err = call(TINY, f"--workdir={root}", *arguments)
+    assert status == 2 and err.startswith("error: ") and "Traceback" not in err
+    assert snapshot(root) == before
+    return err
+
+
+def changed(root, before) -> set[str]:
+    """The folders of the workdir in which a file was made, removed or written."""
+    after = snapshot(root)
+    names = {n for n in before.keys() | after.keys() if before.get(n) != after.get(n)}
+    return {name.split(os.sep)[0] for name in names} - {".", "summary.json", "config.json"}
+
+
+def flip(path, at=0.5) -> None:
+    """Flip one bit."""
+    data = bytearray(path.read_bytes())
+    data[int(at * len(data))] ^= 4
+    path.write_bytes(data)
+
+
+def cut(path) -> None:
+    """Keep the first half."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+# --- a finished run -------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_only_read(finished):
+    before = snapshot(finished)
+    for arguments in ((), ("--stages=validate,analyse",), ("--config.parallel.map=pmap",)):
+        out = ok(finished, *arguments)
+        assert "top-1 on real test images" in out and out.strip().endswith("report.html")
+        assert snapshot(finished) == before
+    more = ("--config.recover.steps_per_dispatch=5", "--config.recover.checkpoint_seconds=1.0")
+    ok(finished, *more, "--config.validate.checkpoint_seconds=1.0")
+    assert snapshot(finished) == before
+
+
+def test_what_a_person_deletes_of_the_end_is_made_again(finished, reference):
+    for name in ("summary.json", "report.html", "analyse/diversity.json"):
+        (finished / name).unlink()
+    shutil.rmtree(finished / "analyse")
+    ok(finished)
+    assert_same(finished, reference)
+    ours, theirs = (json.loads((p / "summary.json").read_text()) for p in (finished, reference))
+    del ours["command"], theirs["command"], ours["machine"], theirs["machine"]
+    assert ours == theirs
+
+
+def test_a_summary_that_lags_behind_is_renewed(finished):
+    path = finished / "summary.json"
+    lagging = json.loads(path.read_text())
+    lagging["validate"]["outside"]["top1"] = 0.0
+    path.write_text(json.dumps(lagging))
+    ok(finished)
+    record = json.loads((finished / STUDENT / "record.json").read_text())
+    assert json.loads(path.read_text())["validate"]["outside"]["top1"] == record["top1"]
+
+
+def test_images_do_not_depend_on_devices_dispatches_or_the_map(finished, reference):
+    shutil.rmtree(finished / "recover")
+    out = ok(
+        finished, "--stages=recover", "--config.recover.steps_per_dispatch=5",
+        "--config.parallel.map=pmap",
+    )  # fmt: skip
+    assert "recover: 48/48" in out
+    ours, theirs = results(finished), results(reference)
+    images = [name for name in theirs if name.startswith("recover/images")]
+    assert len(images) == 8 and all(ours[name] == theirs[name] for name in images)
+    before = snapshot(finished, "squeeze", "relabel", "validate", "controls")
+    ok(finished)  # what follows from the images still fits
+    assert snapshot(finished, "squeeze", "relabel", "validate", "controls") == before
+
+
+# --- changed settings -----------------------------------------------------------------------
+
+
+def test_validate_alone_is_repeated_when_it_changes(finished):
+    before = snapshot(finished)
+    out = ok(finished, "--config.validate.learning_rate=0.002", "--stages=validate,analyse")
+    assert changed(finished, before) == {"validate", "controls", "analyse", "report.html"}
+    labels = "controls/random_real/relabel/labels-00000.array_record"
+    assert snapshot(finished)[labels] == before[labels]
+    assert out.count("was made from other settings; it is made again") == 4
+
+
+def test_a_new_seed_trains_that_seed_only(finished):
+    before = snapshot(finished, STUDENT)
+    ok(finished, "--config.validate.seeds=(0, 1)", "--config.validate.controls=()")
+    assert snapshot(finished, STUDENT) == before
+    assert (finished / "validate/outside/1/record.json").exists()
+    summary = json.loads((finished / "summary.json").read_text())
+    assert len(summary["validate"]["outside"]["top1_per_seed"]) == 2
+    assert summary["seeds"] == [0, 1] and "controls" not in summary
+
+
+def test_relabel_and_validate_are_repeated_when_labels_change(finished):
+    before = snapshot(finished, "squeeze", "recover")
+    labels = snapshot(finished)["relabel/labels-00000.array_record"]
+    out = ok(finished, "--config.relabel.crop_min=0.5", "--stages=relabel")
+    assert snapshot(finished, "squeeze", "recover") == before
+    assert snapshot(finished)["relabel/labels-00000.array_record"] != labels
+    assert "relabel synthetic: 6/6" in out
+    # Students of the old labels are not shown as if they belonged to the new ones.
+    assert "validate" not in json.loads((finished / "summary.json").read_text())
+    out = ok(finished, "--config.relabel.crop_min=0.5")
+    assert "relabel synthetic" not in out and "validate synthetic/outside/0: 12/12" in out
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "line"),
+    [
+        ("recover.iterations=13", "recover", "recover.iterations: 12 -> 13"),
+        ("seed=1", "recover", "seed: 0 -> 1"),
+        ("squeeze.epochs=3", "squeeze/first", "squeeze.epochs: 2 -> 3"),
+        ("networks.second.width=0.25", "squeeze/second", "network.width: 0.125 -> 0.25"),
+    ],
+)
+@pytest.mark.parametrize("stages", [(), ("--stages=validate",)])
+def test_other_teachers_or_images_are_refused(finished, override, where, line, stages):
+    err = refused(finished, f"--config.{override}", *stages)
+    assert line in err and str(finished / where) in err
+    for way in ("another --workdir", f"--from={finished}", "restore", f"delete {finished / where}"):
+        assert way in err
+
+
+def test_labels_of_other_settings_are_not_trained_on(finished):
+    err = refused(finished, "--config.relabel.crop_min=0.5", "--stages=validate")
+    assert "no finished soft labels made with these settings" in err
+    assert "--stages=relabel" in err
+
+
+def test_a_stage_says_which_stage_it_waits_for(tmp_path, finished):
+    root = tmp_path / "new"
+    for stage, first in (("recover", "squeeze"), ("relabel", "recover"), ("analyse", "recover")):
+        status, _, err = call(TINY, f"--workdir={root}", f"--stages={stage}")
+        assert status == 2 and f"run the {first} stage first" in err
+    shutil.rmtree(finished / "relabel")
+    shutil.rmtree(finished / "validate")
+    assert "run the relabel stage first" in refused(finished, "--stages=validate")
+
+
+# --- adopting -------------------------------------------------------------------------------
+
+
+def test_a_smaller_pool_adopts_its_teachers(tmp_path, reference):
+    root = tmp_path / "sre2l"
+    out = ok(
+        root, f"--from={reference}", "--stages=squeeze", "--config.recover.pool=first",
+        "--config.squeeze.teachers=first,outside",
+    )  # fmt: skip
+    assert f"adopted squeeze/first from {reference}" in out and "adopted recover" not in out
+    assert sorted(p.name for p in (root / "squeeze").iterdir()) == ["first", "outside"]
+    ours, theirs = (p / "squeeze/first/weights.safetensors" for p in (root, reference))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert ours.stat().st_ino != theirs.stat().st_ino and not ours.is_symlink()
+    # Labels and students of the controls do not depend on the pool.
+    assert (root / "controls/random_real/relabel/manifest.json").exists()
+    assert not (root / "recover").exists() and not (root / "validate").exists()
+
+
+def test_everything_that_fits_is_adopted(tmp_path, reference):
+    before, root = snapshot(reference), tmp_path / "copy"
+    out = ok(root, f"--from={reference}", "--config.validate.seeds=(0, 1)")
+    for folder in (
+        "squeeze/second",
+        "recover",
+        "relabel",
+        STUDENT,
+        f"controls/full_real/{STUDENT}",
+    ):
+        assert f"adopted {folder} from" in out
+    for work in ("squeeze first", "recover: ", "relabel synthetic", "validate synthetic/outside/0"):
+        assert work not in out
+    assert "validate synthetic/outside/1: 12/12" in out
+    assert snapshot(reference) == before
+    theirs = results(reference)
+    assert {k: v for k, v in results(root).items() if k in theirs and k != "diversity"} == {
+        k: v for k, v in theirs.items() if k != "diversity" and not _drawn_images(k)
+    }
+
+
+def _drawn_images(name: str) -> bool:
+    """The controls' images are there for people; adopted labels do not bring them."""
+    return name.startswith("controls/random_real/images")
+
+
+def test_a_workdir_does_not_adopt_from_itself(finished):
+    assert "is the working directory itself" in refused(finished, f"--from={finished}")
+
+
+# --- two runs -------------------------------------------------------------------------------
+
+
+def test_a_locked_workdir_is_refused_and_a_dead_lock_taken_over(finished, reference):
+    shutil.rmtree(finished / "analyse")
+    holder = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        lock = {"host": socket.gethostname(), "pid": holder.pid}
+        (finished / ".lock").write_text(json.dumps(lock))
+        err = refused(finished)
+        assert f"in use by process {holder.pid} on {socket.gethostname()}" in err
+    finally:
+        holder.kill()
+        holder.wait()
+    (finished / "recover" / ".manifest.json.1a2b.tmp").write_text("half")
+    ok(finished)
+    assert_same(finished, reference)  # no lock, and nothing half written
+
+
+# --- damage ---------------------------------------------------------------------------------
+
+
+def replace_by_another(path):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(path)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, replace_by_another, os.unlink])
+def test_a_damaged_image_is_named_set_aside_and_redone(finished, reference, damage):
+    path = finished / "recover/images/00002/00001.png"
+    damage(path)
+    status, _, err = call(TINY, f"--workdir={finished}")
+    assert status == 2 and str(path) in err and "Run the same command again" in err
+    out = ok(finished)
+    assert "recover: 12/12 iterations" in out  # one unit of four
+    for aside in (finished / "recover/images").glob("*/*.set-aside-1"):
+        aside.unlink()
+    assert_same(finished, reference)
+
+
+def test_an_image_damaged_before_the_manifest_is_redone_too(finished, reference):
+    (finished / "recover/manifest.json").unlink()
+    flip(finished / "recover/images/00000/00000.png")
+    status, _, err = call(TINY, f"--workdir={finished}")
+    assert status == 2 and "00000.png" in err
+    assert "recover: 12/12 iterations" in ok(finished)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, os.unlink])
+def test_a_damaged_label_shard_is_named_and_redone(finished, reference, damage):
+    shard = finished / "relabel/labels-00000.array_record"
+    shutil.rmtree(finished / STUDENT)
+    data = shard.read_bytes()
+    # The records stand at the file's beginning; most of the rest is padding.
+    flip(shard, at=200 / len(data)) if damage is flip else damage(shard)
+    status, out, err = call(TINY, f"--workdir={finished}")
+    if damage is not os.unlink:  # a missing shard is simply made
+        assert status == 2 and str(shard) in err and "damaged" in err
+        assert not (finished / STUDENT / "record.json").exists()
+        shard.unlink()  # as the message says
+        ok(finished)
+    assert_same(finished, reference)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, os.unlink])
+def test_damaged_teacher_weights_are_named_and_redone(finished, reference, damage):
+    weights = finished / "squeeze/first/weights.safetensors"
+    shutil.rmtree(finished / "relabel")
+    damage(weights)
+    status, _, err = call(TINY, f"--workdir={finished}")
+    assert status == 2 and f"{weights} is damaged" in err and f"Delete {weights.parent}" in err
+    shutil.rmtree(weights.parent)
+    ok(finished)
+    assert_same(finished, reference)
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+@pytest.mark.parametrize(
+    "name", ["squeeze/first/record.json", f"{STUDENT}/record.json", "recover/manifest.json"]
+)
+def test_a_damaged_record_is_named_and_redone(finished, reference, name, damage):
+    path = finished / name
+    if damage is flip:  # of a digit: other numbers, and still JSON
+        text = path.read_text()
+        at = text.index(".") + 1
+        path.write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :])
+        json.loads(path.read_text())
+    else:
+        damage(path)
+    err = refused(finished)
+    assert f"{path} is damaged" in err and "move it away" in err
+    path.unlink()
+    ok(finished)
+    assert_same(finished, reference)
+
+
+def test_a_folder_without_fingerprint_is_not_continued(finished, reference):
+    (finished / STUDENT / "fingerprint.json").unlink()
+    out = ok(finished, "--stages=validate")
+    assert f"{finished / STUDENT} has no fingerprint.json; it is set aside" in out
+    shutil.rmtree(finished / f"{STUDENT}.set-aside-1")
+    ok(finished)
+    assert_same(finished, reference)
+
+
+def test_half_of_a_control_s_images_are_completed(finished, reference):
+    shutil.rmtree(finished / "controls/random_real/relabel")
+    for path in (finished / "controls/random_real/images/00003").iterdir():
+        path.unlink()
+    ok(finished)
+    assert_same(finished, reference)
