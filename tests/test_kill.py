@@ -68,7 +68,7 @@ def test_killed_in_stage_after_stage(tmp_path, reference):
 
 
 STOPS = [("squeeze", signal.SIGINT, 130), ("recover", signal.SIGTERM, 143)]
-MORE_STOPS = [("validate", signal.SIGINT, 130), ("relabel", signal.SIGTERM, 143)]
+MORE_STOPS = [("relabel", signal.SIGTERM, 143), ("validate", signal.SIGINT, 130)]
 
 
 @pytest.mark.parametrize("stops", [STOPS, pytest.param(MORE_STOPS, marks=pytest.mark.slow)])

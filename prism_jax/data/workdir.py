@@ -220,10 +220,10 @@ class Lock:
         temporary.write_bytes(content)
         try:
             os.link(temporary, self._path)
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # the latter: swept by the one that is faster
             return False
         finally:
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
         return True
 
     def _holder(self) -> dict[str, Any] | None:
