@@ -77,7 +77,15 @@ def outputs(case, module=None):
         return found
 
 
-@pytest.mark.parametrize("case", parity.FAST, ids=lambda case: case.name)
+# Shallow, but with linear layers of a hundred million weights, or twins of other cases.
+LARGE = {"vgg11_bn", "alexnet", "wide_resnet50_2", "regnet_y_8gf", "convnet_d4_none"}
+SHALLOW = [
+    pytest.param(case, marks=pytest.mark.slow if case.architecture in LARGE else ())
+    for case in parity.FAST
+]
+
+
+@pytest.mark.parametrize("case", SHALLOW, ids=lambda case: case.name)
 def test_shallow_networks_match_pytorch(case):
     assert parity.compare(case, outputs(case)) == []
 
@@ -104,6 +112,7 @@ def test_another_epsilon_is_seen(monkeypatch):
     assert "logits" in off and "pixels" in off and "gradient.classifier.weight" in off
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", parity.FAST, ids=lambda case: case.name)
 def test_golden_files_are_what_pytorch_computes(case):
     pytest.importorskip("torch", reason="the golden files stand for PyTorch where it is missing")
