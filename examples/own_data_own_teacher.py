@@ -1,6 +1,6 @@
 """Your own arrays and your own network, distilled by four calls: no config, no workdir.
 
-    python examples/own_data_own_teacher.py
+python examples/own_data_own_teacher.py
 """
 
 import os

@@ -103,9 +103,7 @@ def _pool(entries: list[Any]) -> Any:
     if "top1" not in entries[0]:
         keys = [key for key in entries[0] if all(key in entry for entry in entries)]
         return {key: _pool([entry[key] for entry in entries]) for key in keys}
-    records = [
-        {**entry, "top1": top1} for entry in entries for top1 in entry["top1_per_seed"]
-    ]
+    records = [{**entry, "top1": top1} for entry in entries for top1 in entry["top1_per_seed"]]
     return over_seeds(records)
 
 

@@ -4,8 +4,9 @@ Two teachers and a convnet outside the pool on 8-pixel digits; two images of eac
 classes, in four units.
 """
 
-from configs import base
 from ml_collections import ConfigDict
+
+from configs import base
 
 
 def get_config(arg: str = "") -> ConfigDict:
