@@ -1,0 +1,1019 @@
+"""Look at networks and weight files before a run: python -m prism_jax.tools.teachers COMMAND
+
+    list                                 the networks that can be teachers and students
+    import FILE --architecture=NAME      what a weight file is; --out=DIR keeps it in our format
+    evaluate FILE --architecture=NAME --dataset=NAME --source=KIND --path=PATH
+                                         its accuracy on real images, and the usual mistakes
+
+Two mistakes are recognised: classes in another order than the network's, and pixels normalised in
+another way than at its training. Either gives a network that looks untrained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, NoReturn
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from rich.table import Table
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import binom
+
+from prism_jax import progress
+from prism_jax.core import pixels
+from prism_jax.data import workdir
+from prism_jax.data.datasets import DATASETS, DatasetInfo, dataset_info
+from prism_jax.data.sources import SOURCES, FileSource, ImageSource, open_source
+from prism_jax.errors import UserError
+from prism_jax.main import prepare_environment
+from prism_jax.models import ARCHITECTURES, build, lookup
+from prism_jax.models.import_torch import (
+    load_checkpoint,
+    read_checkpoint,
+    rename,
+    to_state_dict,
+    torch_leaves,
+)
+from prism_jax.models.registry import STEMS
+from prism_jax.stages.context import RECORD, WEIGHTS, pack_variables, sha256, unpack_variables
+from prism_jax.types import Normalisation, PyTree
+
+FIND = "find"
+
+# A suspicion is reported when chance would bring it about less than once in a million times;
+# that leaves room for the dozen suspicions that are tried.
+SIGNIFICANCE = 1e-6
+HINT_IMAGES = 400
+THREADS = 8
+
+
+# --- accuracy and class order -----------------------------------------------------------------
+
+
+class Finding(NamedTuple):
+    """Another class order that fits far better than the stated one.
+
+    Attributes:
+      order_K: the output of the head that each class of the data set turns out to be.
+      why: the mistake that explains it; None where it is only estimated from the images.
+      top1: under this order; of an estimated one, on images it was not estimated from.
+      stated_top1: under the stated order.
+    """
+
+    order_K: np.ndarray
+    why: str | None
+    top1: float
+    stated_top1: float
+
+
+def ranks(logits_NH: np.ndarray, labels_N: np.ndarray, order_K: np.ndarray) -> np.ndarray:
+    """The rank of each image's class among the classes' logits: 0 is a correct prediction.
+
+    Args:
+      logits_NH: of the whole head.
+      labels_N: classes of the data set.
+      order_K: the output of the head that is each class.
+
+    Returns:
+      (N,) int; of equal logits the lower class comes first. H where a logit is not finite.
+    """
+    logits_NK = logits_NH[:, order_K]
+    own_N1 = np.take_along_axis(logits_NK, labels_N[:, None], axis=1)
+    before = np.arange(len(order_K)) < labels_N[:, None]
+    rank_N = ((logits_NK > own_N1) | ((logits_NK == own_N1) & before)).sum(1)
+    return np.where(np.isfinite(logits_NK).all(1), rank_N, logits_NH.shape[1])
+
+
+def confusion(logits_NH: np.ndarray, labels_N: np.ndarray, classes: int) -> np.ndarray:
+    """How often each output of the head is the largest for each class: int64 counts (K, H)."""
+    counts_KH = np.zeros((classes, logits_NH.shape[1]), np.int64)
+    finite_N = np.isfinite(logits_NH).all(1)
+    np.add.at(counts_KH, (labels_N[finite_N], logits_NH[finite_N].argmax(1)), 1)
+    return counts_KH
+
+
+def assign(counts_KH: np.ndarray, stated_K: np.ndarray | None) -> np.ndarray:
+    """The one-to-one order under which most predictions are right.
+
+    The assignment problem is solved exactly; of equally good orders, one that keeps the stated
+    places.
+
+    Args:
+      counts_KH: see :func:`confusion`.
+      stated_K: the order the user stated; None: none.
+    """
+    gain_KH = counts_KH.astype(np.float64)
+    if stated_K is not None:
+        # Less than one image, even over all classes.
+        gain_KH[np.arange(len(stated_K)), stated_K] += 0.5 / len(stated_K)
+    return linear_sum_assignment(gain_KH, maximize=True)[1]
+
+
+def least_gain(classes: int) -> float:
+    """The gain in top-1, over chance or over another reading, below which nothing is reported.
+
+    A network with random weights tells images apart a little, so that the best of all orders
+    raises it: with ten classes by 0.22 at most (192 networks, three data sets). Five times the
+    chance level, but at least 0.1 and at most 0.3, is more than that, and less than what a
+    trained network gains.
+    """
+    return float(np.clip(5 / classes, 0.1, 0.3))
+
+
+def looks_trained(right_N: np.ndarray, classes: int) -> bool:
+    """Whether a network is visibly better than chance."""
+    return bool(right_N.mean() >= 1 / classes + least_gain(classes))
+
+
+def far_above(right_N: np.ndarray, stated_right_N: np.ndarray, classes: int) -> bool:
+    """Whether one way of reading predictions is far better than another on the same images.
+
+    It must be both certain (McNemar's exact test: among images that just one of the two gets
+    right, either is as likely if they are equally good) and large (``least_gain``).
+    """
+    gained = int((right_N & ~stated_right_N).sum())
+    lost = int((stated_right_N & ~right_N).sum())
+    if gained - lost < least_gain(classes) * len(right_N) or gained == 0:
+        return False
+    return bool(binom.sf(gained - 1, gained + lost, 0.5) < SIGNIFICANCE)
+
+
+def find_order(
+    logits_NH: np.ndarray,
+    labels_N: np.ndarray,
+    stated_K: np.ndarray | None,
+    classes: int,
+    *,
+    class_names: Sequence[str] | None = None,
+    official_names: Sequence[str] | None = None,
+) -> Finding | None:
+    """Find out whether the network's classes stand in another order than stated.
+
+    First the usual mistakes: each is one fixed order, and is compared with the stated one on the
+    images of the classes it moves. Then the best of all orders, by the assignment problem over
+    the confusion matrix. Chosen among K! it fits any images too well, so the images are halved
+    within each class and either half is judged by the order that the other one gave.
+
+    An order is reported where ``far_above`` holds on the images of the classes it moves, and the
+    network looks trained under it: classes that a random network confuses are no permutation.
+
+    Args:
+      logits_NH: of the whole head.
+      labels_N: classes of the data set.
+      stated_K: the output of the head that is each class, as stated; None: not stated.
+      classes: K.
+      class_names: of the labels, for instance folder names.
+      official_names: of the data set, in its official order.
+
+    Returns:
+      The finding, or None where no order is far above the stated one.
+    """
+    never = np.zeros(len(labels_N), bool)
+    stated = never if stated_K is None else ranks(logits_NH, labels_N, stated_K) == 0
+    best, best_order, why = stated, stated_K, None
+    suspects = (
+        [] if stated_K is None
+        else candidates(stated_K, logits_NH.shape[1], class_names, official_names)
+    )  # fmt: skip
+    for reason, order_K in suspects:
+        right = ranks(logits_NH, labels_N, order_K) == 0
+        moved = (order_K != stated_K)[labels_N]
+        better = looks_trained(right, classes) and right.sum() > best.sum()
+        if better and far_above(right[moved], stated[moved], classes):
+            best, best_order, why = right, order_K, reason
+
+    half_N = _halves(labels_N)
+    right, moved = never.copy(), never.copy()
+    for half in (0, 1):
+        seen, unseen = half_N == half, half_N != half
+        order_K = assign(confusion(logits_NH[seen], labels_N[seen], classes), best_order)
+        right[unseen] = ranks(logits_NH[unseen], labels_N[unseen], order_K) == 0
+        moved[unseen] = best_order is None or (order_K != best_order)[labels_N[unseen]]
+    if looks_trained(right, classes) and far_above(right[moved], best[moved], classes):
+        best, why = right, None
+        best_order = assign(confusion(logits_NH, labels_N, classes), best_order)
+    if best is stated:
+        return None
+    return Finding(best_order, why, float(best.mean()), float(stated.mean()))
+
+
+def _halves(labels_N: np.ndarray) -> np.ndarray:
+    """0 or 1 per image, in turn within each class."""
+    half_N = np.zeros(len(labels_N), np.int32)
+    for c in np.unique(labels_N):
+        (at,) = np.nonzero(labels_N == c)
+        half_N[at] = np.arange(len(at)) % 2
+    return half_N
+
+
+def candidates(
+    stated_K: np.ndarray,
+    head: int,
+    class_names: Sequence[str] | None,
+    official_names: Sequence[str] | None,
+) -> list[tuple[str, np.ndarray]]:
+    """The orders that usual mistakes lead to, each with its explanation; the stated one is not.
+
+    Args:
+      stated_K: the output of the head that is each class, as stated.
+      head: how many outputs there are.
+      class_names, official_names: see :func:`find_order`.
+    """
+    classes = len(stated_K)
+    found: list[tuple[str, np.ndarray]] = []
+
+    def suspect(why: str, order_K: np.ndarray) -> None:
+        if not any(np.array_equal(order_K, known) for known in [stated_K, *(o for _, o in found)]):
+            found.append((why, order_K))
+
+    for first in (0, 1):
+        numbers = [str(first + i) for i in range(classes)]
+        span = f"{first}, {first + 1}, {first + 10}, ..."
+        rank = _ranked(numbers)
+        suspect(f"the network was trained on folders sorted as text ({span})", stated_K[rank])
+        suspect(
+            f"your labels number folders sorted as text ({span}), the network counts them in "
+            "numeric order",
+            stated_K[np.argsort(rank)],
+        )
+    if class_names is not None:
+        as_text = "the network's classes are your class names sorted as text"
+        suspect(as_text, stated_K[_ranked(class_names)])
+        as_numbers = "the network's classes are your class names in numeric order (2 before 10)"
+        suspect(as_numbers, stated_K[_ranked(class_names, _natural)])
+    suspect(
+        "shifted by one: the network counts from one, or has a background class first",
+        (stated_K + 1) % head,
+    )
+    suspect(
+        "shifted by one: your labels count from one, the network from zero", (stated_K - 1) % head
+    )
+    if official_names is not None:
+        by_name = _ranked(official_names, str.casefold)
+        suspect(
+            "the network's classes are sorted by class name, yours are in the official order",
+            stated_K[by_name],
+        )
+        official = {_plain(name): i for i, name in enumerate(official_names)}
+        named = [official.get(_plain(name)) for name in class_names or ()]
+        matched = sorted(i for i in named if i is not None) == list(range(classes))
+        suspect(
+            "your classes are sorted by class name, the network has the official order",
+            stated_K[np.array(named) if matched else np.argsort(by_name)],
+        )
+    return found
+
+
+def _ranked(names: Sequence[str], key: Callable[[str], Any] | None = None) -> np.ndarray:
+    """The place of each name among the sorted names."""
+    in_order = sorted(range(len(names)), key=lambda i: key(names[i]) if key else names[i])
+    return np.argsort(np.array(in_order))
+
+
+def _natural(name: str) -> list[Any]:
+    """A key that sorts the numbers in names as numbers."""
+    return [int(s) if i % 2 else s for i, s in enumerate(re.split(r"([0-9]+)", name))]
+
+
+def _plain(name: str) -> str:
+    """A class name without case and punctuation: "French horn" is "french_horn"."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+# --- weight files -----------------------------------------------------------------------------
+
+
+class Weights(NamedTuple):
+    """A weight file that fits its architecture.
+
+    Attributes:
+      module, variables: the network.
+      num_classes: outputs of its head.
+      image_shape: (height, width, channels) that it was laid out for.
+      stem: see ``build``.
+      kind: what the file is, in words.
+      sha256: of the file.
+    """
+
+    module: nn.Module
+    variables: PyTree
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    stem: str
+    kind: str
+    sha256: str
+
+    @property
+    def parameters(self) -> int:
+        return sum(int(leaf.size) for leaf in jax.tree.leaves(self.variables["params"]))
+
+    @property
+    def batch_norms(self) -> int:
+        return len(jax.tree.leaves(self.variables.get("batch_stats", {}))) // 2
+
+
+def load_weights(
+    path: str,
+    architecture: str,
+    *,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    width: float = 1.0,
+    depth: float = 1.0,
+    stem: str = "imagenet",
+) -> Weights:
+    """Load a weight file, or a folder that squeeze or ``import --out`` wrote.
+
+    Args:
+      path: a ``.pth`` or ``.safetensors`` file, or a folder with weights.safetensors.
+      architecture: a key of ``ARCHITECTURES``.
+      num_classes: checked against the file's head, which decides.
+      image_size: of the images it will read; only some networks' weights depend on it.
+      width, depth, stem: as for ``build``; a folder's record decides its own.
+
+    Raises:
+      UserError: the file cannot be read or does not fit.
+    """
+    row, folder = lookup(architecture), _our_folder(path)
+    size = image_size or row.image_size
+    kind, stated = "PyTorch weights", None
+    if folder:
+        stated, record = _read_folder(folder, architecture)
+        width, depth = record["width"], record["depth"]
+        stem = record.get("stem", stem)
+        kind = f"weights written by prism_jax (from {record['source']})"
+        tensors = to_state_dict(stated)
+    else:
+        tensors = rename(read_checkpoint(path), row.weights)
+        kind = "safetensors weights" if path.endswith(".safetensors") else kind
+
+    def leaves(head: int, channels: int):
+        module = build(architecture, head, width=width, depth=depth, stem=stem)
+        return torch_leaves(_shapes(module, (size, size, channels)))
+
+    usual = leaves(row.classes, 3)
+    head = _measured(tensors, usual, leaves(row.classes + 1, 3)) or row.classes
+    channels = _measured(tensors, usual, leaves(row.classes, 1)) or 3
+    if num_classes not in (None, head):
+        raise UserError(
+            f"{path} has a head of {head} classes, but --num-classes={num_classes} was given; "
+            "leave it out (to use only some of them, see --class-indices of evaluate)"
+        )
+    shape = (size, size, channels)
+    module = build(architecture, head, width=width, depth=depth, stem=stem)
+    if folder:
+        variables, file = stated, folder / WEIGHTS
+        if jax.tree.map(np.shape, variables) != _tuples(_shapes(module, shape)):
+            raise UserError(
+                f"{file} does not fit {architecture} with width {width}, depth {depth}, stem "
+                f"{stem} and {size} px images; state the --stem and --image-size of its training"
+            )
+    else:
+        file = epath.Path(path)
+        variables = load_checkpoint(
+            path, architecture, head, image_shape=shape, width=width, depth=depth, stem=stem
+        )
+        variables = {"batch_stats": {}, **variables}
+    return Weights(module, variables, head, shape, stem, kind, sha256(file.read_bytes()))
+
+
+def _our_folder(path: str) -> epath.Path | None:
+    """The folder of a teacher in our own format, given itself or its weights; None for others."""
+    file = epath.Path(path)
+    if file.is_dir():
+        return file
+    return file.parent if file.name == WEIGHTS and (file.parent / RECORD).is_file() else None
+
+
+def _read_folder(folder: epath.Path, architecture: str) -> tuple[PyTree, dict[str, Any]]:
+    if not (folder / RECORD).is_file() or not (folder / WEIGHTS).is_file():
+        raise UserError(
+            f"{folder} holds no {WEIGHTS} with its {RECORD}; give a finished squeeze/<teacher> "
+            "folder, one written by import --out, or a .pth or .safetensors file"
+        )
+    record, data = workdir.read_record(folder / RECORD), (folder / WEIGHTS).read_bytes()
+    if sha256(data) != record["sha256"]:
+        raise UserError(f"{folder / WEIGHTS} is damaged: it is not what {RECORD} describes")
+    if record["architecture"] != architecture:
+        raise UserError(
+            f"{folder} holds a {record['architecture']}, but --architecture={architecture} was "
+            f"given; state --architecture={record['architecture']}"
+        )
+    # The weights do not say the stem; what squeeze made them from does.
+    made_from = (workdir.read_fingerprint(folder) or {}).get("network", {})
+    return unpack_variables(data), {**made_from, **record}
+
+
+def _shapes(module: nn.Module, image_shape: tuple[int, int, int]) -> PyTree:
+    images_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.eval_shape(module.init, jax.random.key(0, impl="threefry2x32"), images_BHWC)
+
+
+def _tuples(shapes: PyTree) -> PyTree:
+    """Shapes as tuples, with a (perhaps empty) tree of statistics, as variables are stored."""
+    return {"batch_stats": {}, **jax.tree.map(lambda leaf: tuple(leaf.shape), shapes)}
+
+
+def _measured(tensors: dict[str, np.ndarray], one: dict, other: dict) -> int | None:
+    """The file's size of the dimension in which two layouts of a network differ."""
+    for name, leaf in one.items():
+        sizes = zip(leaf.torch_shape, other[name].torch_shape, strict=True)
+        axis = next((axis for axis, (a, b) in enumerate(sizes) if a != b), None)
+        if axis is not None and name in tensors and tensors[name].ndim == len(leaf.torch_shape):
+            return tensors[name].shape[axis]
+    return None
+
+
+def stated_order(
+    head: int, classes: int, info: DatasetInfo, class_indices: Sequence[int] | None
+) -> tuple[np.ndarray, str]:
+    """The output of the head that is each class, and in words how that is known.
+
+    Args:
+      head: outputs of the network.
+      classes: of the images.
+      info: their data set.
+      class_indices: as the user stated them; None: what the numbers of classes suggest.
+
+    Raises:
+      UserError: they do not fit, or are needed and not known.
+    """
+    if class_indices is not None:
+        order = np.array(class_indices, np.int64)
+        if len(order) != classes or len(set(class_indices)) != classes:
+            raise UserError(
+                f"--class-indices names {len(set(class_indices))} different outputs of the "
+                f"head; it must name {classes}, one per class of {info.name}"
+            )
+        if order.min() < 0 or order.max() >= head:
+            raise UserError(
+                f"--class-indices runs from {order.min()} to {order.max()}; the head has "
+                f"{head} outputs, counted from 0 to {head - 1}"
+            )
+        return order, "as stated by --class-indices"
+    if head == classes:
+        return np.arange(classes), "one output per class"
+    part = info.imagenet_indices
+    if part is not None and len(part) == classes and head in (1000, 1001):
+        words = "the outputs that are these classes of ImageNet"
+        background = ", behind a background class" if head == 1001 else ""
+        return np.array(part) + head - 1000, words + background
+    if head == classes + 1:
+        return np.arange(classes) + 1, "output 0 is taken for a background class"
+    indices = (
+        f"  - if the classes are among the outputs, say which: --class-indices=4,0,7 or "
+        f"--class-indices=0-{classes - 1} (in a config networks.NAME.head_classes={head} and "
+        f"networks.NAME.class_indices), or --class-indices={FIND} to look for them by the images\n"
+        if head > classes
+        else ""
+    )
+    raise UserError(
+        f"the network has {head} classes, but the images of {info.name} have {classes}:\n{indices}"
+        f"  - if they are other classes, it needs a new head: train it on {info.name} (in a "
+        "config, a network without a checkpoint), or replace and train its last layer elsewhere"
+    )
+
+
+# --- reading images ---------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(module: nn.Module, variables: PyTree, images_uint8_BHWC, mean_C, std_C):
+    return module.apply(
+        variables, pixels.normalise(images_uint8_BHWC, Normalisation(mean_C, std_C))
+    )
+
+
+def read_logits(
+    weights: Weights,
+    source: ImageSource,
+    at_N: np.ndarray,
+    normalisation: Normalisation,
+    *,
+    title: str,
+    batch_size: int = 64,
+) -> np.ndarray:
+    """Run a network over images of a source, in evaluation mode, decoding one batch ahead.
+
+    Args:
+      at_N: positions of the images.
+      normalisation: of the pixels; an argument of the program, so that all share one.
+      title: of the progress bar.
+
+    Returns:
+      float32 logits (N, H) of the whole head.
+    """
+    constants = [np.asarray(c, np.float32) for c in (normalisation.mean, normalisation.std)]
+    batch_size = min(batch_size, len(at_N))
+    parts = []
+    with progress.task(title, len(at_N), unit="image") as bar:
+        for images_BHWC, count in _batches(source, at_N, batch_size):
+            logits = _forward(weights.module, weights.variables, images_BHWC, *constants)
+            parts.append(np.asarray(logits, np.float32)[:count])
+            bar.advance(count)
+    return np.concatenate(parts)
+
+
+def _batches(source: ImageSource, at_N: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Batches of one size (the last is filled up) and how many images of each count."""
+    with ThreadPoolExecutor(THREADS) as pool:
+
+        def fetch(start: int):
+            return [pool.submit(source.image, int(i)) for i in np.resize(at_N[start:], size)]
+
+        waiting = fetch(0)
+        for start in range(0, len(at_N), size):
+            images = np.stack([image.result() for image in waiting])
+            if start + size < len(at_N):
+                waiting = fetch(start + size)
+            yield images, min(size, len(at_N) - start)
+
+
+def class_names(source: ImageSource, info: DatasetInfo) -> Sequence[str] | None:
+    """The names of the labels: the folders', or else the data set's; None: not known."""
+    if isinstance(source, FileSource):
+        folders = [name.split("/")[0] for name in source._names]
+        first = np.unique(source.labels_N, return_index=True)[1]
+        return [folders[i] for i in first] if len(first) == source.num_classes else None
+    return info.class_names if source.num_classes == info.num_classes else None
+
+
+def usual_normalisations(info: DatasetInfo) -> dict[str, Normalisation]:
+    """The normalisations that networks for this data set are commonly trained with."""
+    c = info.channels
+    usual = {
+        f"{info.name}'s own mean and std": info.normalisation,
+        "ImageNet's mean and std": pixels.IMAGENET,
+        "pixels in [-1, 1]": Normalisation((0.5,) * c, (0.5,) * c),
+        "pixels in [0, 1]": Normalisation((0.0,) * c, (1.0,) * c),
+        "pixels in [0, 255]": Normalisation((0.0,) * c, (1 / 255,) * c),
+    }
+    return {name: n for name, n in usual.items() if len(n.mean) == c}
+
+
+# --- commands ---------------------------------------------------------------------------------
+
+
+def list_command(options: argparse.Namespace) -> None:
+    """Print the registry."""
+    if options.names:
+        print("\n".join(ARCHITECTURES))
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    numbers = ("parameters", "BNs", f"min px ({'/'.join(STEMS)})")
+    headings = ("name", "family", *numbers[:2], "first BN", numbers[2], "weight files", "arXiv")
+    for heading in headings:
+        justify = "right" if heading in numbers else "left"
+        table.add_column(heading, justify=justify, no_wrap=heading == "name")
+    for name, row in ARCHITECTURES.items():
+        table.add_row(
+            name,
+            row.family,
+            f"{row.parameters:,}",
+            str(row.batch_norms),
+            ".".join(row.first_bn or ("-",)),
+            " / ".join(str(row.min_image_size[stem]) for stem in STEMS),
+            ", ".join(row.weights),
+            row.paper,
+        )
+    progress.say(table)
+
+
+def import_command(options: argparse.Namespace) -> None:
+    """Say what a weight file is, and keep it in our format."""
+    weights = _load(options)
+    normalisation = _normalisation(options)
+    _say_weights(options, weights)
+    height, _, channels = weights.image_shape
+    lines = {
+        "head": f"{weights.num_classes} classes",
+        "images": f"{height} px, {channels} channel{'s' if channels > 1 else ''}",
+        "normalisation": _in_words(normalisation)
+        if normalisation
+        else "weight files do not say it: a run takes its data set's own (for ImageNet "
+        f"{_in_words(pixels.IMAGENET)}) unless networks.NAME.mean and .std state another",
+    }
+    for name, value in lines.items():
+        progress.say(f"  {name}: {value}")
+    if options.out:
+        _write(options, weights, normalisation)
+        progress.say(f"written to {options.out}")
+
+
+def _write(options, weights: Weights, normalisation: Normalisation | None) -> None:
+    """Write weights and record in the format of squeeze's; the record comes last."""
+    data, folder = pack_variables(weights.variables), epath.Path(options.out)
+    if (folder / RECORD).exists() and workdir.read_record(folder / RECORD)["sha256"] != sha256(
+        data
+    ):
+        raise UserError(f"--out={folder} holds another network; name a folder that is not there")
+    workdir.write_bytes(folder / WEIGHTS, data)
+    record = {
+        "source": epath.Path(options.file).name,
+        "source_sha256": weights.sha256,
+        "architecture": options.architecture,
+        "width": weights.module.width,
+        "depth": weights.module.depth,
+        "stem": weights.stem,
+        "num_classes": weights.num_classes,
+        "image_size": weights.image_shape[0],
+        "normalisation": normalisation and dataclasses.asdict(normalisation),
+        "params": weights.parameters,
+        "batch_norms": weights.batch_norms,
+        "sha256": sha256(data),
+    }
+    workdir.write_record(folder / RECORD, record)
+
+
+def evaluate_command(options: argparse.Namespace) -> None:
+    """Test a network on real images and look for the usual mistakes."""
+    info = dataset_info(options.dataset)
+    normalisation = _normalisation(options) or info.normalisation
+    if len(normalisation.mean) != info.channels:
+        raise UserError(
+            f"--mean and --std have {len(normalisation.mean)} numbers; {info.name} has "
+            f"{info.channels} channels"
+        )
+    options.image_size = options.image_size or info.image_size
+    source = _open(options)
+    weights = _load(options)
+    if weights.image_shape[2] != info.channels:
+        raise UserError(
+            f"{options.file} reads images of {weights.image_shape[2]} channels, those of "
+            f"{info.name} have {info.channels}; choose another network or data set"
+        )
+    names = class_names(source, info)
+    classes, searched = source.num_classes, options.class_indices == FIND
+    order_K, how = None, "found by the images"
+    if not searched:
+        order_K, how = stated_order(weights.num_classes, classes, info, options.class_indices)
+    elif weights.num_classes < classes:
+        stated_order(weights.num_classes, classes, info, None)  # says why it cannot be
+
+    _say_weights(options, weights)
+    started = time.monotonic()
+    at_N = _chosen(len(source), options.limit)
+    read = functools.partial(read_logits, weights, source, batch_size=options.batch_size)
+    logits_NH = read(at_N, normalisation, title="evaluate")
+    seconds = time.monotonic() - started
+    labels_N = np.asarray(source.labels_N)[at_N]
+    official = info.class_names if classes == info.num_classes else None
+    search = functools.partial(
+        find_order, classes=classes, class_names=names, official_names=official
+    )
+    finding = search(logits_NH, labels_N, order_K)
+    if searched:
+        if finding is None:
+            raise UserError(
+                f"no choice of {classes} outputs fits the classes of {info.name} on these "
+                f"{len(at_N)} images. They are other classes, the images are too few, or the "
+                "normalisation is wrong (--mean, --std)"
+            )
+        order_K = finding.order_K
+        progress.say(
+            f"the classes are among the outputs: top-1 {_percent(finding.top1)} on images "
+            "that were not used to find them"
+        )
+        _say_order(options, order_K)
+
+    rank_N = ranks(logits_NH, labels_N, order_K)
+    top1 = float((rank_N < 1).mean())
+    progress.say(
+        f"{info.name}, test split: {len(at_N)} of {len(source)} images of {options.image_size} px, "
+        f"{classes} classes ({how}), {_in_words(normalisation)}"
+    )
+    error = np.sqrt(top1 * (1 - top1) / len(at_N))
+    progress.say(
+        f"  top-1 {_percent(top1, 2)} (standard error {_percent(error, 2)}), "
+        f"top-5 {_percent((rank_N < 5).mean(), 2)}, {seconds:.1f} s "
+        f"({len(at_N) / seconds:.0f} images per second)"
+    )
+    for line in per_class(rank_N < 1, labels_N, classes, names):
+        progress.say(f"  {line}")
+    if broken := int((~np.isfinite(logits_NH).all(1)).sum()):
+        progress.say(f"  {broken} images have logits that are not finite, and count as wrong")
+    if finding and not searched:
+        same = weights.num_classes == classes
+        _say_finding(options, finding, order_K, logits_NH, labels_N, names, same)
+    elif finding is None and not looks_trained(rank_N < 1, classes):
+        at_M = _chosen(len(at_N), HINT_IMAGES)
+        right_M = rank_N[at_M] == 0
+        _hint_normalisation(info, normalisation, right_M, order_K, read, search, at_N[at_M],
+                            labels_N[at_M], classes)  # fmt: skip
+
+
+def per_class(
+    right_N: np.ndarray, labels_N: np.ndarray, classes: int, names: Sequence[str] | None
+) -> list[str]:
+    """Summarise the accuracy of each class in two or three lines."""
+    counts_K = np.bincount(labels_N, minlength=classes)
+    right_K = np.bincount(labels_N[right_N], minlength=classes)
+    present = np.flatnonzero(counts_K)
+    accuracy = right_K[present] / counts_K[present]
+    by_accuracy = present[np.argsort(accuracy, kind="stable")]
+
+    def shown(some: np.ndarray) -> str:
+        return ", ".join(f"{_class(c, names)} {_percent(right_K[c] / counts_K[c])}" for c in some)
+
+    lines = [
+        f"per class: mean {_percent(accuracy.mean())}, median {_percent(np.median(accuracy))}",
+        f"lowest: {shown(by_accuracy[:3])}",
+        f"highest: {shown(by_accuracy[::-1][:3])}",
+    ]
+    if len(present) < classes:
+        lines.append(f"{classes - len(present)} classes have no image among these")
+    return lines
+
+
+def _hint_normalisation(
+    info, stated: Normalisation, right_M, order_K, read, search, at_M, labels_M, classes: int
+) -> None:
+    """Say which other normalisation works much better on some images, if one does."""
+    best, found = right_M, None
+    for name, other in usual_normalisations(info).items():
+        if np.allclose(other.mean + other.std, stated.mean + stated.std, rtol=1e-3, atol=1e-6):
+            continue
+        logits_MH = read(at_M, other, title=f"try {name}")
+        right = ranks(logits_MH, labels_M, order_K) == 0
+        # Both mistakes at once: look through the class order too.
+        finding = search(logits_MH, labels_M, order_K)
+        if finding is not None:
+            right = ranks(logits_MH, labels_M, finding.order_K) == 0
+        if right.sum() > best.sum() and far_above(right, right_M, classes):
+            best, found = right, (name, other, finding)
+    if found is None:
+        progress.say(
+            "the network is not visibly better than chance, in no usual normalisation or class "
+            "order: are these its weights, its width, depth and stem, and its data set?"
+        )
+        return
+    name, other, finding = found
+    order = " (and the classes in another order)" if finding else ""
+    progress.say(
+        f"the normalisation seems wrong: with {name}{order} top-1 is {_percent(best.mean())} on "
+        f"{len(at_M)} images, against {_percent(right_M.mean())} with {_in_words(stated)}. Use "
+        f"{_flags(other)}; in a config networks.NAME.mean and networks.NAME.std"
+    )
+
+
+def _say_finding(options, finding: Finding, stated_K, logits_NH, labels_N, names, same) -> None:
+    """Say that the classes are permuted, how, and what to do."""
+    order_K = finding.order_K
+    progress.say(
+        f"the classes seem permuted: {_percent(finding.top1)} under another order against "
+        f"{_percent(finding.stated_top1)}"
+    )
+    why = finding.why or "no usual mistake explains it; the order is estimated from these images"
+    progress.say(f"  {why}")
+    counts_KH = confusion(logits_NH, labels_N, len(order_K))
+    surest = np.argsort(-counts_KH[np.arange(len(order_K)), order_K], kind="stable")
+    for c in surest[(order_K != stated_K)[surest]][:3]:
+        output = _class(order_K[c], names) if same else str(order_K[c])
+        progress.say(f"  your class {_class(c, names)} looks like the network's class {output}")
+    _say_order(options, order_K)
+
+
+def _say_order(options: argparse.Namespace, order_K: np.ndarray) -> None:
+    """Say how to use an order, and write it where that was asked for."""
+    listed = ",".join(map(str, order_K))
+    if np.array_equal(order_K, np.arange(len(order_K))) and not options.save_order:
+        progress.say("  to use it: leave out --class-indices (and networks.NAME.class_indices)")
+        return
+    if options.save_order:
+        workdir.write_json(options.save_order, order_K.tolist())
+        listed = options.save_order
+        progress.say(f"  the order is in {listed}")
+    elif len(order_K) > 100:
+        listed = "FILE"
+        progress.say("  add --save-order=FILE to have the order in a file")
+    progress.say(
+        f"  to use it: --class-indices={listed}; in a config networks.NAME.class_indices; or put "
+        "the images into the network's order"
+    )
+
+
+def _class(c: int, names: Sequence[str] | None) -> str:
+    return f"{c} '{names[c]}'" if names is not None and c < len(names) else f"{c}"
+
+
+def _percent(fraction: float, digits: int = 1) -> str:
+    return f"{100 * fraction:.{digits}f} %"
+
+
+def _in_words(normalisation: Normalisation) -> str:
+    mean, std = (
+        ", ".join(f"{x:.4g}" for x in values) for values in (normalisation.mean, normalisation.std)
+    )
+    return f"mean ({mean}), std ({std})"
+
+
+def _flags(normalisation: Normalisation) -> str:
+    mean, std = (",".join(f"{x:.6g}" for x in v) for v in (normalisation.mean, normalisation.std))
+    return f"--mean={mean} --std={std}"
+
+
+def _chosen(count: int, limit: int | None) -> np.ndarray:
+    """Positions of at most ``limit`` images, drawn over all classes, in their order."""
+    if limit is None or limit >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).permutation(count)[:limit])
+
+
+def _open(options: argparse.Namespace) -> ImageSource:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        source = open_source(
+            name=options.dataset,
+            source=options.source,
+            path=options.path,
+            split="test",
+            image_size=options.image_size,
+        )
+    for warning in caught:
+        if issubclass(warning.category, UserWarning):
+            progress.say(f"warning: {warning.message}")
+    return source
+
+
+def _load(options: argparse.Namespace) -> Weights:
+    return load_weights(
+        options.file,
+        options.architecture,
+        num_classes=options.num_classes,
+        image_size=options.image_size,
+        width=options.width,
+        depth=options.depth,
+        stem=options.stem,
+    )
+
+
+def _say_weights(options: argparse.Namespace, weights: Weights) -> None:
+    progress.say(
+        f"{options.file}: {weights.kind}, {options.architecture}, {weights.parameters:,} "
+        f"parameters, {weights.batch_norms} BatchNorms"
+    )
+    progress.say(f"  sha256: {weights.sha256}")
+
+
+def _normalisation(options: argparse.Namespace) -> Normalisation | None:
+    """What --mean and --std state; None where neither is given."""
+    if options.mean is None and options.std is None:
+        return None
+    if options.mean is None or options.std is None or len(options.mean) != len(options.std):
+        raise UserError("--mean and --std belong together, with one number per channel each")
+    if min(options.std) <= 0:
+        raise UserError(f"--std is {options.std}; its numbers must be positive")
+    return Normalisation(options.mean, options.std)
+
+
+# --- the command line -------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _positive(kind: type) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not 0 < value < float("inf"):
+            words = {int: "a positive whole number", float: "a positive number"}
+            raise argparse.ArgumentTypeError(f"is {text!r}; it must be {words[kind]}")
+        return value
+
+    return parse
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"is {text!r}; it must be numbers with commas between, as 0.5,0.5,0.5"
+        ) from None
+
+
+def _indices(text: str) -> str | tuple[int, ...]:
+    """Parse "find", "4,0,7", "0-9,20", or the path of a JSON file with a list."""
+    if text == FIND:
+        return FIND
+    if re.fullmatch(r"[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*", text):
+        ends = [tuple(map(int, part.split("-"))) for part in text.split(",")]
+        return tuple(i for span in ends for i in range(span[0], span[-1] + 1))
+    try:
+        with open(text) as file:
+            found = json.load(file)
+    except (OSError, ValueError):
+        found = None
+    if isinstance(found, list) and found and all(type(i) is int for i in found):
+        return tuple(found)
+    raise argparse.ArgumentTypeError(
+        f"is {text!r}; it must be outputs as 4,0,7 or 0-9, a file with a JSON list of them, or "
+        f"{FIND}"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    description = __doc__.split("\n\n", 2)
+    root = _Parser(
+        prog="python -m prism_jax.tools.teachers",
+        description="\n\n".join(description[1:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, help=run.__doc__, description=run.__doc__, allow_abbrev=False
+        )
+        added.set_defaults(run=run)
+        return added
+
+    listing = command("list", list_command)
+    listing.add_argument("--names", action="store_true", help="only the names, one per line")
+
+    importing, evaluating = command("import", import_command), command("evaluate", evaluate_command)
+    for added in (importing, evaluating):
+        add = added.add_argument
+        add("file", help="a .pth or .safetensors file, or a squeeze/<teacher> folder")
+        add("--architecture", required=True, help="a name of `list`")
+        add("--num-classes", type=_positive(int), help="of the head (default: as in the file)")
+        add("--image-size", type=_positive(int), help="side in pixels (default: the usual one)")
+        add("--width", type=_positive(float), default=1.0, help="multiplier of the channels")
+        add("--depth", type=_positive(float), default=1.0, help="multiplier of the blocks")
+        add("--stem", choices=STEMS, default="imagenet", help="small: for 16 to 64 px")
+        add("--mean", type=_numbers, help="of its training pixels in [0, 1], one per channel")
+        add("--std", type=_numbers, help="one per channel (default: the data set's)")
+    importing.add_argument("--out", help="folder to write weights.safetensors and record.json to")
+
+    add = evaluating.add_argument
+    add("--dataset", required=True, help=", ".join(DATASETS))
+    add("--source", required=True, help=", ".join(SOURCES))
+    add("--path", help="where the images are")
+    add(
+        "--class-indices",
+        type=_indices,
+        help="the output that is each class: 4,0,7 or 0-9 or a JSON file; find: by the images",
+    )
+    add("--save-order", help="file for a class order that is found")
+    add("--limit", type=_positive(int), help="test so many images only, drawn over all classes")
+    add("--batch-size", type=_positive(int), default=64, help="images per step")
+    return root
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+      The exit status.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options = parser().parse_args(argv or ["--help"])
+        problems: list[str] = []
+        prepare_environment({}, problems)
+        if problems:
+            raise UserError("; ".join(problems))
+        options.run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output, as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        name = error.filename or "a file"
+        print(f"error: {name} cannot be used: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was left half written.", file=sys.stderr)
+        return 130
+    except SystemExit as stopped:  # argparse has printed its help
+        return int(stopped.code or 0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,508 @@
+"""The tool for weight files: accuracy, class order, normalisation, and what a person gets wrong."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pathlib
+import re
+import tarfile
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from prism_jax import fit, training
+from prism_jax.data import workdir
+from prism_jax.data.datasets import DATASETS
+from prism_jax.data.sources import open_source, read_all
+from prism_jax.models import ARCHITECTURES, build
+from prism_jax.models.import_torch import to_state_dict
+from prism_jax.tools import teachers
+from prism_jax.types import Normalisation
+
+DIGITS = DATASETS["digits"]
+ARCHITECTURE = "convnet_d1_bn"
+EVALUATE = [f"--architecture={ARCHITECTURE}", "--width=0.25", "--image-size=16"]
+ON_DIGITS = [*EVALUATE, "--dataset=digits", "--source=sklearn"]
+
+BESIDE = pathlib.Path(__file__).resolve().parents[2].parent / "shared" / "data"
+SHARED = pathlib.Path(os.environ.get("PRISM_JAX_SHARED_DATA", BESIDE))
+
+
+# --- helpers ----------------------------------------------------------------------------------
+
+
+def readings(classes, per_class, accuracy, order, *, head=None, seed=0):
+    """Logits of a network that is right with a probability, its classes in an order."""
+    random = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(classes, dtype=np.int32), per_class)
+    logits = random.normal(size=(len(labels), head or classes)).astype(np.float32)
+    right = random.random(len(labels)) < accuracy
+    logits[np.flatnonzero(right), np.asarray(order)[labels[right]]] += 20
+    return logits, labels
+
+
+def run(capsys, *arguments):
+    status = teachers.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def refused(capsys, *arguments):
+    """The one message of a command that cannot be used."""
+    status, _, err = run(capsys, *arguments)
+    assert status == 2 and err.startswith("error: ") and "Traceback" not in err
+    return err
+
+
+def saved(path, variables):
+    # safetensors writes the memory of a view as it lies, not as it is indexed.
+    tensors = {n: np.ascontiguousarray(t) for n, t in to_state_dict(variables).items()}
+    save_file(tensors, path)
+    return path
+
+
+def with_head(variables, columns):
+    """The network whose output i is the old output columns[i]; -1: an output that never wins."""
+    columns = np.array(columns)
+    head = variables["params"]["classifier"]
+    never = np.float32(-1e3)
+    new = {
+        "kernel": np.where(columns < 0, 0, head["kernel"][:, columns]).astype(np.float32),
+        "bias": np.where(columns < 0, never, head["bias"][columns]).astype(np.float32),
+    }
+    return {**variables, "params": {**variables["params"], "classifier": new}}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return read_all(
+        open_source(name="digits", source="sklearn", path=None, split="test", image_size=16)
+    )
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A small network trained on the digits."""
+    images, labels = read_all(
+        open_source(name="digits", source="sklearn", path=None, split="train", image_size=16)
+    )
+    module = build(ARCHITECTURE, 10, width=0.25)
+    variables = fit(
+        module, images, labels, normalisation=DIGITS.normalisation, epochs=6, crop_min=0.8,
+        flip=False, learning_rate=3e-3,
+    )  # fmt: skip
+    return module, variables
+
+
+@pytest.fixture
+def weights_file(tmp_path, network):
+    return saved(tmp_path / "digits.safetensors", network[1])
+
+
+# --- accuracy and order -----------------------------------------------------------------------
+
+
+def test_ranks_count_what_stands_before():
+    logits = np.array([[0, 3, 3, 1], [5, 4, 3, 2], [0, np.nan, 1, 2]], np.float32)
+    order = np.arange(4)
+    assert teachers.ranks(logits, np.array([2, 3, 3]), order).tolist() == [1, 3, 4]
+    assert teachers.ranks(logits, np.array([1, 0, 0]), order).tolist() == [0, 0, 4]
+    assert teachers.ranks(logits[:2], np.array([0, 1]), np.array([3, 0])).tolist() == [0, 0]
+
+
+def test_the_assignment_is_the_best_of_all_orders():
+    greedy_is_worse = 0
+    for seed in range(20):
+        counts = np.random.default_rng(seed).integers(0, 9, (5, 5))
+        stated = np.arange(5)
+        best = max(counts[stated, list(p)].sum() for p in itertools.permutations(range(5)))
+        order = teachers.assign(counts, stated)
+        assert sorted(order) == list(range(5)) and counts[stated, order].sum() == best
+        left, total = counts.astype(float), 0
+        for _ in range(5):  # the twin: the largest count first
+            at = np.unravel_index(left.argmax(), left.shape)
+            total += counts[at]
+            left[at[0], :] = left[:, at[1]] = -1
+        greedy_is_worse += total < best
+    assert greedy_is_worse
+
+
+def test_a_tie_keeps_the_stated_order():
+    stated = np.array([2, 0, 3, 1])
+    assert (teachers.assign(np.ones((4, 4), np.int64), stated) == stated).all()
+
+
+TEXT_12 = [0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 2, 3]  # places of 0..11 in 0, 1, 10, 11, 2, ...
+CIFAR_NAMES = DATASETS["cifar10"].class_names
+NETTE = DATASETS["imagenette"].class_names
+
+
+@pytest.mark.parametrize(
+    ("order", "names", "official", "words"),
+    [
+        (TEXT_12, None, None, "trained on folders sorted as text"),
+        (np.argsort(TEXT_12), None, None, "your labels number folders sorted as text"),
+        ([*range(1, 10), 0], None, None, "background class"),
+        ([9, *range(9)], None, None, "your labels count from one"),
+        (np.argsort(np.argsort(np.char.lower(NETTE))), None, NETTE, "sorted by class name"),
+        (
+            np.argsort(np.char.lower(NETTE)),
+            sorted(n.replace(" ", "_").lower() for n in NETTE),
+            NETTE,
+            "the network has the official order",
+        ),
+        (
+            [0, 4, 1, 2, 3],
+            ["c1", "c10", "c2", "c3", "c4"],
+            None,
+            "in numeric order",
+        ),
+    ],
+)
+def test_the_usual_mistakes_are_named(order, names, official, words):
+    classes = len(order)
+    logits, labels = readings(classes, 30, 0.8, order)
+    found = teachers.find_order(
+        logits, labels, np.arange(classes), classes, class_names=names, official_names=official
+    )
+    assert found.why is not None and words in found.why
+    assert (found.order_K == order).all()
+    assert found.top1 > 0.75 and found.stated_top1 < 0.3
+
+
+@pytest.mark.parametrize("classes", [3, 10, 100])
+def test_any_other_order_is_found_on_images_it_was_not_estimated_from(classes):
+    order = np.random.default_rng(5).permutation(classes)
+    logits, labels = readings(classes, 30, 0.85, order)
+    found = teachers.find_order(logits, labels, np.arange(classes), classes)
+    assert found.why is None or classes == 3  # three classes have six orders, most of them usual
+    assert (found.order_K == order).all()
+    assert found.top1 == pytest.approx(0.86, abs=0.06)
+
+
+def test_two_exchanged_classes_of_many_are_found():
+    order = np.arange(50)
+    order[[7, 31]] = 31, 7
+    logits, labels = readings(50, 30, 0.7, order)
+    found = teachers.find_order(logits, labels, np.arange(50), 50)
+    assert (found.order_K == order).all() and found.why is None
+
+
+@pytest.mark.parametrize(("classes", "per_class"), [(2, 50), (10, 36), (10, 500), (100, 10)])
+@pytest.mark.parametrize("accuracy", [0.0, 0.4, 0.95])
+def test_the_right_order_is_left_alone(classes, per_class, accuracy):
+    logits, labels = readings(classes, per_class, accuracy, np.arange(classes))
+    assert teachers.find_order(logits, labels, np.arange(classes), classes) is None
+
+
+def test_one_image_per_class_estimates_nothing_but_shows_a_shift():
+    logits, labels = readings(200, 1, 0.8, np.random.default_rng(1).permutation(200))
+    assert teachers.find_order(logits, labels, np.arange(200), 200) is None
+    logits, labels = readings(200, 1, 0.8, np.arange(1, 201) % 200)
+    found = teachers.find_order(logits, labels, np.arange(200), 200)
+    assert "background" in found.why
+
+
+def test_judged_by_the_images_it_was_estimated_from_chance_would_look_permuted():
+    """The broken twin of the halves: why the best of K! orders must not judge itself."""
+    logits, labels = readings(100, 4, 0.0, np.arange(100))
+    stated = teachers.ranks(logits, labels, np.arange(100)) == 0
+    best = teachers.assign(teachers.confusion(logits, labels, 100), np.arange(100))
+    itself = teachers.ranks(logits, labels, best) == 0
+    assert teachers.looks_trained(itself, 100) and teachers.far_above(itself, stated, 100)
+    assert teachers.find_order(logits, labels, np.arange(100), 100) is None
+
+
+def test_far_above_is_certain_and_large():
+    def right(count, total=1000):
+        return np.arange(total) < count
+
+    assert teachers.far_above(right(900), right(100), 10)
+    assert not teachers.far_above(right(300), right(100), 10)  # certain, but not large
+    assert not teachers.far_above(right(10, 10), right(0, 10), 10)  # large, but ten images
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_random_network_is_not_called_permuted(digits, seed):
+    images, labels = digits
+    module = build(ARCHITECTURE, 10, width=0.25)
+    init = jax.jit(lambda key: module.init(key, np.zeros((1, 16, 16, 1), np.float32)))
+    variables = init(jax.random.key(seed, impl="threefry2x32"))
+    mean, std = (np.array(c, np.float32) for c in ((0.3054,), (0.3187,)))
+    logits = np.asarray(teachers._forward(module, variables, images, mean, std))
+    assert teachers.find_order(logits, labels, np.arange(10), 10) is None
+
+
+# --- the command line on a trained network ----------------------------------------------------
+
+
+def test_evaluate_gives_the_accuracy_of_training_test(capsys, weights_file, network, digits):
+    result = training.test(*network, *digits, DIGITS.normalisation)
+    assert result.top1 > 0.85
+    status, out, err = run(capsys, "evaluate", weights_file, *ON_DIGITS)
+    assert status == 0 and not err
+    assert f"top-1 {100 * result.top1:.2f} %" in out and f"top-5 {100 * result.top5:.2f} %" in out
+    assert (
+        "360 of 360 images" in out
+        and "seem permuted" not in out
+        and "normalisation seems" not in out
+    )
+
+
+def test_limit_draws_from_all_classes(capsys, weights_file):
+    _, out, _ = run(capsys, "evaluate", weights_file, *ON_DIGITS, "--limit=100")
+    assert "100 of 360 images" in out and "have no image" not in out
+    assert (teachers._chosen(5, 9) == np.arange(5)).all()
+
+
+def test_a_permuted_head_is_found_and_repaired(capsys, tmp_path, network, digits):
+    top1 = training.test(*network, *digits, DIGITS.normalisation).top1
+    columns = np.array([3, 1, 7, 0, 9, 2, 5, 8, 6, 4])
+    path = saved(tmp_path / "permuted.safetensors", with_head(network[1], columns))
+    order = tmp_path / "order.json"
+    status, out, _ = run(capsys, "evaluate", path, *ON_DIGITS, f"--save-order={order}")
+    assert status == 0 and "the classes seem permuted" in out
+    assert json.loads(order.read_text()) == np.argsort(columns).tolist()
+    shown = re.findall(r"your class (\d) '\d' looks like the network's class (\d) '\d'", out)
+    assert len(shown) == 3 and all(columns[int(theirs)] == int(ours) for ours, theirs in shown)
+    _, out, _ = run(capsys, "evaluate", path, *ON_DIGITS, f"--class-indices={order}")
+    assert f"top-1 {100 * top1:.2f} %" in out and "seem permuted" not in out
+
+
+def test_a_background_class_is_seen_by_the_count(capsys, tmp_path, network, digits):
+    top1 = training.test(*network, *digits, DIGITS.normalisation).top1
+    path = saved(tmp_path / "b.safetensors", with_head(network[1], [-1, *range(10)]))
+    _, out, _ = run(capsys, "evaluate", path, *ON_DIGITS)
+    assert "background" in out and f"top-1 {100 * top1:.2f} %" in out
+    # Background last: the guess was wrong, and is corrected.
+    path = saved(tmp_path / "e.safetensors", with_head(network[1], [*range(10), -1]))
+    _, out, _ = run(capsys, "evaluate", path, *ON_DIGITS)
+    assert "shifted by one" in out
+
+
+def test_a_larger_head_is_refused_explained_and_searched(capsys, tmp_path, network):
+    columns = [-1, 4, 8, -1, 0, 2, 9, 7, 1, 3, 6, 5, -1]
+    path = saved(tmp_path / "large.safetensors", with_head(network[1], columns))
+    err = refused(capsys, "evaluate", path, *ON_DIGITS)
+    assert "has 13 classes" in err and "have 10" in err
+    assert "--class-indices" in err and "new head" in err
+    status, out, _ = run(capsys, "evaluate", path, *ON_DIGITS, "--class-indices=find")
+    wanted = ",".join(str(columns.index(c)) for c in range(10))
+    assert status == 0 and f"--class-indices={wanted};" in out
+    # A network that knows nothing has no such classes.
+    module = build(ARCHITECTURE, 13, width=0.25)
+    random = module.init(
+        jax.random.key(1, impl="threefry2x32"), np.zeros((1, 16, 16, 1), np.float32)
+    )
+    path = saved(tmp_path / "random.safetensors", random)
+    err = refused(capsys, "evaluate", path, *ON_DIGITS, "--class-indices=find")
+    assert "no choice of 10 outputs" in err
+
+
+def test_a_smaller_head_offers_no_indices(capsys, tmp_path, network):
+    path = saved(tmp_path / "small.safetensors", with_head(network[1], range(4)))
+    for more in ([], ["--class-indices=find"]):
+        err = refused(capsys, "evaluate", path, *ON_DIGITS, *more)
+        assert "has 4 classes" in err and "new head" in err and "say which" not in err
+
+
+def test_a_wrong_normalisation_is_named(capsys, weights_file, monkeypatch):
+    wrong = ["--mean=30", "--std=10"]
+    _, out, _ = run(capsys, "evaluate", weights_file, *ON_DIGITS, *wrong)
+    assert "the normalisation seems wrong: with digits's own mean and std" in out
+    assert "--mean=0.3054 --std=0.3187" in out
+    # Without the right one among those tried, none is named.
+    others = {"another": Normalisation((40.0,), (9.0,))}
+    monkeypatch.setattr(teachers, "usual_normalisations", lambda info: others)
+    _, out, _ = run(capsys, "evaluate", weights_file, *ON_DIGITS, *wrong)
+    assert "seems wrong" not in out and "not visibly better than chance" in out
+
+
+def test_both_mistakes_at_once_are_told(capsys, tmp_path, network):
+    path = saved(tmp_path / "p.safetensors", with_head(network[1], [*range(5, 10), *range(5)]))
+    _, out, _ = run(capsys, "evaluate", path, *ON_DIGITS, "--mean=30", "--std=10")
+    assert "normalisation seems wrong" in out and "another order" in out
+
+
+def test_unpadded_folders_in_torchvisions_order(capsys, tmp_path):
+    """Twelve classes in folders 0 to 11; the network saw them as 0, 1, 10, 11, 2, ..."""
+    random = np.random.default_rng(0)
+    templates = random.integers(0, 256, (12, 8, 8, 3))
+    labels = np.repeat(np.arange(12), 12)
+    images = np.clip(templates[labels] + random.normal(0, 20, (144, 8, 8, 3)), 0, 255)
+    images = images.astype(np.uint8)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        folder = tmp_path / "images" / "val" / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i}.png")
+    module = build(ARCHITECTURE, 12, width=0.25)
+    variables = fit(
+        module, images, np.array(TEXT_12)[labels], epochs=10, flip=False, crop_min=0.9,
+        normalisation=DATASETS["cifar100"].normalisation, batch_size=24, learning_rate=3e-3,
+    )  # fmt: skip
+    path = saved(tmp_path / "w.safetensors", variables)
+    status, out, _ = run(
+        capsys, "evaluate", path, *EVALUATE[:2], "--image-size=8", "--dataset=cifar100",
+        "--source=folder", f"--path={tmp_path / 'images'}",
+    )  # fmt: skip
+    assert status == 0
+    assert "12 of the 100 classes" in out  # the warning of the source
+    assert "the classes seem permuted" in out and "sorted as text" in out
+    assert f"--class-indices={','.join(map(str, TEXT_12))};" in out
+
+
+# --- import -----------------------------------------------------------------------------------
+
+
+def test_import_says_what_a_file_is_and_keeps_it(capsys, tmp_path, weights_file, network):
+    kept = tmp_path / "kept"
+    arguments = [weights_file, *EVALUATE, "--mean=0.3054", "--std=0.3187"]
+    status, out, _ = run(capsys, "import", *arguments, f"--out={kept}")
+    assert status == 0
+    assert "1 BatchNorms" in out and "10 classes" in out and "1 channel" in out
+    digest = teachers.sha256(weights_file.read_bytes())
+    assert digest in out and "mean (0.3054), std (0.3187)" in out
+    record = workdir.read_record(kept / "record.json")
+    assert record["source_sha256"] == digest and record["num_classes"] == 10
+    assert record["normalisation"] == {"mean": [0.3054], "std": [0.3187]}
+    assert record["params"] == sum(x.size for x in jax.tree.leaves(network[1]["params"]))
+    read = teachers.unpack_variables((kept / "weights.safetensors").read_bytes())
+    assert jax.tree.all(jax.tree.map(np.array_equal, read, network[1]))
+
+    first = run(capsys, "evaluate", weights_file, *ON_DIGITS)[1].splitlines()[-4]
+    for ours in (kept, kept / "weights.safetensors"):
+        assert first.split(", ")[0] in run(capsys, "evaluate", ours, *ON_DIGITS)[1]
+    # Again: the same is harmless, another network is refused.
+    assert run(capsys, "import", *arguments, f"--out={kept}")[0] == 0
+    other = saved(tmp_path / "other.safetensors", with_head(network[1], range(9, -1, -1)))
+    assert "another network" in refused(capsys, "import", other, *EVALUATE, f"--out={kept}")
+
+
+def test_import_refuses_damaged_and_foreign_folders(capsys, tmp_path, weights_file):
+    kept = tmp_path / "kept"
+    assert run(capsys, "import", weights_file, *EVALUATE, f"--out={kept}")[0] == 0
+    err = refused(capsys, "import", kept, "--architecture=resnet20")
+    assert f"--architecture={ARCHITECTURE}" in err
+    err = refused(capsys, "import", kept, f"--architecture={ARCHITECTURE}", "--image-size=32")
+    assert "does not fit" in err and "--image-size" in err
+    data = bytearray((kept / "weights.safetensors").read_bytes())
+    data[-1] ^= 1
+    (kept / "weights.safetensors").write_bytes(bytes(data))
+    assert "damaged" in refused(capsys, "import", kept, *EVALUATE)
+    (kept / "record.json").unlink()
+    assert "record.json" in refused(capsys, "import", kept, *EVALUATE)
+
+
+def test_import_without_a_stated_normalisation_says_so(capsys, weights_file):
+    _, out, _ = run(capsys, "import", weights_file, *EVALUATE)
+    assert "weight files do not say it" in out
+
+
+# --- list, and a person's mistakes ------------------------------------------------------------
+
+
+def test_list_names_and_table(capsys):
+    assert run(capsys, "list", "--names")[1].split() == list(ARCHITECTURES)
+    _, out, _ = run(capsys, "list")
+    (row,) = (line for line in out.splitlines() if line.startswith("resnet18 "))
+    assert row.split() == [
+        *("resnet18", "resnet", "11,689,512", "20", "bn1", "32", "/", "8"),
+        *("torchvision", "1512.03385"),
+    ]
+    assert max(map(len, out.splitlines())) <= 120
+    for name in ARCHITECTURES:
+        assert any(line.startswith(f"{name} ") for line in out.splitlines()), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nonsense"], "invalid choice"),
+        (["import", "FILE"], "--architecture"),
+        (["import", "FILE", "--architecture=resnet81"], "did you mean resnet18"),
+        (["import", "FILE", *EVALUATE, "--num-classes=7"], "head of 10 classes"),
+        (["import", "FILE", *EVALUATE, "--num-classes=-1"], "positive whole number"),
+        (["import", "FILE", *EVALUATE, "--width=nan"], "positive number"),
+        (["import", "FILE", *EVALUATE, "--mean=0.5"], "belong together"),
+        (["import", "FILE", *EVALUATE, "--mean=a", "--std=1"], "numbers with commas"),
+        (["import", "FILE", *EVALUATE, "--mean=0", "--std=0"], "must be positive"),
+        (["import", "FILE", "--architecture=resnet20"], "does not fit"),
+        (["import", "absent.pth", *EVALUATE], "there is no weight file"),
+        (["import", ".", *EVALUATE], "record.json"),
+        (["import", "FILE", *EVALUATE, "--out=FILE"], "cannot be used"),
+        (["evaluate", "FILE", *EVALUATE, "--dataset=digit", "--source=sklearn"], "'digits'"),
+        (["evaluate", "FILE", *EVALUATE, "--dataset=digits", "--source=disk"], "dataset.source"),
+        (["evaluate", "FILE", *EVALUATE, "--dataset=cifar10", "--source=npz"], "dataset.path"),
+        (["evaluate", "absent.pth", *ON_DIGITS], "there is no weight file"),
+        (["evaluate", "FILE", *ON_DIGITS, "--limit=0"], "positive whole number"),
+        (["evaluate", "FILE", *ON_DIGITS, "--class-indices=1,2"], "must name 10"),
+        (["evaluate", "FILE", *ON_DIGITS, "--class-indices=0-8,8"], "must name 10"),
+        (["evaluate", "FILE", *ON_DIGITS, "--class-indices=1-10"], "from 0 to 9"),
+        (["evaluate", "FILE", *ON_DIGITS, "--class-indices=absent.json"], "JSON list"),
+        (["evaluate", "FILE", *ON_DIGITS, "--mean=0,0,0", "--std=1,1,1"], "1 channels"),
+        (["evaluate", "FILE", *ON_DIGITS, "--limi=3"], "unrecognized"),
+    ],
+)
+def test_mistakes_give_one_message(capsys, weights_file, arguments, words):
+    arguments = [a.replace("FILE", str(weights_file)) for a in arguments]
+    assert words in refused(capsys, *arguments)
+
+
+def test_help_is_no_mistake(capsys):
+    for arguments in ([], ["--help"], ["evaluate", "--help"]):
+        status, out, err = run(capsys, *arguments)
+        assert status == 0 and "usage" in out and not err
+
+
+# --- published weights on real images ---------------------------------------------------------
+
+
+def shared(*names):
+    for name in names:
+        if not (SHARED / name).exists():
+            pytest.skip(f"no {name} in {SHARED}; set PRISM_JAX_SHARED_DATA to the folder with it")
+    return [SHARED / name for name in names]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "file", "top1"),
+    [("resnet20", "resnet20-12fca82f.th", 91.64), ("resnet44", "resnet44-014dd654.th", 93.41)],
+)
+def test_published_cifar_networks(capsys, architecture, file, top1):
+    weights, images = shared(f"weights/{file}", "cifar10/cifar10_lossless_subset.npz")
+    arguments = [
+        "evaluate", weights, f"--architecture={architecture}", "--dataset=cifar10",
+        "--source=npz", f"--path={images}",
+        "--mean=0.485,0.456,0.406", "--std=0.229,0.224,0.225",
+    ]  # fmt: skip
+    status, out, _ = run(capsys, *arguments)
+    assert status == 0 and f"top-1 {top1} %" in out and "seem permuted" not in out
+    _, out, _ = run(capsys, *arguments, "--class-indices=1-9,0", "--limit=300")
+    assert "the classes seem permuted" in out and "leave out --class-indices" in out
+
+
+@pytest.mark.slow
+def test_published_mobilenet_on_one_image_per_class(capsys, tmp_path):
+    weights, images = shared(
+        "weights/mobilenet_v2_tfslim.safetensors", "imagenet_sample/imagenet_sample1000_256.tar"
+    )
+    # The flat tar as a tree of classes: wnid_name.JPEG becomes val/wnid/name.JPEG.
+    with tarfile.open(images) as flat, tarfile.open(tmp_path / "tree.tar", "w") as tree:
+        for member in sorted((m for m in flat if m.isfile()), key=lambda m: m.name):
+            data = flat.extractfile(member)
+            member.name = "val/" + member.name.split("/")[-1].replace("_", "/", 1)
+            tree.addfile(member, data)
+    arguments = [
+        "evaluate", weights, "--architecture=mobilenet_v2", "--dataset=imagenet",
+        "--source=tar", f"--path={tmp_path / 'tree.tar'}", "--image-size=225",
+    ]  # fmt: skip
+    status, out, _ = run(capsys, *arguments, "--mean=.5,.5,.5", "--std=.5,.5,.5")
+    assert status == 0 and "seem permuted" not in out
+    top1 = float(out.split("top-1 ")[1].split()[0])
+    assert top1 == pytest.approx(83.0, abs=1.0)  # the images were 256 px before, not larger
