@@ -241,7 +241,8 @@ def test_a_locked_workdir_is_refused_and_a_dead_lock_taken_over(finished, refere
         holder.wait()
     (finished / "recover" / ".manifest.json.1a2b.tmp").write_text("half")
     ok(finished)
-    assert_same(finished, reference)  # no lock, and nothing half written
+    assert_same(finished, reference)  # nothing half written
+    assert not (finished / ".lock").exists()
 
 
 # --- damage ---------------------------------------------------------------------------------

@@ -125,9 +125,10 @@ def results(root: pathlib.Path) -> dict[str, object]:
 
 
 def tree(root: pathlib.Path) -> list[str]:
-    """The names of all files that are not a training's checkpoint or TensorBoard's."""
+    """The names of all files but trainings' checkpoints, TensorBoard's, and a dead run's lock."""
     names = (p.relative_to(root) for p in root.rglob("*") if p.is_file())
-    return sorted(str(n) for n in names if not {"checkpoints", "tensorboard"} & set(n.parts))
+    left_out = {"checkpoints", "tensorboard", ".lock"}
+    return sorted(str(n) for n in names if not left_out & set(n.parts))
 
 
 def assert_same(root: pathlib.Path, reference: pathlib.Path) -> None:
