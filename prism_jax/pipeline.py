@@ -113,21 +113,18 @@ def adopt(context: Context, source: epath.PathLike) -> list[str]:
         )
     adopted: list[str] = []
 
-    def take(relative: str, fields: dict, done: str) -> bool:
+    def take(relative: str, fields: dict, done: str) -> None:
         theirs, ours = source / relative, context.root / relative
-        if ours.exists() or not (theirs / done).exists():
-            return ours.exists()
-        found = workdir.read_fingerprint(theirs)
-        if found is None or workdir.differences(found, fields):
-            return False
+        if ours.exists() or not (theirs / done).exists() or not context.fits(theirs, fields):
+            return
         context.acquire()
         workdir.copy_tree(theirs, ours)
         adopted.append(relative)
-        return True
 
     for name in context.config.squeeze.teachers:
         take(f"squeeze/{name}", context.teacher_fields(name), RECORD)
-    if take("recover", context.recover_fields(), "manifest.json"):
+    take("recover", context.recover_fields(), "manifest.json")
+    if recover.is_done(context):  # not so while a run that was stopped in recover goes on
         _adopt_set(context, recover.synthetic_set(context), take)
     for name in context.config.validate.controls:
         _adopt_set(context, controls.labelled_set(context, name), take)

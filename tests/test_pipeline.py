@@ -216,6 +216,13 @@ def test_everything_that_fits_is_adopted(tmp_path, reference):
     }
 
 
+def test_a_run_stopped_in_recover_goes_on_with_the_same_command(finished, reference):
+    (finished / "recover" / "manifest.json").unlink()
+    next((finished / "recover" / "units").iterdir()).unlink()
+    ok(finished, f"--from={reference}")
+    assert_same(finished, reference)
+
+
 def _drawn_images(name: str) -> bool:
     """The controls' images are there for people; adopted labels do not bring them."""
     return name.startswith("controls/random_real/images")
