@@ -709,7 +709,7 @@ def evaluate_command(options: argparse.Namespace) -> None:
     if finding and not searched:
         same = weights.num_classes == classes
         _say_finding(options, finding, order_K, logits_NH, labels_N, names, same)
-    elif finding is None and not looks_trained(rank_N < 1, classes):
+    elif finding is None and top1 <= 1 - least_gain(classes):  # else none could be far above
         at_M = _chosen(len(at_N), HINT_IMAGES)
         right_M = rank_N[at_M] == 0
         _hint_normalisation(info, normalisation, right_M, order_K, read, search, at_N[at_M],
@@ -756,10 +756,11 @@ def _hint_normalisation(
         if right.sum() > best.sum() and far_above(right, right_M, classes):
             best, found = right, (name, other, finding)
     if found is None:
-        progress.say(
-            "the network is not visibly better than chance, in no usual normalisation or class "
-            "order: are these its weights, its width, depth and stem, and its data set?"
-        )
+        if not looks_trained(right_M, classes):
+            progress.say(
+                "the network is not visibly better than chance, in no usual normalisation or class "
+                "order: are these its weights, its width, depth and stem, and its data set?"
+            )
         return
     name, other, finding = found
     order = " (and the classes in another order)" if finding else ""
