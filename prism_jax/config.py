@@ -460,11 +460,6 @@ def violations(e: Experiment) -> list[str]:
             f"relabel.ensemble is 'single' but relabel.teachers has "
             f"{len(e.relabel.teachers)}; name one teacher or choose another ensemble"
         )
-    if e.validate.epochs > e.relabel.epochs:
-        found.append(
-            f"validate.epochs is {e.validate.epochs} but relabel.epochs is "
-            f"{e.relabel.epochs}; students cannot train on labels that are not made"
-        )
     sizes = e.recover.ipc, e.dataset.num_classes, e.recover.slots_per_batch, e.recover.batch_size
     if all(size is None or size > 0 for size in sizes) and e.recover.budget in schedules.BUDGETS:
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -84,13 +85,18 @@ class TrainState(NamedTuple):
 
 
 class TrainBatch(NamedTuple):
-    """One batch: its coordinates, pixels, hard labels, and soft labels or None."""
+    """One batch: its coordinates, pixels, hard labels, and soft labels or None.
+
+    ``view_epoch`` is the epoch whose views and mixes are shown: another one than ``epoch`` where
+    soft labels of fewer epochs come again; None means ``epoch``.
+    """
 
     epoch: int
     batch: int
     images_uint8_BHWC: np.ndarray
     labels_B: np.ndarray
     logits_BK: np.ndarray | None = None
+    view_epoch: int | None = None
 
 
 class TestResult(NamedTuple):
@@ -137,7 +143,7 @@ def train_step(
     Returns:
       The new state, and the loss averaged over the batch.
     """
-    key = rng.stream(rng.root(view_seed), recipe.views, batch.epoch, batch.batch)
+    key = rng.stream(rng.root(view_seed), recipe.views, batch.view_epoch, batch.batch)
     images_BHWC, mix = augment(key, batch.images_uint8_BHWC, recipe.augment, normalisation)
     dropout = rng.stream(rng.root(seed), "train/dropout", batch.epoch, batch.batch)
     size = images_BHWC.shape[0]
@@ -201,7 +207,12 @@ class Trainer:
 
     def step(self, state: TrainState, batch: TrainBatch) -> tuple[TrainState, Array]:
         """One optimiser step; the loss stays on the device."""
-        batch = batch._replace(epoch=np.int32(batch.epoch), batch=np.int32(batch.batch))
+        view_epoch = batch.epoch if batch.view_epoch is None else batch.view_epoch
+        batch = batch._replace(
+            epoch=np.int32(batch.epoch),
+            batch=np.int32(batch.batch),
+            view_epoch=np.int32(view_epoch),
+        )
         return self._step(*self._arguments, state, batch)
 
     def test(self, state: TrainState, images_uint8, labels, *, batch_size: int = 256) -> TestResult:
@@ -258,14 +269,25 @@ def test(
 
 
 def soft_batches(
-    images_uint8_NHWC: np.ndarray, labels_N: np.ndarray, records: Iterable[SoftLabels]
+    images_uint8_NHWC: np.ndarray,
+    labels_N: np.ndarray,
+    records: Iterable[SoftLabels],
+    *,
+    per_epoch: int,
+    start: int = 0,
 ) -> Iterable[TrainBatch]:
-    """The images that each record labels, in stored order."""
-    for record in records:
+    """The images that each record labels, in the order of the records.
+
+    Args:
+      records: whole epochs in any order, from global batch ``start`` of the training on; an
+        epoch that comes again shows the same views again.
+      per_epoch: batches per epoch.
+    """
+    for number, record in enumerate(records, start):
         index = np.asarray(record.index_B)
         yield TrainBatch(
-            record.epoch, record.batch, images_uint8_NHWC[index], labels_N[index],
-            np.asarray(record.logits_BK),
+            number // per_epoch, record.batch, images_uint8_NHWC[index], labels_N[index],
+            np.asarray(record.logits_BK), view_epoch=record.epoch,
         )  # fmt: skip
 
 
@@ -311,8 +333,8 @@ def fit(
       images_uint8_NHWC, labels_N: the set.
       normalisation: applied to the pixels.
       soft_labels: the records of ``relabel``; then ``label_seed``, ``crop_min``, ``flip`` and
-        ``mix`` must be those they were made with, the loss is MSE + 0.1 CE unless stated, and
-        ``epochs`` is the number of labelled epochs.
+        ``mix`` must be those they were made with, and the loss is MSE + 0.1 CE unless stated.
+        Records of fewer than ``epochs`` epochs come again in the same order.
       mix: "none", "cutmix" or "mixup"; by default what ``relabel`` does by default with soft
         labels ("cutmix"), and none without.
       **recipe: further fields of ``TrainRecipe``.
@@ -341,7 +363,11 @@ def fit(
     else:
         recipe = {"loss": "mse_gt", "ce_weight": 0.1, **recipe}
         recipe = TrainRecipe("relabel/view", how, epochs=epochs, **recipe)
-        batches, view_seed = soft_batches(images, labels, soft_labels), label_seed
+        records = list(soft_labels)
+        per_epoch = 1 + max(record.batch for record in records)
+        repeated = itertools.islice(itertools.cycle(records), epochs * per_epoch)
+        batches = soft_batches(images, labels, repeated, per_epoch=per_epoch)
+        view_seed = label_seed
     trainer = Trainer(module, recipe, normalisation, view_seed=view_seed, seed=seed)
     state = trainer.start(images.shape[1:])
     for batch in batches:

@@ -98,7 +98,6 @@ REFUSED = {
     "single": (
         {"relabel__teachers": ("resnet18", "mobilenet_v2")}, "relabel.ensemble is 'single'",
     ),
-    "more epochs than labels": ({"validate__epochs": 999}, "validate.epochs is 999", "not made"),
     "batch": ({"recover__batch_size": 3}, "recover.batch_size is 3", "1, 2, 5, 10"),
     "slots": ({"recover__slots_per_batch": 3}, "recover.slots_per_batch is 3", "recover.ipc=10"),
     "budgets": (

@@ -100,19 +100,23 @@ def mirror_pool() -> TeacherPool:
     )
 
 
+def mirror_records(how: Augment = HOW, epochs: int = 2) -> list:
+    labeller = Labeller(mirror_pool(), LabelRecipe(how, "single", BATCH, "float32"))
+    return [r for epoch in range(epochs) for r in labeller.epoch(images(), epoch, seed=3)]
+
+
 @pytest.mark.parametrize("mix", ["none", "cutmix", "mixup"])
 def test_the_student_sees_what_the_teacher_saw(mix):
     how = dataclasses.replace(HOW, mix=mix)
-    labeller = Labeller(mirror_pool(), LabelRecipe(how, "single", BATCH, "float32"))
-    records = list(labeller.epoch(images(), 1, seed=3))
+    records = mirror_records(how)[5:]
 
     def losses(view_seed=3, records=records, how=how):
         """The mean squared difference between a mirror student and the labels, per batch."""
         recipe = TrainRecipe(VIEWS, how, loss="mse_gt", epochs=2)
         trainer = Trainer(Mirror(), recipe, GREY, view_seed=view_seed, seed=0)
         zeros = np.zeros(COUNT, np.int32)
-        batches = soft_batches(images(), zeros, records[1:])  # one whole batch is enough, and the
-        state = jax.device_get(trainer.start((SIZE, SIZE, 1)))  # ragged one
+        batches = soft_batches(images(), zeros, records[1:], per_epoch=5)  # whole ones, a ragged
+        state = jax.device_get(trainer.start((SIZE, SIZE, 1)))
         return [float(trainer.step(state, batch)[1]) for batch in batches]
 
     assert max(losses()) < 1e-9
@@ -121,6 +125,33 @@ def test_the_student_sees_what_the_teacher_saw(mix):
     assert min(losses(records=[r._replace(batch=r.batch + 1) for r in records])) > 1e-2
     if mix == "none":
         assert max(losses(how=dataclasses.replace(how, crop_min=0.5))) > 1e-2
+
+
+def test_labels_that_come_again_show_the_same_views_at_later_rates():
+    records = mirror_records(epochs=2)
+    recipe = TrainRecipe(VIEWS, HOW, loss="mse_gt", epochs=5)
+    trainer = Trainer(Mirror(), recipe, GREY, view_seed=3, seed=0)
+    state = jax.device_get(trainer.start((SIZE, SIZE, 1)))
+    stored = records + records + records[:5]
+    batches = list(soft_batches(images(), np.zeros(COUNT, np.int32), stored, per_epoch=5))
+    assert [b.epoch for b in batches] == [e for e in range(5) for _ in range(5)]
+    assert [b.view_epoch for b in batches] == [e for e in (0, 1, 0, 1, 0) for _ in range(5)]
+    later = list(soft_batches(images(), np.zeros(COUNT), stored[7:], per_epoch=5, start=7))
+    assert [(b.epoch, b.view_epoch) for b in later] == [
+        (b.epoch, b.view_epoch) for b in batches[7:]
+    ]
+
+    def loss(batch) -> float:
+        return float(trainer.step(state, batch)[1])
+
+    assert max(map(loss, batches[10:])) < 1e-9
+    # Twin: the views of the training's own epoch.
+    assert min(loss(b._replace(view_epoch=None)) for b in batches[10:]) > 1e-2
+    # The learning rate is that of the training's epoch, not of the stored one.
+    wrong = np.ones((BATCH, SIZE * SIZE), np.float32)
+    early, late = (batches[i]._replace(logits_BK=wrong) for i in (0, 20))
+    moved = [trainer.step(state, b)[0].params["bias"] - state.params["bias"] for b in (early, late)]
+    assert np.abs(moved[1]).max() < 0.5 * np.abs(moved[0]).max()
 
 
 def test_relabel_and_fit_agree_by_default_and_from_the_same_seed():
@@ -132,12 +163,16 @@ def test_relabel_and_fit_agree_by_default_and_from_the_same_seed():
 
         The bias would not do: it sees the mean of a batch, which no mix changes.
         """
+        fields = {"ce_weight": 0.0, "optimiser": "sgd", "learning_rate": 1.0, "epochs": 2}
         student = prism_jax.fit(
-            Mirror(), images(), np.zeros(COUNT), normalisation=GREY, soft_labels=records, epochs=2,
-            **{"ce_weight": 0.0, "optimiser": "sgd", "learning_rate": 1.0, **options},
+            Mirror(), images(), np.zeros(COUNT), normalisation=GREY,
+            **{"soft_labels": records, **fields, **options},
         )  # fmt: skip
         return float(np.abs(student["params"]["scale"] - 1).max())
 
     assert drift(label_seed=5) < 1e-3
     assert drift(label_seed=6) > 1e-2
     assert drift(label_seed=5, mix="none") > 1e-2
+    # Five epochs go through the two labelled ones again, with their views.
+    assert drift(label_seed=5, epochs=5) < 1e-3
+    assert drift(label_seed=5, epochs=5, soft_labels=[r._replace(epoch=1) for r in records]) > 1e-2

@@ -50,7 +50,7 @@ WRONG = {
     "batch does not divide": ([field("recover.batch_size", 3)], ["is 3", "these do: 1, 2, 4"]),
     "too small images": ([field("dataset.image_size", 3)], ["second", "needs 4 or more"]),
     "too many classes": ([field("dataset.num_classes", 12)], ["is 12", "has 10 classes"]),
-    "labels not made": ([field("validate.epochs", 7)], ["validate.epochs is 7", "relabel.epochs"]),
+    "no labels": ([field("relabel.epochs", 0)], ["relabel.epochs is 0", "must be positive"]),
     "seed twice": ([field("validate.seeds", "(0, 0)")], ["validate.seeds is (0, 0)", "different"]),
     "no seed": ([field("validate.seeds", "()")], ["validate.seeds", "one or more"]),
     "no such workdir": (["--from=nowhere"], ["--from=nowhere", "no working directory"]),

@@ -248,13 +248,14 @@ class LabelReader:
         share: tuple[int, int] = (0, 1),
         threads: int = 0,
     ) -> Iterator[SoftLabels]:
-        """Records in order, from global batch ``start`` to the end of the first ``epochs``.
+        """The records that a training of ``epochs`` epochs reads from global batch ``start`` on.
 
-        ``share`` and ``threads`` as in ``pipeline.batches``.
+        They come in stored order; a training longer than the store goes through it again from
+        its first epoch. ``share`` and ``threads`` as in ``pipeline.batches``.
         """
         total = len(self) if epochs is None else epochs * self._per_epoch
-        assert total <= len(self)
-        return read_batches(share_of(total, start, share), self.__getitem__, threads=threads)
+        numbers = share_of(total, start, share)
+        return read_batches(numbers, lambda number: self[int(number) % len(self)], threads=threads)
 
 
 def _pack(record: SoftLabels, plan: LabelPlan) -> bytes:

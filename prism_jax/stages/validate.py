@@ -96,10 +96,12 @@ def _train(
         schedule=validate.schedule,
     )
 
+    per_epoch = labels.plan.batches_per_epoch if labels else num_batches(len(targets), size)
+
     def from_batch(start: int) -> Iterable[TrainBatch]:
         if labels:
             records = labels.read(start=start, epochs=epochs, threads=1)
-            return soft_batches(images, targets, records)
+            return soft_batches(images, targets, records, per_epoch=per_epoch, start=start)
         return hard_batches(
             images, targets, batch_size=size, epochs=epochs, seed=context.config.seed,
             name="relabel/order", start=start,
@@ -117,7 +119,7 @@ def _train(
         root,
         title=f"validate {labelled.name}/{student}/{seed}",
         batches=from_batch,
-        per_epoch=labels.plan.batches_per_epoch if labels else num_batches(len(targets), size),
+        per_epoch=per_epoch,
         eval_every=min(validate.eval_every, epochs),
         checkpoint_seconds=validate.checkpoint_seconds,
     )

@@ -93,6 +93,11 @@ def test_reading_on_from_a_batch_and_in_shares(pristine, threads):
     assert [(r.epoch, r.batch) for r in reader.read(epochs=2, threads=threads)] == whole[:6]
     parts = [[(r.epoch, r.batch) for r in reader.read(share=(p, 2))] for p in range(2)]
     assert parts == [whole[0::2], whole[1::2]]
+    # A training of twelve epochs reads the five of the store in stored order, over and over.
+    again = [(r.epoch, r.batch) for r in reader.read(epochs=12, threads=threads)]
+    assert again == whole + whole + whole[:6]
+    later = [(r.epoch, r.batch) for r in reader.read(epochs=12, start=17, threads=threads)]
+    assert later == again[17:]
 
 
 def test_manifest_says_what_was_labelled_and_what_it_costs(pristine):
