@@ -176,7 +176,7 @@ class Experiment:
 # Fields that change no bits, or that only say where the same bits come from: they enter no
 # fingerprint.
 NEUTRAL = {
-    "recover": ("steps_per_dispatch", "checkpoint_seconds"),
+    "recover": ("initialise_from", "steps_per_dispatch", "checkpoint_seconds"),
     "validate": ("students", "seeds", "controls", "checkpoint_seconds"),
     "squeeze": ("teachers", "seed"),
 }
@@ -410,7 +410,10 @@ def violations(e: Experiment) -> list[str]:
         "analyse.network": (e.analyse.network,) if e.analyse.network else (),
     }
     for field, names in used.items():
-        if not names and field not in ("analyse.network", "squeeze.teachers"):
+        optional = {"analyse.network", "squeeze.teachers"}
+        if not e.recover.iterations:
+            optional.add("recover.pool")
+        if not names and field not in optional:
             found.append(f"{field} is empty; it needs at least one network")
         for name in _repeated(names):
             found.append(f"{field} names {name} twice")
@@ -441,7 +444,7 @@ def violations(e: Experiment) -> list[str]:
                     f"(squeeze.teachers: {', '.join(e.squeeze.teachers)})"
                 )
 
-    if e.recover.primary not in e.recover.pool:
+    if e.recover.pool and e.recover.primary not in e.recover.pool:
         found.append(
             f"recover.primary is {e.recover.primary!r}, which is not in recover.pool "
             f"({', '.join(e.recover.pool)}); name one of the pool"
@@ -467,7 +470,15 @@ def violations(e: Experiment) -> list[str]:
         except UserError as error:
             found.append(str(error))
     if e.recover.initialise == "folder" and not e.recover.initialise_from:
-        found.append("recover.initialise is 'folder'; recover.initialise_from must name the folder")
+        found.append(
+            "recover.initialise is 'folder'; name the folder of images with "
+            "recover.initialise_from=DIR"
+        )
+    if e.recover.initialise_from and e.recover.initialise != "folder":
+        found.append(
+            f"recover.initialise_from names {e.recover.initialise_from}, but recover.initialise is "
+            f"{e.recover.initialise!r}, which reads no folder; set recover.initialise=folder"
+        )
     if e.validate.batch_size <= 0 or e.validate.accumulate <= 0:
         pass  # said above
     elif e.validate.batch_size % e.validate.accumulate:

@@ -13,8 +13,8 @@ from prism_jax.data.sources import ImageSource
 from prism_jax.errors import UserError
 from prism_jax.types import Normalisation
 
-# An initialiser: (real images or None, normalisation, shape, classes, slots, seed) -> float32
-# images_BHWC in the normalised space.
+# An initialiser: (images to start from or None, normalisation, shape, classes, slots, seed) ->
+# float32 images_BHWC in the normalised space.
 Initialiser = Callable[..., np.ndarray]
 
 
@@ -70,6 +70,7 @@ INITIALISERS: dict[str, Initialiser] = {
     "noise": noise,
     "real": real,
     "real_random": real_random,
+    "folder": real,  # of an image set that somebody else made, see data.exchange
 }
 
 

@@ -39,13 +39,17 @@ def missing(experiment: Experiment, workdir: str) -> list[str]:
             )
         except UserError as error:
             lines.append(f"images ({split}): {error}")
+    if experiment.recover.initialise == "folder":
+        try:
+            Context(experiment, workdir).initial_source  # noqa: B018
+        except UserError as error:
+            lines.append(f"images to start from: {error}")
     for name in experiment.squeeze.teachers:
         path = experiment.network(name).checkpoint
         if path and not epath.Path(path).exists():
             lines.append(
-                f"teacher {name}: the file {epath.Path(path).name} at {path} (torchvision "
-                f"publishes it under this name), or another with "
-                f"--config.networks.{name}.checkpoint=FILE"
+                f"teacher {name}: the weights {path} (published under this name), or another "
+                f"file of them with --config.networks.{name}.checkpoint=FILE"
             )
     return list(dict.fromkeys(lines))
 
@@ -78,7 +82,8 @@ def show(experiment: Experiment, workdir: str, *, measure: bool) -> None:
         f"{side} px)",
         "pool": ", ".join(
             f"{name} (primary)" if name == recover.primary else name for name in recover.pool
-        ),
+        )
+        or "none",
         "recover": f"{layout.groups * layout.blocks:,} units of {layout.slots * layout.classes} "
         f"images, {iterations:,} iterations in all",
         "relabel": f"{relabel.epochs} epochs, {batches:,} batches by {', '.join(relabel.teachers)}",
@@ -100,7 +105,16 @@ def megabytes(count: float) -> str:
 
 
 def _measured(e: Experiment, batch: int, iterations: int, label_batches: int) -> dict[str, str]:
-    """Hours of recover and relabel and the peak memory, on this machine."""
+    """Hours of recover and relabel on this machine, and recover's memory."""
+    rows = _measured_recover(e, batch, iterations) if iterations else {}
+    label_batch = min(e.relabel.batch_size, e.recover.ipc * e.dataset.num_classes)
+    per_batch = _time_labels(e, label_batch)
+    hours = label_batches * per_batch / len(jax.local_devices()) / 3600
+    return rows | {"relabel takes": f"about {_hours(hours)}: {per_batch:.3g} s a batch"}
+
+
+def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, str]:
+    """Hours and the peak memory of recover."""
     device = jax.local_devices()[0]
     pool = _random_pool(e, e.recover.pool)
     recipe = _recipe(e)
@@ -127,11 +141,6 @@ def _measured(e: Experiment, batch: int, iterations: int, label_batches: int) ->
         rows["memory"] = f"about {megabytes(scaled)} a device in recover"
         if available is not None and scaled > available:
             rows["memory"] += f"; this machine has {megabytes(available)}: lower recover.batch_size"
-    label_batch = min(e.relabel.batch_size, e.recover.ipc * e.dataset.num_classes)
-    per_batch = _time_labels(e, label_batch)
-    rows["relabel takes"] = (
-        f"about {_hours(label_batches * per_batch / devices / 3600)}: {per_batch:.3g} s a batch"
-    )
     return rows
 
 

@@ -103,6 +103,11 @@ REFUSED = {
     "budgets": (
         {"recover__slots_per_batch": 2, "recover__budget": "mod8"}, "[438, 500]", "constant",
     ),
+    "a folder without a name": ({"recover__initialise": "folder"}, "recover.initialise_from=DIR"),
+    "a folder for nothing": (
+        {"recover__initialise_from": "set"}, "names set", "'real'", "recover.initialise=folder",
+    ),
+    "no pool": ({"recover__pool": ()}, "recover.pool is empty", "at least one network"),
     "parts": ({"validate__accumulate": 3}, "validate.batch_size 50", "validate.accumulate=3"),
     "bn_group": ({"validate__bn_group": 50}, "validate.bn_group is 50", "must be 25"),
     "control": ({"validate__controls": ("random",)}, "validate.controls", "random_real"),
@@ -147,6 +152,10 @@ def test_one_message_names_every_mistake(fields, named):
     for name in named:
         assert name in message, message
     assert re.search(rf"\b{len(named)}\b", message), message  # and counts them
+
+
+def test_no_pool_is_needed_where_nothing_is_optimised():
+    assert resolve(changed(recover__pool=(), recover__iterations=0)).recover.pool == ()
 
 
 def test_a_teacher_without_batch_norm_must_be_asked_for():
@@ -216,6 +225,6 @@ def test_fields_that_change_no_bits_enter_no_fingerprint():
     def fields(**recover):
         return configs.fingerprint_fields("recover", dataclasses.replace(e.recover, **recover))
 
-    assert fields(steps_per_dispatch=1, checkpoint_seconds=1.0) == fields()
+    assert fields(steps_per_dispatch=1, checkpoint_seconds=1.0, initialise_from="x") == fields()
     for other in ({"iterations": 1}, {"pool": ("resnet18",)}, {"granularity": "per_batch"}):
         assert fields(**other) != fields()

@@ -21,12 +21,10 @@ from prism_jax.config import to_dict
 from prism_jax.core import pixels
 from prism_jax.data import label_store, workdir
 from prism_jax.data.metrics import read_lines
-from prism_jax.initialise import INITIALISERS
 from prism_jax.stages.context import RECORD, Context, LabelledSet
 from prism_jax.teachers import embed
 
 DIVERSITY = "diversity.json"
-FIGURES = ("grid", "recover", "students")
 
 
 def folder(context: Context) -> epath.Path:
@@ -77,7 +75,6 @@ def run(context: Context, sets: Mapping[str, LabelledSet]) -> None:
             classes=config.analyse.grid_classes, slots=config.analyse.grid_slots,
             class_names=context.info.class_names,
         ),
-        "recover": figures.recover_curves(lines, primary=config.recover.primary),
         "students": figures.student_curves(
             {
                 name: {
@@ -91,6 +88,8 @@ def run(context: Context, sets: Mapping[str, LabelledSet]) -> None:
             }
         ),
     }  # fmt: skip
+    if lines:
+        drawings["recover"] = figures.recover_curves(lines, primary=config.recover.primary)
     for name, data in drawings.items():
         workdir.write_bytes(root / f"{name}.png", data)
     workdir.write_record(root / DIVERSITY, record)
@@ -101,12 +100,10 @@ def initial_images(context: Context) -> np.ndarray:
     """Where the synthetic images began, uint8 NHWC, class-major."""
     config = context.config
     ipc, classes = config.recover.ipc, config.dataset.num_classes
-    images = INITIALISERS[config.recover.initialise](
-        context.open("train"), context.normalisation, context.image_shape,
+    images = context.initial_images(
         np.repeat(np.arange(classes, dtype=np.int32), ipc),
         np.tile(np.arange(ipc, dtype=np.int32), classes),
-        config.seed,
-    )  # fmt: skip
+    )
     return np.asarray(pixels.to_uint8(images, context.normalisation))
 
 
@@ -212,9 +209,9 @@ def _recover(context: Context, provenance: Mapping[str, Any]) -> dict[str, Any]:
         "seconds": seconds,
         "seconds_per_image": seconds / manifest["images"],
         "peak_bytes": provenance["peak_bytes"],
-        "primary": context.config.recover.primary,
     }
     if all("drawn" in unit for unit in units):
+        found["primary"] = context.config.recover.primary
         names = context.config.recover.pool
         weights = [unit["iterations"] for unit in units]
         found["teachers_drawn"] = {
@@ -276,7 +273,7 @@ def write_summary(
     if "analyse" in found:
         page = report.render(
             found,
-            figures={name: (root / f"{name}.png").read_bytes() for name in FIGURES},
+            figures={p.stem: p.read_bytes() for p in sorted(root.glob("*.png"))},
             config=to_dict(context.config),
             notes=notes(context),
         )

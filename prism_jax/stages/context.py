@@ -19,8 +19,10 @@ from prism_jax import progress
 from prism_jax.config import Experiment, Network, fingerprint_fields, to_dict
 from prism_jax.data import workdir
 from prism_jax.data.datasets import DATASETS, DatasetInfo
+from prism_jax.data.exchange import ImageSet
 from prism_jax.data.sources import ImageSource, open_source, read_all
 from prism_jax.errors import UserError
+from prism_jax.initialise import INITIALISERS
 from prism_jax.models import build
 from prism_jax.teachers import TeacherPool, describe
 from prism_jax.types import Normalisation, PyTree
@@ -170,6 +172,28 @@ class Context:
             source = FirstClasses(source, dataset.num_classes)
         return source
 
+    @functools.cached_property
+    def initial_source(self) -> ImageSource:
+        """Where recover starts: the training images, or the folder that the config names."""
+        recover = self.config.recover
+        if recover.initialise != "folder":
+            return self.open("train")
+        return ImageSet(
+            recover.initialise_from,
+            self.info,
+            num_classes=self.config.dataset.num_classes,
+            ipc=recover.ipc,
+            image_size=self.config.dataset.image_size,
+        )
+
+    def initial_images(self, classes_B: np.ndarray, slots_B: np.ndarray) -> np.ndarray:
+        """Where recover starts with these images: float32, normalised."""
+        initialise = INITIALISERS[self.config.recover.initialise]
+        return initialise(
+            self.initial_source, self.normalisation, self.image_shape, classes_B, slots_B,
+            self.config.seed,
+        )  # fmt: skip
+
     @functools.cache  # noqa: B019
     def test_set(self) -> tuple[np.ndarray, np.ndarray]:
         """The real test images, uint8 NHWC, and their labels."""
@@ -198,7 +222,7 @@ class Context:
         return {
             "recover": fingerprint_fields("recover", self.config.recover),
             "seed": self.config.seed,
-            "data": self.open("train").describe(),
+            "data": self.initial_source.describe(),
             "teachers": self.pool_fields(self.config.recover.pool),
         }
 

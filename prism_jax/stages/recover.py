@@ -25,7 +25,6 @@ from prism_jax.data import image_set, workdir
 from prism_jax.data.checkpoints import Checkpoints
 from prism_jax.data.metrics import MetricsWriter, keep
 from prism_jax.errors import UserError
-from prism_jax.initialise import INITIALISERS
 from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.types import PyTree, Unit
 
@@ -116,7 +115,7 @@ def run(context: Context) -> None:
         return
     context.begin(root, context.recover_fields())
     if waiting:
-        _optimise(context, waiting)
+        (_optimise if config.recover.iterations else _copy)(context, waiting)
     records = [workdir.read_record(_record(context, unit)) for unit in units(context)]
     images, _ = _read_images(context, records)
     if (root / "checkpoints").exists():
@@ -204,11 +203,7 @@ def _start(context: Context, engine, recipe, unit: Unit, at: int) -> Lane:
     """Put a unit on a lane: from its checkpoint, or from its initial images."""
     config = context.config
     classes, slots = members(context, unit)
-    initialise = INITIALISERS[config.recover.initialise]
-    images = initialise(
-        context.open("train"), context.normalisation, context.image_shape, classes, slots,
-        config.seed,
-    )  # fmt: skip
+    images = context.initial_images(classes, slots)
     state = jax.device_get(synthesis.initial_state(recipe, images))
     checkpoints = Checkpoints(
         folder(context) / "checkpoints" / unit.name,
@@ -262,31 +257,47 @@ def _save(engine, lane: Lane) -> None:
 
 
 def _finish(context: Context, engine, recipe, pool, lane: Lane, report) -> None:
-    """Write a unit's images and then its record, which makes it done."""
-    root, config = folder(context), context.config
-    classes, slots = members(context, lane.unit)
-    images = pixels.to_uint8(
-        engine.fetch(lane.state).images_BHWC,
-        context.normalisation,
-        rounding=config.recover.rounding,
+    """Write a finished unit, and what its teachers did."""
+    config = context.config
+    images = engine.fetch(lane.state).images_BHWC
+    drawn = synthesis.drawn_share(
+        recipe, pool.teachers, config.seed, engine.fetch(lane.placed_unit)
     )
-    images = np.asarray(images)
-    image_set.write_images(root / "images", images, classes, slots)
+    _write(
+        context, lane.unit, images, rounding=config.recover.rounding, seconds=lane.seconds,
+        drawn=dict(zip(pool.names, map(float, drawn), strict=True)),
+        terms={"start": lane.start_terms, "end": terms(report.last, pool.names)},
+    )  # fmt: skip
+    lane.checkpoints.delete()
+
+
+def _copy(context: Context, waiting: list[Unit]) -> None:
+    """Without iterations the initial images are the set; no teacher is needed."""
+    for unit in parallel.process_share(waiting):
+        started = time.monotonic()
+        images = context.initial_images(*members(context, unit))
+        # Not recover.rounding: nearest gives back the very pixels that were read.
+        _write(context, unit, images, rounding="nearest", seconds=time.monotonic() - started)
+        context.stop.check()
+
+
+def _write(
+    context: Context, unit: Unit, images_BHWC, *, rounding: str, seconds: float, **more: Any
+) -> None:
+    """Write a unit's images and then its record, which makes it done."""
+    classes, slots = members(context, unit)
+    images = np.asarray(pixels.to_uint8(images_BHWC, context.normalisation, rounding=rounding))
+    image_set.write_images(folder(context) / "images", images, classes, slots)
     record = {
-        "unit": lane.unit.name,
+        "unit": unit.name,
         "slots": sorted({int(s) for s in slots}),
         "classes": [int(classes.min()), int(classes.max())],
-        "iterations": lane.budget,
+        "iterations": _budget(context, unit),
         "digest": image_set.digest(images),
-        "seconds": lane.seconds,
+        "seconds": seconds,
+        **more,
     }
-    if lane.budget:
-        batch = engine.fetch(lane.placed_unit)
-        drawn = synthesis.drawn_share(recipe, pool.teachers, config.seed, batch)
-        record["drawn"] = dict(zip(pool.names, map(float, drawn), strict=True))
-        record["terms"] = {"start": lane.start_terms, "end": terms(report.last, pool.names)}
-    workdir.write_record(_record(context, lane.unit), record)
-    lane.checkpoints.delete()
+    workdir.write_record(_record(context, unit), record)
 
 
 # --- what is said and logged ----------------------------------------------------------------

@@ -1,0 +1,164 @@
+"""Image sets that somebody else made, as torchvision's ImageFolder reads them.
+
+<root>/<class>/<image>.{jpg,jpeg,png,webp}
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import io
+import os
+import pathlib
+import re
+import warnings
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from prism_jax.data.datasets import DatasetInfo
+from prism_jax.data.sources import EXTENSIONS, class_order, decode
+from prism_jax.errors import UserError
+
+_WNID = re.compile(r"n[0-9]{8}")
+_NEEDED = (
+    "recover.initialise=folder needs recover.initialise_from to be a local folder with one folder "
+    f"per class and images in it ({', '.join(EXTENSIONS)})"
+)
+
+
+def wnids(info: DatasetInfo) -> tuple[str, ...] | None:
+    """The WordNet IDs of a data set's classes in label order, where it is a part of ImageNet."""
+    known = _imagenet_wnids()
+    if info.imagenet_indices is None or not known:
+        return None
+    return tuple(known[index] for index in info.imagenet_indices)
+
+
+@functools.cache
+def _imagenet_wnids() -> tuple[str, ...]:
+    """All 1,000, sorted; none where the package tensorflow-datasets does not bring its list."""
+    package = importlib.util.find_spec("tensorflow_datasets")  # without importing it
+    file = pathlib.Path(package.origin).parent / "datasets" / "imagenet2012" / "labels.txt"
+    return tuple(file.read_text().split()) if file.is_file() else ()
+
+
+class ImageSet:
+    """A folder with equally many images of every class, as an ``ImageSource``.
+
+    Images are class-major, in the order of their names. One of exactly the wanted size is taken
+    as it is; another is resized as a whole (its shorter side to ``image_size``, then the centre),
+    and that is said once.
+
+    Args:
+      root: the folder of the class folders; files beside them are ignored.
+      info: the data set that the classes belong to.
+      num_classes: class folders there must be; their order gives the labels.
+      ipc: images of each class, the first ones.
+      image_size: side in pixels.
+
+    Raises:
+      UserError: no such folder, another number of classes, or too few images of one.
+    """
+
+    def __init__(
+        self,
+        root: epath.PathLike,
+        info: DatasetInfo,
+        *,
+        num_classes: int,
+        ipc: int,
+        image_size: int,
+    ):
+        self._root, self._info, self._size = os.fspath(root), info, image_size
+        self.num_classes = num_classes
+        self.labels_N = np.repeat(np.arange(num_classes, dtype=np.int32), ipc)
+        if not os.path.isdir(self._root):
+            raise UserError(f"there is no folder {root}; {_NEEDED}")
+        classes = self._classes()
+        images = {name: self._images(name) for name in classes}
+        short = [f"{name} has {len(found)}" for name, found in images.items() if len(found) < ipc]
+        most, least = (f(map(len, images.values())) for f in (max, min))
+        if short:
+            raise UserError(
+                f"recover.ipc={ipc} needs {ipc} images of every class, but {len(short)} of the "
+                f"{num_classes} classes in {root} have fewer ({', '.join(short[:5])}"
+                f"{', ...' if len(short) > 5 else ''}); this folder allows up to {least}"
+            )
+        if most > ipc:
+            warnings.warn(
+                f"{root} has up to {most} images of a class; the first {ipc} of each are taken, "
+                f"because recover.ipc is {ipc}",
+                stacklevel=2,
+            )
+        self._names = [name for found in images.values() for name in found[:ipc]]
+        self._said_resized = False
+
+    def _classes(self) -> list[str]:
+        with os.scandir(self._root) as entries:
+            names = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
+        if len(names) != self.num_classes:
+            raise UserError(
+                f"{self._root} has {len(names)} class folders, but dataset.num_classes is "
+                f"{self.num_classes}; {_NEEDED}"
+            )
+        ids = wnids(self._info)
+        if ids and all(map(_WNID.fullmatch, names)) and set(names) != set(ids[: len(names)]):
+            others = sorted(set(names) - set(ids[: len(names)]))
+            raise UserError(
+                f"{self._root} has {len(others)} class folders that are none of the first "
+                f"{len(names)} classes of {self._info.name} ({', '.join(others[:3])}"
+                f"{', ...' if len(others) > 3 else ''}); it is a set of other classes"
+            )
+        return class_order(names)
+
+    def _images(self, cls: str) -> list[str]:
+        """The images of a class, relative to the root."""
+        return [
+            os.path.relpath(os.path.join(folder, name), self._root)
+            for folder, _, names in sorted(os.walk(os.path.join(self._root, cls)))
+            for name in sorted(names)
+            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+        ]
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def image(self, index: int) -> np.ndarray:
+        path = os.path.join(self._root, self._names[index])
+        with open(path, "rb") as file:
+            data = file.read()
+        image = decode(
+            data, path, channels=self._info.channels, image_size=self._size, resize_ratio=1.0
+        )
+        if not self._said_resized:
+            with Image.open(io.BytesIO(data)) as stored:
+                size = stored.size
+            if size != (self._size, self._size):
+                self._said_resized = True
+                warnings.warn(
+                    f"{path} has {size[0]} x {size[1]} pixels; it, and every other image of "
+                    f"another size than dataset.image_size={self._size}, is resized",
+                    stacklevel=2,
+                )
+        return image
+
+    def describe(self) -> dict[str, Any]:
+        return self._description
+
+    @functools.cached_property
+    def _description(self) -> dict[str, Any]:
+        listing = hashlib.sha256()
+        for name in self._names:
+            size = os.path.getsize(os.path.join(self._root, name))
+            listing.update(f"{name}\0{size}\n".encode("utf-8", "surrogateescape"))
+        return {
+            "name": self._info.name,
+            "split": "folder",
+            "count": len(self),
+            "image_size": self._size,
+            "digest": listing.hexdigest(),
+        }
