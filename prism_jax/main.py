@@ -158,7 +158,7 @@ def parse(argv: Sequence[str], problems: list[str]) -> tuple[Any, flags.FlagValu
     Raises:
       UserError: there is no config file, or it cannot be loaded.
     """
-    argv = _joined(argv)
+    argv = joined(argv)
     chosen = [a for a in argv if a.startswith("--config=")]
     if not chosen:
         if "--config" in argv:
@@ -203,17 +203,17 @@ def _parse(argv: Sequence[str]) -> tuple[Any, flags.FlagValues]:
     return config.value, values
 
 
-def _joined(argv: Sequence[str]) -> list[str]:
+def joined(argv: Sequence[str]) -> list[str]:
     """The arguments, each flag together with its value: "--config.seed", "1" is one flag."""
-    joined: list[str] = []
+    found: list[str] = []
     for argument in argv:
-        before = joined[-1] if joined else ""
+        before = found[-1] if found else ""
         waits = before.startswith("--config.") or before in ("--workdir", "--from", "--stages")
         if waits and "=" not in before and not argument.startswith("--"):
-            joined[-1] = f"{before}={argument}"
+            found[-1] = f"{before}={argument}"
         else:
-            joined.append(argument)
-    return joined
+            found.append(argument)
+    return found
 
 
 def _explain(config: Any, argument: str, error: Exception) -> str:

@@ -45,9 +45,11 @@ def _recover(context: Context) -> None:
 
 def _relabel(context: Context) -> None:
     for labelled in sets(context):
-        if labelled.soft and not relabel.is_done(context, labelled):
-            if labelled.name != "synthetic":
-                controls.write(context, labelled)
+        if not labelled.soft:
+            continue
+        if labelled.name != "synthetic":
+            controls.write(context, labelled)
+        if not relabel.is_done(context, labelled):
             relabel.run(context, labelled)
 
 

@@ -1,0 +1,222 @@
+"""Give a distilled set to others: python -m prism_jax.tools.export --workdir=RUN --to=DIR
+
+    DIR/<class>/<slot>.png   as torchvision's ImageFolder reads it; <class> is the wnid where the
+                             data set has them, else the class index with leading zeros
+    DIR/classes.json         folder, index and name of every class
+    DIR/set.npz              images, labels, mean soft labels, class names, provenance
+    DIR/provenance.json      what made the set
+
+DIR appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+from etils import epath
+
+from prism_jax.data import exchange, image_set, workdir
+from prism_jax.data.datasets import DATASETS
+from prism_jax.data.label_store import MANIFEST, LabelReader
+from prism_jax.errors import UserError
+from prism_jax.main import joined
+
+SYNTHETIC = "synthetic"
+CONTROLS = ("random_real",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+      The exit status.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        given = _parser().parse_args(argv or ["--help"])
+        export(given.workdir, given.to, control=given.control)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        name = error.filename or "a file"
+        print(f"error: {name} cannot be used: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was left half written.", file=sys.stderr)
+        return 130
+    except SystemExit as stopped:  # argparse has printed its help
+        return int(stopped.code or 0)
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m prism_jax.tools.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workdir", required=True, help="a run whose images are finished")
+    parser.add_argument("--to", required=True, help="the folder to make; it must not be there")
+    parser.add_argument(
+        "--control", choices=CONTROLS, help="export this control instead of the synthetic set"
+    )
+    return parser
+
+
+def export(root: epath.PathLike, to: epath.PathLike, *, control: str | None = None) -> None:
+    """Write a finished set as an ImageFolder and an .npz file.
+
+    Args:
+      root: the working directory of a run.
+      to: the folder to make.
+      control: which control to export; None: the synthetic set.
+
+    Raises:
+      UserError: the target is there, the run is not finished, or its images or labels are damaged.
+    """
+    root, to = epath.Path(root), epath.Path(to)
+    if to.exists():
+        raise UserError(f"--to={to} is there already; delete it, or name another folder")
+    if not (root / "config.json").exists():
+        raise UserError(f"--workdir={root} is no working directory of a run (no config.json)")
+    ran = workdir.read_json(root / "config.json")
+    folder = root / "recover" if control is None else root / "controls" / control
+    images, labels, provenance = _images(root, folder, ran, control)
+    soft_labels, how = _soft_labels(root if control is None else folder, ran, provenance, control)
+    classes = class_table(ran["experiment"]["dataset"]["name"], provenance["num_classes"])
+    provenance |= {"soft_labels": how, **ran}
+
+    arrays = {"images": images, "labels": labels}
+    if soft_labels is not None:
+        arrays["soft_labels"] = soft_labels
+    arrays["class_names"] = np.array([c["name"] for c in classes])
+    arrays["provenance"] = np.array(workdir.to_json(provenance))
+
+    temporary = to.parent / f".{to.name}.tmp"
+    if temporary.exists():  # an export that was killed
+        temporary.rmtree()
+    try:
+        for entry in classes:
+            (temporary / entry["folder"]).mkdir(parents=True)
+            for slot in range(provenance["ipc"]):
+                stored = image_set.image_path(folder / "images", entry["index"], slot)
+                stored.copy(temporary / entry["folder"] / stored.name)
+        with (temporary / "set.npz").open("wb") as file:
+            np.savez(file, **arrays)
+        workdir.write_json(temporary / "classes.json", classes)
+        workdir.write_json(temporary / "provenance.json", provenance)
+        temporary.rename(to)
+    except BaseException:
+        temporary.rmtree(missing_ok=True)
+        raise
+    print(f"{to}: {len(images)} images of {len(classes)} classes; soft labels: {how['what']}")
+
+
+def class_table(dataset: str, num_classes: int) -> list[dict[str, Any]]:
+    """Folder, index and name of the first classes of a data set, in label order."""
+    info = DATASETS[dataset]
+    wnids, names = exchange.wnids(info), info.class_names
+    return [
+        {
+            "folder": wnids[index] if wnids else f"{index:05d}",
+            "index": index,
+            "name": names[index] if names else wnids[index] if wnids else str(index),
+        }
+        for index in range(num_classes)
+    ]
+
+
+def _images(
+    root: epath.Path, folder: epath.Path, ran: dict[str, Any], control: str | None
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """The images, their labels, and what is known of them."""
+    manifest = root / "recover" / "manifest.json"
+    if not manifest.exists():
+        raise UserError(
+            f"{root} has no finished images; finish them with\n"
+            f"    {command(root, ran, 'squeeze,recover,relabel')}"
+        )
+    recovered = workdir.read_record(manifest)
+    classes, ipc = recovered["num_classes"], recovered["ipc"]
+    if control and not (folder / "images").exists():
+        raise UserError(
+            f"{root} has no images of the control {control}; make them with\n"
+            f"    {command(root, ran, 'squeeze,recover,relabel', control)}"
+        )
+    images, labels = image_set.read_images(folder / "images", classes, ipc)
+    digest = image_set.digest(images)
+    if control is None and digest != recovered["digest"]:
+        raise UserError(
+            f"the images in {folder / 'images'} are not those that recover wrote; repair them with"
+            f"\n    {command(root, ran, 'squeeze,recover,relabel')}"
+        )
+    return images, labels, {
+        "set": control or SYNTHETIC,
+        "num_classes": classes,
+        "ipc": ipc,
+        "images_sha256": digest,
+        "fingerprint": workdir.read_fingerprint(root / "recover") if control is None else None,
+    }  # fmt: skip
+
+
+def _soft_labels(
+    base: epath.Path, ran: dict[str, Any], provenance: dict[str, Any], control: str | None
+) -> tuple[np.ndarray | None, dict[str, Any]]:
+    """The mean soft label of every image, and how it was made."""
+    if ran["experiment"]["relabel"]["mode"] == "online":
+        return None, {"what": "none, relabel.mode=online stores none"}
+    root = base.parent.parent if control else base
+    if not (base / "relabel" / MANIFEST).exists():
+        raise UserError(
+            f"{base} has no finished soft labels; finish them with\n"
+            f"    {command(root, ran, 'squeeze,recover,relabel', control)}"
+        )
+    reader = LabelReader(base / "relabel", images=provenance["images_sha256"])
+    manifest = {k: v for k, v in reader.manifest.items() if k not in ("shards", "images")}
+    what = "the mean over all stored views of an image of softmax(logits)"
+    if (mix := manifest["view"].get("mix", "none")) != "none":
+        what += f"; the views are mixed ({mix}) with other images of the set"
+    return mean_soft_labels(reader), {"what": what, **manifest}
+
+
+def mean_soft_labels(reader: LabelReader) -> np.ndarray:
+    """The mean over the stored epochs of each image's softmax(logits): float32 (N, K).
+
+    Summed in float64, in stored order.
+    """
+    total_NK = np.zeros((reader.plan.count, reader.plan.num_classes), np.float64)
+    seen_N1 = np.zeros((reader.plan.count, 1), np.int64)
+    for record in reader.read():
+        logits_BK = np.asarray(record.logits_BK, np.float64)
+        odds_BK = np.exp(logits_BK - logits_BK.max(1, keepdims=True))
+        total_NK[record.index_B] += odds_BK / odds_BK.sum(1, keepdims=True)
+        seen_N1[record.index_B] += 1
+    return (total_NK / seen_N1).astype(np.float32)
+
+
+def command(root: epath.Path, ran: dict[str, Any], stages: str, control: str | None = None) -> str:
+    """The command that ran a workdir, for these stages of it."""
+    flags = joined(shlex.split(ran["provenance"]["command"])[3:])
+    replaced = ("--workdir=", "--stages=", "--from=")
+    flags = [flag for flag in flags if not flag.startswith(replaced)]
+    if control and control not in ran["experiment"]["validate"]["controls"]:
+        flags.append(f"--config.validate.controls={control}")
+    flags += [f"--workdir={root}", f"--stages={stages}"]
+    return "python -m prism_jax.main " + shlex.join(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
