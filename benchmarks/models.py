@@ -28,7 +28,7 @@ from jax import lax
 
 from prism_jax.core.pixels import IMAGENET
 from prism_jax.main import commit
-from prism_jax.models import build
+from prism_jax.models import build, layers
 from prism_jax.synthesis import Recipe, teacher_gradient
 from prism_jax.teachers import describe
 
@@ -50,6 +50,7 @@ def ours(name: str, size: int, batch: int, small_stem: bool):
             _, g = gradient(variables, x, labels, jnp.float32(1), jnp.float32(1))
             return x - 1e-3 * g
 
+        variables = layers.with_flipped_kernels(variables)  # as the engine does
         return lax.fori_loop(0, count, body, images)
 
     began = time.perf_counter()

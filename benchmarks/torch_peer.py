@@ -26,7 +26,11 @@ def network(name: str, *, small_stem: bool) -> nn.Module:
             net.conv1[0].stride = (1, 1)
             net.maxpool = nn.Identity()
         elif name.startswith(("mobilenet", "efficientnet")):
-            net.features[0][0].stride = (1, 1)
+            # As ours: the first two strides are 1, so that 32 px end as 4x4 maps.
+            block = (
+                net.features[2].conv if name.startswith("mobilenet") else net.features[2][0].block
+            )
+            net.features[0][0].stride = block[1][0].stride = (1, 1)
         else:
             raise ValueError(f"no small stem for {name}")
     for parameter in net.parameters():
