@@ -184,7 +184,7 @@ NEUTRAL = {
 
 # Raised when a change of code changes the bits that the same settings give, so that a workdir
 # begun before it is not continued after it.
-BITS_VERSION = 1
+BITS_VERSION = 2
 
 
 def fingerprint_fields(section: str, values: Any) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from jax import lax
 from prism_jax import parallel, rng, sampling
 from prism_jax.core import losses, pixels, schedules, statistics, views
 from prism_jax.errors import UserError
+from prism_jax.models import layers
 from prism_jax.teachers import Teacher, TeacherPool
 from prism_jax.types import Array, Draw, Normalisation, PyTree, SynthState
 
@@ -238,6 +239,7 @@ def synthesis_chunk(
         failing = (report.failed.step < 0) & ~jnp.isfinite(terms.loss)
         return state, ChunkReport(first, terms, select(failing, terms, report.failed))
 
+    variables = tuple(layers.with_flipped_kernels(v) for v in variables)  # once, not every step
     blank = no_terms(len(teachers), state.images_BHWC.dtype)
     return lax.fori_loop(0, count, body, (state, ChunkReport(blank, blank, blank)))
 

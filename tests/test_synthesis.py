@@ -147,8 +147,8 @@ def logits_of_all_drawn(key, size, primary):
 
 
 def unbiased(moments):
-    def twin(x_BHWC, near_C):
-        mean_C, var_C = moments(x_BHWC, near_C)
+    def twin(x_BHWC):
+        mean_C, var_C = moments(x_BHWC)
         count = x_BHWC.size // x_BHWC.shape[-1]
         return mean_C, var_C * count / (count - 1)
 
