@@ -226,6 +226,29 @@ def _slide_flipped(dy_BHWC: Array, flipped_HWOI: Array, spec: Spec) -> Array:
     )
 
 
+def _dense_kernel_gradient(x_BHWC: Array, dy_BHWC: Array, spec: Spec) -> Array:
+    """Slide the gradient over the input, channels as images, in the layout XLA is fast in.
+
+    The same bits as differentiating the convolution outside a loop; inside one, that is 50 to
+    100 times slower (measured).
+    """
+    padding = []
+    for size, kernel, out in zip(
+        spec.x_shape[1:3], spec.kernel_shape[:2], spec.output_size, strict=True
+    ):
+        reach = (out - 1) * spec.stride + 1
+        padding.append((spec.padding, kernel - 1 + reach - size - spec.padding))
+    gradient_IHWO = lax.conv_general_dilated(
+        x_BHWC.transpose(3, 1, 2, 0),
+        dy_BHWC.transpose(1, 2, 0, 3),
+        window_strides=(1, 1),
+        padding=padding,
+        rhs_dilation=(spec.stride, spec.stride),
+        dimension_numbers=DIMENSIONS,
+    )
+    return gradient_IHWO.transpose(1, 2, 0, 3)
+
+
 def _edges(
     size: Sequence[int], kernel: Sequence[int], stride: int, padding: int
 ) -> list[tuple[int, int]]:
@@ -344,11 +367,11 @@ _DENSE = {"contract": _stacked_product}
 _DEPTHWISE = {"contract": _sum_of_products, "tap": operator.itemgetter(0)}
 FORMS = {
     "lax": Form(_lax_forward, _lax_input_gradient, _lax_kernel_gradient),
-    "dense": Form(_lax_forward, _dense_input_gradient, _lax_kernel_gradient),
+    "dense": Form(_lax_forward, _dense_input_gradient, _dense_kernel_gradient),
     "taps": Form(
         functools.partial(_forward_by_taps, **_DENSE, tap=lambda tap_IO: tap_IO),
         functools.partial(_input_gradient_by_taps, **_DENSE, tap=jnp.transpose),
-        _lax_kernel_gradient,
+        _dense_kernel_gradient,
     ),
     "depthwise": Form(
         functools.partial(_forward_by_taps, **_DEPTHWISE),
