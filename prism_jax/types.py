@@ -103,13 +103,13 @@ class View(NamedTuple):
 
 
 class Mix(NamedTuple):
-    """One CutMix or MixUp of a batch with itself.
+    """CutMix or MixUp of a batch with itself. One for all, or a leading axis B for one per image.
 
     Attributes:
       partner_B: int32 permutation; image i is mixed with image ``partner_B[i]``.
-      box: (4,) int32 (top, left, bottom, right) taken from the partner; empty for MixUp.
-      weight: () float32, the share of image i itself in the result; 1 means untouched.
-      blend: () float32, MixUp's pixel weight of image i itself; 1 for CutMix.
+      box: (..., 4) int32 (top, left, bottom, right) taken from the partner; empty for MixUp.
+      weight: (...) float32, the share of image i itself in the result; 1 means untouched.
+      blend: (...) float32, MixUp's pixel weight of image i itself; 1 for CutMix.
     """
 
     partner_B: Array
@@ -134,7 +134,7 @@ class SoftLabels(NamedTuple):
     Attributes:
       epoch, batch: coordinates of the record; ``batch`` counts within its epoch.
       index_B: int32, which images of the labelled set, in store order.
-      logits_BK: float16 (or the configured precision, decoded to float32 when read).
+      logits_BK: float32; what a store gives back is rounded and pruned by ``core.codec``.
     """
 
     epoch: int

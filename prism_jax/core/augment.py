@@ -15,18 +15,22 @@ from prism_jax.types import Array, Mix, Normalisation
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-    """What may be drawn: random resized crop of at least ``crop_min`` of the area, flip, mix."""
+    """What may be drawn: random resized crop of at least ``crop_min`` of the area, flip, mix.
+
+    ``mix_per`` is "batch" or "image": for what one lambda and one box are drawn.
+    """
 
     crop_min: float
     flip: bool
     mix: str = "none"
     mix_alpha: float = 1.0
+    mix_per: str = "batch"
 
 
 def augment(
     key: Array, images_uint8_BHWC: Array, how: Augment, normalisation: Normalisation
 ) -> tuple[Array, Mix]:
-    """Draw one crop and flip per image and one mix per batch, and apply them.
+    """Draw one crop and flip per image and a mix, and apply them.
 
     Args:
       key: the batch's own key, ``stream(root, "relabel/view", epoch, batch)``.
@@ -48,6 +52,11 @@ def augment(
         batch=batch,
     )
     mix = mixing.sample_mix(
-        rng.stream(key, "mix"), batch, (height, width), kind=how.mix, alpha=how.mix_alpha
+        rng.stream(key, "mix"),
+        batch,
+        (height, width),
+        kind=how.mix,
+        alpha=how.mix_alpha,
+        per_image=how.mix_per == "image",
     )
     return mixing.apply_mix(views.apply_view(images_BHWC, view), mix), mix

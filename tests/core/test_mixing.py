@@ -132,10 +132,55 @@ def test_another_kind_is_an_error_that_lists_the_kinds():
         sample_mix(rng.root(0), BATCH, SIZE, kind="cutout")
 
 
-@pytest.mark.parametrize("kind", ["none", "cutmix", "mixup"])
-def test_every_kind_of_program_draws_the_same_record(kind):
+def draw_per_image(kind, count=COUNT, alpha=1.0):
     def draw(i):
-        return sample_mix(rng.stream(rng.root(4), "test", i), BATCH, SIZE, kind=kind, alpha=0.8)
+        key = rng.stream(rng.root(0), "test", i)
+        return sample_mix(key, BATCH, SIZE, kind=kind, alpha=alpha, per_image=True)
+
+    return jax.jit(jax.vmap(draw))(jnp.arange(count, dtype=jnp.int32))
+
+
+def test_mixes_per_image_are_independent_and_each_of_the_same_distribution(cutmixes):
+    mixes = draw_per_image("cutmix")
+    assert mixes.box.shape == (COUNT, BATCH, 4) and mixes.weight.shape == (COUNT, BATCH)
+    for image in range(BATCH):
+        assert largest_gap(mixes.weight[:, image], reference_shares()) < SAME
+    together = np.corrcoef(np.asarray(mixes.weight).T) - np.eye(BATCH)
+    assert np.abs(together).max() < 0.06  # four standard deviations
+    # Twin: the mix of a batch is one for all.
+    batchwise = np.repeat(np.asarray(cutmixes.weight)[:, None], BATCH, 1)
+    assert np.abs(np.corrcoef(batchwise.T) - np.eye(BATCH)).max() > 0.9
+    blends = draw_per_image("mixup", alpha=0.8)
+    assert largest_gap(blends.blend[:, 2], np.random.default_rng(2).beta(0.8, 0.8, COUNT)) < SAME
+
+
+@pytest.mark.parametrize("kind", ["none", "cutmix", "mixup"])
+def test_a_mix_per_image_is_applied_image_by_image(kind):
+    mixes, images = draw_per_image(kind, count=5), images_like()
+    for i in range(5):
+        mix = jax.tree.map(lambda x, i=i: x[i], mixes)
+        found = np.asarray(apply_mix(images, mix))
+        shares = []
+        for at in range(BATCH):
+            own, partner = np.array(images[at]), np.asarray(images[mix.partner_B[at]])
+            top, left, bottom, right = (int(x) for x in mix.box[at])
+            blend = np.float32(mix.blend[at])
+            expected = blend * own + (1 - blend) * partner
+            expected[top:bottom, left:right] = partner[top:bottom, left:right]
+            np.testing.assert_allclose(found[at], expected, rtol=1e-6, atol=1e-6)
+            shares.append(blend * (1 - (bottom - top) * (right - left) / np.prod(SIZE)))
+        np.testing.assert_allclose(mix.weight, shares, atol=1e-6)
+        if kind != "none":  # twin: everybody gets the first image's box and weight
+            first = mix._replace(box=mix.box[0], blend=mix.blend[0], weight=mix.weight[0])
+            assert np.abs(np.asarray(apply_mix(images, first)) - found).max() > 0.1
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("kind", ["none", "cutmix", "mixup"])
+def test_every_kind_of_program_draws_the_same_record(kind, per_image):
+    def draw(i):
+        key = rng.stream(rng.root(4), "test", i)
+        return sample_mix(key, BATCH, SIZE, kind=kind, alpha=0.8, per_image=per_image)
 
     many = jnp.arange(1000, dtype=jnp.int32)
     together = jax.jit(jax.vmap(draw))(many)
@@ -144,7 +189,8 @@ def test_every_kind_of_program_draws_the_same_record(kind):
         wide = jax.jit(jax.vmap(draw))(many)
     for mix in (together, in_turn, wide):
         assert [x.dtype for x in mix] == [jnp.int32, jnp.int32, jnp.float32, jnp.float32]
-        assert [x.shape[1:] for x in mix] == [(BATCH,), (4,), (), ()]
+        each = (BATCH,) if per_image else ()
+        assert [x.shape[1:] for x in mix] == [(BATCH,), (*each, 4), each, each]
         jax.tree.map(np.testing.assert_array_equal, mix, together)
     eager = [draw(many[i]) for i in range(20)]  # op by op: nothing can be fused
     eager = jax.tree.map(lambda *x: np.stack(x), *eager)
