@@ -17,7 +17,7 @@ class Targets(NamedTuple):
     Attributes:
       labels_B: hard labels of the images before mixing.
       partners_B: hard labels of their mix partners.
-      weight: () float32, the share of an image's own pixels in the mix; 1 without one.
+      weight: () or (B,) float32, the share of an image's own pixels in its mix; 1 without one.
       logits_BK: the teachers' logits for the mixed images, or None.
     """
 
@@ -29,9 +29,14 @@ class Targets(NamedTuple):
 
 def cross_entropy(logits_BK: Array, labels_B: Array) -> Array:
     """Mean over the batch of ``-log softmax(logits)[label]``."""
+    return cross_entropies(logits_BK, labels_B).mean()
+
+
+def cross_entropies(logits_BK: Array, labels_B: Array) -> Array:
+    """``-log softmax(logits)[label]`` of each image."""
     log_probabilities_BK = jax.nn.log_softmax(logits_BK)
-    picked = jnp.take_along_axis(log_probabilities_BK, labels_B[:, None].astype(jnp.int32), 1)
-    return -picked.mean()
+    picked_B1 = jnp.take_along_axis(log_probabilities_BK, labels_B[:, None].astype(jnp.int32), 1)
+    return -picked_B1[:, 0]
 
 
 def mse_gt(student_BK: Array, targets: Targets, *, ce_weight: float, temperature: float) -> Array:
@@ -71,9 +76,9 @@ def kl_t2(student_BK: Array, targets: Targets, *, ce_weight: float, temperature:
 def ce(student_BK: Array, targets: Targets, *, ce_weight: float, temperature: float) -> Array:
     """Cross entropy with the hard labels, mixed as the pixels were; soft labels have no part."""
     del ce_weight, temperature
-    own = cross_entropy(student_BK, targets.labels_B)
-    partner = cross_entropy(student_BK, targets.partners_B)
-    return targets.weight * own + (1.0 - targets.weight) * partner
+    own_B = cross_entropies(student_BK, targets.labels_B)
+    partner_B = cross_entropies(student_BK, targets.partners_B)
+    return (targets.weight * own_B + (1.0 - targets.weight) * partner_B).mean()
 
 
 STUDENT_LOSSES: dict[str, Callable[..., Array]] = {

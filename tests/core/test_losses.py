@@ -106,6 +106,22 @@ def test_hard_labels_need_no_teacher():
     assert student_loss("ce", teacher=None) == student_loss("ce")
 
 
+def test_ce_with_a_share_per_image():
+    shares_B = np.linspace(0.1, 1.0, 6).astype(np.float32)
+    targets = Targets(LABELS_B, PARTNERS_B, shares_B)
+    value = STUDENT_LOSSES["ce"](STUDENT_BK, targets, ce_weight=0.0, temperature=1.0)
+    rows = zip(STUDENT_BK, LABELS_B, PARTNERS_B, shares_B, strict=True)
+    each = [
+        w * ce64(row[None], [label]) + (1 - w) * ce64(row[None], [partner])
+        for row, label, partner, w in rows
+    ]
+    np.testing.assert_allclose(value, np.mean(each), rtol=1e-5)
+    # Twin: the mean share for all.
+    one = targets._replace(weight=shares_B.mean())
+    twin = STUDENT_LOSSES["ce"](STUDENT_BK, one, ce_weight=0.0, temperature=1.0)
+    assert abs(twin - np.mean(each)) > 0.05
+
+
 def test_without_a_mix_ce_is_plain_cross_entropy():
     targets = Targets(LABELS_B, LABELS_B, jnp.float32(1))
     value = STUDENT_LOSSES["ce"](STUDENT_BK, targets, ce_weight=0.0, temperature=1.0)
