@@ -65,16 +65,21 @@ def get_config(arg: str = "") -> ConfigDict:
     c.recover.checkpoint_seconds = 60.0
 
     c.relabel = ConfigDict()
-    c.relabel.mode = "store"
+    c.relabel.mode = "store"  # or "online": labels are made while students train
     c.relabel.teachers = ("resnet18",)
     c.relabel.ensemble = "single"
+    c.relabel.priors = placeholder(tuple)  # of "committee", percent
+    c.relabel.prior_temperature = 10.0
+    c.relabel.teacher_mode = "eval"  # "train": BatchNorm uses the statistics of the batch
     c.relabel.epochs = 300
     c.relabel.batch_size = 50
     c.relabel.crop_min = 0.25
     c.relabel.flip = True
     c.relabel.mix = "cutmix"
     c.relabel.mix_alpha = 1.0
+    c.relabel.mix_per = "batch"
     c.relabel.precision = "float16"
+    c.relabel.top_k = placeholder(int)  # unset: all classes
 
     c.validate = ConfigDict()
     c.validate.students = ("resnet18",)

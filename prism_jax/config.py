@@ -99,18 +99,28 @@ class Recover:
 
 @dataclasses.dataclass(frozen=True)
 class Relabel:
-    """Soft labels over augmented views."""
+    """Soft labels over augmented views.
 
-    mode: Literal["store"]
+    ``mode`` changes no bit: "online" makes the labels while students train, and stores none.
+    ``priors`` (percent, one per teacher) and ``prior_temperature`` are those of the ensemble
+    "committee". ``teacher_mode`` "train" lets BatchNorm use the statistics of the batch.
+    """
+
+    mode: Literal["store", "online"]
     teachers: tuple[str, ...]
     ensemble: str
+    priors: tuple[float, ...] | None
+    prior_temperature: float
+    teacher_mode: Literal["eval", "train"]
     epochs: int
     batch_size: int
     crop_min: float
     flip: bool
     mix: Literal["none", "cutmix", "mixup"]
     mix_alpha: float
-    precision: Literal["float16", "float32"]
+    mix_per: Literal["batch", "image"]
+    precision: Literal["float32", "float16", "int8"]
+    top_k: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +187,7 @@ class Experiment:
 # fingerprint.
 NEUTRAL = {
     "recover": ("initialise_from", "steps_per_dispatch", "checkpoint_seconds"),
+    "relabel": ("mode",),
     "validate": ("students", "seeds", "controls", "checkpoint_seconds"),
     "squeeze": ("teachers", "seed"),
 }
@@ -355,7 +366,14 @@ def violations(e: Experiment) -> list[str]:
         "checkpoint_seconds",
         "first_bn_multiplier",
     )
-    positive("relabel", "epochs", "batch_size", "mix_alpha")
+    positive(
+        "relabel",
+        "epochs",
+        "batch_size",
+        "mix_alpha",
+        "prior_temperature",
+        "top_k",
+    )
     positive(
         "validate",
         "epochs",
@@ -462,6 +480,19 @@ def violations(e: Experiment) -> list[str]:
         found.append(
             f"relabel.ensemble is 'single' but relabel.teachers has "
             f"{len(e.relabel.teachers)}; name one teacher or choose another ensemble"
+        )
+    if e.relabel.ensemble == "half_primary" and len(e.relabel.teachers) < 2:
+        found.append("relabel.ensemble is 'half_primary'; relabel.teachers must name two or more")
+    if e.relabel.ensemble == "committee" and len(e.relabel.priors or ()) != len(e.relabel.teachers):
+        found.append(
+            f"relabel.ensemble is 'committee' and relabel.priors is {e.relabel.priors}; it must "
+            f"be {len(e.relabel.teachers)} numbers, one per teacher of relabel.teachers: the "
+            f"accuracy in percent that each reaches alone"
+        )
+    if e.relabel.top_k is not None and e.relabel.top_k >= e.dataset.num_classes:
+        found.append(
+            f"relabel.top_k is {e.relabel.top_k}; it must be smaller than dataset.num_classes="
+            f"{e.dataset.num_classes}, or unset to keep all"
         )
     sizes = e.recover.ipc, e.dataset.num_classes, e.recover.slots_per_batch, e.recover.batch_size
     if all(size is None or size > 0 for size in sizes) and e.recover.budget in schedules.BUDGETS:

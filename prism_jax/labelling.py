@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 
@@ -11,9 +12,11 @@ import numpy as np
 
 from prism_jax import parallel, rng
 from prism_jax.core.augment import Augment, augment
-from prism_jax.core.ensemble import ENSEMBLES
+from prism_jax.core.codec import Coding
+from prism_jax.core.ensemble import ENSEMBLES, votes
+from prism_jax.data.label_store import LabelPlan, rounded
 from prism_jax.data.pipeline import epoch_order, num_batches
-from prism_jax.teachers import TeacherPool
+from prism_jax.teachers import TeacherPool, batch_statistics
 from prism_jax.types import SoftLabels
 
 VIEWS = "relabel/view"
@@ -22,12 +25,23 @@ ORDER = "relabel/order"
 
 @dataclasses.dataclass(frozen=True)
 class LabelRecipe:
-    """What decides the bits of the labels, beside the images and the teachers."""
+    """What decides the bits of the logits, beside the images and the teachers.
+
+    Attributes:
+      augment: the views and mixes.
+      ensemble: how the teachers' logits are combined.
+      batch_size: images per record.
+      priors, prior_temperature: of the ensemble "committee", see ``core.ensemble.votes``.
+      teacher_mode: whose statistics BatchNorm uses: "eval", the running ones, or "train", those
+        of the batch.
+    """
 
     augment: Augment
     ensemble: str = "single"
     batch_size: int = 50
-    precision: str = "float16"
+    priors: tuple[float, ...] | None = None
+    prior_temperature: float = 10.0
+    teacher_mode: str = "eval"
 
 
 class Labeller:
@@ -46,38 +60,56 @@ class Labeller:
         how: str = "shard_map",
     ):
         self.recipe = recipe
+        weights_T = votes(recipe.priors, recipe.prior_temperature) if recipe.priors else None
 
         def label(variables, seed, epoch, batch, images_uint8_BHWC):
             key = rng.stream(rng.root(seed), VIEWS, epoch, batch)
             images_BHWC, _ = augment(key, images_uint8_BHWC, recipe.augment, pool.normalisation)
-            logits = [
-                teacher.read(weights, images_BHWC, pool.normalisation, statistics=False).logits_BK
-                for teacher, weights in zip(pool.teachers, variables, strict=True)
-            ]
-            return ENSEMBLES[recipe.ensemble](jnp.stack(logits)).astype(recipe.precision)
+            train = recipe.teacher_mode == "train"
+            with batch_statistics() if train else contextlib.nullcontext():
+                logits = [
+                    teacher.read(
+                        weights, images_BHWC, pool.normalisation, statistics=False
+                    ).logits_BK
+                    for teacher, weights in zip(pool.teachers, variables, strict=True)
+                ]
+            return ENSEMBLES[recipe.ensemble](jnp.stack(logits), weights_T)
 
         devices = devices or jax.local_devices()[:1]
         self._map = parallel.LaneMap(label, pool.variables, arity=3, devices=devices, how=how)
 
     def epoch(
-        self, images_uint8_NHWC: np.ndarray, epoch: int, *, seed: int
+        self, images_uint8_NHWC: np.ndarray, epoch: int, *, seed: int, start: int = 0
     ) -> Iterator[SoftLabels]:
         """Label one epoch: every image once, in the order of the stream "relabel/order".
 
+        Args:
+          start: the first batch that is wanted.
+
         Yields:
-          One record per batch, in order; the last one is ragged where the size does not divide.
+          One record per batch, in order, with float32 logits; the last one is ragged where the
+          size does not divide.
         """
         count, size = len(images_uint8_NHWC), self.recipe.batch_size
         order = epoch_order(seed, ORDER, epoch, count)
         indices = [order[b * size : (b + 1) * size] for b in range(num_batches(count, size))]
         width = len(self._map)
-        for first in range(0, len(indices), width):
-            yield from self._label(
-                images_uint8_NHWC, epoch, first, indices[first : first + width], seed
-            )
+        begun: list = []  # on the devices, while the host works on what came before
+        for first in range(start, len(indices), width):
+            batches = indices[first : first + width]
+            ended, begun = begun, self._begin(images_uint8_NHWC, epoch, first, batches, seed)
+            yield from map(self._end, ended)
+        yield from map(self._end, begun)
 
-    def _label(self, images, epoch, first, indices, seed) -> Iterator[SoftLabels]:
-        """Label up to one batch per device; idle lanes repeat the first batch of the same shape."""
+    def _end(self, begun: SoftLabels) -> SoftLabels:
+        return begun._replace(logits_BK=self._map.fetch(begun.logits_BK))
+
+    def _begin(self, images, epoch, first, indices, seed) -> list[SoftLabels]:
+        """Label up to one batch per device; idle lanes repeat the first batch of the same shape.
+
+        The logits stay on the devices.
+        """
+        begun = []
         for size in dict.fromkeys(len(index) for index in indices):
             mine = [(first + i, index) for i, index in enumerate(indices) if len(index) == size]
             padded = (
@@ -91,7 +123,36 @@ class Labeller:
                 for lane, (batch, index) in enumerate(padded)
             ]
             for (batch, index), logits in zip(mine, self._map(seed, lanes), strict=False):
-                yield SoftLabels(epoch, batch, index.astype(np.int32), self._map.fetch(logits))
+                begun.append(SoftLabels(epoch, batch, index.astype(np.int32), logits))
+        return begun
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlineLabels:
+    """Labels made when they are read, to the bits that a store of the same plan gives back.
+
+    Attributes:
+      labeller: makes them.
+      images_uint8_NHWC: the set.
+      plan: of the store that there could be.
+      seed: of the views and mixes.
+    """
+
+    labeller: Labeller
+    images_uint8_NHWC: np.ndarray
+    plan: LabelPlan
+    seed: int
+
+    def read(self, *, start: int = 0, epochs: int | None = None) -> Iterator[SoftLabels]:
+        """The records that ``LabelReader.read`` reads."""
+        first, batch = divmod(start, self.plan.batches_per_epoch)
+        for number in range(first, self.plan.epochs if epochs is None else epochs):
+            epoch = number % self.plan.epochs
+            for record in self.labeller.epoch(
+                self.images_uint8_NHWC, epoch, seed=self.seed, start=batch
+            ):
+                yield rounded(record, self.plan.coding)
+            batch = 0
 
 
 def relabel(
@@ -104,6 +165,8 @@ def relabel(
     crop_min: float = 0.25,
     flip: bool = True,
     mix: str = "cutmix",
+    precision: str = "float16",
+    top_k: int | None = None,
     seed: int = 0,
 ) -> list[SoftLabels]:
     """Label a set in memory.
@@ -112,11 +175,17 @@ def relabel(
       pool: the label teachers, alone or combined by ``ensemble``.
       images_uint8_NHWC: the set; its order is what the records' indices mean.
       epochs: how many times every image is labelled, each time over another view.
+      ensemble, batch_size, crop_min, flip, mix: see ``LabelRecipe`` and ``Augment``.
+      precision, top_k: what is kept of the logits, see ``core.codec``.
 
     Returns:
-      One record per batch and epoch. A student replays the views from the same ``seed``,
-      ``crop_min``, ``flip`` and ``mix``.
+      One record per batch and epoch, with float32 logits as they are read from a store. A
+      student replays the views from the same ``seed``, ``crop_min``, ``flip`` and ``mix``.
     """
     labeller = Labeller(pool, LabelRecipe(Augment(crop_min, flip, mix), ensemble, batch_size))
-    images = np.asarray(images_uint8_NHWC)
-    return [r for epoch in range(epochs) for r in labeller.epoch(images, epoch, seed=seed)]
+    images, coding = np.asarray(images_uint8_NHWC), Coding(precision, top_k)
+    return [
+        rounded(record, coding)
+        for epoch in range(epochs)
+        for record in labeller.epoch(images, epoch, seed=seed)
+    ]

@@ -56,8 +56,9 @@ def _relabel(context: Context) -> None:
 def _validate(context: Context) -> None:
     for labelled in sets(context):
         if validate.pending(context, labelled):
-            labels = relabel.open_labels(context, labelled) if labelled.soft else None
-            validate.run(context, labelled, labels, relabel.augment_of(context))
+            with relabel.setting_aside(context, labelled):
+                labels = relabel.open_labels(context, labelled) if labelled.soft else None
+                validate.run(context, labelled, labels, relabel.augment_of(context))
 
 
 def _analyse(context: Context) -> None:

@@ -13,9 +13,8 @@ from rich.table import Table
 
 from prism_jax import labelling, parallel, progress, synthesis
 from prism_jax.config import Experiment, batch_layout, budget_of
-from prism_jax.core.augment import Augment
 from prism_jax.data.datasets import DATASETS
-from prism_jax.data.pipeline import num_batches
+from prism_jax.data.label_store import LabelPlan
 from prism_jax.data.sources import open_source
 from prism_jax.errors import UserError
 from prism_jax.stages.context import Context
@@ -68,12 +67,17 @@ def show(experiment: Experiment, workdir: str, *, measure: bool) -> None:
     )
     side, channels = experiment.dataset.image_size, DATASETS[experiment.dataset.name].channels
     image_bytes = images * side * side * channels
-    label_bytes = (
-        relabel.epochs
-        * images
-        * (experiment.dataset.num_classes * np.dtype(relabel.precision).itemsize + 4)
+    labels = LabelPlan(
+        images,
+        experiment.dataset.num_classes,
+        min(relabel.batch_size, images),
+        relabel.epochs,
+        relabel.precision,
+        relabel.top_k,
     )
-    batches = relabel.epochs * num_batches(images, min(relabel.batch_size, images))
+    online = relabel.mode == "online"
+    label_bytes = 0 if online else relabel.epochs * labels.epoch_bytes
+    batches = relabel.epochs * labels.batches_per_epoch
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(style="dim")
     rows = {
@@ -86,7 +90,8 @@ def show(experiment: Experiment, workdir: str, *, measure: bool) -> None:
         or "none",
         "recover": f"{layout.groups * layout.blocks:,} units of {layout.slots * layout.classes} "
         f"images, {iterations:,} iterations in all",
-        "relabel": f"{relabel.epochs} epochs, {batches:,} batches by {', '.join(relabel.teachers)}",
+        "relabel": f"{relabel.epochs} epochs, {batches:,} batches by {', '.join(relabel.teachers)}"
+        + (", while every student trains" if online else ""),
         "validate": f"{len(experiment.validate.students)} students x "
         f"{len(experiment.validate.seeds)} seeds x {1 + len(experiment.validate.controls)} sets",
         "disk": f"at most {megabytes(image_bytes)} of images, "
@@ -187,15 +192,12 @@ def _time(function) -> float:
 
 
 def _time_labels(e: Experiment, size: int) -> float:
-    relabel = e.relabel
-    recipe = labelling.LabelRecipe(
-        Augment(relabel.crop_min, relabel.flip, relabel.mix, relabel.mix_alpha),
-        relabel.ensemble,
-        size,
-        relabel.precision,
-    )
-    labeller = labelling.Labeller(_random_pool(e, relabel.teachers), recipe)
-    shape = Context(e, "unused").image_shape
+    from prism_jax.stages.relabel import recipe_of
+
+    context = Context(e, "unused")
+    pool = _random_pool(e, e.relabel.teachers)
+    labeller = labelling.Labeller(pool, recipe_of(context, size))
+    shape = context.image_shape
     images = np.random.default_rng(0).integers(0, 256, (size, *shape), np.uint8)
     return _time(lambda: list(labeller.epoch(images, 0, seed=0)))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from prism_jax.core import pixels
 from prism_jax.errors import UserError
-from prism_jax.models import first_batch_norm
+from prism_jax.models import first_batch_norm, layers
 from prism_jax.types import Array, Normalisation, PyTree, Reading
 
 STATISTICS = "bn_statistics"
@@ -142,6 +143,22 @@ def describe(
     """A Teacher for a module, its first BatchNorm found by tracing it once, abstractly."""
     first = first_batch_norm(module, image_shape)
     return Teacher(name, module, normalisation, class_indices, first)
+
+
+@contextlib.contextmanager
+def batch_statistics() -> Iterator[None]:
+    """Let BatchNorms normalise with the statistics of the batch, not with the running ones.
+
+    Nothing else changes: running statistics stay, dropout stays off.
+    """
+
+    def intercept(call, arguments, keywords, context):
+        if isinstance(context.module, layers.BatchNorm) and context.method_name == "__call__":
+            return call(arguments[0], train=True)
+        return call(*arguments, **keywords)
+
+    with nn.intercept_methods(intercept):
+        yield
 
 
 def embed(module: nn.Module, variables: PyTree, images_BHWC: Array) -> Array:

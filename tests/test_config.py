@@ -98,6 +98,15 @@ REFUSED = {
     "single": (
         {"relabel__teachers": ("resnet18", "mobilenet_v2")}, "relabel.ensemble is 'single'",
     ),
+    "half of one": ({"relabel__ensemble": "half_primary"}, "half_primary", "two or more"),
+    "no priors": ({"relabel__ensemble": "committee"}, "relabel.priors is None", "be 1 numbers"),
+    "too many priors": (
+        {"relabel__ensemble": "committee", "relabel__priors": (50.0, 40.0)}, "(50.0, 40.0)",
+    ),
+    "precision": ({"relabel__precision": "int4"}, "relabel.precision", "float16, float32, int8"),
+    "all of ten": ({"relabel__top_k": 10}, "relabel.top_k is 10", "smaller", "unset to keep all"),
+    "none of ten": ({"relabel__top_k": 0}, "relabel.top_k is 0", "must be positive"),
+    "mode": ({"relabel__mode": "live"}, "relabel.mode is 'live'", "online, store"),
     "batch": ({"recover__batch_size": 3}, "recover.batch_size is 3", "1, 2, 5, 10"),
     "slots": ({"recover__slots_per_batch": 3}, "recover.slots_per_batch is 3", "recover.ipc=10"),
     "budgets": (

@@ -160,6 +160,48 @@ def test_other_teachers_or_images_are_refused(finished, override, where, line, s
         assert way in err
 
 
+SMALL_LABELS = (
+    "--config.relabel.precision=int8", "--config.relabel.top_k=2", "--config.relabel.epochs=4",
+    "--config.relabel.mix_per=image",
+)  # fmt: skip
+
+
+def test_students_of_online_labels_are_those_of_the_store(finished, tmp_path):
+    """Of the synthetic set and of the random images, with labels of four epochs used for six."""
+    online = shutil.copytree(finished, tmp_path / "online")
+    shutil.rmtree(online / "relabel")
+    shutil.rmtree(online / "controls")
+    out = ok(finished, *SMALL_LABELS)
+    assert "relabel synthetic: 4/4" in out
+    out = ok(online, *SMALL_LABELS, "--config.relabel.mode=online")
+    assert "relabel" not in out and "validate synthetic/outside/0: 12/12" in out
+    assert not any(online.glob("**/relabel"))
+    stored, made = (
+        {k: v for k, v in results(r).items() if "validate" in k} for r in (finished, online)
+    )
+    assert made == stored and len(made) == 2 * 4
+    assert (online / "controls/random_real/images/00003/00001.png").exists()
+    assert "relabel" not in json.loads((online / "summary.json").read_text())
+
+    # The other mode finds its students finished, and adds only what is missing.
+    before = snapshot(online, "validate", "controls/random_real/validate")
+    out = ok(online, *SMALL_LABELS)
+    assert "relabel synthetic: 4/4" in out and "validate" not in out
+    assert snapshot(online, "validate", "controls/random_real/validate") == before
+    assert_same(online, finished)
+
+
+def test_labels_of_changed_images_are_refused(finished):
+    """The labels fit the settings and not the pixels: an image was exchanged, with its record."""
+    shutil.rmtree(finished / STUDENT)
+    manifest = finished / "relabel/manifest.json"
+    digest = json.loads(manifest.read_text())["images"]
+    manifest.write_text(manifest.read_text().replace(digest, digest[::-1]))
+    err = refused(finished)
+    assert f"belong to images with digest {digest[::-1]}, not to these ({digest})" in err
+    assert f"move {finished / 'relabel'} away" in err
+
+
 def test_labels_of_other_settings_are_not_trained_on(finished):
     err = refused(finished, "--config.relabel.crop_min=0.5", "--stages=validate")
     assert "no finished soft labels made with these settings" in err
@@ -276,7 +318,7 @@ def test_an_image_damaged_before_the_manifest_is_redone_too(finished, reference)
 
 
 @pytest.mark.parametrize("damage", [cut, flip, os.unlink])
-def test_a_damaged_label_shard_is_named_and_redone(finished, reference, damage):
+def test_a_damaged_label_shard_is_named_set_aside_and_redone(finished, reference, damage):
     shard = finished / "relabel/labels-00000.array_record"
     shutil.rmtree(finished / STUDENT)
     data = shard.read_bytes()
@@ -284,10 +326,10 @@ def test_a_damaged_label_shard_is_named_and_redone(finished, reference, damage):
     flip(shard, at=200 / len(data)) if damage is flip else damage(shard)
     status, out, err = call(TINY, f"--workdir={finished}")
     if damage is not os.unlink:  # a missing shard is simply made
-        assert status == 2 and str(shard) in err and "damaged" in err
-        assert not (finished / STUDENT / "record.json").exists()
-        shard.unlink()  # as the message says
+        assert status == 2 and f"{shard} is damaged" in err and "Run the same command again" in err
+        assert not (finished / STUDENT / "record.json").exists() and not shard.exists()
         ok(finished)
+        (finished / "relabel/labels-00000.array_record.set-aside-1").unlink()
     assert_same(finished, reference)
 
 

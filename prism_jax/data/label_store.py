@@ -3,7 +3,16 @@
     <root>/labels-00012.array_record   the records of a block of epochs; present means done
     <root>/manifest.json               what they label and how they were made; written last
 
-A record carries its own checksum and coordinates: damage is named, never read as data.
+A record is, in little-endian numbers:
+
+    0   uint32  CRC-32 of all that follows
+    4   uint32  epoch
+    8   uint32  batch in the epoch
+    12  a row per image: ``index``, which image of the set it is, in the smallest unsigned
+        integer that holds them all; then the fields of ``core.codec``
+
+Damage is named, never read as data. Views and mixes are not stored: they are functions of
+(seed, epoch, batch). ArrayRecord compresses each record with zstd.
 """
 
 from __future__ import annotations
@@ -11,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import struct
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -20,8 +30,8 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
-from flax import serialization
 
+from prism_jax.core import codec
 from prism_jax.data import workdir
 from prism_jax.data.image_set import DamagedFile
 from prism_jax.data.pipeline import num_batches, read_batches, share_of
@@ -29,8 +39,11 @@ from prism_jax.errors import UserError
 from prism_jax.types import SoftLabels
 
 MANIFEST = "manifest.json"
+FORMAT = 1
 
 _CHECKSUM_BYTES = 4
+_COORDINATES = struct.Struct("<II")
+_ROWS_AT = _CHECKSUM_BYTES + _COORDINATES.size
 _SMALL_SHARD_BYTES = 4 << 20
 
 
@@ -43,7 +56,7 @@ class LabelPlan:
       num_classes: length of a soft label.
       batch_size: images per record; the last record of an epoch may be ragged.
       epochs: how often the set is labelled.
-      precision: dtype of the stored logits, "float16" or "float32".
+      precision, top_k: see ``core.codec.Coding``.
       epochs_per_shard: in one file. An ArrayRecord file takes 128 kB however little it holds,
         so small sets put many epochs into one.
     """
@@ -53,16 +66,30 @@ class LabelPlan:
     batch_size: int
     epochs: int
     precision: str = "float16"
+    top_k: int | None = None
     epochs_per_shard: int = 1
 
     @classmethod
-    def of(
-        cls, count: int, num_classes: int, *, batch_size: int, epochs: int, precision: str
-    ) -> LabelPlan:
+    def of(cls, *arguments, **fields) -> LabelPlan:
         """The plan whose shards hold about 4 MB, or one epoch where that is larger."""
-        epoch_bytes = count * num_classes * np.dtype(precision).itemsize
-        together = min(epochs, max(1, _SMALL_SHARD_BYTES // epoch_bytes))
-        return cls(count, num_classes, batch_size, epochs, precision, together)
+        plan = cls(*arguments, **fields)
+        together = min(plan.epochs, max(1, _SMALL_SHARD_BYTES // plan.epoch_bytes))
+        return dataclasses.replace(plan, epochs_per_shard=together)
+
+    @property
+    def coding(self) -> codec.Coding:
+        return codec.Coding(self.precision, self.top_k)
+
+    @property
+    def row(self) -> np.dtype:
+        """The structure of what is kept of one image of one batch."""
+        index = np.min_scalar_type(self.count - 1).newbyteorder("<")
+        return np.dtype([("index", index), *self.coding.row(self.num_classes).descr])
+
+    @property
+    def epoch_bytes(self) -> int:
+        """Bytes of an epoch before they are compressed."""
+        return self.batches_per_epoch * _ROWS_AT + self.count * self.row.itemsize
 
     @property
     def batches_per_epoch(self) -> int:
@@ -77,9 +104,9 @@ class LabelPlan:
         first = shard * self.epochs_per_shard
         return range(first, min(first + self.epochs_per_shard, self.epochs))
 
-    def batch_shape(self, batch: int) -> tuple[int, int]:
-        """(B, K) of a record."""
-        return min(self.batch_size, self.count - batch * self.batch_size), self.num_classes
+    def images_of(self, batch: int) -> int:
+        """How many images a record labels."""
+        return min(self.batch_size, self.count - batch * self.batch_size)
 
 
 def shard_path(root: epath.PathLike, shard: int) -> epath.Path:
@@ -155,6 +182,8 @@ def write_manifest(
     paths = [shard_path(root, shard) for shard in range(plan.num_shards)]
     sizes = {path.name: path.stat().length for path in paths}
     manifest = {
+        "format": FORMAT,
+        "row": plan.row.descr,
         "plan": dataclasses.asdict(plan),
         "images": images,
         "teachers": teachers,
@@ -166,8 +195,19 @@ def write_manifest(
 
 
 def size_bytes(root: epath.PathLike) -> int:
-    """Bytes of all shards on disk."""
-    return sum(p.stat().length for p in epath.Path(root).glob("labels-*.array_record"))
+    """Bytes of all shards and of the manifest on disk."""
+    shards = epath.Path(root).glob("labels-*.array_record")
+    return sum(path.stat().length for path in (*shards, epath.Path(root) / MANIFEST))
+
+
+def rounded(record: SoftLabels, coding: codec.Coding) -> SoftLabels:
+    """A record as a store gives it back, without the store.
+
+    Raises:
+      UserError: logits that are not finite in the coding's precision.
+    """
+    logits_BK = codec.decode(_encoded(record, coding), record.logits_BK.shape[1])
+    return record._replace(logits_BK=logits_BK)
 
 
 class LabelReader:
@@ -191,6 +231,11 @@ class LabelReader:
             raise UserError(f"{root} holds no complete soft labels ({MANIFEST} is missing)")
         self.manifest = workdir.read_json(root / MANIFEST)
         try:
+            if self.manifest["format"] != FORMAT:
+                raise UserError(
+                    f"the soft labels in {root} are of format {self.manifest['format']}; this "
+                    f"version reads format {FORMAT}"
+                )
             self.plan = LabelPlan(**self.manifest["plan"])
             sizes, labelled = self.manifest["shards"], self.manifest["images"]
         except (KeyError, TypeError) as error:
@@ -246,7 +291,7 @@ class LabelReader:
         start: int = 0,
         epochs: int | None = None,
         share: tuple[int, int] = (0, 1),
-        threads: int = 0,
+        threads: int = 1,
     ) -> Iterator[SoftLabels]:
         """The records that a training of ``epochs`` epochs reads from global batch ``start`` on.
 
@@ -258,42 +303,44 @@ class LabelReader:
         return read_batches(numbers, lambda number: self[int(number) % len(self)], threads=threads)
 
 
-def _pack(record: SoftLabels, plan: LabelPlan) -> bytes:
-    index_B = np.asarray(record.index_B, np.int32)
-    with np.errstate(over="ignore"):  # the check below says it better
-        logits_BK = np.asarray(record.logits_BK).astype(plan.precision)
-    assert logits_BK.shape == plan.batch_shape(record.batch), logits_BK.shape
-    assert index_B.shape == logits_BK.shape[:1]
-    if not np.isfinite(logits_BK).all():
+def _encoded(record: SoftLabels, coding: codec.Coding) -> np.ndarray:
+    try:
+        return codec.encode(np.asarray(record.logits_BK, np.float32), coding)
+    except ValueError as error:
         raise UserError(
-            f"the logits of epoch {record.epoch}, batch {record.batch} are not finite in "
-            f"{plan.precision}; look at the label teachers, or set relabel.precision=float32"
-        )
-    fields = {
-        "epoch": int(record.epoch),
-        "batch": int(record.batch),
-        "index_B": index_B,
-        "logits_BK": logits_BK,
-    }
-    body = serialization.msgpack_serialize(fields)
+            f"epoch {record.epoch}, batch {record.batch} has {error}; look at the label teachers, "
+            f"or set relabel.precision=float32"
+        ) from error
+
+
+def _pack(record: SoftLabels, plan: LabelPlan) -> bytes:
+    assert len(record.index_B) == plan.images_of(record.batch)
+    encoded_B = _encoded(record, plan.coding)
+    rows_B = np.empty(len(record.index_B), plan.row)
+    rows_B["index"] = record.index_B
+    for name in encoded_B.dtype.names:
+        rows_B[name] = encoded_B[name]
+    body = _COORDINATES.pack(record.epoch, record.batch) + rows_B.tobytes()
     return zlib.crc32(body).to_bytes(_CHECKSUM_BYTES, "little") + body
 
 
 def _unpack(data: bytes, path: epath.Path, plan: LabelPlan, epoch: int, batch: int) -> SoftLabels:
-    checksum, body = data[:_CHECKSUM_BYTES], data[_CHECKSUM_BYTES:]
     where = f"the record of epoch {epoch}, batch {batch}"
-    if zlib.crc32(body) != int.from_bytes(checksum, "little"):
+    checksum, body = data[:_CHECKSUM_BYTES], data[_CHECKSUM_BYTES:]
+    if len(data) < _ROWS_AT or zlib.crc32(body) != int.from_bytes(checksum, "little"):
         raise DamagedFile(path, f"is damaged: {where} fails its checksum")
-    fields = serialization.msgpack_restore(body)
-    if (fields["epoch"], fields["batch"]) != (epoch, batch):
+    found = _COORDINATES.unpack_from(body)
+    if found != (epoch, batch):
         raise DamagedFile(
             path,
-            f"is damaged: at the place of {where} is that of epoch {fields['epoch']}, batch "
-            f"{fields['batch']}",
+            f"is damaged: at the place of {where} is that of epoch {found[0]}, batch {found[1]}",
         )
-    if fields["logits_BK"].shape != plan.batch_shape(batch):
-        raise DamagedFile(path, f"is damaged: {where} has shape {fields['logits_BK'].shape}")
-    return SoftLabels(epoch, batch, fields["index_B"], fields["logits_BK"].astype(np.float32))
+    wanted = _ROWS_AT + plan.images_of(batch) * plan.row.itemsize
+    if len(data) != wanted:
+        raise DamagedFile(path, f"is damaged: {where} has {len(data)} bytes, not {wanted}")
+    rows_B = np.frombuffer(data, plan.row, offset=_ROWS_AT)
+    logits_BK = codec.decode(rows_B, plan.num_classes)
+    return SoftLabels(epoch, batch, rows_B["index"].astype(np.int32), logits_BK)
 
 
 @contextlib.contextmanager

@@ -248,7 +248,7 @@ class Context:
         if labelled.soft:
             fields["labels"] = workdir.digest(self.relabel_fields(labelled))
         else:
-            views = ("batch_size", "crop_min", "flip", "mix", "mix_alpha")
+            views = ("batch_size", "crop_min", "flip", "mix", "mix_alpha", "mix_per")
             relabel = fingerprint_fields("relabel", self.config.relabel)
             fields["views"] = {name: relabel[name] for name in views}
             fields["validate"]["loss"] = "ce"

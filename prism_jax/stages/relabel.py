@@ -2,10 +2,14 @@
 
 relabel/labels-<shard>.array_record   a block of epochs, one record per batch
 relabel/manifest.json                 teachers, views, and the digest of the images labelled
+
+With ``relabel.mode = "online"`` there is nothing to do and no folder: ``open_labels`` gives
+labels that are made when they are read, to the same bits.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -16,7 +20,7 @@ from prism_jax import parallel, progress
 from prism_jax.core.augment import Augment
 from prism_jax.data import image_set, label_store, workdir
 from prism_jax.errors import UserError
-from prism_jax.labelling import Labeller, LabelRecipe
+from prism_jax.labelling import Labeller, LabelRecipe, OnlineLabels
 from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.types import SoftLabels
 
@@ -30,7 +34,20 @@ def folder(labelled: LabelledSet) -> epath.Path:
 def augment_of(context: Context) -> Augment:
     """The distribution of views and mixes, which students replay."""
     relabel = context.config.relabel
-    return Augment(relabel.crop_min, relabel.flip, relabel.mix, relabel.mix_alpha)
+    return Augment(relabel.crop_min, relabel.flip, relabel.mix, relabel.mix_alpha, relabel.mix_per)
+
+
+def recipe_of(context: Context, batch_size: int) -> LabelRecipe:
+    """What decides the logits."""
+    relabel = context.config.relabel
+    return LabelRecipe(
+        augment_of(context),
+        relabel.ensemble,
+        batch_size,
+        relabel.priors,
+        relabel.prior_temperature,
+        relabel.teacher_mode,
+    )
 
 
 def plan_of(context: Context, labelled: LabelledSet) -> label_store.LabelPlan:
@@ -42,6 +59,7 @@ def plan_of(context: Context, labelled: LabelledSet) -> label_store.LabelPlan:
         batch_size=min(relabel.batch_size, count),
         epochs=relabel.epochs,
         precision=relabel.precision,
+        top_k=relabel.top_k,
     )
 
 
@@ -54,7 +72,20 @@ def pending(context: Context, labelled: LabelledSet) -> list[int]:
 
 
 def is_done(context: Context, labelled: LabelledSet) -> bool:
+    """Whether the labels are there, or need not be."""
+    if context.config.relabel.mode == "online":
+        return True
     return not pending(context, labelled) and (folder(labelled) / DONE).exists()
+
+
+def labeller_of(context: Context, plan: label_store.LabelPlan) -> Labeller:
+    """The teachers, ready to label whole batches on every device."""
+    return Labeller(
+        context.pool(context.config.relabel.teachers),
+        recipe_of(context, plan.batch_size),
+        devices=parallel.lane_devices(plan.batches_per_epoch),
+        how=context.config.parallel.map,
+    )
 
 
 def run(context: Context, labelled: LabelledSet) -> None:
@@ -62,12 +93,7 @@ def run(context: Context, labelled: LabelledSet) -> None:
     root, config = folder(labelled), context.config
     context.begin(root, context.relabel_fields(labelled))
     plan, shards = plan_of(context, labelled), pending(context, labelled)
-    labeller = Labeller(
-        context.pool(config.relabel.teachers),
-        LabelRecipe(augment_of(context), config.relabel.ensemble, plan.batch_size, plan.precision),
-        devices=parallel.lane_devices(plan.batches_per_epoch),
-        how=config.parallel.map,
-    )
+    labeller = labeller_of(context, plan)
 
     def records(shard: int, bar: progress.Bar) -> Iterator[SoftLabels]:
         for epoch in plan.epochs_of(shard):
@@ -81,22 +107,41 @@ def run(context: Context, labelled: LabelledSet) -> None:
         for shard in parallel.process_share(shards):
             label_store.write_shard(root, plan, shard, records(shard, bar))
     workdir.write_json(root / "timing.json", {"seconds": time.monotonic() - seconds})
-    view = dataclasses.asdict(augment_of(context))
+    view = dataclasses.asdict(recipe_of(context, plan.batch_size))
     label_store.write_manifest(
         root,
         plan,
         images=image_set.digest(labelled.images_uint8_NHWC),
         teachers=context.weights_digests(config.relabel.teachers),
-        view={**view, "ensemble": config.relabel.ensemble, "seed": config.seed},
+        view={**view.pop("augment"), **view, "seed": config.seed},
     )
 
 
-def open_labels(context: Context, labelled: LabelledSet) -> label_store.LabelReader:
-    """The finished labels of a set, checked to be of these settings and about these very images.
+@contextlib.contextmanager
+def setting_aside(context: Context, labelled: LabelledSet) -> Iterator[None]:
+    """Set aside what turns out to be damaged while the labels are read; the next run redoes it."""
+    try:
+        yield
+    except image_set.DamagedFile as error:
+        if error.path.parent != folder(labelled) or not error.path.exists():
+            raise
+        context.acquire()
+        workdir.set_aside(error.path)
+        again = "Run the same command again to redo it; what was there is set aside."
+        raise image_set.DamagedFile(error.path, error.problem, again) from error
+
+
+def open_labels(context: Context, labelled: LabelledSet) -> label_store.LabelReader | OnlineLabels:
+    """The labels of a set: stored, and checked to be of these settings and about these very
+    images, or made when they are read.
 
     Raises:
       UserError: they are not there, or were made from something else.
     """
+    if context.config.relabel.mode == "online":
+        plan = plan_of(context, labelled)
+        labeller = labeller_of(context, plan)
+        return OnlineLabels(labeller, labelled.images_uint8_NHWC, plan, context.config.seed)
     if not is_done(context, labelled):
         raise UserError(
             f"{folder(labelled)} has no finished soft labels made with these settings; run the "

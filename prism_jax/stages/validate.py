@@ -15,6 +15,7 @@ from prism_jax.core.augment import Augment
 from prism_jax.data import workdir
 from prism_jax.data.label_store import LabelReader
 from prism_jax.data.pipeline import num_batches
+from prism_jax.labelling import OnlineLabels
 from prism_jax.stages.context import RECORD, Context, LabelledSet
 from prism_jax.stages.loop import train
 from prism_jax.training import TrainBatch, Trainer, TrainRecipe, hard_batches, soft_batches
@@ -36,7 +37,10 @@ def pending(context: Context, labelled: LabelledSet) -> list[tuple[str, int]]:
 
 
 def run(
-    context: Context, labelled: LabelledSet, labels: LabelReader | None, augment: Augment
+    context: Context,
+    labelled: LabelledSet,
+    labels: LabelReader | OnlineLabels | None,
+    augment: Augment,
 ) -> None:
     """Train every student that is missing.
 
@@ -73,7 +77,7 @@ def _is_done(context: Context, labelled: LabelledSet, student: str, seed: int) -
 def _train(
     context: Context,
     labelled: LabelledSet,
-    labels: LabelReader | None,
+    labels: LabelReader | OnlineLabels | None,
     augment: Augment,
     student: str,
     seed: int,
@@ -100,7 +104,7 @@ def _train(
 
     def from_batch(start: int) -> Iterable[TrainBatch]:
         if labels:
-            records = labels.read(start=start, epochs=epochs, threads=1)
+            records = labels.read(start=start, epochs=epochs)
             return soft_batches(images, targets, records, per_epoch=per_epoch, start=start)
         return hard_batches(
             images, targets, batch_size=size, epochs=epochs, seed=context.config.seed,

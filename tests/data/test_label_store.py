@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from flax import serialization
 
+from prism_jax.core.codec import PRECISIONS
 from prism_jax.data import label_store
 from prism_jax.data.image_set import DamagedFile
 from prism_jax.data.label_store import (
@@ -14,6 +14,7 @@ from prism_jax.data.label_store import (
     LabelReader,
     check_shard,
     missing_shards,
+    rounded,
     shard_path,
     size_bytes,
     write_manifest,
@@ -27,7 +28,7 @@ PLAN = LabelPlan(count=7, num_classes=4, batch_size=3, epochs=5, epochs_per_shar
 
 def record(epoch: int, batch: int, plan: LabelPlan = PLAN) -> SoftLabels:
     rng = np.random.default_rng([epoch, batch])
-    shape = plan.batch_shape(batch)
+    shape = plan.images_of(batch), plan.num_classes
     index_B = rng.permutation(plan.count)[: shape[0]].astype(np.int32)
     return SoftLabels(epoch, batch, index_B, rng.normal(size=shape).astype(np.float16))
 
@@ -62,11 +63,12 @@ def flip(path, bit: int) -> None:
     path.write_bytes(data)
 
 
-def same(found: SoftLabels, wanted: SoftLabels) -> bool:
+def same(found: SoftLabels, wanted: SoftLabels, plan: LabelPlan = PLAN) -> bool:
+    wanted = rounded(wanted, plan.coding)
     return (
         (found.epoch, found.batch) == (wanted.epoch, wanted.batch)
         and np.array_equal(found.index_B, wanted.index_B)
-        and np.array_equal(found.logits_BK, wanted.logits_BK.astype(np.float32))
+        and np.array_equal(found.logits_BK, wanted.logits_BK)
     )
 
 
@@ -102,8 +104,9 @@ def test_reading_on_from_a_batch_and_in_shares(pristine, threads):
 
 def test_manifest_says_what_was_labelled_and_what_it_costs(pristine):
     manifest = LabelReader(pristine).manifest
-    on_disk = sum(p.stat().st_size for p in pristine.glob("labels-*"))
-    assert size_bytes(pristine) == manifest["bytes"] == on_disk > 0
+    shards = sum(p.stat().st_size for p in pristine.glob("labels-*"))
+    everything = sum(p.stat().st_size for p in pristine.iterdir())
+    assert manifest["bytes"] == shards > 0 and size_bytes(pristine) == everything > shards
     assert manifest["images"] == "abc" and manifest["teachers"] == {"t": "1"}
     assert manifest["view"] == {"flip": True, "seed": 0}
     with pytest.raises(UserError, match="belong to images with digest abc"):
@@ -145,19 +148,80 @@ def test_logits_that_float16_cannot_hold_are_refused(tmp_path, value):
     logits = bad[4].logits_BK.astype(np.float32)
     logits[0, 0] = value
     bad[4] = bad[4]._replace(logits_BK=logits)
-    with pytest.raises(UserError, match="epoch 1, batch 1 are not finite in float16"):
+    with pytest.raises(
+        UserError, match="epoch 1, batch 1 has logits that are not finite in float16"
+    ):
         write_shard(tmp_path, PLAN, 0, bad)
     if np.isfinite(value):
         write_shard(tmp_path, dataclasses.replace(PLAN, precision="float32"), 0, bad)
 
 
 def test_small_sets_share_shards_and_large_epochs_do_not():
-    small = LabelPlan.of(100, 10, batch_size=50, epochs=300, precision="float16")
+    small = LabelPlan.of(100, 10, batch_size=50, epochs=300)
     assert small.num_shards == 1
-    large = LabelPlan.of(50_000, 1000, batch_size=50, epochs=300, precision="float16")
+    large = LabelPlan.of(50_000, 1000, batch_size=50, epochs=300)
     assert large.num_shards == 300
-    between = LabelPlan.of(1000, 1000, batch_size=50, epochs=5, precision="float16")
+    between = LabelPlan.of(1000, 1000, batch_size=50, epochs=5)
     assert [list(between.epochs_of(s)) for s in range(between.num_shards)] == [[0, 1], [2, 3], [4]]
+    pruned = LabelPlan.of(1000, 1000, batch_size=50, epochs=300, precision="int8", top_k=100)
+    assert pruned.epochs_per_shard == 17
+
+
+# --- what is kept -----------------------------------------------------------------------------
+
+KEPT = [
+    dataclasses.replace(PLAN, precision=precision, top_k=top_k)
+    for precision in PRECISIONS
+    for top_k in (None, 2)
+]
+
+
+@pytest.mark.parametrize("plan", KEPT, ids=lambda plan: f"{plan.precision}-{plan.top_k}")
+def test_every_coding_comes_back_and_a_killed_relabel_continues(tmp_path, plan):
+    def killed():
+        yield from records(0, plan)[:4]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(tmp_path, plan, 0, killed())
+    assert list(tmp_path.iterdir()) == []  # nothing half written
+    write_shard(tmp_path, plan, 2, records(2, plan))
+    assert missing_shards(tmp_path, plan) == [0, 1]
+    write_store(tmp_path, plan)
+    for shard in range(plan.num_shards):
+        check_shard(tmp_path, plan, shard)
+    reader = LabelReader(tmp_path)
+    assert reader.plan == plan
+    for found in reader.read():
+        exact = record(found.epoch, found.batch, plan)
+        assert same(found, exact, plan) and found.logits_BK.dtype == np.float32
+        if plan.top_k or plan.precision == "int8":  # of these float16 logits
+            assert not np.array_equal(found.logits_BK, exact.logits_BK.astype(np.float32))
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (256, 1), (257, 2), (65_537, 4)])
+def test_an_index_takes_as_few_bytes_as_hold_the_last_image(tmp_path, count, size):
+    plan = LabelPlan(count, 4, batch_size=count, epochs=1, precision="int8")
+    assert plan.row["index"].itemsize == size
+    write_store(tmp_path, plan)
+    found = LabelReader(tmp_path)[0]
+    assert found.index_B.dtype == np.int32
+    np.testing.assert_array_equal(np.sort(found.index_B), np.arange(count))
+
+
+def test_a_record_is_its_rows_and_twelve_bytes(tmp_path):
+    for plan in KEPT:
+        packed = label_store._pack(record(3, 2, plan), plan)
+        assert len(packed) == 12 + plan.images_of(2) * plan.row.itemsize
+        assert np.frombuffer(packed, "<u4", count=3)[1:].tolist() == [3, 2]
+        assert plan.epoch_bytes == sum(len(label_store._pack(r, plan)) for r in records(2, plan))
+
+
+def test_a_store_of_another_format_is_refused(store):
+    path = store / "manifest.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(UserError, match="are of format 2; this version reads format 1"):
+        LabelReader(store)
 
 
 @pytest.mark.parametrize("keep", [0, 10, 70_000, 131_071])
@@ -220,12 +284,10 @@ def test_the_checksum_of_a_record_sees_every_bit():
         data[bit // 8] ^= 1 << bit % 8
         with pytest.raises(DamagedFile, match="checksum"):
             label_store._unpack(bytes(data), path, PLAN, 0, 0)
-        try:  # the twin without a checksum reads altered logits as data
-            twin = serialization.msgpack_restore(bytes(data[label_store._CHECKSUM_BYTES :]))
-            misread += not np.array_equal(twin["logits_BK"], record(0, 0).logits_BK)
-        except Exception:
-            pass
-    assert misread > 0
+        # The twin without a checksum reads altered logits as data.
+        values = np.frombuffer(bytes(data), PLAN.row, offset=12)["values"]
+        misread += not np.array_equal(values, record(0, 0).logits_BK)
+    assert misread == 8 * 2 * 3 * 4
 
 
 def test_a_record_in_the_wrong_place_is_not_taken_for_another(store):
