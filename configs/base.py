@@ -24,6 +24,11 @@ def get_config(arg: str = "") -> ConfigDict:
     c.dataset.path = placeholder(str)
     c.dataset.image_size = 224
     c.dataset.num_classes = 1000
+    c.dataset.damaged = "stop"  # or "skip": a damaged image is left out and reported
+    c.dataset.threads = 4  # that read ahead
+    c.dataset.workers = 0  # processes that read ahead instead
+    c.dataset.mean = placeholder(tuple)  # unset: the data set's own
+    c.dataset.std = placeholder(tuple)
 
     c.networks = ConfigDict()  # name -> architecture, width, depth, stem, checkpoint, ...
 

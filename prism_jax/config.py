@@ -23,13 +23,23 @@ CONTROLS = ("random_real", "random_real_hard", "full_real")
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Which real images; their constants stand in ``data.datasets``."""
+    """Which real images; their constants stand in ``data.datasets``.
+
+    ``damaged`` says what a damaged image does: stop the run, or be left out of the set.
+    ``threads`` and ``workers`` (processes) read ahead; they change no batch.
+    ``mean`` and ``std`` replace the normalisation of the data set.
+    """
 
     name: str
     source: str
     path: str | None
     image_size: int
     num_classes: int
+    damaged: Literal["stop", "skip"]
+    threads: int
+    workers: int
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,7 +364,7 @@ def violations(e: Experiment) -> list[str]:
             if get_origin(hint) is Literal:
                 one_of(f"{name}.{field}", getattr(group, field), get_args(hint))
 
-    positive("dataset", "image_size", "num_classes")
+    positive("dataset", "image_size", "num_classes", "threads")
     positive("squeeze", "epochs", "batch_size", "learning_rate")
     positive(
         "recover",
@@ -386,6 +396,7 @@ def violations(e: Experiment) -> list[str]:
         "checkpoint_seconds",
     )
     positive("analyse", "grid_classes", "grid_slots")
+    not_negative("dataset", "workers")
     not_negative("recover", "iterations", "alpha_bn", "roll")
     not_negative("squeeze", "weight_decay", "seed")
     not_negative("validate", "weight_decay", "ce_weight")
@@ -404,8 +415,22 @@ def violations(e: Experiment) -> list[str]:
 
     from prism_jax import initialise, synthesis, training
 
-    one_of("dataset.name", e.dataset.name, datasets.DATASETS)
+    if not e.dataset.name.startswith(datasets.TFDS):
+        one_of("dataset.name", e.dataset.name, [*datasets.DATASETS, f"{datasets.TFDS}<builder>"])
+    elif e.dataset.source != "tfds":
+        found.append(
+            f"dataset.source is {e.dataset.source!r}; dataset.name={e.dataset.name} needs 'tfds'"
+        )
     one_of("dataset.source", e.dataset.source, sources.SOURCES)
+    if (e.dataset.mean is None) != (e.dataset.std is None) or (
+        e.dataset.mean and e.dataset.std and len(e.dataset.mean) != len(e.dataset.std)
+    ):
+        found.append(
+            f"dataset.mean is {e.dataset.mean} and dataset.std is {e.dataset.std}; they belong "
+            f"together, with one number per channel each"
+        )
+    if e.dataset.std and min(e.dataset.std) <= 0:
+        found.append(f"dataset.std is {e.dataset.std}; its numbers must be positive")
     one_of("squeeze.optimiser", e.squeeze.optimiser, training.OPTIMISERS)
     one_of("squeeze.schedule", e.squeeze.schedule, schedules.SCHEDULES)
     one_of("recover.method", e.recover.method, synthesis.METHODS)

@@ -13,9 +13,8 @@ from rich.table import Table
 
 from prism_jax import labelling, parallel, progress, synthesis
 from prism_jax.config import Experiment, batch_layout, budget_of
-from prism_jax.data.datasets import DATASETS
 from prism_jax.data.label_store import LabelPlan
-from prism_jax.data.sources import open_source
+from prism_jax.data.sources import info_of, open_source
 from prism_jax.errors import UserError
 from prism_jax.stages.context import Context
 from prism_jax.teachers import TeacherPool, describe
@@ -65,7 +64,8 @@ def show(experiment: Experiment, workdir: str, *, measure: bool) -> None:
     iterations = layout.blocks * sum(
         budget_of(experiment, group * layout.slots) for group in range(layout.groups)
     )
-    side, channels = experiment.dataset.image_size, DATASETS[experiment.dataset.name].channels
+    dataset = experiment.dataset
+    side, channels = dataset.image_size, info_of(dataset.name, dataset.path).channels
     image_bytes = images * side * side * channels
     labels = LabelPlan(
         images,

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import importlib.util
+import pathlib
+import re
+from collections.abc import Sequence
 
 from prism_jax.errors import UserError
 from prism_jax.types import Normalisation
 
 IMAGENET_NORMALISATION = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+# dataset.name = "tfds:<builder>" is any image classification set of TensorFlow Datasets.
+TFDS = "tfds:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +35,7 @@ class DatasetInfo:
         before the central crop (224-type sets: 256 / 224).
       imagenet_indices: the ImageNet class of each class, where the set is a part of ImageNet.
       tfds_name: its name in TensorFlow Datasets, where it is there.
+      test_splits: the names under which labelled test images are found, best first.
     """
 
     name: str
@@ -39,6 +48,7 @@ class DatasetInfo:
     resize_ratio: float = 1.0
     imagenet_indices: tuple[int, ...] | None = None
     tfds_name: str | None = None
+    test_splits: tuple[str, ...] = ("test", "val", "validation")
 
     def __post_init__(self):
         assert len(self.normalisation.mean) == len(self.normalisation.std) == self.channels
@@ -46,6 +56,8 @@ class DatasetInfo:
 
 
 _NUMERALS = tuple("0123456789")
+_WNID = re.compile(r"n[0-9]{8}")
+_VALIDATION = ("val", "validation")  # the test images of these sets come without labels
 
 _CIFAR100_NAMES = tuple(
     """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
@@ -122,6 +134,7 @@ _ALL = (
         channels=3,
         normalisation=IMAGENET_NORMALISATION,
         flip=True,
+        test_splits=_VALIDATION,
     ),
     DatasetInfo(
         name="imagenette",
@@ -137,6 +150,7 @@ _ALL = (
         resize_ratio=256 / 224,
         imagenet_indices=(0, 217, 482, 491, 497, 566, 569, 571, 574, 701),
         tfds_name="imagenette/320px-v2",
+        test_splits=_VALIDATION,
     ),
     DatasetInfo(
         name="imagenet",
@@ -148,6 +162,7 @@ _ALL = (
         resize_ratio=256 / 224,
         imagenet_indices=tuple(range(1000)),
         tfds_name="imagenet2012",
+        test_splits=_VALIDATION,
     ),
 )
 
@@ -164,4 +179,39 @@ def dataset_info(name: str) -> DatasetInfo:
         return DATASETS[name]
     near = difflib.get_close_matches(name, DATASETS, n=1)
     meant = f"; did you mean {near[0]!r}?" if near else ";"
-    raise UserError(f"dataset.name is {name!r}{meant} the data sets are {', '.join(DATASETS)}")
+    raise UserError(
+        f"dataset.name is {name!r}{meant} the data sets are {', '.join(DATASETS)}, and "
+        f"{TFDS}<builder> for any other of TensorFlow Datasets"
+    )
+
+
+def imagenet_positions(class_names: Sequence[str]) -> tuple[int, ...] | None:
+    """The ImageNet class of each class whose name is a WordNet ID; None where one is not known.
+
+    ImageNet's classes are its 1,000 IDs in sorted order. A part of them is looked up in the list
+    that the package tensorflow-datasets brings along.
+    """
+    known = {name: i for i, name in enumerate(imagenet_wnids())}
+    if not known and len(set(class_names)) == 1000 and all(map(_WNID.fullmatch, class_names)):
+        known = {name: i for i, name in enumerate(sorted(class_names))}
+    positions = [known.get(name) for name in class_names]
+    return None if None in positions or not positions else tuple(positions)
+
+
+@functools.cache
+def imagenet_wnids() -> tuple[str, ...]:
+    """The WordNet IDs of ImageNet's classes in label order; empty where not known."""
+    return _listed("labels.txt")
+
+
+@functools.cache
+def imagenet_validation_wnids() -> tuple[str, ...]:
+    """The class of each of ImageNet's validation images, by number; empty where not known."""
+    return _listed("validation_labels.txt")
+
+
+def _listed(file: str) -> tuple[str, ...]:
+    """A list of WordNet IDs that tensorflow-datasets brings along."""
+    package = importlib.util.find_spec("tensorflow_datasets")  # without importing it
+    path = pathlib.Path(package.origin).parent / "datasets" / "imagenet2012" / file
+    return tuple(path.read_text().split()) if path.is_file() else ()

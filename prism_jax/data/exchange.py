@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import io
 import os
-import pathlib
 import re
 import warnings
 from typing import Any
@@ -19,7 +17,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from prism_jax.data.datasets import DatasetInfo
+from prism_jax.data.datasets import DatasetInfo, imagenet_wnids
 from prism_jax.data.sources import EXTENSIONS, class_order, decode
 from prism_jax.errors import UserError
 
@@ -32,18 +30,10 @@ _NEEDED = (
 
 def wnids(info: DatasetInfo) -> tuple[str, ...] | None:
     """The WordNet IDs of a data set's classes in label order, where it is a part of ImageNet."""
-    known = _imagenet_wnids()
+    known = imagenet_wnids()
     if info.imagenet_indices is None or not known:
         return None
     return tuple(known[index] for index in info.imagenet_indices)
-
-
-@functools.cache
-def _imagenet_wnids() -> tuple[str, ...]:
-    """All 1,000, sorted; none where the package tensorflow-datasets does not bring its list."""
-    package = importlib.util.find_spec("tensorflow_datasets")  # without importing it
-    file = pathlib.Path(package.origin).parent / "datasets" / "imagenet2012" / "labels.txt"
-    return tuple(file.read_text().split()) if file.is_file() else ()
 
 
 class ImageSet:

@@ -3,20 +3,34 @@
 Batch ``n`` of a pipeline is a function of ``n``: its epoch is ``n // batches per epoch`` and its
 images are a slice of that epoch's permutation. A run that stopped after batch ``n`` therefore
 continues at ``start=n + 1`` with nothing lost or read twice, and processes share a pipeline by
-taking every so-many-th number of it.
+taking every so-many-th number of it. Threads and processes that read ahead, and the buffer on the
+device, change no batch.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import grain
+import jax
 import numpy as np
+from absl import flags
 
 from prism_jax import rng
 from prism_jax.data.sources import ImageSource
+from prism_jax.errors import UserError
+
+T = TypeVar("T")
+
+_AT_ONCE = 64
 
 
 class Batch(NamedTuple):
@@ -101,21 +115,112 @@ def share_of(total: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> ran
 
 
 def read_batches(
-    numbers: range, read: Callable[[int], Any], *, threads: int = 0, prefetch: int = 2
+    numbers: range,
+    read: Callable[[int], Any],
+    *,
+    threads: int = 0,
+    workers: int = 0,
+    prefetch: int = 2,
 ) -> Iterator[Any]:
     """Read batches in the order of their numbers, with Grain.
 
     Args:
       numbers: global batch numbers.
-      read: the batch of a number; called from several threads at once.
-      threads: that read ahead; 0 reads in the caller.
+      read: the batch of a number; called from several threads or processes at once.
+      threads: that read ahead, in each process that reads; 0 reads in the caller.
+      workers: processes that read ahead; 0 reads in this one. They start by importing the main
+        module, so a script that asks for them needs ``if __name__ == "__main__":``.
       prefetch: batches read ahead of the one asked for, at least one per thread.
     """
     if not numbers:
         return iter(())
     ahead = max(prefetch, threads) if threads else 0
-    batches = grain.MapDataset.range(numbers.start, numbers.stop, numbers.step).map(read)
-    return iter(batches.to_iter_dataset(grain.ReadOptions(threads, ahead)))
+    batches = grain.MapDataset.range(numbers.start, numbers.stop, numbers.step)
+    if not workers:
+        return iter(batches.map(read).to_iter_dataset(grain.ReadOptions(threads, ahead)))
+    if not flags.FLAGS.is_parsed():  # Grain asks absl's flags for its own, parsed or not
+        flags.FLAGS.mark_as_parsed()
+    options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=max(1, prefetch))
+    batches = batches.map(functools.partial(_answer, read))
+    batches = batches.to_iter_dataset(grain.ReadOptions(threads, ahead))
+    # Through pipes: shared memory is small in containers, where running out of it kills a process.
+    through_pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+    batches = grain.experimental.WithOptionsIterDataset(batches, through_pipes)
+    return _answers(batches.mp_prefetch(options, worker_init_fn=_start_worker))
+
+
+def _answer(read: Callable[[int], Any], number: int) -> Any:
+    """A batch, or the error a person has to see: raised here it would come with a traceback."""
+    try:
+        return read(number)
+    except UserError as error:
+        return _Failed(str(error))
+
+
+class _Failed(NamedTuple):
+    """Why a worker could not read a batch."""
+
+    message: str
+
+
+def _answers(batches: grain.IterDataset) -> Iterator[Any]:
+    iterator = iter(batches)
+    try:
+        for answer in iterator:
+            if isinstance(answer, _Failed):
+                raise UserError(answer.message)
+            yield answer
+    finally:
+        iterator.close()  # ends the processes
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Leave Ctrl-C to the main process, and end when it has ended, however that came."""
+    del index, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def on_device(
+    batches: Iterable[T], *, ahead: int = 2, put: Callable[[np.ndarray], Any] = jax.device_put
+) -> Iterator[T]:
+    """The batches with their arrays on the device, sent while those before are worked on.
+
+    Args:
+      batches: trees; what is no array in them stays on the host.
+      ahead: how many are on the device at a time, with the one in use.
+      put: sends an array without waiting for its arrival.
+    """
+    waiting: deque[T] = deque()
+    for batch in batches:
+        waiting.append(jax.tree.map(lambda x: put(x) if isinstance(x, np.ndarray) else x, batch))
+        if len(waiting) >= ahead:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def read_images(
+    source: ImageSource, positions: Sequence[int], *, threads: int = 8, workers: int = 0
+) -> np.ndarray:
+    """Read the images at some positions, in their order.
+
+    Returns:
+      uint8 images_NHWC.
+    """
+    positions = [int(position) for position in positions]
+
+    def read(number: int) -> np.ndarray:
+        some = positions[number * _AT_ONCE : (number + 1) * _AT_ONCE]
+        return np.stack([source.image(position) for position in some])
+
+    numbers = range(num_batches(len(positions), _AT_ONCE))
+    parts = list(read_batches(numbers, read, threads=threads, workers=workers))
+    return np.concatenate(parts)
 
 
 def batches(
@@ -130,6 +235,7 @@ def batches(
     continuous: bool = False,
     share: tuple[int, int] = (0, 1),
     threads: int = 0,
+    workers: int = 0,
     prefetch: int = 2,
 ) -> Iterator[Batch]:
     """Read every image once per epoch.
@@ -144,7 +250,7 @@ def batches(
       continuous: fill up the last batch of an epoch from the next pass, see
         ``continuous_index``.
       share: (process, processes), see ``share_of``.
-      threads, prefetch: see ``read_batches``; they change no batch.
+      threads, workers, prefetch: see ``read_batches``; they change no batch.
     """
     count = len(source)
     per_epoch = num_batches(count, batch_size)
@@ -165,4 +271,4 @@ def batches(
         return Batch(number, epoch, batch, index_B, images_BHWC, labels_N[index_B])
 
     numbers = share_of(epochs * per_epoch, start, share)
-    return read_batches(numbers, read, threads=threads, prefetch=prefetch)
+    return read_batches(numbers, read, threads=threads, workers=workers, prefetch=prefetch)

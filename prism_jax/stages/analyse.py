@@ -164,6 +164,7 @@ def summarise(
             "image_size": config.dataset.image_size,
             "train_images": len(context.open("train")),
             "test_images": len(context.open("test")),
+            "left_out": {split: context.open(split).left_out for split in ("train", "test")},
         },
     }
     teachers = {name: context.teacher_folder(name) / RECORD for name in config.recover.pool}

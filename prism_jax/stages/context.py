@@ -16,11 +16,11 @@ from flax import traverse_util
 from safetensors import numpy as safetensors
 
 from prism_jax import progress
-from prism_jax.config import Experiment, Network, fingerprint_fields, to_dict
+from prism_jax.config import Dataset, Experiment, Network, fingerprint_fields, to_dict
 from prism_jax.data import workdir
-from prism_jax.data.datasets import DATASETS, DatasetInfo
+from prism_jax.data.datasets import DatasetInfo
 from prism_jax.data.exchange import ImageSet
-from prism_jax.data.sources import ImageSource, open_source, read_all
+from prism_jax.data.sources import ImageSource, info_of, open_source, read_all
 from prism_jax.errors import UserError
 from prism_jax.initialise import INITIALISERS
 from prism_jax.models import build
@@ -136,13 +136,19 @@ class Context:
 
     # --- data ---
 
-    @property
+    @functools.cached_property
     def info(self) -> DatasetInfo:
-        return DATASETS[self.config.dataset.name]
+        return info_of(self.config.dataset.name, self.config.dataset.path)
 
     @property
     def normalisation(self) -> Normalisation:
-        return self.info.normalisation
+        own = own_normalisation(self.config.dataset)
+        if own and len(own.mean) != self.info.channels:
+            raise UserError(
+                f"dataset.mean has {len(own.mean)} numbers; {self.info.name} has "
+                f"{self.info.channels} channels"
+            )
+        return own or self.info.normalisation
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -162,6 +168,8 @@ class Context:
             path=dataset.path,
             split=split,
             image_size=dataset.image_size,
+            damaged=dataset.damaged,
+            threads=dataset.threads,
         )
         if source.num_classes != dataset.num_classes:
             if dataset.num_classes > source.num_classes:
@@ -197,7 +205,12 @@ class Context:
     @functools.cache  # noqa: B019
     def test_set(self) -> tuple[np.ndarray, np.ndarray]:
         """The real test images, uint8 NHWC, and their labels."""
-        return read_all(self.open("test"))
+        return read_all(self.open("test"), threads=self.config.dataset.threads)
+
+    def data_fields(self, source: ImageSource) -> dict[str, Any]:
+        """What images are and how they are normalised, for fingerprints."""
+        own = own_normalisation(self.config.dataset)
+        return source.describe() | ({"normalisation": dataclasses.asdict(own)} if own else {})
 
     # --- fingerprints: what decides the bits of each folder ---
 
@@ -210,7 +223,7 @@ class Context:
         else:
             fields["squeeze"] = fingerprint_fields("squeeze", self.config.squeeze)
             fields["squeeze"]["seed"] = self.config.squeeze.seed
-            fields["data"] = self.open("train").describe()
+            fields["data"] = self.data_fields(self.open("train"))
         return fields
 
     def pool_fields(self, names: Sequence[str]) -> dict[str, str]:
@@ -222,7 +235,7 @@ class Context:
         return {
             "recover": fingerprint_fields("recover", self.config.recover),
             "seed": self.config.seed,
-            "data": self.initial_source.describe(),
+            "data": self.data_fields(self.initial_source),
             "teachers": self.pool_fields(self.config.recover.pool),
         }
 
@@ -243,7 +256,7 @@ class Context:
             "student_seed": seed,
             "seed": self.config.seed,
             "images": workdir.digest(labelled.fields),
-            "test": self.open("test").describe(),
+            "test": self.data_fields(self.open("test")),
         }
         if labelled.soft:
             fields["labels"] = workdir.digest(self.relabel_fields(labelled))
@@ -266,6 +279,28 @@ class Context:
             width=network.width,
             depth=network.depth,
             stem=network.stem,
+        )
+
+    def class_indices(self, name: str) -> tuple[int, ...] | None:
+        """The outputs of a network's head that are the classes of the data; None: all of them.
+
+        Unless the config states them, a head of ImageNet's 1,000 classes (or 1,001, with the
+        background first) is cut to the classes that the data has of them.
+
+        Raises:
+          UserError: the head has other classes, and which of them are meant is not known.
+        """
+        network, classes = self.config.network(name), self.config.dataset.num_classes
+        head = network.head_classes or classes
+        if network.class_indices is not None or head == classes:
+            return network.class_indices
+        known = self.open("train").imagenet_indices
+        if head in (1000, 1001) and known is not None:
+            return tuple(index + head - 1000 for index in known)
+        raise UserError(
+            f"{name} has a head of {head} classes and the data {classes}, and which of them they "
+            f"are is not known (class folders named by WordNet IDs would tell it); state "
+            f"networks.{name}.class_indices"
         )
 
     def teacher_folder(self, name: str) -> epath.Path:
@@ -309,7 +344,7 @@ class Context:
                     self.build(name),
                     self.image_shape,
                     normalisation=own_normalisation(network),
-                    class_indices=network.class_indices,
+                    class_indices=self.class_indices(name),
                 )
             )
             variables.append(self.load_variables(name))
@@ -350,6 +385,10 @@ class FirstClasses:
         self._at = np.flatnonzero(source.labels_N < num_classes)
         self.labels_N = source.labels_N[self._at]
         self.num_classes = num_classes
+        names, indices = source.class_names, source.imagenet_indices
+        self.class_names = None if names is None else names[:num_classes]
+        self.imagenet_indices = None if indices is None else indices[:num_classes]
+        self.left_out = source.left_out
 
     def __len__(self) -> int:
         return len(self._at)
@@ -361,11 +400,11 @@ class FirstClasses:
         return {**self._source.describe(), "first_classes": self.num_classes}
 
 
-def own_normalisation(network: Network) -> Normalisation | None:
-    """The normalisation imported weights were trained with, where the config states one."""
-    if network.mean is None or network.std is None:
+def own_normalisation(of: Network | Dataset) -> Normalisation | None:
+    """The normalisation that the config states for imported weights or the data set, if any."""
+    if of.mean is None or of.std is None:
         return None
-    return Normalisation(network.mean, network.std)
+    return Normalisation(of.mean, of.std)
 
 
 @functools.cache

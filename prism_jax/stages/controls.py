@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from prism_jax.data import image_set
+from prism_jax.data.pipeline import read_images
 from prism_jax.data.sources import read_all
 from prism_jax.initialise import random_positions
 from prism_jax.stages.context import Context, LabelledSet
@@ -21,7 +22,7 @@ def labelled_set(context: Context, name: str) -> LabelledSet:
     """The images of one control."""
     config, source = context.config, context.open("train")
     root = context.root / "controls" / name
-    fields = {"data": source.describe()}
+    fields = {"data": context.data_fields(source)}
     if name == "full_real":
         fields["epochs"] = config.validate.epochs, config.recover.ipc, config.squeeze.epochs
         labels = np.asarray(source.labels_N, np.int32)
@@ -31,7 +32,7 @@ def labelled_set(context: Context, name: str) -> LabelledSet:
 
     def read() -> np.ndarray:
         at = random_positions(source, classes, slots, config.seed)
-        return np.stack([source.image(i) for i in at])
+        return read_images(source, at, threads=config.dataset.threads)
 
     return LabelledSet(name, root, read, classes, fields, SOFT[name])
 

@@ -13,7 +13,7 @@ from etils import epath
 
 from prism_jax.core.augment import Augment
 from prism_jax.data import workdir
-from prism_jax.data.pipeline import batches, num_batches
+from prism_jax.data.pipeline import batches, num_batches, on_device
 from prism_jax.errors import UserError
 from prism_jax.models.import_torch import load_checkpoint
 from prism_jax.stages.context import (
@@ -82,7 +82,7 @@ def refusal(what: str, folder: epath.Path, lines: list[str]) -> str:
 
 
 def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dict[str, Any]]:
-    squeeze = context.config.squeeze
+    squeeze, dataset = context.config.squeeze, context.config.dataset
     source = context.open("train")
     recipe = TrainRecipe(
         views=f"squeeze/view/{name}",
@@ -103,7 +103,7 @@ def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dic
     )
 
     def from_batch(start: int):
-        for batch in batches(
+        read = batches(
             source,
             batch_size=squeeze.batch_size,
             epochs=squeeze.epochs,
@@ -111,8 +111,13 @@ def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dic
             name=f"squeeze/order/{name}",
             start=start,
             continuous=True,
-        ):
-            yield TrainBatch(batch.epoch, batch.batch, batch.images_BHWC, batch.labels_B)
+            threads=dataset.threads,
+            workers=dataset.workers,
+        )
+        return on_device(
+            TrainBatch(batch.epoch, batch.batch, batch.images_BHWC, batch.labels_B)
+            for batch in read
+        )
 
     trained = train(
         context,
@@ -148,7 +153,7 @@ def _import(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, di
         images,
         labels,
         own_normalisation(network) or context.normalisation,
-        class_indices=network.class_indices,
+        class_indices=context.class_indices(name),
     )
     return variables, {
         "source": epath.Path(network.checkpoint).name,

@@ -127,8 +127,8 @@ def export(root: epath.PathLike, to: epath.PathLike, *, control: str | None = No
 
 def class_table(dataset: str, num_classes: int) -> list[dict[str, Any]]:
     """Folder, index and name of the first classes of a data set, in label order."""
-    info = DATASETS[dataset]
-    wnids, names = exchange.wnids(info), info.class_names
+    info = DATASETS.get(dataset)  # a TFDS builder has no row
+    wnids, names = (exchange.wnids(info), info.class_names) if info else (None, None)
     return [
         {
             "folder": wnids[index] if wnids else f"{index:05d}",

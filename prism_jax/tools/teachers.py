@@ -36,8 +36,8 @@ from scipy.stats import binom
 from prism_jax import progress
 from prism_jax.core import pixels
 from prism_jax.data import workdir
-from prism_jax.data.datasets import DATASETS, DatasetInfo, dataset_info
-from prism_jax.data.sources import SOURCES, FileSource, ImageSource, open_source
+from prism_jax.data.datasets import DATASETS, DatasetInfo
+from prism_jax.data.sources import SOURCES, ImageSource, info_of, open_source
 from prism_jax.errors import UserError
 from prism_jax.main import prepare_environment
 from prism_jax.models import ARCHITECTURES, build, lookup
@@ -544,11 +544,9 @@ def _batches(source: ImageSource, at_N: np.ndarray, size: int) -> Iterator[tuple
 
 
 def class_names(source: ImageSource, info: DatasetInfo) -> Sequence[str] | None:
-    """The names of the labels: the folders', or else the data set's; None: not known."""
-    if isinstance(source, FileSource):
-        folders = [name.split("/")[0] for name in source._names]
-        first = np.unique(source.labels_N, return_index=True)[1]
-        return [folders[i] for i in first] if len(first) == source.num_classes else None
+    """The names of the labels: the storage's, or else the data set's; None: not known."""
+    if source.class_names is not None:
+        return source.class_names
     return info.class_names if source.num_classes == info.num_classes else None
 
 
@@ -641,7 +639,7 @@ def _write(options, weights: Weights, normalisation: Normalisation | None) -> No
 
 def evaluate_command(options: argparse.Namespace) -> None:
     """Test a network on real images and look for the usual mistakes."""
-    info = dataset_info(options.dataset)
+    info = info_of(options.dataset, options.path)
     normalisation = _normalisation(options) or info.normalisation
     if len(normalisation.mean) != info.channels:
         raise UserError(
@@ -970,7 +968,7 @@ def parser() -> argparse.ArgumentParser:
     importing.add_argument("--out", help="folder to write weights.safetensors and record.json to")
 
     add = evaluating.add_argument
-    add("--dataset", required=True, help=", ".join(DATASETS))
+    add("--dataset", required=True, help=f"{', '.join(DATASETS)}, or tfds:<builder>")
     add("--source", required=True, help=", ".join(SOURCES))
     add("--path", help="where the images are")
     add(

@@ -411,7 +411,7 @@ def test_import_refuses_damaged_and_foreign_folders(capsys, tmp_path, weights_fi
     assert "record.json" in refused(capsys, "import", kept, *EVALUATE)
 
 
-def test_import_without_a_stated_normalisation_says_so(capsys, weights_file):
+def test_import_without_a_own_normalisation_says_so(capsys, weights_file):
     _, out, _ = run(capsys, "import", weights_file, *EVALUATE)
     assert "weight files do not say it" in out
 

@@ -1,0 +1,97 @@
+"""What every source is, and what all of them need."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from etils import epath
+
+from prism_jax.errors import UserError
+
+
+class ImageSource(Protocol):
+    """Labelled images by position.
+
+    Attributes:
+      labels_N: int32.
+      num_classes: labels are below it.
+      class_names: what the storage calls the labels (folders, WordNet IDs); None: nothing.
+      imagenet_indices: the ImageNet class of each label; None: not known, or no part of it.
+      left_out: damaged images that are no part of it.
+    """
+
+    labels_N: np.ndarray
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    imagenet_indices: tuple[int, ...] | None
+    left_out: int
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> np.ndarray:
+        """One image, uint8 (image_size, image_size, C); callable from several threads."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What this is, as JSON values: equal for equal pixels and labels in equal order.
+
+        Where the data lies is no part of it.
+        """
+        ...
+
+
+def existing(path: str | None, expected: str, exists: Callable[[str], bool]) -> str:
+    """The path, if there is something of the right kind.
+
+    Raises:
+      UserError: there is not; ``expected`` says what belongs there.
+    """
+    if not path:
+        raise UserError(f"dataset.path is not set; {expected}")
+    if not exists(path):
+        raise UserError(f"there is no {path}; {expected}")
+    return path
+
+
+def file_state(path: epath.PathLike) -> tuple[str, int, int]:
+    """A file's name, size and time of change; size -1 where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        if "://" not in os.fspath(path):
+            return os.path.abspath(path), -1, 0
+        remote = epath.Path(path).stat()
+        return os.fspath(path), remote.length, int(remote.mtime)
+    return os.path.abspath(path), found.st_size, found.st_mtime_ns
+
+
+def cached(kind: str, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """An array that takes a pass over the data to make, kept in the user's cache directory.
+
+    Args:
+      kind: what it is; a folder of the cache.
+      key: names the very files it was made from, with their sizes and times of change.
+      make: makes it where the cache has none; a cache that cannot be written is none.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    name = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+    path = epath.Path(home) / "prism_jax" / kind / f"{name}.npy"
+    try:
+        with path.open("rb") as file:
+            return np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        pass
+    array = make()
+    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+        temporary.replace(path)
+    except OSError:
+        pass
+    return array

@@ -1,0 +1,98 @@
+"""Images that cannot be decoded, left out of a set (``dataset.damaged = "skip"``).
+
+The set is looked through once, and what cannot be decoded is no part of it from then on, as if
+it had not been stored. So an epoch is a permutation of the readable images, batches are the same
+for any number of threads, processes and hosts, no image stands in for another, and no label
+changes. The pass over the images is the price; what it finds is kept in the user's cache
+directory, for as long as the files keep their sizes and times of change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from prism_jax import progress
+from prism_jax.data.image_set import DamagedFile
+from prism_jax.data.sources.base import ImageSource, cached
+from prism_jax.data.sources.decoding import EncodedSource
+from prism_jax.errors import UserError
+
+_AT_ONCE = 256
+_NAMED = 100
+
+
+def without_damaged(source: ImageSource, *, threads: int) -> ImageSource:
+    """The readable images of a source; what is left out is named and counted.
+
+    Raises:
+      UserError: no image can be read.
+    """
+    if not isinstance(source, EncodedSource):
+        return source  # arrays in memory are decoded already
+    key = f"{source.split} {source.stamp()}"
+    damaged = cached("damaged", key, lambda: _look_through(source, threads))
+    if not len(damaged):
+        return source
+    if len(damaged) == len(source):
+        raise UserError(
+            f"none of the {len(source)} images can be read, such as {source.name(0)}; is "
+            f"dataset.path right?"
+        )
+    for index in damaged[:_NAMED]:
+        progress.say(f"damaged, left out: {source.name(int(index))}")
+    if len(damaged) > _NAMED:
+        progress.say(f"... and {len(damaged) - _NAMED} more")
+    progress.say(f"{len(damaged)} of {len(source)} images are damaged and left out")
+    return Readable(source, damaged)
+
+
+class Readable:
+    """A source without some of its images."""
+
+    def __init__(self, source: EncodedSource, damaged_M: np.ndarray):
+        self._source, self._damaged = source, damaged_M
+        self._at = np.delete(np.arange(len(source)), damaged_M)
+        self.labels_N = source.all_labels_N[self._at]
+        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.imagenet_indices = source.imagenet_indices
+        self.left_out = len(damaged_M)
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def image(self, index: int) -> np.ndarray:
+        return self._source.image(int(self._at[index]))
+
+    def describe(self) -> dict[str, Any]:
+        digest = hashlib.sha256(self._damaged.astype("<i8").tobytes()).hexdigest()
+        left_out = {"count": self.left_out, "digest": digest}
+        return {**self._source.describe(), "count": len(self), "left_out": left_out}
+
+
+def _look_through(source: EncodedSource, threads: int) -> np.ndarray:
+    """The positions of the images that cannot be decoded."""
+
+    def is_damaged(index: int) -> bool:
+        try:
+            source.image(index)
+        except DamagedFile:
+            return True
+        return False
+
+    def part(start: int) -> list[int]:
+        return [i for i in range(start, min(start + _AT_ONCE, len(source))) if is_damaged(i)]
+
+    damaged: list[int] = []
+    starts = range(0, len(source), _AT_ONCE)
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        progress.task("look for damaged images", len(source), unit="image") as bar,
+    ):
+        for start, some in zip(starts, pool.map(part, starts), strict=True):
+            damaged += some
+            bar.advance(min(_AT_ONCE, len(source) - start))
+    return np.array(damaged, np.int64)

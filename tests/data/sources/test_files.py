@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tarfile
+import warnings
+
+import numpy as np
+import pytest
+from helpers.images import encoded, random_pixels, write_tar, write_tree
+
+from prism_jax.data.image_set import DamagedFile
+from prism_jax.data.sources import class_order, open_source, read_all
+from prism_jax.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*classes of imagenet:UserWarning")
+
+
+def open_imagenet(path, source="folder", split="train", size=8):
+    return open_source(name="imagenet", source=source, path=path, split=split, image_size=size)
+
+
+def test_folder_and_tar_hold_the_same_images_in_image_folder_order(tmp_path):
+    root = write_tree(tmp_path / "tree")
+    # What ImageFolder walks into, and what it leaves alone.
+    (root / "train" / "n01" / "deep").mkdir()
+    (root / "train" / "n01" / "deep" / "a.PNG").write_bytes(
+        encoded(random_pixels(8, 8, 3, seed=99))
+    )
+    (root / "train" / "n01" / "notes.txt").write_text("no image")
+    (root / "train" / "n01" / "._img_0.png").write_text("no image either")
+    (root / "train" / "README.md").write_text("no class")
+    tar = write_tar(root, tmp_path / "tree.tar")
+    wanted = [random_pixels(8, 8, 3, seed=s) for s in (0, 1, 2, 99, 3, 4, 5)]
+    folder, packed = open_imagenet(root), open_imagenet(tar, "tar")
+    for source in (folder, packed):
+        images, labels = read_all(source)
+        np.testing.assert_array_equal(images, wanted)
+        np.testing.assert_array_equal(labels, [0, 0, 0, 0, 1, 1, 1])
+        assert labels.dtype == np.int32 and source.num_classes == 2
+    assert folder.describe() == packed.describe()
+    json.dumps(folder.describe())
+    assert len(open_imagenet(root, split="test")) == len(open_imagenet(tar, "tar", "test")) == 6
+    assert open_imagenet(root, split="test").describe() != folder.describe()
+
+
+def test_order_is_that_of_an_independent_walk(tmp_path):
+
+    root = write_tree(tmp_path, classes=("b", "B", "a10", "a9", "ä"), suffix="_10.png")
+    for name in ("train/b/img_9.png", "train/b/sub/img_1.png", "train/b/sub.x/img_1.png"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(encoded(random_pixels(8, 8, 3)))
+    walked = [
+        os.path.relpath(os.path.join(at, file), root / "train").replace(os.sep, "/")
+        for cls in sorted(os.listdir(root / "train"))
+        for at, _, files in sorted(os.walk(root / "train" / cls))
+        for file in sorted(files)
+    ]
+    source = open_imagenet(root)
+    named = [os.path.relpath(source.name(i), root / "train") for i in range(len(source))]
+    assert named == walked
+
+
+def test_identity_sees_names_and_sizes(tmp_path):
+    root = write_tree(tmp_path)
+    before = open_imagenet(root).describe()
+    assert open_imagenet(root).describe() == before
+    path = root / "train" / "n01" / "img_0.png"
+    path.write_bytes(path.read_bytes() + b"\0")
+    larger = open_imagenet(root).describe()
+    path.rename(path.with_name("img_00.png"))
+    renamed = open_imagenet(root).describe()
+    assert len({d["digest"] for d in (before, larger, renamed)}) == 3
+    assert open_imagenet(root, size=4).describe() != renamed
+
+
+def test_numeric_class_folders_sort_as_numbers_with_a_warning(tmp_path):
+    root = write_tree(tmp_path, classes=[str(i) for i in range(11)])
+    with pytest.warns(UserWarning, match="numeric order"):
+        source = open_imagenet(root)
+    # Image 3 * c is the first of folder str(c), whose pixels write_tree made with that seed.
+    np.testing.assert_array_equal(source.image(6), random_pixels(8, 8, 3, seed=6))
+    assert source.labels_N[6] == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert class_order({"00", "02", "10"}) == ["00", "02", "10"]
+        assert class_order({"n2", "n10"}) == ["n10", "n2"]
+
+
+def test_one_tar_file_per_split(tmp_path):
+    for split in ("train", "val"):
+        write_tar(write_tree(tmp_path / split, splits=[split]), tmp_path / f"data_{split}.tar")
+    path = tmp_path / "data_{split}.tar"
+    assert len(open_imagenet(path, "tar")) == len(open_imagenet(path, "tar", "test")) == 6
+    with pytest.raises(UserError, match="no folder val"):
+        open_imagenet(tmp_path / "data_train.tar", "tar", "test")
+
+
+def test_damaged_images_are_named(tmp_path):
+    root = write_tree(tmp_path / "tree")
+    path = root / "train" / "n02" / "img_1.png"
+    content = path.read_bytes()
+    jpeg = encoded(random_pixels(64, 64, 3), "JPEG")
+    for data in (b"", content[:10], content[: len(content) // 2], jpeg[: len(jpeg) // 2], b"text"):
+        path.write_bytes(data)
+        tar = write_tar(root, tmp_path / "tree.tar")
+        for source, where in ((open_imagenet(root), path), (open_imagenet(tar, "tar"), tar)):
+            assert source.image(3).shape == (8, 8, 3)
+            with pytest.raises(DamagedFile, match="n02/img_1.png is not a readable image") as error:
+                source.image(4)
+            assert str(where) in str(error.value)
+    source = open_imagenet(root)
+    path.unlink()
+    with pytest.raises(DamagedFile, match="n02/img_1.png cannot be read"):
+        source.image(4)
+
+
+@pytest.mark.parametrize("damage", ["cut", "cut at a member", "header", "empty", "gzip"])
+def test_a_damaged_tar_never_passes_for_a_smaller_one(tmp_path, damage):
+    tar = write_tar(write_tree(tmp_path / "tree"), tmp_path / "tree.tar")
+    with tarfile.open(tar) as opened:
+        member = opened.getmembers()[-3]
+    data = bytearray(tar.read_bytes())
+    if damage == "cut":
+        data = data[: member.offset_data + 10]
+    elif damage == "cut at a member":
+        data = data[: member.offset]
+    elif damage == "header":
+        data[member.offset + 3] ^= 1
+    elif damage == "empty":
+        data = b""
+    else:
+        data = gzip.compress(data)
+    tar.write_bytes(data)
+    if damage == "header":  # tarfile itself takes the damaged header for the end
+        with tarfile.open(tar) as opened:
+            assert member.name not in opened.getnames()
+    with pytest.raises(UserError, match="tree.tar is"):
+        open_imagenet(tar, "tar")
+
+
+def test_trees_that_cannot_be_right_are_refused(tmp_path):
+    root = write_tree(tmp_path / "a")
+    (root / "train" / "n03").mkdir()
+    with pytest.raises(UserError, match="no image for 1 of 3 classes \\(n03\\)"):
+        open_imagenet(root)
+    root = write_tree(tmp_path / "b", splits=["train"])
+    write_tree(root, splits=["val"], classes=["n01", "n02", "n07"])
+    with pytest.raises(UserError, match="n07 is a class that the training split does not have"):
+        open_imagenet(root, split="test")
+    root = write_tree(tmp_path / "c", splits=["val"])
+    with pytest.raises(UserError, match="has no folder train"):
+        open_imagenet(root)
+    (tmp_path / "d" / "train").mkdir(parents=True)
+    with pytest.raises(UserError, match="no class folders"):
+        open_imagenet(tmp_path / "d")
+    root = write_tree(tmp_path / "e", classes=[f"c{i:02d}" for i in range(11)])
+    with pytest.raises(UserError, match="holds 11 classes, but imagenette has 10"):
+        open_source(name="imagenette", source="folder", path=root, split="train", image_size=8)
+
+
+def test_a_part_of_the_classes_warns_that_labels_are_positions(tmp_path):
+    with pytest.warns(UserWarning, match="2 of the 1000 classes of imagenet"):
+        open_imagenet(write_tree(tmp_path))
+
+
+# --- WordNet IDs ---
+
+NETTE = (
+    *("n01440764", "n02102040", "n02979186", "n03000684", "n03028079"),
+    *("n03394916", "n03417042", "n03425413", "n03445777", "n03888257"),
+)
+
+
+def open_nette(path, **options):
+    given = {"name": "imagenette", "source": "folder", "path": path, "split": "train"}
+    return open_source(**given | {"image_size": 8} | options)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_wordnet_ids_are_known_as_classes_of_imagenet(tmp_path, kind):
+    root = write_tree(tmp_path / "tree", classes=NETTE)
+    path = root if kind == "folder" else write_tar(root, tmp_path / "tree.tar")
+    wanted = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
+    source = open_nette(path, source=kind)
+    assert source.class_names == NETTE and source.imagenet_indices == wanted
+    # The same images as a part of ImageNet: labels are positions, the indices tell the classes.
+    assert open_imagenet(path, kind).imagenet_indices == wanted
+
+
+def test_any_part_of_imagenet_is_known_by_its_ids_and_other_names_are_not(tmp_path):
+    part = open_imagenet(write_tree(tmp_path / "a", classes=["n01443537", "n15075141"]))
+    assert part.imagenet_indices == (1, 999)
+    assert open_imagenet(write_tree(tmp_path / "b")).imagenet_indices is None
+    names = "tench,English springer,cassette player,chain saw,church,French horn,garbage truck"
+    names = [*names.split(","), "gas pump", "golf ball", "parachute"]
+    with pytest.warns(UserWarning, match="in the order English springer, French horn, cassette"):
+        named = open_nette(write_tree(tmp_path / "c", classes=names))
+    assert named.imagenet_indices == (217, 566, 482, 491, 497, 569, 571, 574, 701, 0)
+    numbers = open_nette(write_tree(tmp_path / "d", classes=[f"{i:02d}" for i in range(10)]))
+    assert numbers.imagenet_indices == (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
+    others = open_nette(write_tree(tmp_path / "e", classes=[f"thing {i}" for i in range(10)]))
+    assert others.imagenet_indices is None
+
+
+def test_other_classes_of_imagenet_are_not_taken_for_imagenette(tmp_path):
+    root = write_tree(tmp_path, classes=[*NETTE[:9], "n02086240"])
+    with pytest.raises(UserError, match="other classes of ImageNet than imagenette.* n02086240"):
+        open_nette(root)
+
+
+# --- validation images in one folder ---
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_imagenets_numbered_validation_images_find_their_classes(tmp_path, kind):
+    # The classes of numbers 1 and 2 as ImageNet's development kit has them.
+    classes = ("n01751748", "n09193705")
+    root = write_tree(tmp_path / "tree", splits=["train"], classes=classes)
+    (root / "val").mkdir()
+    for number in (1, 2, 4):
+        data = encoded(random_pixels(8, 8, 3, seed=100 + number))
+        (root / "val" / f"ILSVRC2012_val_{number:08d}.JPEG").write_bytes(data)
+
+    def open_val():
+        path = root if kind == "folder" else write_tar(root, tmp_path / "tree.tar")
+        return open_imagenet(path, kind, "test")
+
+    with pytest.raises(UserError, match="is a class that the training split does not have"):
+        open_val()  # number 4 is neither
+    (root / "val" / "ILSVRC2012_val_00000004.JPEG").unlink()
+    flat = open_val()
+    described = flat.describe()
+    images, labels = read_all(flat)
+    np.testing.assert_array_equal(labels, [0, 1])
+    np.testing.assert_array_equal(images[1], random_pixels(8, 8, 3, seed=102))
+    # It is the same set as sorted into folders.
+    for cls, number in zip(classes, (1, 2), strict=True):
+        (root / "val" / cls).mkdir()
+        name = f"ILSVRC2012_val_{number:08d}.JPEG"
+        (root / "val" / name).rename(root / "val" / cls / name)
+    assert open_val().describe() == described
+
+
+def test_tiny_imagenets_table_tells_the_classes(tmp_path):
+    root = write_tree(tmp_path, splits=["train"], classes=("n01443537/images", "n02056570/images"))
+    (root / "train" / "n01443537" / "n01443537_boxes.txt").write_text("no image")
+    (root / "val" / "images").mkdir(parents=True)
+    for i in range(3):
+        data = encoded(random_pixels(8, 8, 3, seed=50 + i))
+        (root / "val" / "images" / f"val_{i}.JPEG").write_bytes(data)
+    lines = ["val_0.JPEG\tn02056570\t0\t0\t1\t1", "val_1.JPEG\tn01443537\t0\t0\t1\t1"]
+    table = root / "val" / "val_annotations.txt"
+    table.write_text("\n".join([*lines, "val_2.JPEG\tn02056570\t0\t0\t1\t1"]) + "\n")
+
+    def read():
+        source = open_source(
+            name="tiny_imagenet", source="folder", path=root, split="test", image_size=8
+        )
+        return read_all(source)
+
+    with pytest.warns(UserWarning, match="2 of the 200 classes"):
+        images, labels = read()
+    np.testing.assert_array_equal(labels, [0, 1, 1])
+    wanted = [random_pixels(8, 8, 3, seed=50 + i) for i in (1, 0, 2)]
+    np.testing.assert_array_equal(images, wanted)
+
+
+def test_test_images_without_labels_are_not_taken_for_a_test_split(tmp_path):
+    root = write_tree(tmp_path, splits=["train", "test"])
+    with pytest.raises(UserError, match="has no folder val or validation"):
+        open_imagenet(root, split="test")
+    with pytest.warns(UserWarning, match="2 of the 10 classes"):  # CIFAR's test split is one
+        assert len(open_nette(root, name="cifar10", split="test")) == 6
