@@ -127,14 +127,14 @@ def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, s
     available = _memory(device)
     rows, size = {}, batch
     while True:
-        lanes = [_random_lane(e, engine, recipe, size)]
+        lanes = [_random_lane(e, engine, pool, recipe, size)]
         analysis = engine.compile(0, lanes).memory_analysis()
         peak = _total(analysis)
         if peak is None or available is None or peak <= 0.8 * available or size == 1:
             break
         size = max(1, size // 2)
     # The third dispatch is timed: the first compiles, the second warms up.
-    seconds = _time(lambda: _dispatch(e, engine, recipe, size)) * batch / size
+    seconds = _time(lambda: _dispatch(e, engine, pool, recipe, size)) * batch / size
     devices = len(jax.local_devices())
     hours = iterations * seconds / devices / 3600
     note = f", measured with {size} images a batch and scaled" if size != batch else ""
@@ -167,19 +167,19 @@ def _recipe(e: Experiment) -> synthesis.Recipe:
     return recipe_of(Context(e, "unused"))
 
 
-def _random_lane(e: Experiment, engine: parallel.LaneMap, recipe, size: int) -> tuple:
+def _random_lane(e: Experiment, engine: parallel.LaneMap, pool, recipe, size: int) -> tuple:
     shape = Context(e, "unused").image_shape
     images = np.random.default_rng(0).standard_normal((size, *shape), np.float32)
     labels = np.arange(size, dtype=np.int32) % e.dataset.num_classes
     # In the middle of a unit: a step at its ends reads every teacher.
-    state = synthesis.initial_state(recipe, images)._replace(step=np.int32(1))
+    state = synthesis.initial_state(pool, recipe, images)._replace(step=np.int32(1))
     unit = synthesis.UnitBatch(np.int32(0), np.int32(0), np.int32(1000), labels)
     trees = jax.device_get((unit, state)) + (np.int32(1),)
     return tuple(engine.place(tree, 0) for tree in trees)
 
 
-def _dispatch(e: Experiment, engine: parallel.LaneMap, recipe, size: int) -> None:
-    jax.block_until_ready(engine(e.seed, [_random_lane(e, engine, recipe, size)]))
+def _dispatch(e: Experiment, engine: parallel.LaneMap, pool, recipe, size: int) -> None:
+    jax.block_until_ready(engine(e.seed, [_random_lane(e, engine, pool, recipe, size)]))
 
 
 def _time(function) -> float:

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 
 from prism_jax.core import pixels
 from prism_jax.errors import UserError
-from prism_jax.models import first_batch_norm, layers
+from prism_jax.models import first_layers, layers
 from prism_jax.types import Array, Normalisation, PyTree, Reading
 
 STATISTICS = "bn_statistics"
+CONV_INPUTS = "conv_inputs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Teacher:
       module: a ``flax.linen`` module built with ``models.layers`` (any architecture).
       normalisation: what its weights were trained with; None: the images' own.
       class_indices: the outputs of its head that are the images' classes; None: all.
-      first_bn: path of its first BatchNorm, which has its own multiplier; None: it has none.
+      first_bn, first_conv: paths of its first BatchNorm and convolution, one of which has its
+        own multiplier; None: it has none.
     """
 
     name: str
@@ -35,13 +37,20 @@ class Teacher:
     normalisation: Normalisation | None = None
     class_indices: tuple[int, ...] | None = None
     first_bn: tuple[str, ...] | None = None
+    first_conv: tuple[str, ...] | None = None
 
     @property
     def has_batch_norm(self) -> bool:
         return self.first_bn is not None
 
     def read(
-        self, variables: PyTree, images_BHWC: Array, source: Normalisation, *, statistics: bool
+        self,
+        variables: PyTree,
+        images_BHWC: Array,
+        source: Normalisation,
+        *,
+        statistics: bool,
+        conv_inputs: bool = False,
     ) -> Reading:
         """Run the network in evaluation mode.
 
@@ -51,20 +60,22 @@ class Teacher:
           source: the images' normalisation; another one of the teacher's own is applied in
             front, so that gradients pass through it.
           statistics: also return the moments of every BatchNorm's input. False costs nothing.
+          conv_inputs: also return the input of every convolution. False costs nothing.
 
         Returns:
-          Logits over the images' classes, and a tree like ``variables["batch_stats"]`` (empty
-          without ``statistics``).
+          Logits over the images' classes, a tree like ``variables["batch_stats"]`` and a tree
+          of inputs (each empty where it is not asked for).
         """
         images_BHWC = pixels.renormalise(images_BHWC, source, self.normalisation)
-        if statistics and self.has_batch_norm:
-            logits_BK, sown = self.module.apply(variables, images_BHWC, mutable=[STATISTICS])
-            moments = sown[STATISTICS]
+        told = [STATISTICS] if statistics and self.has_batch_norm else []
+        told += [CONV_INPUTS] if conv_inputs and self.first_conv else []
+        if told:
+            logits_BK, sown = self.module.apply(variables, images_BHWC, mutable=told)
         else:
-            logits_BK, moments = self.module.apply(variables, images_BHWC), {}
+            logits_BK, sown = self.module.apply(variables, images_BHWC), {}
         if self.class_indices is not None:
             logits_BK = logits_BK[:, jnp.asarray(self.class_indices, jnp.int32)]
-        return Reading(logits_BK, moments)
+        return Reading(logits_BK, sown.get(STATISTICS, {}), sown.get(CONV_INPUTS, {}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,9 +151,11 @@ def describe(
     normalisation: Normalisation | None = None,
     class_indices: tuple[int, ...] | None = None,
 ) -> Teacher:
-    """A Teacher for a module, its first BatchNorm found by tracing it once, abstractly."""
-    first = first_batch_norm(module, image_shape)
-    return Teacher(name, module, normalisation, class_indices, first)
+    """A Teacher for a module, its first layers found by tracing it once, abstractly."""
+    first = first_layers(module, image_shape)
+    return Teacher(
+        name, module, normalisation, class_indices, first[layers.BatchNorm], first[layers.Conv]
+    )
 
 
 @contextlib.contextmanager

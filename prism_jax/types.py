@@ -75,10 +75,14 @@ class Moments(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What a teacher says about a batch: its logits, and the tree of its layers' moments."""
+    """What a teacher says about a batch: logits, its BatchNorms' moments, its convolutions' inputs.
+
+    Both trees are nested as the network's modules are, and empty where they were not asked for.
+    """
 
     logits_BK: Array
     statistics: PyTree
+    conv_inputs: PyTree
 
 
 class Draw(NamedTuple):
@@ -119,11 +123,15 @@ class Mix(NamedTuple):
 
 
 class SynthState(NamedTuple):
-    """What is optimised: the images of one batch, Adam's moments, iterations done."""
+    """What is optimised: the images of one batch, Adam's moments, iterations done.
+
+    ``memory`` is what some methods remember of earlier iterations; most remember nothing.
+    """
 
     images_BHWC: Array
     opt_state: PyTree
     step: Array
+    memory: PyTree = ()
 
 
 class SoftLabels(NamedTuple):

@@ -74,7 +74,9 @@ def test_interrupted_within_a_chunk_and_continued_on_other_devices():
 
     # Twin: a state without Adam's moments is another run.
     lost = [
-        state._replace(opt_state=synthesis.initial_state(RECIPE, state.images_BHWC).opt_state)
+        state._replace(
+            opt_state=synthesis.initial_state(pool(), RECIPE, state.images_BHWC).opt_state
+        )
         for state in halfway[:2]
     ]
     assert not np.array_equal(images_of(run(UNITS[:2], lost, devices=2)), expected()[:2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import jax
@@ -18,9 +19,10 @@ DRAWS = 4000
 
 
 def draws(sampler, size: int, primary: int, count: int = DRAWS):
-    """(count, T) logit and statistic weights."""
+    """(count, T) weights."""
     keys = jax.random.split(rng.root(11), count)
-    return jax.tree.map(np.asarray, jax.jit(jax.vmap(lambda k: sampler(k, size, primary)))(keys))
+    roles, place = sampling.Roles(size, primary), sampling.Place(np.int32(3), np.int32(8))
+    return np.asarray(jax.jit(jax.vmap(lambda k: sampler(k, place, roles)))(keys))
 
 
 def expected_subsets(size: int, primary: int) -> dict[frozenset[int], float]:
@@ -53,65 +55,110 @@ def follows(law: dict[frozenset[int], float], weights_NT: np.ndarray) -> bool:
 
 @pytest.mark.parametrize(("size", "primary"), [(1, 0), (2, 1), (3, 1), (4, 0), (5, 0), (6, 4)])
 def test_subsets_follow_the_reference(size, primary):
-    draw = draws(sampling.subset, size, primary)
-    weights = draw.statistic_weights_T
+    weights = draws(sampling.subset, size, primary)
     assert follows(expected_subsets(size, primary), weights)
     assert (weights[:, primary] > 0).all()
     np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
     shares = weights.max(1, keepdims=True)
     assert ((weights == shares) | (weights == 0)).all()  # the drawn ones count equally
-    only_primary = np.eye(size, dtype=np.float32)[primary]
-    np.testing.assert_array_equal(draw.logit_weights_T, np.tile(only_primary, (DRAWS, 1)))
 
 
 def test_one_to_four_statistic_teachers_with_one_three_three_one_eighths():
-    drawn = (draws(sampling.subset, 5, 0).statistic_weights_T > 0).sum(1)
+    drawn = (draws(sampling.subset, 5, 0) > 0).sum(1)
     shares = np.bincount(drawn, minlength=5)[1:] / DRAWS
     np.testing.assert_allclose(shares, [1 / 8, 3 / 8, 3 / 8, 1 / 8], atol=0.03)
 
 
-def with_replacement(key, size, primary):
+def with_replacement(key, place, roles):
     """Twin: three slots filled independently, so that a teacher can fill two."""
     fill, which = jax.random.split(key)
     filled = jax.random.bernoulli(fill, jnp.float32(0.5), (3,))
-    other = jax.random.randint(which, (3,), 0, size - 1, jnp.int32)
-    other += other >= primary
-    chosen = jnp.zeros((size,), jnp.float32).at[other].max(filled.astype(jnp.float32))
-    chosen = chosen.at[primary].set(1.0)
-    return sampling.Draw(chosen, chosen / chosen.sum())
+    other = jax.random.randint(which, (3,), 0, roles.size - 1, jnp.int32)
+    other += other >= roles.primary
+    chosen = jnp.zeros((roles.size,), jnp.float32).at[other].max(filled.astype(jnp.float32))
+    chosen = chosen.at[roles.primary].set(1.0)
+    return chosen / chosen.sum()
 
 
 def biased(probability):
     """Twin: slots filled with another probability."""
 
-    def sampler(key, size, primary):
-        count_key, order_key = jax.random.split(key)
-        filled = jax.random.bernoulli(count_key, jnp.float32(probability), (3,)).sum()
-        order = jnp.argsort(jnp.argsort(jax.random.uniform(order_key, (size - 1,), "float32")))
-        chosen = jnp.insert((order < filled).astype(jnp.float32), primary, 1.0)
-        return sampling.Draw(chosen, chosen / chosen.sum())
+    def sampler(key, place, roles):
+        return sampling.subset(key, place, dataclasses.replace(roles, probability=probability))
 
     return sampler
 
 
-def each_other_alone(key, size, primary):
+def each_other_alone(key, place, roles):
     """Twin: every other teacher tosses its own coin (more than three can come)."""
-    chosen = jax.random.bernoulli(key, jnp.float32(0.5), (size,)).astype(jnp.float32)
-    chosen = chosen.at[primary].set(1.0)
-    return sampling.Draw(chosen, chosen / chosen.sum())
+    chosen = jax.random.bernoulli(key, jnp.float32(0.5), (roles.size,)).astype(jnp.float32)
+    chosen = chosen.at[roles.primary].set(1.0)
+    return chosen / chosen.sum()
 
 
 def test_the_check_itself_accepts_one_half_and_rejects_wrong_samplers():
     law = expected_subsets(5, 0)
-    assert follows(law, draws(biased(0.5), 5, 0).statistic_weights_T)
+    assert follows(law, draws(biased(0.5), 5, 0))
     for twin in (with_replacement, biased(0.4), biased(0.6), each_other_alone):
-        assert not follows(law, draws(twin, 5, 0).statistic_weights_T)
+        assert not follows(law, draws(twin, 5, 0))
 
 
-def test_fixed_is_the_primary_alone():
-    draw = sampling.fixed(rng.root(0), 4, 2)
-    np.testing.assert_array_equal(draw.logit_weights_T, [0, 0, 1, 0])
-    np.testing.assert_array_equal(draw.statistic_weights_T, [0, 0, 1, 0])
+def weigh(name, *, slot=0, iteration=0, key=0, **roles) -> np.ndarray:
+    place = sampling.Place(np.int32(slot), np.int32(iteration))
+    return np.asarray(sampling.SAMPLERS[name](rng.root(key), place, sampling.Roles(**roles)))
+
+
+def test_fixed_is_the_primary_alone_and_uniform_is_everybody():
+    np.testing.assert_array_equal(weigh("fixed", size=4, primary=2), [0, 0, 1, 0])
+    np.testing.assert_array_equal(weigh("uniform", size=4, primary=2), [0.25] * 4)
+
+
+def test_exactly_so_many_others_where_the_probability_is_one():
+    drawn = [
+        weigh("subset", key=k, size=6, primary=1, others=2, probability=1.0) for k in range(40)
+    ]
+    assert {(w > 0).sum() for w in drawn} == {3}
+    assert all(w[1] > 0 for w in drawn) and len({tuple(w > 0) for w in drawn}) == 10
+
+
+def test_round_robin_takes_turns_in_order():
+    turns = [weigh("round_robin", size=4, iteration=i).argmax() for i in range(10)]
+    assert turns == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    assert (weigh("round_robin", size=4, iteration=4000 * 12_500 + 3) == [0, 0, 0, 1]).all()
+
+
+# Prior accuracies of ResNet-18, -50, ShuffleNetV2, MobileNetV2, DenseNet-121 on ImageNet-1K, and
+# the votes of every pair, from CV-DD's code and formula (section A.3 of its description).
+PRIORS = (56.4, 42.3, 52.5, 44.2, 40.6)
+VOTES = {
+    (0, 1): (0.944, 0.056), (0, 2): (0.686, 0.314), (0, 3): (0.920, 0.080), (0, 4): (0.959, 0.041),
+    (1, 2): (0.115, 0.885), (1, 3): (0.406, 0.594), (1, 4): (0.584, 0.416), (2, 3): (0.840, 0.160),
+    (2, 4): (0.915, 0.085), (3, 4): (0.673, 0.327),
+}  # fmt: skip
+
+
+def test_a_listed_committee_goes_through_all_pairs_and_votes_with_its_priors():
+    for slot, (pair, votes) in enumerate(VOTES.items()):
+        expected = np.zeros(5)
+        expected[list(pair)] = votes
+        for turn in (slot, slot + 10):
+            found = weigh("committee", slot=turn, size=5, committee="listed", priors=PRIORS)
+            np.testing.assert_allclose(found, expected, atol=6e-4)
+        warmer = weigh("committee", slot=slot, size=5, committee="listed", priors=PRIORS,
+                       temperature=10.0)  # fmt: skip
+        assert np.abs(warmer - expected).max() > 0.02  # twin: the label ensemble's temperature
+
+
+def test_other_committees():
+    best = weigh("committee", slot=7, size=5, committee="best", priors=PRIORS)
+    np.testing.assert_allclose(best, [0.686, 0, 0.314, 0, 0], atol=6e-4)
+    equal = weigh("committee", slot=1, size=3, committee="listed")
+    np.testing.assert_array_equal(equal, [0.5, 0, 0.5])
+    drawn = draws(sampling.committee, 4, 0) > 0
+    pairs, counts = np.unique(drawn, axis=0, return_counts=True)
+    assert len(pairs) == 6 and (pairs.sum(1) == 2).all()
+    np.testing.assert_allclose(counts / DRAWS, 1 / 6, atol=0.03)
+    np.testing.assert_array_equal(weigh("committee", size=1), [1])
 
 
 @pytest.mark.parametrize("sampler", sampling.SAMPLERS.values(), ids=sampling.SAMPLERS)
@@ -119,9 +166,8 @@ def test_x64_mode_changes_no_draw(sampler):
     plain = draws(sampler, 6, 2, count=200)
     with jax.enable_x64(True):
         wide = draws(sampler, 6, 2, count=200)
-    for a, b in zip(plain, wide, strict=True):
-        assert a.dtype == b.dtype == np.float32
-        np.testing.assert_array_equal(a, b)
+    assert plain.dtype == wide.dtype == np.float32
+    np.testing.assert_array_equal(plain, wide)
 
 
 # --- granularity: which coordinates a draw has ------------------------------------------------
@@ -207,7 +253,7 @@ def test_a_teacher_without_batch_norm_counts_in_the_mean_only_if_asked(with_alex
     for slot in range(20):
         unit = make_unit(slot, 0, 10)
         key = rng.stream(rng.root(0), "recover/draw/per_slot", slot)
-        drawn = np.flatnonzero(sampling.subset(key, 3, 0).statistic_weights_T)
+        drawn = np.flatnonzero(sampling.subset(key, None, sampling.Roles(3)))
         draw = engine_draw(unit)
         real = [t for t in drawn if t != 2]
         expected = np.zeros(3)

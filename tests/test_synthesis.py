@@ -54,7 +54,7 @@ def slots_of_every_subset(recipe, teachers) -> dict[tuple[int, ...], int]:
 def engine_says(step, pool, recipe, slot):
     """Loss, terms and gradient of one jitted ``synthesis_step`` from random float64 images."""
     images = np.random.default_rng(slot).standard_normal((BATCH, *SHAPE))
-    state = synthesis.initial_state(recipe, images)._replace(step=np.int32(STEP))
+    state = synthesis.initial_state(pool, recipe, images)._replace(step=np.int32(STEP))
     unit = make_unit(slot, 0, BUDGET, LABELS)
     after, terms = jax.device_get(step(pool.variables, np.uint32(SEED), unit, state))
     gradient = after.opt_state.mu / (1 - recipe.betas[0])  # Adam's first moment started at zero
@@ -80,7 +80,7 @@ def disagreement(pool, recipe) -> dict[str, float]:
         step = jax.jit(
             functools.partial(synthesis.synthesis_step, recipe, pool.teachers, pool.normalisation)
         )
-        honest = dataclasses.replace(recipe, method="prism")
+        honest = dataclasses.replace(recipe, logits_by=None, statistics_by=None)
         subsets = slots_of_every_subset(honest, pool.teachers)
         assert len(subsets) == 2 ** (len(pool) - 1)
         for drawn, slot in subsets.items():
@@ -129,21 +129,13 @@ def test_loss_terms_and_pixel_gradient_equal_numpy_for_every_subset(primary):
     assert max(worst.values()) < TOLERANCE, worst
 
 
-def without_primary(key, size, primary):
-    draw = sampling.subset(key, size, primary)
-    others = draw.statistic_weights_T.at[primary].set(0.0)
-    return Draw(draw.logit_weights_T, others / jnp.maximum(others.sum(), 1e-9))
+def without_primary(key, place, roles):
+    others = sampling.subset(key, place, roles).at[roles.primary].set(0.0)
+    return others / jnp.maximum(others.sum(), 1e-9)
 
 
-def mean_over_pool(key, size, primary):
-    draw = sampling.subset(key, size, primary)
-    drawn = (draw.statistic_weights_T > 0).astype("float32")
-    return Draw(draw.logit_weights_T, drawn / size)
-
-
-def logits_of_all_drawn(key, size, primary):
-    draw = sampling.subset(key, size, primary)
-    return Draw(draw.statistic_weights_T, draw.statistic_weights_T)
+def mean_over_pool(key, place, roles):
+    return (sampling.subset(key, place, roles) > 0).astype("float32") / roles.size
 
 
 def unbiased(moments):
@@ -169,13 +161,12 @@ def test_a_wrong_objective_does_not_pass(twin, monkeypatch):
         moved = tuple(dataclasses.replace(t, first_bn=("bn2",)) for t in pool.teachers)
         pool = dataclasses.replace(pool, teachers=moved)
     else:
-        samplers = {
-            "no primary": without_primary,
-            "pool mean": mean_over_pool,
-            "all logits": logits_of_all_drawn,
-        }
-        monkeypatch.setitem(synthesis.METHODS, "twin", samplers[twin])
-        recipe = dataclasses.replace(recipe, method="twin")
+        monkeypatch.setitem(sampling.SAMPLERS, "no primary", without_primary)
+        monkeypatch.setitem(sampling.SAMPLERS, "pool mean", mean_over_pool)
+        if twin == "all logits":
+            recipe = dataclasses.replace(recipe, logits_by="subset")
+        else:
+            recipe = dataclasses.replace(recipe, statistics_by=twin)
     worst = disagreement(pool, recipe)
     assert worst["gradient"] > 1e3 * TOLERANCE
     assert worst["loss"] > 1e3 * TOLERANCE
@@ -302,7 +293,7 @@ def test_adam_step_schedule_and_clip_by_hand():
         )
         images = np.random.default_rng(0).standard_normal((BATCH, *SHAPE)) * 0.8
         unit = make_unit(0, 0, BUDGET, LABELS)
-        state = synthesis.initial_state(recipe, images)
+        state = synthesis.initial_state(pool, recipe, images)
         m = v = 0.0
         mean, std = np.array(COLOUR.mean), np.array(COLOUR.std)
         clipped = False

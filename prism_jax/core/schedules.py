@@ -1,4 +1,4 @@
-"""Learning-rate multipliers and iteration budgets."""
+"""Learning rates, crop curricula and iteration budgets."""
 
 from __future__ import annotations
 
@@ -74,6 +74,33 @@ SCHEDULES: dict[str, Callable[[Array, Array], Array]] = {
 }
 
 
+# How much of the image the smallest crop still shows while it falls (CDA, section 3.3).
+CURRICULA: dict[str, Callable[[Array, Array], Array]] = {
+    "step": constant,
+    "linear": linear,
+    "cosine": cosine,
+}
+
+
+def smallest_crop(
+    curriculum: str, lowest: float, step: Array, total: Array, *, milestone: float
+) -> float | Array:
+    """The lower bound of the crop's share of the area, which falls from 1 to ``lowest``.
+
+        lowest + (1 - lowest) f(step, milestone * total)    before milestone * total, then lowest
+
+    Args:
+      curriculum: a row of ``CURRICULA``, or "constant": always ``lowest``.
+      milestone: the part of the run in which it falls; 0 is "constant".
+    """
+    if curriculum == "constant" or milestone == 0:
+        return lowest
+    until = jnp.float32(milestone) * jnp.asarray(total, jnp.float32)
+    share = CURRICULA[curriculum](step, until)
+    falling = jnp.float32(lowest) + jnp.float32(1.0 - lowest) * share
+    return jnp.where(jnp.asarray(step, jnp.float32) < until, falling, jnp.float32(lowest))
+
+
 def same_budget(iterations: int, slot: int) -> int:
     """Every slot gets all iterations (paper)."""
     del slot
@@ -85,7 +112,18 @@ def mod8_budget(iterations: int, slot: int) -> int:
     return iterations - iterations // 8 * (slot % 8)
 
 
+# Iterations of the batch that holds a slot.
 BUDGETS: dict[str, Callable[[int, int], int]] = {
     "constant": same_budget,
     "mod8": mod8_budget,
+    "early_late": same_budget,  # of the first images; the others join later, see `joined`
 }
+
+
+def joined(slots: int, rounds: int) -> tuple[int, ...]:
+    """How many slots of a batch are optimised in each round (DELT's early-late).
+
+    The slots divide into ``rounds`` groups, the first ``slots mod rounds`` of them larger by
+    one; group g joins at round g: 10 slots in 8 rounds are 2, 4, 5, 6, 7, 8, 9, 10.
+    """
+    return tuple((g + 1) * (slots // rounds) + min(g + 1, slots % rounds) for g in range(rounds))

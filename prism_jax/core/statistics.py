@@ -1,13 +1,32 @@
-"""Batch statistics against running statistics."""
+"""Statistics of a batch inside a network, and their distance from those of real images.
+
+The statistics of one network are ``{path of a layer: {name: vector}}``. A BatchNorm tells
+"mean" and "var" of its input over (B, H, W); a convolution, of its input, these and "patch_mean"
+and "patch_var" (G-VBSM). Targets have the same shape: running statistics, those of the training
+set, or those of the batch's classes (EDC).
+"""
 
 from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jax import lax
 
+from prism_jax.core.views import resize
 from prism_jax.errors import UserError
 from prism_jax.types import Array, PyTree
+
+NAMES = ("mean", "var", "patch_mean", "patch_var")
+VARIANCES = ("var", "patch_var")
+
+Path = tuple[str, ...]
+Layers = dict[Path, dict[str, Array]]
 
 
 def safe_norm(x: Array) -> Array:
@@ -21,55 +40,177 @@ def safe_norm(x: Array) -> Array:
     return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, square)))
 
 
-def bn_alignment(
-    statistics: PyTree,
-    running: PyTree,
+def by_layer(tree: PyTree) -> Layers:
+    """A nested dict of modules with vectors as leaves, as ``{path: {name: vector}}``."""
+    layers: Layers = {}
+    for path, leaf in traverse_util.flatten_dict(tree).items():
+        layers.setdefault(path[:-1], {})[path[-1]] = leaf
+    return layers
+
+
+# --- what a batch tells ---------------------------------------------------------------------
+
+
+def channel_moments(x_BHWC: Array) -> dict[str, Array]:
+    """Mean and biased variance of every channel over (B, H, W), in at least float32."""
+    x_BHWC = x_BHWC.astype(jnp.promote_types(x_BHWC.dtype, jnp.float32))
+    mean_C = x_BHWC.mean((0, 1, 2))
+    return {"mean": mean_C, "var": jnp.square(x_BHWC - mean_C).mean((0, 1, 2))}
+
+
+def patch_moments(x_BHWC: Array, patch: int) -> dict[str, Array]:
+    """Mean and biased variance of every patch over images, channels and the patch's pixels.
+
+    The map is enlarged bilinearly to the next multiple of ``patch`` and cut into squares of
+    that side (G-VBSM; 16 for ImageNet, 4 for CIFAR), counted row by row.
+    """
+    x_BHWC = x_BHWC.astype(jnp.promote_types(x_BHWC.dtype, jnp.float32))
+    batch, height, width, channels = x_BHWC.shape
+    rows, columns = -(-height // patch), -(-width // patch)
+    x_BHWC = resize(x_BHWC, (rows * patch, columns * patch))
+    cut = x_BHWC.reshape(batch, rows, patch, columns, patch, channels)
+    mean = cut.mean((0, 2, 4, 5), keepdims=True)
+    var = jnp.square(cut - mean).mean((0, 2, 4, 5))
+    return {"patch_mean": mean.ravel(), "patch_var": var.ravel()}
+
+
+def of_inputs(inputs: dict[Path, Array], *, channels: bool, patch: int | None) -> Layers:
+    """The statistics of convolutions' inputs: of channels, of patches (None: not), or of both."""
+    return {
+        path: (channel_moments(x) if channels else {}) | (patch_moments(x, patch) if patch else {})
+        for path, x in inputs.items()
+    }
+
+
+# --- distance from a target -----------------------------------------------------------------
+
+
+def alignment(
+    batch: Layers,
+    target: Layers,
     *,
-    first: tuple[str, ...],
+    first: Path,
     first_multiplier: float,
     variance_weight: float = 1.0,
+    keep: dict[Path, Array] | None = None,
 ) -> Array:
-    """Distance of a batch's BatchNorm statistics from the running ones.
+    """Distance of a batch's statistics from their targets.
 
-        sum_l w_l ( ||mean_l - running_mean_l|| + variance_weight ||var_l - running_var_l|| )
+        sum_l w_l sum_s c_s ||s_l - target_l,s||
 
-    Norms are not squared, variances biased, ``w`` is ``first_multiplier`` for the first layer
-    and 1 for the others (DeepInversion; SRe2L; PRISM, equation of the recover loss).
+    over layers l and their statistics s. Norms are not squared; ``c`` is ``variance_weight``
+    for variances (DWA) and 1 for means; ``w`` is ``first_multiplier`` for the first layer and 1
+    for the others (DeepInversion; SRe2L; PRISM, equation of the recover loss).
 
     Args:
-      statistics: nested dict with leaves "mean" and "var" (C,) per layer: the batch's.
-      running: the same for the running statistics ("batch_stats").
+      batch, target: statistics of the same layers and names.
       first: path of the first layer.
+      keep: for some layers whether they count at all (G-VBSM's drop).
 
     Returns:
       A scalar.
 
     Raises:
-      UserError: the two trees name different layers, or ``first`` is none of them.
+      UserError: batch and target differ in their layers, or ``first`` is none of them.
     """
-    batch = _layers(statistics)
-    target = _layers(running)
-    if batch.keys() != target.keys():
-        odd = sorted("/".join(path) for path in batch.keys() ^ target.keys())
+    named = [{(path, n) for path, layer in side.items() for n in layer} for side in (batch, target)]
+    if odd := {path for path, _ in named[0] ^ named[1]}:
         raise UserError(
-            f"batch and running statistics name different layers ({', '.join(odd[:5])}); every "
-            f"BatchNorm must be models.layers.BatchNorm and be called exactly once"
+            f"the statistics of the batch and their targets name different layers "
+            f"({', '.join('/'.join(path) for path in sorted(odd)[:5])}); every BatchNorm and "
+            f"convolution must be of models.layers and be called exactly once"
         )
     if first not in batch:
         raise UserError(
-            f"no BatchNorm at {'/'.join(first)}; there are: "
+            f"no layer with statistics at {'/'.join(first)}; there are: "
             f"{', '.join('/'.join(path) for path in batch)}"
         )
-    total = jnp.zeros((), jax.tree.leaves(statistics)[0].dtype)
+    total = jnp.zeros((), jax.tree.leaves(batch)[0].dtype)
     for path in sorted(batch):
-        mean = safe_norm(batch[path]["mean"] - target[path]["mean"])
-        var = safe_norm(batch[path]["var"] - target[path]["var"])
-        total += (first_multiplier if path == first else 1.0) * (mean + variance_weight * var)
+        distances = [
+            (variance_weight if name in VARIANCES else 1.0)
+            * safe_norm(batch[path][name] - target[path][name])
+            for name in NAMES
+            if name in batch[path]
+        ]
+        term = functools.reduce(operator.add, distances)
+        if keep and path in keep:
+            term = jnp.where(keep[path], term, 0.0)
+        total += (first_multiplier if path == first else 1.0) * term
     return total
 
 
-def _layers(tree: PyTree) -> dict[tuple[str, ...], dict[str, Array]]:
-    layers: dict[tuple[str, ...], dict[str, Array]] = {}
-    for path, leaf in traverse_util.flatten_dict(tree).items():
-        layers.setdefault(path[:-1], {})[path[-1]] = leaf
-    return layers
+def number_of_layers(target: Layers, **weights) -> Array:
+    """The sum of the layers' weights."""
+    return jnp.float32(len(target) - 1 + weights["first_multiplier"])
+
+
+def size_of_targets(target: Layers, **weights) -> Array:
+    """The alignment of a batch whose statistics are all zero."""
+    return alignment(jax.tree.map(jnp.zeros_like, target), target, **weights)
+
+
+# What a teacher's alignment is measured in, to be compared with another teacher's.
+SCALES: dict[str, Callable[..., Array]] = {
+    "layers": number_of_layers,
+    "targets": size_of_targets,
+}
+
+
+# --- memory of earlier batches --------------------------------------------------------------
+
+
+class Memory(NamedTuple):
+    """A moving average of statistics, and which layers it has seen at all."""
+
+    average: Layers
+    seen: dict[Path, Array]
+
+    @classmethod
+    def blank(cls, target: Layers, *, from_zero: bool) -> Memory:
+        """Nothing seen yet; ``from_zero`` takes the zeros for an average (reference)."""
+        # Reference: `isinstance(0.0, int)` is never true, so the average starts at zero.
+        seen = {path: jnp.full((), from_zero) for path in target}
+        return cls(jax.tree.map(jnp.zeros_like, target), seen)
+
+
+def smooth(
+    batch: Layers, memory: Memory, *, momentum: float, keep: dict[Path, Array] | None = None
+) -> tuple[Layers, Memory]:
+    """Match a moving average in value, this batch in gradient (G-VBSM, "score distillation").
+
+        e <- momentum e + (1 - momentum) s          (e <- s where the layer is seen first)
+        matched = e + s - stop_gradient(s)
+
+    Args:
+      keep: layers that do not count this time (False) are not remembered either.
+
+    Returns:
+      The matched statistics and the new memory.
+    """
+
+    def blend(old: Array, new: Array, seen: Array) -> Array:
+        return jnp.where(seen, momentum * old + (1.0 - momentum) * new, new)
+
+    matched, average, seen = {}, {}, {}
+    for path, now in batch.items():
+        fixed = jax.tree.map(lax.stop_gradient, now)
+        before, known = memory.average[path], memory.seen[path]
+        after = {name: blend(before[name], fixed[name], known) for name in now}
+        matched[path] = {name: after[name] + (now[name] - fixed[name]) for name in now}
+        counts = keep[path] if keep and path in keep else jnp.ones((), bool)
+        average[path] = {name: jnp.where(counts, after[name], before[name]) for name in now}
+        seen[path] = known | counts
+    return matched, Memory(average, seen)
+
+
+def sample_keep(key: Array, paths: Iterable[Path], *, drop: float) -> dict[Path, Array]:
+    """Draw which layers count: each is left out with probability ``drop`` (G-VBSM)."""
+    paths = sorted(paths)
+    keep = jax.random.uniform(key, (len(paths),), jnp.float32) >= drop
+    return {path: keep[i] for i, path in enumerate(paths)}
+
+
+def of_classes(per_class: PyTree, labels_B: Array) -> PyTree:
+    """The mean over a batch of its classes' statistics (K, ...): a target of its own (EDC)."""
+    return jax.tree.map(lambda table_KC: table_KC[labels_B].mean(0), per_class)

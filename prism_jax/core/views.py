@@ -25,6 +25,7 @@ def sample_view(
     *,
     crop_scale: tuple[float | Array, float | Array] = (0.08, 1.0),
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    crop_pad: int | None = None,
     flip: bool,
     roll: int,
     batch: int | None = None,
@@ -36,6 +37,8 @@ def sample_view(
       image_size: (height, width) in pixels.
       crop_scale: bounds of the crop's share of the area, uniform; may be traced scalars.
       crop_ratio: bounds of width / height, log-uniform.
+      crop_pad: in place of a resized crop, torchvision's RandomCrop with this padding of zeros:
+        a shift by up to so many pixels either way.
       flip: whether to flip with probability 1/2.
       roll: the largest shift in pixels, per axis uniform in {0, ..., roll}.
       batch: None for one view of the whole batch, or a number for one view per image.
@@ -51,7 +54,12 @@ def sample_view(
     share, ratio, offset, flips, rolls = jnp.split(
         bits, np.cumsum([TRIES, TRIES, 2, 1]).tolist(), axis=-1
     )
-    crop = _crop(share, ratio, offset, image_size, crop_scale, crop_ratio)
+    if crop_pad is None:
+        crop = _crop(share, ratio, offset, image_size, crop_scale, crop_ratio)
+    else:
+        start = _below(offset, 2 * crop_pad + 1) - crop_pad
+        size = jnp.broadcast_to(jnp.asarray(image_size, jnp.int32), start.shape)
+        crop = jnp.concatenate([start, size], axis=-1).astype(jnp.float32)
     flips, rolls = _below(flips[..., 0], 2) == 1, _below(rolls, roll + 1)
     return View(crop, flips if flip else jnp.zeros_like(flips), rolls)
 
@@ -111,7 +119,7 @@ def apply_view(images_BHWC: Array, view: View) -> Array:
     """Show images through a view: crop, bilinear resize to the same size, flip, roll.
 
     Interpolates between pixel centres and *inside* the crop box, as cropping first and then
-    resizing does.
+    resizing does. What a box shows beyond the image's edges is zero: the mean colour.
 
     Args:
       images_BHWC: floating point.
@@ -141,3 +149,22 @@ def _resize_matrix(size: int, start, length, flip, roll, dtype) -> Array:
     inside = jnp.clip((source + 0.5) * (length / size) - 0.5, 0.0, length - 1.0)
     distance = jnp.abs((start + inside)[..., None] - at.astype(dtype))
     return jnp.maximum(0.0, 1.0 - distance)
+
+
+def resize(images_BHWC: Array, size: tuple[int, int]) -> Array:
+    """Resize bilinearly between pixel centres, without antialiasing (torch's interpolate)."""
+    if images_BHWC.shape[1:3] == tuple(size):
+        return images_BHWC
+    rows, columns = (
+        jnp.asarray(_bilinear(out, source), images_BHWC.dtype)
+        for out, source in zip(size, images_BHWC.shape[1:3], strict=True)
+    )
+    return jnp.einsum(
+        "ih,bhwc,jw->bijc", rows, images_BHWC, columns, precision=lax.Precision.HIGHEST
+    )
+
+
+def _bilinear(out: int, source: int) -> np.ndarray:
+    """The (out, source) matrix of one axis, in float64."""
+    at = np.clip((np.arange(out) + 0.5) * source / out - 0.5, 0.0, source - 1.0)
+    return np.maximum(0.0, 1.0 - np.abs(at[:, None] - np.arange(source)))

@@ -1,5 +1,5 @@
 """Image networks in flax.linen: one module per family, one registry."""
 
-from prism_jax.models.registry import ARCHITECTURES, Architecture, build, first_batch_norm, lookup
+from prism_jax.models.registry import ARCHITECTURES, Architecture, build, first_layers, lookup
 
-__all__ = ["ARCHITECTURES", "Architecture", "build", "first_batch_norm", "lookup"]
+__all__ = ["ARCHITECTURES", "Architecture", "build", "first_layers", "lookup"]

@@ -385,6 +385,8 @@ FORMS = {
 class Conv(nn.Module):
     """2-D convolution with PyTorch's padding; params "kernel" (HWIO) and "bias".
 
+    Where the collection "conv_inputs" is mutable, its input is sown there as ``x``.
+
     Attributes:
       features: output channels.
       kernel_size: side of the square kernel.
@@ -403,6 +405,8 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWC: Array) -> Array:
+        if not self.is_initializing():
+            self.sow("conv_inputs", "x", x_BHWC, init_fn=lambda: None, reduce_fn=lambda _, x: x)
         shape = (
             self.kernel_size,
             self.kernel_size,

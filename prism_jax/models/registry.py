@@ -297,26 +297,28 @@ def lookup(architecture: str) -> Architecture:
     return ARCHITECTURES[architecture]
 
 
-def first_batch_norm(
+def first_layers(
     module: nn.Module, image_shape: tuple[int, int, int]
-) -> tuple[str, ...] | None:
-    """Find the BatchNorm that a network runs first, by tracing it abstractly.
+) -> dict[type[nn.Module], tuple[str, ...] | None]:
+    """Find the BatchNorm and the convolution that a network runs first, by tracing it abstractly.
 
     Args:
       module: any ``flax.linen`` image network, called as ``module(images_BHWC)``.
       image_shape: (height, width, channels).
 
     Returns:
-      Its path in "batch_stats", or None if there is none.
+      By kind of layer, its path among the module's variables, or None if there is none.
     """
-    paths = []
+    found = {layers.BatchNorm: None, layers.Conv: None}
 
     def record(run, args, kwargs, context):
-        if isinstance(context.module, layers.BatchNorm) and context.method_name == "__call__":
-            paths.append(context.module.path)
+        for kind, path in found.items():
+            called = isinstance(context.module, kind) and context.method_name == "__call__"
+            if called and path is None:
+                found[kind] = context.module.path
         return run(*args, **kwargs)
 
     images_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     with nn.intercept_methods(record):
         jax.eval_shape(module.init, jax.random.key(0, impl="threefry2x32"), images_BHWC)
-    return paths[0] if paths else None
+    return found

@@ -166,7 +166,7 @@ def _optimise(context: Context, waiting: list[Unit]) -> None:
         while queue or any(lanes):
             for at, lane in enumerate(lanes):
                 if lane is None and queue:
-                    lanes[at] = lane = _start(context, engine, recipe, queue.popleft(), at)
+                    lanes[at] = lane = _start(context, engine, pool, recipe, queue.popleft(), at)
                     bar.advance(lane.done)
             counts = [_count(lane, config.recover.steps_per_dispatch) for lane in lanes]
             spare = spare or next(lane for lane in lanes if lane)
@@ -199,12 +199,12 @@ def _optimise(context: Context, waiting: list[Unit]) -> None:
     writer.close()
 
 
-def _start(context: Context, engine, recipe, unit: Unit, at: int) -> Lane:
+def _start(context: Context, engine, pool, recipe, unit: Unit, at: int) -> Lane:
     """Put a unit on a lane: from its checkpoint, or from its initial images."""
     config = context.config
     classes, slots = members(context, unit)
     images = context.initial_images(classes, slots)
-    state = jax.device_get(synthesis.initial_state(recipe, images))
+    state = jax.device_get(synthesis.initial_state(pool, recipe, images))
     checkpoints = Checkpoints(
         folder(context) / "checkpoints" / unit.name,
         every_seconds=config.recover.checkpoint_seconds,

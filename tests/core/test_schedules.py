@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prism_jax.core.schedules import BUDGETS, SCHEDULES
+from prism_jax.core.schedules import BUDGETS, SCHEDULES, joined, smallest_crop
 
 
 @pytest.mark.parametrize(
@@ -79,3 +79,57 @@ def test_budgets_by_hand():
     assert np.mean(official) == 2550
     assert [BUDGETS["mod8"](20, s) for s in slots] == [20, 18, 16, 14, 12, 10, 8, 6, 20, 18]
     assert min(BUDGETS["mod8"](n, s) for n in range(1, 40) for s in slots) >= 1
+
+
+# --- crop curricula ---------------------------------------------------------------------------
+
+
+def test_crop_curricula_by_hand():
+    def at(name, *steps, milestone=1.0):
+        values = [smallest_crop(name, 0.08, s, 4000, milestone=milestone) for s in steps]
+        return np.asarray(values, np.float64)
+
+    np.testing.assert_allclose(
+        at("cosine", 0, 1000, 2000, 3000, 4000),
+        [1.0, 0.08 + 0.46 * (1 + 2**-0.5), 0.54, 0.08 + 0.46 * (1 - 2**-0.5), 0.08],
+        rtol=1e-6,
+    )
+    np.testing.assert_allclose(at("linear", 0, 1000, 3999), [1.0, 0.77, 0.08023], rtol=1e-5)
+    np.testing.assert_allclose(at("step", 0, 3999, 4000), [1.0, 1.0, 0.08], rtol=1e-6)
+    # Half of the run, then the smallest crop; by hand for the middle of that half.
+    np.testing.assert_allclose(
+        at("cosine", 0, 1000, 1999, 2000, 3999, milestone=0.5),
+        [1.0, 0.54, 0.08 + 0.46 * (1 + math.cos(math.pi * 1999 / 2000)), 0.08, 0.08],
+        rtol=1e-5,
+    )
+    over_the_whole_run = at("cosine", 1000, milestone=1.0)  # twin
+    assert abs(over_the_whole_run[0] - at("cosine", 1000, milestone=0.5)[0]) > 0.3
+
+
+def test_a_curriculum_that_is_over_at_once_is_the_constant_itself():
+    assert smallest_crop("cosine", 0.08, jnp.int32(3), 10, milestone=0.0) == 0.08
+    assert smallest_crop("constant", 0.08, jnp.int32(3), 10, milestone=1.0) == 0.08
+    # Traced, and just before the milestone is passed, it is float32's 0.08 to the bit.
+    late = jax.jit(lambda s: smallest_crop("cosine", 0.08, s, 10, milestone=0.5))(5)
+    assert late == np.float32(0.08)
+
+
+# --- early-late -------------------------------------------------------------------------------
+
+
+def reference_rounds(slots: int, rounds: int) -> list[int]:
+    """Slot by slot: the round in which it joins, then how many have joined."""
+    sizes = [slots // rounds] * rounds
+    for g in range(slots % rounds):
+        sizes[g] += 1
+    joins = [g for g, size in enumerate(sizes) for _ in range(size)]
+    return [sum(j <= g for j in joins) for g in range(rounds)]
+
+
+def test_slots_join_in_rounds():
+    assert joined(10, 8) == (2, 4, 5, 6, 7, 8, 9, 10)
+    assert joined(50, 8) == (7, 14, 20, 26, 32, 38, 44, 50)
+    assert joined(1, 8) == (1,) * 8
+    assert joined(10, 1) == (10,)
+    for slots, rounds in ((10, 8), (50, 8), (7, 3), (3, 5), (100, 8)):
+        assert list(joined(slots, rounds)) == reference_rounds(slots, rounds)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prism_jax import rng
-from prism_jax.core.views import apply_view, identity_view, sample_view
+from prism_jax.core.views import apply_view, identity_view, resize, sample_view
 from prism_jax.types import View
 
 SIZE = (24, 32)
@@ -351,3 +351,64 @@ def test_a_stored_view_replays_bit_for_bit(tmp_path):
     np.testing.assert_array_equal(apply_view(images, replayed), apply_view(images, view))
     other = apply_view(images, sample(rng.root(6), batch=4))
     assert np.abs(other - apply_view(images, view)).max() > 0.1
+
+
+# --- padded crops and resizing ----------------------------------------------------------------
+
+
+def test_a_padded_crop_is_pad_and_cut():
+    images = images_like().astype(np.float32)
+    _, height, width, _ = images.shape
+    draw = jax.jit(
+        jax.vmap(lambda key: sample(key, image_size=(height, width), crop_pad=4, roll=0))
+    )
+    view = jax.device_get(draw(keys(3000)))
+    tops, lefts = view.crop[:, 0].astype(int), view.crop[:, 1].astype(int)
+    np.testing.assert_array_equal(view.crop[:, 2:], [[height, width]] * 3000)
+    for starts in (tops, lefts):
+        counts = np.bincount(starts + 4, minlength=9)
+        assert len(counts) == 9
+        np.testing.assert_allclose(counts / 3000, 1 / 9, atol=0.03)
+    assert abs(np.corrcoef(tops, lefts)[0, 1]) < 0.06
+    padded = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
+    for i in np.flatnonzero(~view.flip)[:12]:
+        one = View(*(field[i] for field in view))
+        top, left = tops[i] + 4, lefts[i] + 4
+        cut = padded[:, top : top + height, left : left + width]
+        np.testing.assert_array_equal(apply_view(images, one), cut)
+        if top != 4:  # twin: an edge that is repeated instead of zero
+            repeated = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="edge")
+            twin = repeated[:, top : top + height, left : left + width]
+            assert np.abs(twin - cut).max() > 0.1
+
+
+@pytest.mark.parametrize("size", [(12, 9), (5, 7), (11, 4), (16, 16)])
+def test_resize_against_loops_and_torch(size):
+    images = np.random.default_rng(0).normal(size=(2, 8, 7, 3))
+    with jax.enable_x64(True):
+        found = np.asarray(resize(jnp.asarray(images), size))
+
+    def position(i, out, source):
+        return min(max((i + 0.5) * source / out - 0.5, 0.0), source - 1.0)
+
+    expected = np.zeros((2, *size, 3))
+    for i in range(size[0]):
+        for j in range(size[1]):
+            y, x = position(i, size[0], 8), position(j, size[1], 7)
+            for row, a in ((int(y), 1 - y % 1), (min(int(y) + 1, 7), y % 1)):
+                for column, b in ((int(x), 1 - x % 1), (min(int(x) + 1, 6), x % 1)):
+                    expected[:, i, j] += a * b * images[:, row, column]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    if size[0] < 8:  # twin: an antialiased reduction
+        twin = jax.image.resize(images, (2, *size, 3), "linear", antialias=True)
+        assert np.abs(twin - expected).max() > 0.05
+    torch = pytest.importorskip("torch", reason="compares with PyTorch, which is not installed")
+    by_torch = torch.nn.functional.interpolate(
+        torch.tensor(images).permute(0, 3, 1, 2), size, mode="bilinear"
+    )
+    np.testing.assert_allclose(found, by_torch.permute(0, 2, 3, 1), atol=1e-12)
+
+
+def test_resizing_to_the_same_size_changes_nothing():
+    images = images_like()
+    assert resize(images, images.shape[1:3]) is images

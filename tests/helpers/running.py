@@ -26,7 +26,9 @@ def start_images(unit: synthesis.UnitBatch, normalisation, size: int = 8) -> np.
 def begin(pool, recipe, units, size: int = 8) -> list:
     """The state of every unit before its first iteration, on the host."""
     return [
-        jax.device_get(synthesis.initial_state(recipe, start_images(u, pool.normalisation, size)))
+        jax.device_get(
+            synthesis.initial_state(pool, recipe, start_images(u, pool.normalisation, size))
+        )
         for u in units
     ]
 

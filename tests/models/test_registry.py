@@ -51,7 +51,10 @@ def test_counts_are_the_published_ones(name):
 def test_the_first_batch_norm_of_the_registry_runs_first(name):
     row = ARCHITECTURES[name]
     module = models.build(name, 10, width=0.25, depth=0.01)
-    assert models.first_batch_norm(module, (row.image_size, row.image_size, 3)) == row.first_bn
+    assert (
+        models.first_layers(module, (row.image_size, row.image_size, 3))[layers.BatchNorm]
+        == row.first_bn
+    )
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
@@ -113,8 +116,8 @@ class Nested(nn.Module):
 
 
 def test_the_first_batch_norm_is_the_first_to_run():
-    assert models.first_batch_norm(Reversed(), (8, 8, 3)) == ("z",)
-    assert models.first_batch_norm(Nested(), (8, 8, 3)) == ("inside", "z")
+    assert models.first_layers(Reversed(), (8, 8, 3))[layers.BatchNorm] == ("z",)
+    assert models.first_layers(Nested(), (8, 8, 3))[layers.BatchNorm] == ("inside", "z")
     variables = Reversed().init(KEY(), jnp.zeros((1, 8, 8, 3)))
     assert next(iter(sorted(variables["batch_stats"]))) == "a"  # the tree's order would be wrong
 

@@ -1,0 +1,208 @@
+"""Every method's objective, iteration by iteration, against PyTorch; and what methods share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from helpers import by_torch
+from helpers.networks import COLOUR, small_pool
+from helpers.running import make_unit
+
+from prism_jax import course, rng, synthesis
+from prism_jax.core import statistics
+
+torch = pytest.importorskip("torch", reason="compares with PyTorch, which is not installed")
+
+SHAPE, CLASSES, PER_CLASS = (8, 8, 3), 5, 2
+LABELS = np.repeat(np.array([4, 0, 2], np.int32), PER_CLASS)
+SEED, BUDGET, PATCH = 5, 12, 5
+BOTH = {"match": ("bn", "conv", "patch"), "patch": PATCH}
+
+
+@functools.cache
+def pool():
+    """Two teachers with targets for every statistic, of order one."""
+    with jax.enable_x64(True):
+        found = small_pool(2, image_shape=SHAPE, normalisation=COLOUR, dtype=np.float64)
+    random = np.random.default_rng(3)
+
+    def vector(name, *shape):
+        x = random.standard_normal(shape)
+        return np.exp(0.5 * x) if "var" in name else x
+
+    variables = []
+    for v in found.variables:
+        patches = (-(-SHAPE[0] // PATCH)) ** 2
+        sizes = {
+            layer: {"mean": c, "var": c, "patch_mean": patches, "patch_var": patches}
+            for layer, c in (("conv1", 3), ("conv2", v["params"]["conv2"]["kernel"].shape[2]))
+        }
+        norms = {
+            n: {"mean": len(s["mean"]), "var": len(s["var"])} for n, s in v["batch_stats"].items()
+        }
+        fill = functools.partial(
+            jax.tree_util.tree_map_with_path, is_leaf=lambda x: isinstance(x, int)
+        )
+        conv = fill(lambda path, n: vector(path[-1].key, n), sizes)
+        per_class = {
+            "bn": fill(lambda path, n: vector(path[-1].key, CLASSES, n), norms),
+            "conv": fill(lambda path, n: vector(path[-1].key, CLASSES, n), sizes),
+        }
+        variables.append({**v, "conv_statistics": conv, "class_statistics": per_class})
+    return dataclasses.replace(found, variables=tuple(variables))
+
+
+# The recipe's fields, what they mean in PyTorch, and what a wrong implementation would compute.
+CASES = {
+    "dwa": (
+        {"method": "dwa", "variance_weight": 2.0},
+        {"variance_weight": 2.0},
+        [{"variance_weight": 1.0}, {"squared": True}, {"unbiased": True}],
+    ),
+    "sre2l with priors": (
+        {"method": "sre2l", "total_variation": 0.02, "image_l2": 0.05},
+        {"total_variation": 0.02, "image_l2": 0.05},
+        [{"total_variation": 0.0}, {"image_l2": 0.0}],
+    ),
+    "cvdd": (
+        {"method": "cvdd", "committee": "listed", "priors": (56.4, 52.5)},
+        {},
+        [{"first": "bn2"}, {"alpha": 0.5}],
+    ),
+    "gvbsm": (
+        {"method": "gvbsm", **BOTH, "ema": 0.4, "first_layer": "conv", "densification": 0.5,
+         "slots": PER_CLASS},
+        {**BOTH, "ema": 0.4, "first": "conv1", "densification": 0.5, "per_class": PER_CLASS},
+        [{"first": "bn1"}, {"ema": 0.8}, {"from_zero": True}, {"densification": 0.0},
+         {"patch": 4}, {"match": ("bn", "conv")}, {"match": ("conv", "patch")}],
+    ),
+    "gvbsm as released": (
+        {"method": "gvbsm", **BOTH, "ema": 0.4, "ema_from_zero": True, "drop": 0.4},
+        {**BOTH, "ema": 0.4, "from_zero": True},
+        [{"from_zero": False}, {"first": "conv1"}],
+    ),
+    "edc": (
+        {"method": "edc", **BOTH, "ema": 0.8, "class_share": 0.5, "flatness": 0.7},
+        {**BOTH, "ema": 0.8, "class_share": 0.5, "flatness": 0.7},
+        [{"class_share": 0.0}, {"flatness": 0.0}, {"swap_class_patch": True}],
+    ),
+    "edc as released": (
+        {"method": "edc", **BOTH, "class_share": 0.5, "class_patch_swapped": True},
+        {**BOTH, "class_share": 0.5, "swap_class_patch": True},
+        [{"swap_class_patch": False}],
+    ),
+    "all at once, at one scale": (
+        {"method": "prism", "logits_by": "uniform", "statistics_by": "uniform",
+         "alignment_scale": "targets", "primary": 1},
+        {"at_scale_of": 1},
+        [{"at_scale_of": None}, {"at_scale_of": 0}],
+    ),
+}  # fmt: skip
+
+
+def run_engine(recipe):
+    """Per iteration: images before it, view, draw, dropped layers per teacher, terms, gradient."""
+    teachers, found = pool().teachers, []
+    with jax.enable_x64(True):
+        step = jax.jit(
+            functools.partial(synthesis.synthesis_step, recipe, teachers, pool().normalisation)
+        )
+        unit = make_unit(3, 1, BUDGET, LABELS)
+        images = np.random.default_rng(0).standard_normal((len(LABELS), *SHAPE)) * 0.5
+        state = jax.device_get(synthesis.initial_state(pool(), recipe, images))
+        for _ in range(5):
+            key = rng.root(SEED)
+            view = synthesis.view_of(recipe, key, unit, state.step, SHAPE[:2])
+            draw = synthesis.draw_teachers(recipe, teachers, key, unit, state.step)
+            dropped = [[] for _ in teachers]
+            for t in range(len(teachers)) if recipe.drop else ():
+                drop_key = rng.stream(key, "recover/drop", 3, 1, state.step, t)
+                keep = statistics.sample_keep(drop_key, [("conv1",), ("conv2",)], drop=recipe.drop)
+                dropped[t] = [path[0] for path, kept in keep.items() if not kept]
+            after, terms = jax.device_get(step(pool().variables, np.uint32(SEED), unit, state))
+            b1 = recipe.betas[0]
+            gradient = (after.opt_state.mu - b1 * state.opt_state.mu) / (1 - b1)
+            found.append(
+                (state.images_BHWC, jax.device_get((view, draw)), dropped, terms, gradient)
+            )
+            state = after
+    return found
+
+
+def torch_says(history, terms):
+    """Loss and gradient of every iteration, for the same images, views and draws."""
+    teachers = [by_torch.Teacher(v, terms) for v in pool().variables]
+    sizes = [teacher.size(torch) for teacher in teachers]
+    average, said = None, []
+    for images, (view, draw), dropped, *_ in history:
+        average = images if average is None else average
+        x, pull_back = by_torch.shown(torch, images, view)
+        smooth = by_torch.shown(torch, average, view)[0].detach()
+        loss = by_torch.priors(torch, x, terms)
+        for t, teacher in enumerate(teachers):
+            weights = {"logit_weight": float(draw.logit_weights_T[t]),
+                       "statistic_weight": float(draw.statistic_weights_T[t])}  # fmt: skip
+            if terms.at_scale_of is not None:
+                weights["statistic_weight"] *= sizes[terms.at_scale_of] / sizes[t]
+            if max(weights.values()) > 0:
+                energy, _ = teacher.energy(
+                    torch, x, LABELS, average=smooth, dropped=dropped[t], **weights
+                )
+                loss = loss + energy
+        loss.backward()
+        said.append((loss.item(), pull_back()))
+        average = 0.99 * average + (1 - 0.99) * images
+    return said
+
+
+def test_the_weights_of_dwa_against_torch():
+    recipe = synthesis.Recipe(method="dwa", perturb_rho=0.6, perturb_steps=3, roll=3)
+    with jax.enable_x64(True):
+        start = np.random.default_rng(0).standard_normal((len(LABELS), *SHAPE))
+        unit = make_unit(3, 1, BUDGET, LABELS)
+        found = jax.device_get(course.prepare(pool(), recipe, [(unit, start)], SEED))
+        view = synthesis.view_of(recipe, rng.root(SEED), unit, np.int32(0), SHAPE[:2])
+    x, _ = by_torch.shown(torch, start, jax.device_get(view))
+    variables = pool().variables[0]
+    weights = jax.tree.map(lambda w: torch.tensor(w, requires_grad=True), variables["params"])
+    for _ in range(3):
+        logits, _ = by_torch.read(torch, {**variables, "params": weights}, x)
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(LABELS).long())
+        leaves, tree = jax.tree.flatten(weights)
+        gradient = torch.autograd.grad(loss, leaves)
+        norm = torch.sqrt(sum((g**2).sum() for g in gradient))
+        moved = [w + 0.2 * g / (norm + 1e-12) for w, g in zip(leaves, gradient, strict=True)]
+        weights = jax.tree.unflatten(tree, [w.detach().requires_grad_() for w in moved])
+    for ours, theirs, before in zip(
+        *map(jax.tree.leaves, (found.weights, weights, variables["params"])), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-12)
+        assert np.abs(ours - before).max() > 1e-3  # every tensor moves, also those of BatchNorm
+    assert found.probes_BHWC is None
+
+
+def disagreement(history, said):
+    """The largest relative difference over the iterations, of the loss and of the gradient."""
+    losses, gradients = [], []
+    for (*_, terms, gradient), (loss, by_pixel) in zip(history, said, strict=True):
+        losses.append(abs(float(terms.loss) / loss - 1))
+        gradients.append(np.abs(gradient - by_pixel).max() / np.abs(by_pixel).max())
+    return max(losses), max(gradients)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_pixel_gradient_of_every_method_against_torch(name):
+    fields, meaning, twins = CASES[name]
+    recipe = synthesis.Recipe(alpha_bn=0.25, roll=3, crop_min=0.3, **fields)
+    history = run_engine(recipe)
+    off_loss, off_gradient = disagreement(history, torch_says(history, by_torch.Terms(**meaning)))
+    assert off_loss < 1e-9 and off_gradient < 1e-9
+    if recipe.drop:
+        assert any(names for *_, dropped, _, _ in history for names in dropped)
+    for twin in twins:
+        wrong = by_torch.Terms(**{**meaning, **twin})
+        assert max(disagreement(history, torch_says(history, wrong))) > 1e-4, twin
