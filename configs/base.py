@@ -120,6 +120,27 @@ def network(**fields) -> ConfigDict:
     return ConfigDict(fields)
 
 
+def words(arg: str, *allowed: str) -> set[str]:
+    """The words of a config's argument, which commas separate."""
+    found = {word for word in arg.split(",") if word}
+    if unknown := found - set(allowed):
+        raise ValueError(
+            f"unknown argument {', '.join(sorted(unknown))}; allowed: {', '.join(allowed)}"
+        )
+    return found
+
+
+def folder(c: ConfigDict) -> ConfigDict:
+    """Relabel and validate images that somebody else made: recover.initialise_from=DIR."""
+    c.name += "_folder"
+    c.recover.initialise = "folder"
+    c.recover.iterations = 0
+    c.recover.pool = ()
+    needed = (*c.relabel.teachers, c.analyse.network)
+    c.squeeze.teachers = tuple(name for name in c.squeeze.teachers if name in needed)
+    return c
+
+
 def official(c: ConfigDict) -> ConfigDict:
     """The preset `prism_official`: what the released code does where it differs.
 

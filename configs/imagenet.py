@@ -3,6 +3,7 @@
 Arguments after the colon, separated by commas:
   smoke      10 classes, 20 iterations, 2 epochs: runs on your real paths in minutes
   official   the preset `prism_official`: the released code instead of the paper
+  folder     images that somebody else made, in --config.recover.initialise_from=DIR
 
 Paper: ResNet-18, IPC 10: 45.7 % top-1 (supplement, table 3).
 """
@@ -22,9 +23,7 @@ CHECKPOINTS = {
 
 
 def config(ipc: int, arg: str) -> ConfigDict:
-    words = {word for word in arg.split(",") if word}
-    if unknown := words - {"smoke", "official"}:
-        raise ValueError(f"unknown argument {', '.join(sorted(unknown))}; allowed: smoke, official")
+    words = base.words(arg, "smoke", "official", "folder")
     c = base.get_config()
     c.name = f"imagenet_ipc{ipc}"
     c.dataset.path = "data/imagenet"  # train/<wnid>/*.JPEG and val/<wnid>/*.JPEG
@@ -52,4 +51,4 @@ def config(ipc: int, arg: str) -> ConfigDict:
         c.relabel.batch_size = c.validate.batch_size = 10
         for name in c.squeeze.teachers:
             c.networks[name].head_classes = 1000  # cut to the classes that the data has
-    return c
+    return base.folder(c) if "folder" in words else c

@@ -2,7 +2,7 @@
 
     python -m prism_jax.main --config=configs/imagenet_ipc100.py
 
-See imagenet.py for the settings, and for the arguments `:smoke` and `:official`.
+See imagenet.py for the settings and the arguments.
 """
 
 from ml_collections import ConfigDict

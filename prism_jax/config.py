@@ -61,6 +61,10 @@ class Network:
     head_classes: int | None = None
     class_indices: tuple[int, ...] | None = None
 
+    def untrained(self) -> Network:
+        """The network as a student: without what belongs to imported weights."""
+        return Network(self.architecture, self.width, self.depth, self.stem)
+
 
 @dataclasses.dataclass(frozen=True)
 class Squeeze:

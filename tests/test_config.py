@@ -24,6 +24,13 @@ FILES = sorted(
 )
 
 
+ARGUMENTS = {
+    "imagenet": ("smoke", "official", "smoke,official", "folder", "smoke,official,folder"),
+    "imagenette": ("cpu", "folder", "cpu,folder"),
+    "cifar10": ("cpu", "folder", "cpu,folder"),
+}
+
+
 def changed(**fields) -> ConfigDict:
     """The digits config with ``section__field`` set to values."""
     c = digits(10)
@@ -49,9 +56,15 @@ def test_every_config_file_resolves(name):
     module = importlib.import_module(f"configs.{name}")
     experiment = resolve(module.get_config())
     assert experiment.recover.iterations > 0
-    if name.startswith("imagenet_"):
-        for arg in ("smoke", "official", "smoke,official"):
-            resolve(module.get_config(arg))
+    for arg in ARGUMENTS.get(name.split("_")[0], ()):
+        c = module.get_config(arg)
+        if "folder" in arg:
+            assert "recover.initialise_from=DIR" in refusal(c)
+            c.recover.initialise_from = "set"
+        changed = resolve(c)
+        assert changed.name != experiment.name
+        if "folder" in arg:
+            assert set(changed.squeeze.teachers) == set(changed.relabel.teachers)
 
 
 def test_values_arrive_as_they_are():

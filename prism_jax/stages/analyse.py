@@ -152,7 +152,8 @@ def summarise(
         "schema": 1,
         "config": config.name,
         "preset": config.preset,
-        "method": config.recover.method,
+        # Without iterations there is no method, only where the images are from.
+        "method": config.recover.method if config.recover.iterations else config.recover.initialise,
         "command": provenance["command"],
         "seeds": list(config.validate.seeds),
         "commit": provenance["commit"],

@@ -252,7 +252,7 @@ class Context:
         """What a trained student is made of."""
         fields = {
             "validate": fingerprint_fields("validate", self.config.validate),
-            "network": dataclasses.asdict(self.config.network(student)),
+            "network": dataclasses.asdict(self.config.network(student).untrained()),
             "student_seed": seed,
             "seed": self.config.seed,
             "images": workdir.digest(labelled.fields),
