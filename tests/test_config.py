@@ -61,10 +61,10 @@ def test_every_config_file_resolves(name):
         if "folder" in arg:
             assert "recover.initialise_from=DIR" in refusal(c)
             c.recover.initialise_from = "set"
-        changed = resolve(c)
-        assert changed.name != experiment.name
+        other = resolve(c)
+        assert other.name != experiment.name
         if "folder" in arg:
-            assert set(changed.squeeze.teachers) == set(changed.relabel.teachers)
+            assert set(other.squeeze.teachers) == set(other.relabel.teachers)
 
 
 def test_values_arrive_as_they_are():
