@@ -116,6 +116,35 @@ def test_imagenet_without_its_files(tmp_path):
     assert before == (snapshot(ROOT / "runs") if (ROOT / "runs").exists() else None)
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            "cifar10_ipc10",
+            ["data/cifar-10-batches-py", "data/teachers/resnet44-014dd654.th",
+             "--config.networks.resnet20.checkpoint=FILE"],
+        ),
+        (
+            "imagenette_ipc10:cpu",
+            ["data/imagenette2-320", "train/<class>/<image>", "mobilenet_v2-b0353104.pth"],
+        ),
+        (
+            "imagenet_ipc10:folder",
+            ["data/imagenet", "resnet18-f37072fd.pth", "there is no folder published/set"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_config_without_its_files_says_what_it_needs(config, said):
+    name, _, argument = config.partition(":")
+    more = [field("recover.initialise_from", "published/set")] if argument == "folder" else []
+    path = f"{ROOT}/configs/{name}.py" + (f":{argument}" if argument else "")
+    status, _, err = call(f"--config={path}", *more)
+    assert status == 2 and "needs what is not there" in err
+    assert [part for part in said if part not in err] == [], err
+    if argument == "folder":
+        assert "mobilenet" not in err  # one teacher labels, no other is needed
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], [], [TINY, "--help"]])
 def test_help(arguments):
     status, out, err = call(*arguments)
