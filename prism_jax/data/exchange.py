@@ -11,6 +11,7 @@ import io
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from etils import epath
 from PIL import Image
 
 from prism_jax.data.datasets import DatasetInfo, imagenet_wnids
-from prism_jax.data.sources import EXTENSIONS, class_order, decode
+from prism_jax.data.sources import EXTENSIONS, ImageSource, class_order, decode
 from prism_jax.errors import UserError
 
 _WNID = re.compile(r"n[0-9]{8}")
@@ -28,12 +29,12 @@ _NEEDED = (
 )
 
 
-def wnids(info: DatasetInfo) -> tuple[str, ...] | None:
-    """The WordNet IDs of a data set's classes in label order, where it is a part of ImageNet."""
+def wnids(imagenet_indices: Sequence[int] | None) -> tuple[str, ...] | None:
+    """The WordNet IDs of classes of ImageNet; None where they are not known."""
     known = imagenet_wnids()
-    if info.imagenet_indices is None or not known:
+    if imagenet_indices is None or not known:
         return None
-    return tuple(known[index] for index in info.imagenet_indices)
+    return tuple(known[index] for index in imagenet_indices)
 
 
 class ImageSet:
@@ -46,29 +47,32 @@ class ImageSet:
     Args:
       root: the folder of the class folders; files beside them are ignored.
       info: the data set that the classes belong to.
-      num_classes: class folders there must be; their order gives the labels.
+      real: its images; folders named by WordNet IDs or by its class names get its labels, others
+        theirs by their order.
       ipc: images of each class, the first ones.
       image_size: side in pixels.
 
     Raises:
-      UserError: no such folder, another number of classes, or too few images of one.
+      UserError: no such folder, other classes or another number of them, or too few images.
     """
 
     def __init__(
         self,
         root: epath.PathLike,
         info: DatasetInfo,
+        real: ImageSource,
         *,
-        num_classes: int,
         ipc: int,
         image_size: int,
     ):
         self._root, self._info, self._size = os.fspath(root), info, image_size
-        self.num_classes = num_classes
+        self.num_classes = num_classes = real.num_classes
+        self.class_names, self.imagenet_indices = real.class_names, real.imagenet_indices
+        self.left_out = 0
         self.labels_N = np.repeat(np.arange(num_classes, dtype=np.int32), ipc)
         if not os.path.isdir(self._root):
             raise UserError(f"there is no folder {root}; {_NEEDED}")
-        classes = self._classes()
+        classes = self._classes(real)
         images = {name: self._images(name) for name in classes}
         short = [f"{name} has {len(found)}" for name, found in images.items() if len(found) < ipc]
         most, least = (f(map(len, images.values())) for f in (max, min))
@@ -87,7 +91,8 @@ class ImageSet:
         self._names = [name for found in images.values() for name in found[:ipc]]
         self._said_resized = False
 
-    def _classes(self) -> list[str]:
+    def _classes(self, real: ImageSource) -> Sequence[str]:
+        """The class folders in label order."""
         with os.scandir(self._root) as entries:
             names = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
         if len(names) != self.num_classes:
@@ -95,13 +100,15 @@ class ImageSet:
                 f"{self._root} has {len(names)} class folders, but dataset.num_classes is "
                 f"{self.num_classes}; {_NEEDED}"
             )
-        ids = wnids(self._info)
-        if ids and all(map(_WNID.fullmatch, names)) and set(names) != set(ids[: len(names)]):
-            others = sorted(set(names) - set(ids[: len(names)]))
+        ids = wnids(real.imagenet_indices)
+        for order in (ids, real.class_names, self._info.class_names):
+            if order and set(order) == set(names):
+                return order
+        if ids and all(map(_WNID.fullmatch, names)):
+            others = sorted(set(names) - set(ids))
             raise UserError(
-                f"{self._root} has {len(others)} class folders that are none of the first "
-                f"{len(names)} classes of {self._info.name} ({', '.join(others[:3])}"
-                f"{', ...' if len(others) > 3 else ''}); it is a set of other classes"
+                f"{self._root} has {len(others)} class folders of other classes than the data has "
+                f"({', '.join(others[:3])}{', ...' if len(others) > 3 else ''})"
             )
         return class_order(names)
 

@@ -189,7 +189,7 @@ class Context:
         return ImageSet(
             recover.initialise_from,
             self.info,
-            num_classes=self.config.dataset.num_classes,
+            self.open("train"),
             ipc=recover.ipc,
             image_size=self.config.dataset.image_size,
         )

@@ -125,6 +125,8 @@ def run(context: Context) -> None:
         "images": len(images),
         "ipc": config.recover.ipc,
         "num_classes": config.dataset.num_classes,
+        "class_names": context.open("train").class_names,
+        "imagenet_indices": context.open("train").imagenet_indices,
         "seed": config.seed,
         "pool": list(config.recover.pool),
         "units": records,

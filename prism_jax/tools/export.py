@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from prism_jax.data import exchange, image_set, workdir
-from prism_jax.data.datasets import DATASETS
+from prism_jax.data.datasets import DATASETS, DatasetInfo
 from prism_jax.data.label_store import MANIFEST, LabelReader
 from prism_jax.errors import UserError
 from prism_jax.main import joined
@@ -96,7 +96,10 @@ def export(root: epath.PathLike, to: epath.PathLike, *, control: str | None = No
     folder = root / "recover" if control is None else root / "controls" / control
     images, labels, provenance = _images(root, folder, ran, control)
     soft_labels, how = _soft_labels(root if control is None else folder, ran, provenance, control)
-    classes = class_table(ran["experiment"]["dataset"]["name"], provenance["num_classes"])
+    classes = class_table(
+        DATASETS.get(ran["experiment"]["dataset"]["name"]),
+        *(provenance[key] for key in ("num_classes", "class_names", "imagenet_indices")),
+    )
     provenance |= {"soft_labels": how, **ran}
 
     arrays = {"images": images, "labels": labels}
@@ -125,16 +128,29 @@ def export(root: epath.PathLike, to: epath.PathLike, *, control: str | None = No
     print(f"{to}: {len(images)} images of {len(classes)} classes; soft labels: {how['what']}")
 
 
-def class_table(dataset: str, num_classes: int) -> list[dict[str, Any]]:
-    """Folder, index and name of the first classes of a data set, in label order."""
-    info = DATASETS.get(dataset)  # a TFDS builder has no row
-    wnids, names = (exchange.wnids(info), info.class_names) if info else (None, None)
+def class_table(
+    info: DatasetInfo | None,
+    num_classes: int,
+    class_names: Sequence[str] | None,
+    imagenet_indices: Sequence[int] | None,
+) -> list[dict[str, Any]]:
+    """Folder, index and name of every class, in label order.
+
+    Args:
+      info: the data set, where it has a row in the table.
+      num_classes: that the set has.
+      class_names, imagenet_indices: what the real images' storage calls the labels, see
+        ``ImageSource``.
+    """
+    names = list(class_names or info and info.class_names or map(str, range(num_classes)))
+    ids = exchange.wnids(imagenet_indices)
+    if ids and info and info.class_names and info.imagenet_indices:
+        known = dict(zip(info.imagenet_indices, info.class_names, strict=True))
+        names = [known[index] for index in imagenet_indices]
+    # ImageFolder sorts folders as text: WordNet IDs only where that is the order of the labels.
+    as_ids = ids is not None and list(ids) == sorted(ids)
     return [
-        {
-            "folder": wnids[index] if wnids else f"{index:05d}",
-            "index": index,
-            "name": names[index] if names else wnids[index] if wnids else str(index),
-        }
+        {"folder": ids[index] if as_ids else f"{index:05d}", "index": index, "name": names[index]}
         for index in range(num_classes)
     ]
 
@@ -166,6 +182,8 @@ def _images(
     return images, labels, {
         "set": control or SYNTHETIC,
         "num_classes": classes,
+        "class_names": recovered.get("class_names"),
+        "imagenet_indices": recovered.get("imagenet_indices"),
         "ipc": ipc,
         "images_sha256": digest,
         "fingerprint": workdir.read_fingerprint(root / "recover") if control is None else None,

@@ -10,7 +10,7 @@ from PIL import Image
 
 from prism_jax.data.datasets import DATASETS
 from prism_jax.data.exchange import ImageSet
-from prism_jax.data.sources import read_all
+from prism_jax.data.sources import ArraySource, read_all
 from prism_jax.errors import UserError
 
 
@@ -26,8 +26,13 @@ def write_set(root, classes, per_class, *, size=8, name="{c}_{i}.png", seed=0):
     return pixels
 
 
-def open_set(root, *, num_classes=3, ipc=2, image_size=8, name="imagenet"):
-    return ImageSet(root, DATASETS[name], num_classes=num_classes, ipc=ipc, image_size=image_size)
+def open_set(root, *, num_classes=3, ipc=2, image_size=8, name="imagenet", **known):
+    labels = np.arange(num_classes)
+    shape = num_classes, 8, 8, DATASETS[name].channels
+    real = ArraySource(np.zeros(shape, np.uint8), labels, num_classes=num_classes)
+    for attribute, value in known.items():
+        setattr(real, attribute, value)
+    return ImageSet(root, DATASETS[name], real, ipc=ipc, image_size=image_size)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +63,29 @@ def test_numbers_without_zeros_are_taken_as_numbers_with_a_warning(tmp_path):
         found = open_set(tmp_path, num_classes=11, ipc=1)
     np.testing.assert_array_equal(found.image(2), pixels["2", 0])
     assert not np.array_equal(found.image(2), pixels["10", 0])  # ImageFolder's class 2
+
+
+@pytest.mark.parametrize(
+    ("folders", "known"),
+    [
+        (("n01440764", "n01443537", "n01484850"), {"imagenet_indices": (2, 0, 1)}),
+        (("cat", "dog", "bird"), {"class_names": ("bird", "cat", "dog")}),
+        (("10", "2", "0"), {"class_names": ("0", "10", "2")}),
+    ],
+)
+def test_named_folders_get_the_labels_of_the_real_images(tmp_path, folders, known):
+    pixels = write_set(tmp_path, folders, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = open_set(tmp_path, **known)
+    for label in range(3):  # the last folder is the first class
+        np.testing.assert_array_equal(found.image(2 * label), pixels[folders[label - 1], 0])
+
+
+def test_a_set_of_other_classes_of_imagenet_is_refused(tmp_path):
+    write_set(tmp_path, ("n01440764", "n01443537", "n01484850"), 2)
+    with pytest.raises(UserError, match=r"has 1 class folders of other classes .*\(n01484850\)"):
+        open_set(tmp_path, imagenet_indices=(0, 1, 217))
 
 
 def test_the_first_ipc_images_are_taken_and_the_rest_is_said(tmp_path):

@@ -11,7 +11,9 @@ import pytest
 from helpers.command import TINY, call, finished, reference, snapshot
 from PIL import Image
 
+from prism_jax.core import pixels
 from prism_jax.data import image_set, workdir
+from prism_jax.data.datasets import DATASETS
 from prism_jax.data.label_store import LabelReader
 from prism_jax.tools import export
 
@@ -131,12 +133,28 @@ def test_a_control_is_exported_with_its_own_images_and_labels(reference, tmp_pat
 
 
 def test_imagenet_classes_are_folders_by_wnid():
-    pytest.importorskip("tensorflow_datasets")
-    table = export.class_table("imagenette", 10)
+    imagenette = DATASETS["imagenette"]
+    table = export.class_table(imagenette, 10, None, imagenette.imagenet_indices)
     assert table[0] == {"folder": "n01440764", "index": 0, "name": "tench"}
-    assert table[9]["folder"] == "n03888257" and table[9]["name"] == "parachute"
-    folders = [entry["folder"] for entry in export.class_table("imagenet", 1000)]
+    assert table[9] == {"folder": "n03888257", "index": 9, "name": "parachute"}
+    ids = tuple(entry["folder"] for entry in table)
+    assert export.class_table(DATASETS["imagenet"], 10, ids, imagenette.imagenet_indices) == [
+        {**entry, "name": entry["folder"]} for entry in table
+    ]
+    folders = [e["folder"] for e in export.class_table(None, 1000, None, tuple(range(1000)))]
     assert folders == sorted(folders) and len(set(folders)) == 1000
+
+
+def test_classes_in_another_order_are_not_sorted_by_wnid():
+    """Folders of class names stand in another order than their IDs; ImageFolder would mix them."""
+    imagenette = DATASETS["imagenette"]
+    order = np.argsort(imagenette.class_names)
+    names = tuple(imagenette.class_names[i] for i in order)
+    indices = tuple(imagenette.imagenet_indices[i] for i in order)
+    table = export.class_table(imagenette, 10, names, indices)
+    assert [e["folder"] for e in table] == [f"{i:05d}" for i in range(10)]
+    assert tuple(e["name"] for e in table) == names
+    assert [e["name"] for e in export.class_table(None, 2, None, None)] == ["0", "1"]
 
 
 # --- refused, and whole or not at all ---------------------------------------------------------
@@ -273,9 +291,6 @@ def test_the_round_trip_keeps_every_pixel_and_labels_and_students_follow(
 
 def test_truncation_would_have_changed_pixels(exported):
     """The twin: recover.rounding=truncate is not what an import may do."""
-    from prism_jax.core import pixels
-    from prism_jax.data.datasets import DATASETS
-
     images, normalisation = (
         np.load(exported / "set.npz")["images"],
         DATASETS["digits"].normalisation,
@@ -287,9 +302,6 @@ def test_truncation_would_have_changed_pixels(exported):
 
 @pytest.mark.parametrize("name", ["imagenet", "cifar10", "mnist"])
 def test_every_level_survives_the_floats(name):
-    from prism_jax.core import pixels
-    from prism_jax.data.datasets import DATASETS
-
     info = DATASETS[name]
     levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(info.channels, -1)
     floats = pixels.normalise(levels, info.normalisation)
