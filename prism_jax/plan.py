@@ -41,7 +41,8 @@ def missing(experiment: Experiment, workdir: str) -> list[str]:
         try:
             Context(experiment, workdir).initial_source  # noqa: B018
         except UserError as error:
-            lines.append(f"images to start from: {error}")
+            if not any(str(error) in line for line in lines):
+                lines.append(f"images to start from: {error}")
     for name in experiment.squeeze.teachers:
         path = experiment.network(name).checkpoint
         if path and not epath.Path(path).exists():

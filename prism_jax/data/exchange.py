@@ -37,6 +37,17 @@ def wnids(imagenet_indices: Sequence[int] | None) -> tuple[str, ...] | None:
     return tuple(known[index] for index in imagenet_indices)
 
 
+def existing_folder(root: epath.PathLike) -> str:
+    """The path of a set.
+
+    Raises:
+      UserError: there is no folder.
+    """
+    if not os.path.isdir(root):
+        raise UserError(f"there is no folder {root}; {_NEEDED}")
+    return os.fspath(root)
+
+
 class ImageSet:
     """A folder with equally many images of every class, as an ``ImageSource``.
 
@@ -65,13 +76,11 @@ class ImageSet:
         ipc: int,
         image_size: int,
     ):
-        self._root, self._info, self._size = os.fspath(root), info, image_size
+        self._root, self._info, self._size = existing_folder(root), info, image_size
         self.num_classes = num_classes = real.num_classes
         self.class_names, self.imagenet_indices = real.class_names, real.imagenet_indices
         self.left_out = 0
         self.labels_N = np.repeat(np.arange(num_classes, dtype=np.int32), ipc)
-        if not os.path.isdir(self._root):
-            raise UserError(f"there is no folder {root}; {_NEEDED}")
         classes = self._classes(real)
         images = {name: self._images(name) for name in classes}
         short = [f"{name} has {len(found)}" for name, found in images.items() if len(found) < ipc]

@@ -19,7 +19,7 @@ from prism_jax import progress
 from prism_jax.config import Dataset, Experiment, Network, fingerprint_fields, to_dict
 from prism_jax.data import workdir
 from prism_jax.data.datasets import DatasetInfo
-from prism_jax.data.exchange import ImageSet
+from prism_jax.data.exchange import ImageSet, existing_folder
 from prism_jax.data.sources import ImageSource, info_of, open_source, read_all
 from prism_jax.errors import UserError
 from prism_jax.initialise import INITIALISERS
@@ -187,7 +187,7 @@ class Context:
         if recover.initialise != "folder":
             return self.open("train")
         return ImageSet(
-            recover.initialise_from,
+            existing_folder(recover.initialise_from),
             self.info,
             self.open("train"),
             ipc=recover.ipc,
