@@ -54,11 +54,11 @@ def get_config(arg: str = "") -> ConfigDict:
         c.networks.mobilenet_v2.depth = c.networks.shufflenet_v2_x0_5.depth = 0.25
         c.networks.resnet20_narrow = base.network(architecture="resnet20", width=0.5)
         c.networks.convnet_d3_narrow = base.network(architecture="convnet_d3", width=0.25)
-        c.squeeze.epochs = 4
+        c.squeeze.epochs = 3
         c.squeeze.optimiser = "adamw"
         c.squeeze.learning_rate = 3e-3
         c.squeeze.weight_decay = 0.01
-        c.recover.iterations = 30
+        c.recover.iterations = 100
         c.relabel.epochs = c.validate.epochs = 100
         c.validate.students = ("resnet20_narrow", "convnet_d3_narrow")
         c.validate.eval_every = 25
