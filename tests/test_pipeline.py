@@ -276,7 +276,7 @@ def test_a_locked_workdir_is_refused_and_a_dead_lock_taken_over(finished, refere
     shutil.rmtree(finished / "analyse")
     holder = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
-        lock = {"host": socket.gethostname(), "pid": holder.pid}
+        lock = {"host": socket.gethostname(), "pid": holder.pid, "alive": 0.0}
         (finished / ".lock").write_text(json.dumps(lock))
         err = refused(finished)
         assert f"in use by process {holder.pid} on {socket.gethostname()}" in err

@@ -18,7 +18,11 @@ import hashlib
 import json
 import os
 import secrets
+import signal
 import socket
+import sys
+import threading
+import time
 from typing import Any
 
 from etils import epath
@@ -177,15 +181,24 @@ def sweep(root: epath.PathLike) -> None:
 
 
 class Lock:
-    """At most one run writes a workdir: a file that names the host and process that does."""
+    """At most one run writes a workdir: a file that names the host and process that does.
+
+    While it is held, a thread writes a sign of life into it every ``BEAT`` seconds. A lock is
+    taken over when its process is known to be gone (same host), or when there has been no sign
+    of life for ``SILENCE`` seconds (another host, whose processes cannot be seen).
+    """
+
+    BEAT = 30.0
+    SILENCE = 600.0
 
     def __init__(self, root: epath.Path):
         self._path = epath.Path(root) / ".lock"
-        self._held = False
+        self._beating: threading.Thread | None = None
+        self._released = threading.Event()
 
     @property
     def held(self) -> bool:
-        return self._held
+        return self._beating is not None
 
     def acquire(self) -> None:
         """Take the lock, or take over one whose process is gone and tidy up after it.
@@ -193,16 +206,21 @@ class Lock:
         Raises:
           UserError: another living process holds it.
         """
-        while not self._held:
+        while not self.held:
             holder = self._holder()
             if holder is None:
-                self._held = self._create()
+                if self._create():
+                    self._released.clear()
+                    self._beating = threading.Thread(target=self._beat, daemon=True)
+                    self._beating.start()
                 continue
             if not self._is_gone(holder):
                 raise UserError(
                     f"{self._path.parent} is in use by process {holder['pid']} on "
-                    f"{holder['host']}. Wait for it, use another --workdir, or, if that process "
-                    f"is gone, delete {self._path}."
+                    f"{holder['host']}, whose last sign of life is {_age(holder):.0f} s old. Wait "
+                    f"for it (a process that is gone is known by its silence after "
+                    f"{self.SILENCE / 60:.0f} minutes), use another --workdir, or, if you know "
+                    f"that it is gone, delete {self._path}."
                 )
             self._path.unlink(missing_ok=True)
             sweep(self._path.parent)
@@ -210,14 +228,13 @@ class Lock:
     def _create(self) -> bool:
         """Make the file, whole and only if there is none; returns whether there was none."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        content = to_json({"host": socket.gethostname(), "pid": os.getpid()}).encode()
         if "://" in os.fspath(self._path):  # an object store has no links
-            found = self._path.exists()
-            if not found:
-                write_bytes(self._path, content)
-            return not found
+            if self._path.exists():
+                return False
+            write_json(self._path, _me())
+            return _is_me(self._holder() or {})
         temporary = self._path.parent / f".lock.{secrets.token_hex(4)}.tmp"
-        temporary.write_bytes(content)
+        temporary.write_bytes(to_json(_me()).encode())
         try:
             os.link(temporary, self._path)
         except (FileExistsError, FileNotFoundError):  # the latter: swept by the one that is faster
@@ -225,6 +242,18 @@ class Lock:
         finally:
             temporary.unlink(missing_ok=True)
         return True
+
+    def _beat(self) -> None:
+        while not self._released.wait(self.BEAT):
+            try:
+                holder = self._holder()
+                if holder is not None and not _is_me(holder):
+                    # This machine slept, and another run took over: save nothing over its work.
+                    print(f"error: {self._path} was taken over by another run", file=sys.stderr)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                write_json(self._path, _me())
+            except (OSError, UserError):  # a full disk, a network's pause: the next beat may pass
+                continue
 
     def _holder(self) -> dict[str, Any] | None:
         try:
@@ -234,14 +263,16 @@ class Lock:
 
     def release(self) -> None:
         """Give the lock back; harmless when it is not held."""
-        if self._held:
+        if self.held:
+            self._released.set()
+            self._beating.join()  # its last write comes before the removal
+            self._beating = None
             self._path.unlink(missing_ok=True)
-            self._held = False
 
-    @staticmethod
-    def _is_gone(holder: dict[str, Any]) -> bool:
+    @classmethod
+    def _is_gone(cls, holder: dict[str, Any]) -> bool:
         if holder.get("host") != socket.gethostname():
-            return False
+            return _age(holder) > cls.SILENCE
         try:
             os.kill(holder["pid"], 0)
         except ProcessLookupError:
@@ -249,3 +280,16 @@ class Lock:
         except PermissionError:
             return False
         return holder["pid"] == os.getpid()
+
+
+def _me() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "alive": time.time()}
+
+
+def _is_me(holder: dict[str, Any]) -> bool:
+    return (holder.get("host"), holder.get("pid")) == (socket.gethostname(), os.getpid())
+
+
+def _age(holder: dict[str, Any]) -> float:
+    """Seconds since a holder's last sign of life, by this machine's clock."""
+    return max(0.0, time.time() - holder.get("alive", 0.0))

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from etils import epath
@@ -129,9 +131,10 @@ def sleeper():
         process.kill()
 
 
-def hold(root, pid, host=None):
+def hold(root, pid, host=None, silent=0.0):
     root.mkdir(exist_ok=True)
-    holder = {"host": host or socket.gethostname(), "pid": pid}
+    host = host or socket.gethostname()
+    holder = {"host": host, "pid": pid, "alive": time.time() - silent}
     (root / ".lock").write_text(json.dumps(holder))
 
 
@@ -157,6 +160,57 @@ def test_a_lock_of_another_host_is_respected(tmp_path):
     hold(tmp_path, 1, host="elsewhere")
     with pytest.raises(UserError, match=r"process 1 on elsewhere.*delete .*\.lock"):
         workdir.Lock(epath.Path(tmp_path)).acquire()
+
+
+@pytest.mark.parametrize("silent", [500, 700])
+def test_a_host_that_is_silent_for_ten_minutes_has_lost_its_lock(tmp_path, silent):
+    hold(tmp_path, 1, host="elsewhere", silent=silent)
+    lock = workdir.Lock(epath.Path(tmp_path))
+    if silent < 600:
+        with pytest.raises(UserError, match="last sign of life is 50"):
+            lock.acquire()
+        return
+    lock.acquire()
+    assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    lock.release()
+
+
+def test_a_held_lock_gives_signs_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(workdir.Lock, "BEAT", 0.05)
+    lock = workdir.Lock(epath.Path(tmp_path))
+    lock.acquire()
+
+    def alive():
+        return json.loads((tmp_path / ".lock").read_text())["alive"]
+
+    first, deadline = alive(), time.monotonic() + 10
+    while alive() == first:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (tmp_path / ".lock").unlink()  # by mistake: it is written again
+    while not (tmp_path / ".lock").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    lock.release()
+    time.sleep(0.2)
+    assert names(tmp_path) == []
+
+
+def test_a_run_whose_lock_was_taken_over_ends_at_once(tmp_path):
+    script = (
+        "import sys, time; from etils import epath; from prism_jax.data import workdir\n"
+        "workdir.Lock.BEAT = 0.1; lock = workdir.Lock(epath.Path(sys.argv[1])); lock.acquire()\n"
+        "print('got', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout.readline() == "got\n"
+            hold(tmp_path, 1, host="elsewhere")
+            assert process.wait(60) == -signal.SIGKILL
+        finally:
+            process.kill()
 
 
 def test_a_dead_lock_is_taken_over_and_what_it_left_is_swept(tmp_path, sleeper):
