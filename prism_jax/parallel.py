@@ -1,13 +1,18 @@
-"""Devices: the only module that knows how many there are.
+"""Devices and processes: the only module that knows how many there are.
 
 A *lane* is one device working on one image batch of its own. Lanes share the teachers' weights
 and the program, and nothing else: the compiled step holds no collective, so lanes may run
 different numbers of iterations, draw different teachers, and start and finish independently.
+
+Processes share work, not arrays: each takes its part of a list on which all agree, writes its
+results to the common working directory, and waits for the others' to appear there. No process
+waits inside a collective for one that works: there is one short broadcast where a stage begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from prism_jax.errors import UserError
 from prism_jax.types import PyTree
 
 AXIS = "lane"
@@ -140,6 +146,108 @@ def _shard_map(function: Callable, mesh: Mesh, arity: int) -> Callable:
 def lane_devices(limit: int) -> list[jax.Device]:
     """The local devices to use for ``limit`` independent batches."""
     return jax.local_devices()[: max(1, limit)]
+
+
+# --- processes ------------------------------------------------------------------------------
+
+MODES = ("auto", "on", "off")
+HEARTBEAT_SECONDS = 100  # a process that is silent for longer is dead, and ends the others
+
+
+def cluster(environ: Mapping[str, str]) -> str | None:
+    """The cluster manager that started several processes of this command, or None."""
+
+    def several(name: str) -> bool:
+        value = environ.get(name, "")
+        return value.isdecimal() and int(value) > 1
+
+    if several("SLURM_NTASKS") and "SLURM_PROCID" in environ:
+        interactive = environ.get("SLURM_STEP_NUM_TASKS", environ["SLURM_NTASKS"]) == "1"
+        return None if interactive else "SLURM"
+    if several("OMPI_COMM_WORLD_SIZE"):
+        return "Open MPI"
+    if "," in environ.get("TPU_WORKER_HOSTNAMES", ""):
+        return "TPU pod"
+    if several("MEGASCALE_NUM_SLICES"):
+        return "TPU slices"
+    if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
+        return "Kubernetes"
+    return None
+
+
+def start_processes(
+    mode: str,
+    *,
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+) -> None:
+    """Join the other processes of this run, before JAX looks for devices.
+
+    Args:
+      mode: "auto" joins where a cluster manager started several processes, or where the other
+        arguments say so; "on" always, asking JAX to find out how; "off" never.
+      coordinator: "host:port" of process 0, where no cluster manager tells.
+      processes: how many there are.
+      process: which one this is.
+
+    Raises:
+      UserError: the arguments do not go together, or the others cannot be reached.
+    """
+    if mode not in MODES:
+        raise UserError(f"--distributed={mode} is unknown; allowed: {', '.join(MODES)}")
+    told = (coordinator, processes, process)
+    if any(t is not None for t in told) and any(t is None for t in told):
+        raise UserError(
+            "--coordinator, --processes and --process go together: "
+            "--coordinator=<host of process 0>:<port> --processes=<how many> --process=<which>"
+        )
+    if processes is not None and not 0 <= process < processes:
+        raise UserError(f"--process={process} is not one of 0 to {processes - 1} (--processes)")
+    explicit = coordinator is not None
+    if mode == "off" or (mode == "auto" and not explicit and cluster(os.environ) is None):
+        return
+    arguments = {}
+    if explicit:
+        arguments = {
+            "coordinator_address": coordinator, "num_processes": processes, "process_id": process,
+        }  # fmt: skip
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=3600,  # others may still work; the last to end ends it
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the processes of this run could not be joined ({str(error).splitlines()[0]}); use "
+            f"--distributed=off for one process, or name --coordinator, --processes, --process"
+        ) from error
+
+
+def is_main() -> bool:
+    """Whether this process writes what there is one of: manifests, figures, the report."""
+    return jax.process_index() == 0
+
+
+def agree(missing_N: Sequence[bool], *, failed: bool = False) -> np.ndarray:
+    """Process 0's answer on every process: which pieces of work are missing.
+
+    Args:
+      missing_N: its answer; the others' do not matter, but have its length.
+      failed: process 0 cannot go on.
+
+    Raises:
+      UserError: on the other processes, where process 0 cannot go on.
+    """
+    answer = np.array([failed, *missing_N], np.uint8)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        answer = np.asarray(multihost_utils.broadcast_one_to_all(answer))
+    if answer[0] and not failed:
+        raise UserError("process 0 cannot go on; its own message says why")
+    return answer[1:].astype(bool)
 
 
 def process_share(items: Sequence[Any]) -> list[Any]:

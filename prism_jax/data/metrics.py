@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -134,6 +135,30 @@ def keep(path: epath.PathLike, wanted: Callable[[dict[str, Any]], bool]) -> None
     remaining = b"".join(r for r, line in zip(whole, lines, strict=True) if wanted(line))
     if remaining != content:
         workdir.write_bytes(path, remaining)
+
+
+def own_file(folder: epath.PathLike) -> epath.Path:
+    """The file that this process appends to: metrics.jsonl, or its own beside the main process'."""
+    process = jax.process_index()
+    return epath.Path(folder) / (f"metrics-{process:05d}.jsonl" if process else "metrics.jsonl")
+
+
+def gather(folder: epath.PathLike) -> None:
+    """Put the other processes' lines behind those of metrics.jsonl; they have ended."""
+    folder = epath.Path(folder)
+    others = sorted(folder.glob("metrics-*.jsonl"))
+    if not others:
+        return
+    path = folder / "metrics.jsonl"
+    lines = [line for p in (path, *others) for line in _whole_lines(p)]
+    workdir.write_bytes(path, b"".join(dict.fromkeys(lines)))  # a kill in between repeats none
+    for other in others:
+        other.unlink()
+
+
+def _whole_lines(path: epath.Path) -> list[bytes]:
+    _, content = _parse(path)
+    return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
 
 
 def _parse(path: epath.Path) -> tuple[list[dict[str, Any]], bytes]:

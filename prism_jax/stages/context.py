@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from etils import epath
 from flax import traverse_util
 from safetensors import numpy as safetensors
 
-from prism_jax import progress
+from prism_jax import parallel, progress
 from prism_jax.config import Dataset, Experiment, Network, fingerprint_fields, to_dict
 from prism_jax.data import workdir
 from prism_jax.data.datasets import DatasetInfo
@@ -117,8 +118,11 @@ class Context:
         self.lock = workdir.Lock(self.root)
 
     def acquire(self) -> None:
-        """Take the workdir's lock before the first write, and record what runs: config.json."""
-        if self.lock.held:
+        """Take the workdir's lock before the first write, and record what runs: config.json.
+
+        Of several processes the main one does, for all of them: see ``deal``.
+        """
+        if self.lock.held or not parallel.is_main():
             return
         self.lock.acquire()
         path = self.root / "config.json"
@@ -133,6 +137,49 @@ class Context:
         workdir.write_json(
             path, {"experiment": to_dict(self.config), "provenance": self.provenance}
         )
+
+    # --- several processes ---
+
+    def deal(
+        self,
+        items: Sequence[Any],
+        pending: Callable[[], Sequence[Any]],
+        prepare: Callable[[], None] = lambda: None,
+    ) -> list[Any]:
+        """The missing pieces of work that fall to this process.
+
+        Every process calls it where a stage begins, with the same items. The main process takes
+        the lock, prepares the folders and says what is missing.
+
+        Args:
+          items: everything the stage makes, in the order it is worked on.
+          pending: which of them are missing.
+          prepare: what comes before the work; only the main process runs it.
+        """
+        missing_N = [False] * len(items)
+        if parallel.is_main():
+            try:
+                self.acquire()
+                prepare()
+                left = pending()
+            except BaseException:
+                parallel.agree(missing_N, failed=True)
+                raise
+            missing_N = [item in left for item in items]
+        missing_N = parallel.agree(missing_N)
+        return parallel.process_share([i for i, m in zip(items, missing_N, strict=True) if m])
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        """Wait until the other processes have written what is missing to the working directory.
+
+        Raises:
+          Interrupted: a stop was requested.
+        """
+        seconds = 0.05
+        while not done():
+            self.stop.check()
+            time.sleep(seconds)
+            seconds = min(2 * seconds, 5.0)
 
     # --- data ---
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from prism_jax import parallel
 from prism_jax.data import image_set
 from prism_jax.data.pipeline import read_images
 from prism_jax.data.sources import read_all
@@ -41,7 +42,7 @@ def write(context: Context, labelled: LabelledSet) -> None:
     """Write a random control's images beside its labels, for people to look at."""
     folder, (classes, slots) = labelled.root / "images", _order(context)
     last = image_set.image_path(folder, classes[-1], slots[-1])
-    if labelled.name == "full_real" or last.exists():
+    if labelled.name == "full_real" or last.exists() or not parallel.is_main():
         return
     context.acquire()
     image_set.write_images(folder, labelled.images_uint8_NHWC, classes, slots)

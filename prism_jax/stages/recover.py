@@ -23,7 +23,7 @@ from prism_jax.config import Layout, batch_layout, budget_of
 from prism_jax.core import pixels
 from prism_jax.data import image_set, workdir
 from prism_jax.data.checkpoints import Checkpoints
-from prism_jax.data.metrics import MetricsWriter, keep
+from prism_jax.data.metrics import MetricsWriter, gather, keep, own_file
 from prism_jax.errors import UserError
 from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.types import PyTree, Unit
@@ -110,12 +110,20 @@ def synthetic_set(context: Context) -> LabelledSet:
 def run(context: Context) -> None:
     """Optimise every unit that is missing, then write the manifest."""
     root, config = folder(context), context.config
-    waiting = pending(context)
-    if not waiting and (root / "manifest.json").exists():
+    if is_done(context):
         return
-    context.begin(root, context.recover_fields())
-    if waiting:
-        (_optimise if config.recover.iterations else _copy)(context, waiting)
+
+    def prepare() -> None:
+        context.begin(root, context.recover_fields())
+        _cut_metrics(context)
+
+    if mine := context.deal(units(context), lambda: pending(context), prepare):
+        (_optimise if config.recover.iterations else _copy)(context, mine)
+    if not parallel.is_main():
+        context.wait(lambda: is_done(context))
+        return
+    context.wait(lambda: not pending(context))
+    gather(root)
     records = [workdir.read_record(_record(context, unit)) for unit in units(context)]
     images, _ = _read_images(context, records)
     if (root / "checkpoints").exists():
@@ -156,11 +164,10 @@ def _optimise(context: Context, waiting: list[Unit]) -> None:
     recipe, pool = recipe_of(context), context.pool(config.recover.pool)
     devices = parallel.lane_devices(len(waiting))
     engine = synthesis.engine(pool, recipe, devices=devices, how=config.parallel.map)
-    queue = deque(parallel.process_share(waiting))
+    queue = deque(waiting)
     lanes: list[Lane | None] = [None] * len(engine)
     spare: PyTree = None
-    _cut_metrics(context)
-    writer = MetricsWriter(root / "metrics.jsonl", tensorboard_dir=root / "tensorboard")
+    writer = MetricsWriter(own_file(root), tensorboard_dir=root / "tensorboard")
     total = sum(_budget(context, unit) for unit in queue)
     warned = False
 
@@ -275,7 +282,7 @@ def _finish(context: Context, engine, recipe, pool, lane: Lane, report) -> None:
 
 def _copy(context: Context, waiting: list[Unit]) -> None:
     """Without iterations the initial images are the set; no teacher is needed."""
-    for unit in parallel.process_share(waiting):
+    for unit in waiting:
         started = time.monotonic()
         images = context.initial_images(*members(context, unit))
         # Not recover.rounding: nearest gives back the very pixels that were read.
@@ -357,6 +364,7 @@ def _warn(context: Context, first: synthesis.Terms, names: tuple[str, ...]) -> b
 def _cut_metrics(context: Context) -> None:
     """Drop the lines of iterations that a resumed unit will do again; the others' stay."""
     root = folder(context)
+    gather(root)
     reached = {}
     for unit in units(context):
         if _record(context, unit).exists():

@@ -91,21 +91,19 @@ def labeller_of(context: Context, plan: label_store.LabelPlan) -> Labeller:
 def run(context: Context, labelled: LabelledSet) -> None:
     """Label every epoch that is missing, then write the manifest."""
     root, config = folder(labelled), context.config
-    context.begin(root, context.relabel_fields(labelled))
-    plan, shards = plan_of(context, labelled), pending(context, labelled)
-    labeller = labeller_of(context, plan)
-
-    def records(shard: int, bar: progress.Bar) -> Iterator[SoftLabels]:
-        for epoch in plan.epochs_of(shard):
-            yield from labeller.epoch(labelled.images_uint8_NHWC, epoch, seed=config.seed)
-            bar.advance(1)
-            context.stop.check()  # a shard begun is not there; its epochs are labelled again
-
-    left = sum(len(plan.epochs_of(shard)) for shard in shards)
+    plan = plan_of(context, labelled)
+    shards = context.deal(
+        range(plan.num_shards),
+        lambda: pending(context, labelled),
+        lambda: context.begin(root, context.relabel_fields(labelled)),
+    )
     seconds = time.monotonic()
-    with progress.task(f"relabel {labelled.name}", left, unit="epoch") as bar:
-        for shard in parallel.process_share(shards):
-            label_store.write_shard(root, plan, shard, records(shard, bar))
+    if shards:
+        _label(context, labelled, shards)
+    if not parallel.is_main():
+        context.wait(lambda: is_done(context, labelled))
+        return
+    context.wait(lambda: not label_store.missing_shards(root, plan))
     workdir.write_json(root / "timing.json", {"seconds": time.monotonic() - seconds})
     view = dataclasses.asdict(recipe_of(context, plan.batch_size))
     label_store.write_manifest(
@@ -115,6 +113,23 @@ def run(context: Context, labelled: LabelledSet) -> None:
         teachers=context.weights_digests(config.relabel.teachers),
         view={**view.pop("augment"), **view, "seed": config.seed},
     )
+
+
+def _label(context: Context, labelled: LabelledSet, shards: list[int]) -> None:
+    """Write shards, every batch of them on one device."""
+    root, plan = folder(labelled), plan_of(context, labelled)
+    labeller = labeller_of(context, plan)
+
+    def records(shard: int, bar: progress.Bar) -> Iterator[SoftLabels]:
+        for epoch in plan.epochs_of(shard):
+            yield from labeller.epoch(labelled.images_uint8_NHWC, epoch, seed=context.config.seed)
+            bar.advance(1)
+            context.stop.check()  # a shard begun is not there; its epochs are labelled again
+
+    left = sum(len(plan.epochs_of(shard)) for shard in shards)
+    with progress.task(f"relabel {labelled.name}", left, unit="epoch") as bar:
+        for shard in shards:
+            label_store.write_shard(root, plan, shard, records(shard, bar))
 
 
 @contextlib.contextmanager

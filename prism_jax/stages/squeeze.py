@@ -39,8 +39,8 @@ def pending(context: Context) -> list[str]:
 
 
 def run(context: Context) -> None:
-    """Make every teacher that is missing."""
-    for name in pending(context):
+    """Make every teacher that is missing; each is one process' work."""
+    for name in context.deal(context.config.squeeze.teachers, lambda: pending(context)):
         folder = context.teacher_folder(name)
         context.begin(folder, context.teacher_fields(name))
         make = _import if context.config.network(name).checkpoint else _train
@@ -59,6 +59,7 @@ def run(context: Context) -> None:
         workdir.write_record(folder / RECORD, record)
         context.say(f"teacher {name}: top-1 {record['top1']:.1%} on the real test images")
         context.stop.check()
+    context.wait(lambda: not pending(context))
 
 
 def _is_done(context: Context, name: str) -> bool:
