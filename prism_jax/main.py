@@ -44,6 +44,10 @@ Flags:
     --from=DIR           adopt every finished stage of another workdir that fits
     --stages=A,B         only these stages
     --plan               print what would be done and what it would cost, then stop
+    --distributed=MODE   auto (default): join the processes that SLURM, Open MPI, Kubernetes or a
+                         TPU pod started; off: this process alone; on: let JAX find out
+    --coordinator=HOST:PORT --processes=N --process=I
+                         join N processes by hand, the same command on each; I from 0
     --help               this text
 
 Examples:
@@ -59,6 +63,9 @@ Exit status: 0 done, 2 something given cannot be used, 130 or 143 stopped by Ctr
 (everything is saved; the same command continues).
 """
 
+_WITH_VALUE = (
+    "--workdir", "--from", "--stages", "--distributed", "--coordinator", "--processes", "--process",
+)  # fmt: skip
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 
 
@@ -97,7 +104,10 @@ def _main(argv: list[str]) -> int:
     config, given = parse(argv, problems)
     stages = parse_stages(given.stages, problems)
     prepare_environment(config, problems)
+    if not given.plan:
+        join_processes(given)
 
+    from prism_jax import parallel
     from prism_jax.config import resolve
     from prism_jax.stages.context import Context, Interrupted, StopSignal
 
@@ -118,27 +128,37 @@ def _main(argv: list[str]) -> int:
     try:
         _run(context, stages, argv, getattr(given, "from"))
     except Interrupted as interrupted:
+        parallel.say_stopped(str(interrupted))
         print(
             f"stopped by {interrupted}; everything so far is saved in {workdir}. "
             f"Run the same command again to continue.",
             file=sys.stderr,
         )
         return 128 + interrupted.signum
+    except BaseException as error:
+        parallel.say_stopped(str(error) or type(error).__name__)
+        raise
     finally:
         context.lock.release()
     return 0
 
 
 def _run(context: Any, stages: Sequence[str], argv: Sequence[str], source: str | None) -> None:
-    from prism_jax import pipeline, progress
+    from prism_jax import pipeline
 
     pipeline.check(context)
     if source:
-        for folder in pipeline.adopt(context, source):
-            progress.say(f"adopted {folder} from {source}")
+        context.first("adopt", lambda: _adopt(context, source))
     pipeline.run(context, stages)
     # Once more: the peak of memory is known only now.
     pipeline.summarise(context, provenance(argv))
+
+
+def _adopt(context: Any, source: str) -> None:
+    from prism_jax import pipeline, progress
+
+    for folder in pipeline.adopt(context, source):
+        progress.say(f"adopted {folder} from {source}")
 
 
 # --- flags ----------------------------------------------------------------------------------
@@ -198,6 +218,10 @@ def _parse(argv: Sequence[str]) -> tuple[Any, flags.FlagValues]:
     flags.DEFINE_string("from", None, "workdir to adopt from", flag_values=values)
     flags.DEFINE_list("stages", None, "stages to run", flag_values=values)
     flags.DEFINE_bool("plan", False, "print the plan and stop", flag_values=values)
+    flags.DEFINE_string("distributed", "auto", "auto, on or off", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "host:port of process 0", flag_values=values)
+    flags.DEFINE_integer("processes", None, "how many processes", flag_values=values)
+    flags.DEFINE_integer("process", None, "which one this is", flag_values=values)
     if rest := values(argv)[1:]:
         raise UserError(f"unexpected argument {rest[0]!r}; flags start with --, see --help")
     return config.value, values
@@ -208,7 +232,7 @@ def joined(argv: Sequence[str]) -> list[str]:
     found: list[str] = []
     for argument in argv:
         before = found[-1] if found else ""
-        waits = before.startswith("--config.") or before in ("--workdir", "--from", "--stages")
+        waits = before.startswith("--config.") or before in _WITH_VALUE
         if waits and "=" not in before and not argument.startswith("--"):
             found[-1] = f"{before}={argument}"
         else:
@@ -231,7 +255,7 @@ def _explain(config: Any, argument: str, error: Exception) -> str:
         wanted = KINDS.get(known[field], "a group of fields")
         return f"{argument}: {field} is {value!r}; it must be {wanted}"
     if isinstance(error, flags.UnrecognizedFlagError):
-        known = ("config", "workdir", "from", "stages", "plan", "help")
+        known = ("config", *(flag[2:] for flag in _WITH_VALUE), "plan", "help")
         near = difflib.get_close_matches(error.flagname, known, n=1)
         meant = f"; did you mean --{near[0]}?" if near else ""
         return f"unknown flag --{error.flagname}{meant}; allowed: --{', --'.join(known)}"
@@ -293,6 +317,20 @@ def prepare_environment(config: Any, problems: list[str]) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def join_processes(given: flags.FlagValues) -> None:
+    """Join the other processes of this run, where there are any."""
+    from prism_jax import parallel, progress
+
+    parallel.start_processes(
+        given.distributed,
+        coordinator=given.coordinator,
+        processes=given.processes,
+        process=given.process,
+    )
+    if not parallel.is_main():
+        progress.speak_as(parallel.name())
+
+
 def cache_folder(jax_version: str) -> pathlib.Path:
     """Where compiled programs are kept: per JAX version and processor type."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -330,7 +368,7 @@ def provenance(argv: Sequence[str]) -> dict[str, Any]:
         **{m.__name__.split(".")[0]: m.__version__ for m in (jax, flax, optax, numpy)},
         "orbax": orbax.checkpoint.__version__,
     }
-    devices = jax.devices()
+    devices = jax.local_devices()
     machine = {
         "platform": devices[0].platform,
         "devices": len(devices),

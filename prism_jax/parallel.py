@@ -5,8 +5,8 @@ and the program, and nothing else: the compiled step holds no collective, so lan
 different numbers of iterations, draw different teachers, and start and finish independently.
 
 Processes share work, not arrays: each takes its part of a list on which all agree, writes its
-results to the common working directory, and waits for the others' to appear there. No process
-waits inside a collective for one that works: there is one short broadcast where a stage begins.
+results to the common working directory, and waits for the others' to appear there. There are no
+collectives: where a stage begins, the main process tells the others what is missing.
 """
 
 from __future__ import annotations
@@ -230,24 +230,49 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def agree(missing_N: Sequence[bool], *, failed: bool = False) -> np.ndarray:
-    """Process 0's answer on every process: which pieces of work are missing.
+def name() -> str:
+    """This process, as its messages name it."""
+    return f"process {jax.process_index()} of {jax.process_count()}"
 
-    Args:
-      missing_N: its answer; the others' do not matter, but have its length.
-      failed: process 0 cannot go on.
 
-    Raises:
-      UserError: on the other processes, where process 0 cannot go on.
-    """
-    answer = np.array([failed, *missing_N], np.uint8)
+def tell(key: str, value: str) -> None:
+    """Let the other processes know something, once; the main process does."""
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+        _store().key_value_set(f"prism_jax/{key}", value)
 
-        answer = np.asarray(multihost_utils.broadcast_one_to_all(answer))
-    if answer[0] and not failed:
-        raise UserError("process 0 cannot go on; its own message says why")
-    return answer[1:].astype(bool)
+
+def told(key: str) -> str | None:
+    """What the main process told under a key; None after a second in which it told nothing."""
+    try:
+        return _store().blocking_key_value_get(f"prism_jax/{key}", 1000)
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" in str(error):
+            return None
+        raise UserError(
+            f"process 0 is gone ({str(error).splitlines()[0]}); what was finished is kept. Run "
+            f"the same command again on every process."
+        ) from error
+
+
+def say_stopped(why: str) -> None:
+    """Let the other processes know that this one ends before its work does."""
+    if jax.process_count() > 1:
+        _store().key_value_set(f"prism_jax/stopped/{jax.process_index()}", f"{name()}: {why}")
+
+
+def stopped_elsewhere() -> str | None:
+    """What a process said that ended before its work did, or None."""
+    if jax.process_count() == 1:
+        return None
+    found = _store().key_value_dir_get("prism_jax/stopped/")
+    return found[0][1] if found else None
+
+
+def _store() -> Any:
+    """The key-value store of jax.distributed, which has no public door."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
 
 
 def process_share(items: Sequence[Any]) -> list[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 
+from prism_jax import parallel
 from prism_jax.config import STAGES
 from prism_jax.data import workdir
 from prism_jax.errors import UserError
@@ -63,8 +64,9 @@ def _validate(context: Context) -> None:
 
 def _analyse(context: Context) -> None:
     labelled = {found.name: found for found in sets(context)}
-    if not analyse.is_done(context, labelled):
+    if parallel.is_main() and not analyse.is_done(context, labelled):
         analyse.run(context, labelled)
+    context.wait(lambda: analyse.is_done(context, labelled))
 
 
 RUNNERS: dict[str, Callable[[Context], None]] = {
@@ -78,6 +80,8 @@ RUNNERS: dict[str, Callable[[Context], None]] = {
 
 def summarise(context: Context, provenance: Mapping[str, Any]) -> None:
     """Write the summary, where it does not say already what the workdir holds, and show it."""
+    if not parallel.is_main():
+        return
     found = {s.name: s for s in sets(context)} if recover.is_done(context) else {}
     if not analyse.is_summarised(context, found):
         analyse.write_summary(context, found, provenance)

@@ -31,10 +31,19 @@ _PLAIN = str.maketrans(
 
 _now = time.monotonic
 _display: Progress | None = None
+_speaker: str | None = None
+
+
+def speak_as(process: str) -> None:
+    """Name the process in every line from now on, and draw no bars: one process does that."""
+    global _speaker
+    _speaker = process
 
 
 def say(what: RenderableType) -> None:
     """Print a line of text or a rich renderable, above any bars that are drawn."""
+    if _speaker and isinstance(what, str):
+        what = f"[{_speaker}] {what}"
     console = _display.console if _display else _console()
     soft_wrap = isinstance(what, str)  # a long line is the terminal's to break, not ours
     console.print(what, markup=False, highlight=False, soft_wrap=soft_wrap)
@@ -184,7 +193,7 @@ def _drawn(bar: Bar) -> Iterator[None]:
     """Draw a bar while its task is open; the first opens the display, the last closes it."""
     global _display
     outermost = _display is None
-    if outermost and (console := _console()).is_interactive:
+    if outermost and not _speaker and (console := _console()).is_interactive:
         columns = TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), _Status()
         _display = Progress(*columns, console=console, transient=True, refresh_per_second=4)
         _display.start()

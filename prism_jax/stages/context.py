@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,16 +36,24 @@ RECORD = "record.json"
 class Interrupted(Exception):
     """The run was asked to stop; everything so far is saved."""
 
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
+    def __init__(self, signum: int, why: str | None = None):
+        super().__init__(why or signal.Signals(signum).name)
         self.signum = signum
 
 
 class StopSignal:
-    """Turns SIGINT and SIGTERM into a request that the running stage honours after saving."""
+    """Turns SIGINT and SIGTERM into a request that the running stage honours after saving.
+
+    Where another process of the run has stopped or failed, this one is asked to stop too: what
+    it waits for would never come.
+    """
+
+    SECONDS_BETWEEN_QUESTIONS = 2.0
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._elsewhere: str | None = None
+        self._asked = 0.0
 
     def install(self) -> None:
         """Catch both signals from now on; a second one ends the process at once."""
@@ -59,12 +68,16 @@ class StopSignal:
 
     @property
     def requested(self) -> bool:
-        return self.signum is not None
+        if self.signum is None:
+            now = time.monotonic()
+            if now - self._asked >= self.SECONDS_BETWEEN_QUESTIONS:
+                self._asked, self._elsewhere = now, parallel.stopped_elsewhere()
+        return self.signum is not None or self._elsewhere is not None
 
     def check(self) -> None:
         """Raise ``Interrupted`` where a stop was requested; call it only when all is saved."""
-        if self.signum is not None:
-            raise Interrupted(self.signum)
+        if self.requested:
+            raise Interrupted(self.signum or signal.SIGTERM, self._elsewhere)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,32 +155,37 @@ class Context:
 
     def deal(
         self,
+        name: str,
         items: Sequence[Any],
         pending: Callable[[], Sequence[Any]],
         prepare: Callable[[], None] = lambda: None,
     ) -> list[Any]:
         """The missing pieces of work that fall to this process.
 
-        Every process calls it where a stage begins, with the same items. The main process takes
-        the lock, prepares the folders and says what is missing.
+        A process calls it where a stage begins, unless the others have already done all of it.
+        The main process takes the lock, prepares the folders and says what is missing.
 
         Args:
+          name: of the stage and what it is about; used once in a run.
           items: everything the stage makes, in the order it is worked on.
           pending: which of them are missing.
           prepare: what comes before the work; only the main process runs it.
         """
-        missing_N = [False] * len(items)
         if parallel.is_main():
-            try:
-                self.acquire()
-                prepare()
-                left = pending()
-            except BaseException:
-                parallel.agree(missing_N, failed=True)
-                raise
-            missing_N = [item in left for item in items]
-        missing_N = parallel.agree(missing_N)
-        return parallel.process_share([i for i, m in zip(items, missing_N, strict=True) if m])
+            self.acquire()
+            prepare()
+            left = pending()
+            missing = [i for i, item in enumerate(items) if item in left]
+            parallel.tell(name, json.dumps(missing))
+        else:
+            while (told := parallel.told(name)) is None:
+                self.stop.check()
+            missing = json.loads(told)
+        return parallel.process_share([items[i] for i in missing])
+
+    def first(self, name: str, work: Callable[[], None]) -> None:
+        """Run something on the main process alone, before any process goes on."""
+        self.deal(name, (), lambda: (), work)
 
     def wait(self, done: Callable[[], bool]) -> None:
         """Wait until the other processes have written what is missing to the working directory.

@@ -117,7 +117,7 @@ def run(context: Context) -> None:
         context.begin(root, context.recover_fields())
         _cut_metrics(context)
 
-    if mine := context.deal(units(context), lambda: pending(context), prepare):
+    if mine := context.deal("recover", units(context), lambda: pending(context), prepare):
         (_optimise if config.recover.iterations else _copy)(context, mine)
     if not parallel.is_main():
         context.wait(lambda: is_done(context))

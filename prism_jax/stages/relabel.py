@@ -93,6 +93,7 @@ def run(context: Context, labelled: LabelledSet) -> None:
     root, config = folder(labelled), context.config
     plan = plan_of(context, labelled)
     shards = context.deal(
+        f"relabel {labelled.name}",
         range(plan.num_shards),
         lambda: pending(context, labelled),
         lambda: context.begin(root, context.relabel_fields(labelled)),

@@ -40,7 +40,7 @@ def pending(context: Context) -> list[str]:
 
 def run(context: Context) -> None:
     """Make every teacher that is missing; each is one process' work."""
-    for name in context.deal(context.config.squeeze.teachers, lambda: pending(context)):
+    for name in context.deal("squeeze", context.config.squeeze.teachers, lambda: pending(context)):
         folder = context.teacher_folder(name)
         context.begin(folder, context.teacher_fields(name))
         make = _import if context.config.network(name).checkpoint else _train
