@@ -55,11 +55,22 @@ def _relabel(context: Context) -> None:
 
 
 def _validate(context: Context) -> None:
-    for labelled in sets(context):
-        if validate.pending(context, labelled):
+    found = list(sets(context))
+
+    def missing() -> list[tuple[str, str, int]]:
+        return [(s.name, *pair) for s in found for pair in validate.pending(context, s)]
+
+    if not missing():
+        return
+    pairs = validate.students(context)
+    everything = [(s.name, *pair) for s in found for pair in pairs]
+    mine = context.deal("validate", everything, missing)
+    for labelled in found:
+        if todo := [pair for pair in pairs if (labelled.name, *pair) in mine]:
             with relabel.setting_aside(context, labelled):
                 labels = relabel.open_labels(context, labelled) if labelled.soft else None
-                validate.run(context, labelled, labels, relabel.augment_of(context))
+                validate.run(context, labelled, labels, relabel.augment_of(context), todo)
+    context.wait(lambda: not missing())
 
 
 def _analyse(context: Context) -> None:

@@ -7,7 +7,7 @@ The synthetic set and every control go through this same code.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from etils import epath
 
@@ -25,13 +25,17 @@ def folder(labelled: LabelledSet, student: str, seed: int) -> epath.Path:
     return labelled.root / "validate" / student / str(seed)
 
 
-def pending(context: Context, labelled: LabelledSet) -> list[tuple[str, int]]:
-    """(student, seed) pairs that are not trained yet; those of other settings count as none."""
+def students(context: Context) -> list[tuple[str, int]]:
+    """(student, seed) pairs, in the order they are trained."""
     validate = context.config.validate
+    return [(student, seed) for student in validate.students for seed in validate.seeds]
+
+
+def pending(context: Context, labelled: LabelledSet) -> list[tuple[str, int]]:
+    """Students that are not trained yet; those of other settings count as none."""
     return [
         (student, seed)
-        for student in validate.students
-        for seed in validate.seeds
+        for student, seed in students(context)
         if not _is_done(context, labelled, student, seed)
     ]
 
@@ -41,14 +45,16 @@ def run(
     labelled: LabelledSet,
     labels: LabelReader | OnlineLabels | None,
     augment: Augment,
+    todo: Sequence[tuple[str, int]],
 ) -> None:
-    """Train every student that is missing.
+    """Train students.
 
     Args:
       labels: the set's soft labels; None trains on hard labels.
       augment: the views and mixes; for soft labels, those they were made with.
+      todo: which (student, seed).
     """
-    for student, seed in pending(context, labelled):
+    for student, seed in todo:
         _train(context, labelled, labels, augment, student, seed)
         context.stop.check()
 

@@ -1,0 +1,146 @@
+"""Several processes of one run, over the loopback interface: the same bits, whatever happens."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+from helpers.command import TIMEOUT, TINY, assert_same, reference, run, start
+
+from prism_jax import parallel
+from prism_jax.errors import UserError
+
+__all__ = ["reference"]  # a fixture
+
+OFTEN = ("--config.recover.checkpoint_seconds=0.001", "--config.validate.checkpoint_seconds=0.001")
+
+
+def start_all(count: int, *arguments: str, devices: int = 1) -> list[subprocess.Popen]:
+    """The same command in so many processes, with so many devices each."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    joined = (f"--coordinator=127.0.0.1:{port}", f"--processes={count}")
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return [start(*arguments, *joined, f"--process={i}", XLA_FLAGS=flags) for i in range(count)]
+
+
+def end_all(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """(exit status, stdout, stderr) of each."""
+    try:
+        ended = [p.communicate(timeout=TIMEOUT) for p in processes]
+        return [(p.returncode, *said) for p, said in zip(processes, ended, strict=True)]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def wait_for(root, pattern: str, processes: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not any(root.glob(pattern)):
+        assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
+        time.sleep(0.005)
+
+
+def assert_done(ended) -> None:
+    for status, out, err in ended:
+        assert status == 0, f"{out}\n{err}"
+
+
+def test_two_processes_make_what_one_makes(tmp_path, reference):
+    ended = end_all(start_all(2, TINY, f"--workdir={tmp_path / 'run'}", devices=2))
+    assert_done(ended)
+    assert_same(tmp_path / "run", reference)
+    (_, first, _), (_, second, _) = ended
+    # Both worked, and one reports.
+    assert "[process 1 of 2] recover: " in second and "[process" not in first
+    assert "report.html" in first and "report.html" not in second
+
+
+def test_killed_on_three_hosts_continues_on_two_and_ends_on_one(tmp_path, reference):
+    root, command = tmp_path / "run", (TINY, f"--workdir={tmp_path / 'run'}", *OFTEN)
+    for count, moment in (
+        (3, "recover/checkpoints/*/[3-9]"),
+        (2, "validate/*/0/checkpoints/[3-9]"),
+    ):
+        processes = start_all(count, *command)
+        wait_for(root, moment, processes)
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+        assert {status for status, *_ in end_all(processes)} == {-signal.SIGKILL}
+        assert not (root / "summary.json").exists()
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert_same(root, reference)
+
+
+def test_where_one_is_stopped_all_stop_and_save(tmp_path, reference):
+    root, command = tmp_path / "run", (TINY, f"--workdir={tmp_path / 'run'}", *OFTEN)
+    processes = start_all(2, *command)
+    wait_for(root, "recover/checkpoints/*/[3-9]", processes)
+    processes[1].send_signal(signal.SIGTERM)
+    ended = end_all(processes)
+    assert [status for status, *_ in ended] == [143, 143]
+    assert "stopped by process 1 of 2: SIGTERM" in ended[0][2]
+    assert not (root / ".lock").exists() and not (root / "summary.json").exists()
+    assert_done(end_all(start_all(2, *command)))
+    assert_same(root, reference)
+
+
+@pytest.mark.slow
+def test_more_processes_than_work(tmp_path, reference):
+    """Three teachers and two units on four processes of two devices."""
+    assert_done(end_all(start_all(4, TINY, f"--workdir={tmp_path / 'run'}", devices=2)))
+    assert_same(tmp_path / "run", reference)
+
+
+@pytest.mark.slow
+def test_uneven_work(tmp_path):
+    """Three units and one: four in all, dealt to two processes, of which two were done before."""
+    root = tmp_path / "run"
+    command = (TINY, f"--workdir={root}", "--config.recover.ipc=4", "--stages=squeeze,recover")
+    alone = run(TINY, f"--workdir={tmp_path / 'alone'}", *command[2:])
+    assert alone.returncode == 0, alone.stderr
+    assert_done(end_all(start_all(2, *command)))
+    assert_same(root, tmp_path / "alone")
+    for unit in ("g00001_b00000", "g00003_b00000"):  # process 1 has them again; process 0 has none
+        (root / "recover" / "units" / f"{unit}.json").unlink(missing_ok=True)
+    (root / "recover" / "manifest.json").unlink()
+    assert_done(end_all(start_all(2, *command)))
+    assert_same(root, tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    ("environ", "manager"),
+    [
+        ({}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "SLURM"),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        # An interactive shell inside an allocation of four tasks is one process.
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_NTASKS": "4"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU pod"),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
+    ],
+)
+def test_a_cluster_is_joined_only_where_there_is_one(environ, manager):
+    assert parallel.cluster(environ) == manager
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"mode": "maybe"}, "allowed: auto, on, off"),
+        ({"mode": "auto", "processes": 2, "process": 0}, "go together"),
+        ({"mode": "auto", "coordinator": "a:1", "processes": 2, "process": 2}, "not one of 0 to 1"),
+    ],
+)
+def test_what_cannot_be_joined_is_refused(given, said):
+    with pytest.raises(UserError, match=said):
+        parallel.start_processes(given.pop("mode"), **given)
