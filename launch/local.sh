@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Several processes of one run on this machine, joined over the loopback interface.
+#
+#   launch/local.sh -n 2 --config=configs/digits_ipc10.py
+#   launch/local.sh -n 4 -g --config=configs/imagenet_ipc10.py      one process per GPU
+#   DRY_RUN=1 launch/local.sh -n 2 --config=...                     print, start nothing
+#
+# One process with all devices needs no script: python -m prism_jax.main ...
+# Everything after the options goes to the command unchanged. Where one process ends badly, the
+# others save and stop; the same command continues.
+set -euo pipefail
+
+processes=2 gpus=""
+while (($# > 0)); do
+  case "$1" in
+    -n) processes=${2:-}; shift 2 || shift ;;
+    -g) gpus=yes; shift ;;
+    -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) break ;;
+  esac
+done
+if ! [[ $processes =~ ^[1-9][0-9]*$ ]]; then
+  echo "error: -n $processes; it must be a positive number" >&2
+  exit 2
+fi
+if (($# == 0)); then
+  echo "error: no --config=FILE was given; see $0 -h" >&2
+  exit 2
+fi
+
+python=${PYTHON:-python}
+port=${PORT:-$((20000 + RANDOM % 20000))}
+pids=()
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
+
+for ((i = 0; i < processes; i++)); do
+  command=("$python" -m prism_jax.main "$@" "--coordinator=127.0.0.1:$port"
+    "--processes=$processes" "--process=$i")
+  [[ -n $gpus ]] && command=(env "CUDA_VISIBLE_DEVICES=$i" "${command[@]}")
+  if [[ -n ${DRY_RUN:-} ]]; then
+    printf '%q ' "${command[@]}"
+    echo
+  else
+    "${command[@]}" &
+    pids+=($!)
+  fi
+done
+
+status=0
+for pid in "${pids[@]}"; do
+  wait "$pid" || status=$?
+  # A signal ends the first wait; the processes are still saving.
+  while kill -0 "$pid" 2>/dev/null; do wait "$pid" || status=$?; done
+done
+exit "$status"

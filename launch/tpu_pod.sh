@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# One run on all hosts of a TPU pod slice; a preempted slice is made again and the run continues.
+#
+#   TPU_NAME=prism TPU_ZONE=europe-west4-a TPU_TYPE=v5litepod-64 \
+#     launch/tpu_pod.sh --config=configs/imagenet_ipc10.py --workdir=gs://bucket/runs/ipc10
+#   DRY_RUN=1 ... launch/tpu_pod.sh --config=...      print the gcloud commands, start nothing
+#
+# TPU_NAME, TPU_ZONE       the slice (required)
+# TPU_TYPE                 accelerator type; needed where the slice is to be made
+# TPU_VERSION              runtime version (default: tpu-ubuntu2204-base)
+# TPU_CREATE_FLAGS         more flags of `gcloud compute tpus tpu-vm create`, such as --spot
+# RETRIES                  how often a run that ended badly is started again (default: 20)
+#
+# The hosts get the last commit of this checkout, and find one another by themselves.
+set -euo pipefail
+
+for name in TPU_NAME TPU_ZONE; do
+  if [[ -z ${!name:-} ]]; then
+    echo "error: $name is not set; see the head of $0" >&2
+    exit 2
+  fi
+done
+if (($# == 0)); then
+  echo "error: no --config=FILE was given; see the head of $0" >&2
+  exit 2
+fi
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+tpu=(gcloud compute tpus tpu-vm)
+where=("$TPU_NAME" "--zone=$TPU_ZONE")
+
+run() {
+  if [[ -n ${DRY_RUN:-} ]]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+everywhere() { run "${tpu[@]}" ssh "${where[@]}" --worker=all "--command=$1"; }
+
+ready() {
+  [[ -n ${DRY_RUN:-} ]] && return 1
+  [[ $("${tpu[@]}" describe "${where[@]}" --format='value(state)' 2>/dev/null) == READY ]]
+}
+
+prepare() {
+  if ! ready; then
+    if [[ -z ${TPU_TYPE:-} ]]; then
+      echo "error: there is no ready slice $TPU_NAME in $TPU_ZONE, and TPU_TYPE is not set" >&2
+      exit 2
+    fi
+    # A preempted slice stays listed, and must go before another has its name.
+    run "${tpu[@]}" delete "${where[@]}" --quiet || true
+    # shellcheck disable=SC2086 # several flags in one variable
+    run "${tpu[@]}" create "${where[@]}" "--accelerator-type=$TPU_TYPE" \
+      "--version=${TPU_VERSION:-tpu-ubuntu2204-base}" ${TPU_CREATE_FLAGS:-}
+  fi
+  run git -C "$root" archive --prefix=prism_jax/ --output="$archive" HEAD
+  run "${tpu[@]}" scp --worker=all "$archive" "$TPU_NAME:prism_jax.tar.gz" "--zone=$TPU_ZONE"
+  everywhere "tar xzf prism_jax.tar.gz && cd prism_jax && python3 -m venv .venv &&\
+ .venv/bin/pip install --quiet --editable '.[tpu]'"
+}
+
+archive=$(mktemp -d)/prism_jax.tar.gz
+command="cd prism_jax && .venv/bin/python -m prism_jax.main$(printf ' %q' "$@")"
+for ((attempt = 0; attempt <= ${RETRIES:-20}; attempt++)); do
+  prepare
+  status=0
+  everywhere "$command" || status=$?
+  # 0: done. 2: something given cannot be used; trying again would not help.
+  if ((status == 0 || status == 2)); then
+    exit "$status"
+  fi
+  echo "attempt $attempt ended with status $status; everything finished is kept" >&2
+  sleep 30
+done
+exit "$status"

