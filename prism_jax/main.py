@@ -148,6 +148,7 @@ def _run(context: Any, stages: Sequence[str], argv: Sequence[str], source: str |
 
     pipeline.check(context)
     if source:
+        pipeline.check_source(context, source)
         context.first("adopt", lambda: _adopt(context, source))
     pipeline.run(context, stages)
     # Once more: the peak of memory is known only now.

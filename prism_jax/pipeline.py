@@ -62,14 +62,17 @@ def _validate(context: Context) -> None:
 
     if not missing():
         return
-    pairs = validate.students(context)
-    everything = [(s.name, *pair) for s in found for pair in pairs]
-    mine = context.deal("validate", everything, missing)
+    labels = {}
+    for labelled in found:  # what cannot be read is refused before anything is written
+        if labelled.soft and validate.pending(context, labelled):
+            with relabel.setting_aside(context, labelled):
+                labels[labelled.name] = relabel.open_labels(context, labelled)
+    pairs, augment = validate.students(context), relabel.augment_of(context)
+    mine = context.deal("validate", [(s.name, *pair) for s in found for pair in pairs], missing)
     for labelled in found:
         if todo := [pair for pair in pairs if (labelled.name, *pair) in mine]:
             with relabel.setting_aside(context, labelled):
-                labels = relabel.open_labels(context, labelled) if labelled.soft else None
-                validate.run(context, labelled, labels, relabel.augment_of(context), todo)
+                validate.run(context, labelled, labels.get(labelled.name), augment, todo)
     context.wait(lambda: not missing())
 
 
@@ -109,14 +112,8 @@ def sets(context: Context) -> Iterator[LabelledSet]:
 # --- adopting finished work -----------------------------------------------------------------
 
 
-def adopt(context: Context, source: epath.PathLike) -> list[str]:
-    """Copy from another workdir everything finished that fits this experiment.
-
-    A folder fits when its fingerprint is the one this experiment would write. What is already
-    here is kept.
-
-    Returns:
-      The adopted folders, relative to the workdir.
+def check_source(context: Context, source: epath.PathLike) -> None:
+    """Refuse to adopt from what is no other workdir.
 
     Raises:
       UserError: ``source`` is no workdir, or is this workdir.
@@ -129,6 +126,18 @@ def adopt(context: Context, source: epath.PathLike) -> list[str]:
             f"--from={source} is no working directory of a run: it has neither squeeze/ nor "
             f"recover/"
         )
+
+
+def adopt(context: Context, source: epath.PathLike) -> list[str]:
+    """Copy from another workdir everything finished that fits this experiment.
+
+    A folder fits when its fingerprint is the one this experiment would write. What is already
+    here is kept.
+
+    Returns:
+      The adopted folders, relative to the workdir.
+    """
+    source = epath.Path(source)
     adopted: list[str] = []
 
     def take(relative: str, fields: dict, done: str) -> None:
