@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from prism_jax.core.ensemble import ENSEMBLES, votes
 from prism_jax.data.label_store import LabelPlan, rounded
 from prism_jax.data.pipeline import epoch_order, num_batches
 from prism_jax.teachers import TeacherPool, batch_statistics
-from prism_jax.types import SoftLabels
+from prism_jax.types import Normalisation, SoftLabels
 
 VIEWS = "relabel/view"
 ORDER = "relabel/order"
@@ -155,6 +157,35 @@ class OnlineLabels:
             batch = 0
 
 
+def shown(
+    record: SoftLabels,
+    images_uint8_NHWC: np.ndarray,
+    view: Mapping[str, Any],
+    normalisation: Normalisation,
+) -> np.ndarray:
+    """The images of a record as its teachers saw them: cropped, flipped and mixed.
+
+    Args:
+      record: its coordinates and indices; the logits have no part.
+      images_uint8_NHWC: the labelled set.
+      view: what a store's manifest says under "view".
+      normalisation: of the result.
+
+    Returns:
+      float32 images_BHWC.
+    """
+    how = Augment(**{field.name: view[field.name] for field in dataclasses.fields(Augment)})
+    coordinates = np.int32(record.epoch), np.int32(record.batch)
+    images_BHWC = images_uint8_NHWC[record.index_B]
+    return np.array(_show(how, normalisation, np.uint32(view["seed"]), *coordinates, images_BHWC))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _show(how: Augment, normalisation: Normalisation, seed, epoch, batch, images_uint8_BHWC):
+    key = rng.stream(rng.root(seed), VIEWS, epoch, batch)
+    return augment(key, images_uint8_BHWC, how, normalisation)[0]
+
+
 def relabel(
     pool: TeacherPool,
     images_uint8_NHWC: np.ndarray,
@@ -168,6 +199,7 @@ def relabel(
     precision: str = "float16",
     top_k: int | None = None,
     seed: int = 0,
+    **recipe,
 ) -> list[SoftLabels]:
     """Label a set in memory.
 
@@ -177,12 +209,14 @@ def relabel(
       epochs: how many times every image is labelled, each time over another view.
       ensemble, batch_size, crop_min, flip, mix: see ``LabelRecipe`` and ``Augment``.
       precision, top_k: what is kept of the logits, see ``core.codec``.
+      **recipe: further fields of ``LabelRecipe``.
 
     Returns:
       One record per batch and epoch, with float32 logits as they are read from a store. A
       student replays the views from the same ``seed``, ``crop_min``, ``flip`` and ``mix``.
     """
-    labeller = Labeller(pool, LabelRecipe(Augment(crop_min, flip, mix), ensemble, batch_size))
+    how = Augment(crop_min, flip, mix)
+    labeller = Labeller(pool, LabelRecipe(how, ensemble, batch_size, **recipe))
     images, coding = np.asarray(images_uint8_NHWC), Coding(precision, top_k)
     return [
         rounded(record, coding)

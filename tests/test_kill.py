@@ -6,7 +6,7 @@ import re
 import signal
 
 import pytest
-from helpers.command import TINY, assert_same, finished, reference, run, signal_when
+from helpers.command import TINY, assert_same, finished, reference, results, run, signal_when
 
 __all__ = ["finished", "reference"]  # fixtures
 
@@ -98,6 +98,20 @@ def test_killed_once(tmp_path, reference, moment):
     done = run(*command)
     assert done.returncode == 0, done.stderr
     assert_same(root, reference)
+
+
+@pytest.mark.slow
+def test_killed_while_labels_are_made_online(tmp_path, reference):
+    root = tmp_path / "run"
+    command = (TINY, f"--workdir={root}", "--config.relabel.mode=online", *OFTEN)
+    for pattern in (MOMENTS["validate"], MORE_MOMENTS["control's student"]):
+        killed = signal_when(appears(root, pattern), signal.SIGKILL, *command)
+        assert killed.returncode == -signal.SIGKILL
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = results(root), results(reference)
+    assert {k: v for k, v in theirs.items() if not k.endswith("relabel")} == ours
+    assert any(k.endswith("relabel") for k in theirs)
 
 
 @pytest.mark.slow

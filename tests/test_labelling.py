@@ -17,7 +17,7 @@ from prism_jax import rng
 from prism_jax.core.augment import Augment, augment
 from prism_jax.data import label_store
 from prism_jax.data.label_store import LabelPlan
-from prism_jax.labelling import ORDER, VIEWS, Labeller, LabelRecipe, OnlineLabels
+from prism_jax.labelling import ORDER, VIEWS, Labeller, LabelRecipe, OnlineLabels, shown
 from prism_jax.models import layers
 from prism_jax.teachers import TeacherPool, batch_statistics
 from prism_jax.training import Trainer, TrainRecipe, soft_batches
@@ -226,6 +226,18 @@ def test_the_student_sees_what_the_teacher_saw(mix, per):
     assert min(losses(records=[r._replace(batch=r.batch + 1) for r in records])) > 1e-2
     if mix == "none":
         assert max(losses(how=dataclasses.replace(how, crop_min=0.5))) > 1e-2
+
+
+@pytest.mark.parametrize("per", ["batch", "image"])
+def test_what_a_record_shows_is_replayed_from_the_manifest(per):
+    how = dataclasses.replace(HOW, mix_per=per)
+    record = mirror_records(how)[-1]
+    view = {**dataclasses.asdict(how), "ensemble": "single", "seed": 3}
+    seen = shown(record, images(), view, GREY).reshape(len(record.index_B), -1)
+    np.testing.assert_allclose(seen, record.logits_BK, atol=1e-6)
+    for other in ({"seed": 4}, {"mix": "none"}):
+        twin = shown(record, images(), {**view, **other}, GREY).reshape(seen.shape)
+        assert np.abs(twin - seen).max() > 0.1
 
 
 def test_labels_that_come_again_show_the_same_views_at_later_rates():

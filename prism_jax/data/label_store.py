@@ -136,7 +136,7 @@ def write_shard(
     expected = ((e, b) for e in plan.epochs_of(shard) for b in range(plan.batches_per_epoch))
     with tempfile.TemporaryDirectory() as folder:
         local = os.path.join(folder, "shard")
-        with contextlib.closing(ArrayRecordWriter(local, "group_size:1")) as writer:
+        with contextlib.closing(ArrayRecordWriter(local, "group_size:1,zstd:3")) as writer:
             for coordinates, record in zip(expected, records, strict=True):
                 assert (record.epoch, record.batch) == coordinates, (record[:2], coordinates)
                 writer.write(_pack(record, plan))
