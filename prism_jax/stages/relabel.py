@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator
 
@@ -156,7 +157,7 @@ def open_labels(context: Context, labelled: LabelledSet) -> label_store.LabelRea
     """
     if context.config.relabel.mode == "online":
         plan = plan_of(context, labelled)
-        labeller = labeller_of(context, plan)
+        labeller = _online_labeller(context, plan)
         return OnlineLabels(labeller, labelled.images_uint8_NHWC, plan, context.config.seed)
     if not is_done(context, labelled):
         raise UserError(
@@ -169,3 +170,9 @@ def open_labels(context: Context, labelled: LabelledSet) -> label_store.LabelRea
     if reader.plan != plan_of(context, labelled):
         raise image_set.DamagedFile(folder(labelled) / DONE, "is damaged: it has another plan")
     return reader
+
+
+@functools.lru_cache(maxsize=1)
+def _online_labeller(context: Context, plan: label_store.LabelPlan) -> Labeller:
+    """One for all sets of a size: one program, and the teachers once in the device's memory."""
+    return labeller_of(context, plan)
