@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from prism_jax.core.statistics import safe_norm
 from prism_jax.types import Array
 
 
@@ -73,6 +74,32 @@ def kl_t2(student_BK: Array, targets: Targets, *, ce_weight: float, temperature:
     return loss
 
 
+def dist(student_BK: Array, targets: Targets, *, ce_weight: float, temperature: float) -> Array:
+    """DIST (Huang et al., 2022): the Pearson relations of the two tables of probabilities.
+
+        T^2 (1 - mean_b r(s_b, t_b))  +  T^2 (1 - mean_k r(s_k, t_k))
+
+    with s, t = softmax(logits / T), rows b (inter-class) and columns k (intra-class), both terms
+    with weight 1. The columns make it depend on which images are in a batch together.
+    """
+    s_BK, t_BK = (
+        jax.nn.softmax(logits_BK / temperature) for logits_BK in (student_BK, targets.logits_BK)
+    )
+    inter = 1.0 - pearson(s_BK, t_BK).mean()
+    intra = 1.0 - pearson(s_BK.T, t_BK.T).mean()
+    loss = temperature**2 * (inter + intra)
+    if ce_weight:
+        loss += ce_weight * cross_entropy(student_BK, targets.labels_B)
+    return loss
+
+
+def pearson(these: Array, those: Array) -> Array:
+    """Correlation of each row with its counterpart; 0 (and no NaN gradient) for a constant row."""
+    these, those = (x - x.mean(-1, keepdims=True) for x in (these, those))
+    norms = jax.vmap(safe_norm)(these) * jax.vmap(safe_norm)(those)
+    return (these * those).sum(-1) / (norms + 1e-8)  # Reference: the epsilon of DIST's code.
+
+
 def ce(student_BK: Array, targets: Targets, *, ce_weight: float, temperature: float) -> Array:
     """Cross entropy with the hard labels, mixed as the pixels were; soft labels have no part."""
     del ce_weight, temperature
@@ -85,5 +112,6 @@ STUDENT_LOSSES: dict[str, Callable[..., Array]] = {
     "mse_gt": mse_gt,
     "kl": kl,
     "kl_t2": kl_t2,
+    "dist": dist,
     "ce": ce,
 }

@@ -29,6 +29,20 @@ def kl64(student, teacher, temperature):
     return (p * np.log(p / q)).sum(1).mean()
 
 
+def relations(p, q):
+    """1 minus the mean correlation of rows, and of columns, by NumPy."""
+    return [
+        1 - np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(x, y, strict=True)])
+        for x, y in ((p, q), (p.T, q.T))
+    ]
+
+
+def dist64(student, teacher, temperature):
+    """Huang et al. (2022), equations 8 to 10: inter-class and intra-class."""
+    found = relations(softmax(student / temperature), softmax(teacher / temperature))
+    return [temperature**2 * term for term in found]
+
+
 def student_loss(name, student=STUDENT_BK, ce_weight=0.0, temperature=1.0, teacher=TEACHER_BK):
     targets = Targets(LABELS_B, PARTNERS_B, WEIGHT, teacher)
     return STUDENT_LOSSES[name](student, targets, ce_weight=ce_weight, temperature=temperature)
@@ -60,6 +74,8 @@ EXPECTED = {
     ("kl", 0.5, 2.0): kl64(STUDENT_BK, TEACHER_BK, 2) + 0.5 * ce64(STUDENT_BK, LABELS_B),
     ("kl_t2", 0.0, 20.0): 400 * kl64(STUDENT_BK, TEACHER_BK, 20),
     ("kl_t2", 0.5, 2.0): 4 * kl64(STUDENT_BK, TEACHER_BK, 2) + 0.5 * ce64(STUDENT_BK, LABELS_B),
+    ("dist", 0.0, 1.0): sum(dist64(STUDENT_BK, TEACHER_BK, 1)),
+    ("dist", 0.5, 4.0): sum(dist64(STUDENT_BK, TEACHER_BK, 4)) + 0.5 * ce64(STUDENT_BK, LABELS_B),
     ("ce", 0.0, 1.0): 0.7 * ce64(STUDENT_BK, LABELS_B) + 0.3 * ce64(STUDENT_BK, PARTNERS_B),
 }  # fmt: skip
 
@@ -68,7 +84,8 @@ EXPECTED = {
 def test_values_in_float64(case, x64):
     name, ce_weight, temperature = case
     value = student_loss(name, ce_weight=ce_weight, temperature=temperature)
-    np.testing.assert_allclose(value, EXPECTED[case], rtol=1e-12)
+    # DIST's epsilon of 1e-8 in the denominator is what its correlations differ by.
+    np.testing.assert_allclose(value, EXPECTED[case], rtol=1e-6 if name == "dist" else 1e-12)
 
 
 def test_twins_are_far_from_the_values():
@@ -79,6 +96,10 @@ def test_twins_are_far_from_the_values():
         "kl averaged over classes": (kl64(STUDENT_BK, TEACHER_BK, 2) / 5, "kl", 2.0),
         "kl with T^2": (4 * kl64(STUDENT_BK, TEACHER_BK, 2), "kl", 2.0),
         "kl_t2 without": (kl64(STUDENT_BK, TEACHER_BK, 2), "kl_t2", 2.0),
+        "dist without T^2": (sum(dist64(STUDENT_BK, TEACHER_BK, 4)) / 16, "dist", 4.0),
+        "dist of rows only": (dist64(STUDENT_BK, TEACHER_BK, 4)[0], "dist", 4.0),
+        "dist of columns only": (dist64(STUDENT_BK, TEACHER_BK, 4)[1], "dist", 4.0),
+        "dist of logits": (sum(relations(STUDENT_BK, TEACHER_BK)) * 16, "dist", 4.0),
         "ce of the base image only": (ce64(STUDENT_BK, LABELS_B), "ce", 1.0),
         "ce with the shares swapped": (
             0.3 * ce64(STUDENT_BK, LABELS_B) + 0.7 * ce64(STUDENT_BK, PARTNERS_B), "ce", 1.0,
@@ -92,7 +113,7 @@ def test_twins_are_far_from_the_values():
     assert abs(mixed / term - 1) > 0.01
 
 
-@pytest.mark.parametrize("name", ["mse_gt", "kl", "kl_t2"])
+@pytest.mark.parametrize("name", ["mse_gt", "kl", "kl_t2", "dist"])
 def test_a_weight_of_zero_means_not_computed(name):
     def primitives(ce_weight):
         trace = jax.make_jaxpr(lambda s: student_loss(name, s, ce_weight, 2.0))(STUDENT_BK)
@@ -128,6 +149,33 @@ def test_without_a_mix_ce_is_plain_cross_entropy():
     np.testing.assert_allclose(value, ce64(STUDENT_BK, LABELS_B), rtol=1e-6)
 
 
+def test_dist_of_classes_that_nobody_names_is_finite():
+    """A class whose probability is the same for every image correlates with nothing."""
+    student, teacher = np.array(STUDENT_BK), np.array(TEACHER_BK)
+    student[:, 1] = -1e4
+    teacher[:, 2] = -1e4
+
+    def loss(s):
+        return student_loss("dist", s, temperature=1.0, teacher=jnp.asarray(teacher, jnp.float32))
+
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(student, jnp.float32))
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+def test_each_image_may_have_its_own_mix():
+    weight_B = np.array([1.0, 0.0, 0.3, 0.8, 0.5, 0.1])
+    targets = Targets(LABELS_B, PARTNERS_B, jnp.asarray(weight_B, jnp.float32))
+    value = STUDENT_LOSSES["ce"](STUDENT_BK, targets, ce_weight=0.0, temperature=1.0)
+    rows = np.arange(6)
+    p = np.log(softmax(STUDENT_BK))
+    own_B, partner_B = p[rows, LABELS_B], p[rows, PARTNERS_B]
+    expected = -np.mean(weight_B * own_B + (1 - weight_B) * partner_B)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    # Twin: one mean weight for all images.
+    mean = -np.mean(weight_B.mean() * own_B + (1 - weight_B.mean()) * partner_B)
+    assert abs(mean / expected - 1) > 0.01
+
+
 @pytest.mark.parametrize("case", EXPECTED, ids=str)
 def test_gradients_against_torch_in_float64(case, x64):
     torch = pytest.importorskip("torch", reason="compares with PyTorch, which is not installed")
@@ -141,6 +189,13 @@ def test_gradients_against_torch_in_float64(case, x64):
     elif name == "ce":
         loss = WEIGHT * functional.cross_entropy(student, labels)
         loss = loss + (1 - WEIGHT) * functional.cross_entropy(student, partners)
+    elif name == "dist":
+        loss = 0.0
+        p, q = (functional.softmax(x / temperature, 1) for x in (student, teacher))
+        for a, b in ((p, q), (p.T, q.T)):
+            pair = torch.stack([a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)])
+            lengths = pair.norm(dim=2).prod(0) + 1e-8
+            loss = loss + temperature**2 * (1 - (pair.prod(0).sum(1) / lengths).mean())
     else:
         loss = functional.kl_div(
             functional.log_softmax(student / temperature, 1),
