@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from prism_jax.types import Array
 
 KNEE = 5 / 6  # where the "decayed cosine" turns linear
-PERIOD = 2.5  # its cosine's period, in runs
+SIDE = 1e-6  # of a run: a step that lies on a knee or milestone is on its intended side
 
 
 def _progress(step: Array, total: Array) -> Array:
@@ -25,45 +26,55 @@ def constant(step: Array, total: Array) -> Array:
     return jnp.ones_like(_progress(step, total))
 
 
-def cosine(step: Array, total: Array) -> Array:
-    """``(1 + cos(pi s)) / 2`` with s = step / total: 1 to 0."""
-    return _cosine(_progress(step, total))
+def cosine(step: Array, total: Array, *, zeta: float = 1.0) -> Array:
+    """``(1 + cos(pi s / zeta)) / 2`` with s = step / total: 1 to 0; zeta = 2 ends at 0.5."""
+    return _cosine(_progress(step, total), zeta)
 
 
 def half_cosine(step: Array, total: Array) -> Array:
-    """``(1 + cos(pi s / 2)) / 2``: 1 to 0.5 (RDED, DELT; zeta = 2)."""
-    return _cosine(_progress(step, total), 2.0)
+    """``cosine`` with zeta = 2: 1 to 0.5 (RDED, DELT)."""
+    return cosine(step, total, zeta=2.0)
 
 
-def cos2(step: Array, total: Array) -> Array:
-    """The decayed cosine as released: ``(1 + cos(pi s / 2.5)) / 2``, after s = 5/6 linear.
+def cos2(step: Array, total: Array, *, zeta: float = 2.5) -> Array:
+    """The decayed cosine as released: ``(1 + cos(pi s / zeta)) / 2``, after s = 5/6 linear.
 
-    The linear branch is ``0.75 (1 - s)``, which makes the rate drop sixfold at the knee.
+    The linear branch is ``c (1 - s)`` with c the cosine's value at the knee (0.75 for PRISM's
+    zeta of 2.5), which makes the rate drop sixfold there.
     """
     s = _progress(step, total)
-    at_knee = _cosine(jnp.float32(KNEE), PERIOD)
+    at_knee = _cosine(jnp.float32(KNEE), zeta)
     # Reference: (6E - 6s) / 6E, where a continuous schedule has (6E - 6s) / E.
-    return jnp.where(s <= jnp.float32(KNEE) + 1e-6, _cosine(s, PERIOD), at_knee * (1.0 - s))
+    return jnp.where(s <= jnp.float32(KNEE) + SIDE, _cosine(s, zeta), at_knee * (1.0 - s))
 
 
-def cos2_continuous(step: Array, total: Array) -> Array:
+def cos2_continuous(step: Array, total: Array, *, zeta: float = 2.5) -> Array:
     """The decayed cosine without the jump: from the knee straight to 0."""
     s = _progress(step, total)
-    at_knee = _cosine(jnp.float32(KNEE), PERIOD)
-    return jnp.where(s <= jnp.float32(KNEE), _cosine(s, PERIOD), at_knee * 6.0 * (1.0 - s))
+    at_knee = _cosine(jnp.float32(KNEE), zeta)
+    return jnp.where(s <= jnp.float32(KNEE), _cosine(s, zeta), at_knee * 6.0 * (1.0 - s))
 
 
-def linear(step: Array, total: Array) -> Array:
-    """``1 - s``."""
-    return 1.0 - _progress(step, total)
+def linear(step: Array, total: Array, *, zeta: float = 1.0) -> Array:
+    """``1 - s / zeta``."""
+    return 1.0 - _progress(step, total) / zeta
 
 
 def half_linear(step: Array, total: Array) -> Array:
-    """``1 - s / 2`` (what EDC's released code does)."""
+    """``linear`` with zeta = 2 (what EDC's released code does)."""
     return 1.0 - 0.5 * _progress(step, total)
 
 
-SCHEDULES: dict[str, Callable[[Array, Array], Array]] = {
+def multistep(
+    step: Array, total: Array, *, milestones: tuple[float, ...] = (), gamma: float = 0.1
+) -> Array:
+    """Times ``gamma`` at each milestone, a fraction of the run (PyTorch's MultiStepLR)."""
+    s = _progress(step, total)
+    passed = [s + SIDE >= jnp.float32(milestone) for milestone in milestones]
+    return jnp.float32(gamma) ** sum((p.astype(jnp.float32) for p in passed), jnp.zeros_like(s))
+
+
+SCHEDULES: dict[str, Callable[..., Array]] = {
     "constant": constant,
     "cosine": cosine,
     "half_cosine": half_cosine,
@@ -71,6 +82,7 @@ SCHEDULES: dict[str, Callable[[Array, Array], Array]] = {
     "cos2_continuous": cos2_continuous,
     "linear": linear,
     "half_linear": half_linear,
+    "multistep": multistep,
 }
 
 
@@ -99,6 +111,29 @@ def smallest_crop(
     share = CURRICULA[curriculum](step, until)
     falling = jnp.float32(lowest) + jnp.float32(1.0 - lowest) * share
     return jnp.where(jnp.asarray(step, jnp.float32) < until, falling, jnp.float32(lowest))
+
+
+def values_of(name: str) -> tuple[str, ...]:
+    """The names of the values that a schedule takes beside step and total."""
+    parameters = inspect.signature(SCHEDULES[name]).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+def warmed_up(
+    name: str, step: Array, total: Array, *, warmup: int, warmup_start: float, **values
+) -> Array:
+    """A schedule after a linear warm-up, as PyTorch's LinearLR and SequentialLR make it.
+
+    Args:
+      name: of the schedule, which gets the ``total - warmup`` steps that follow.
+      warmup: steps from ``warmup_start`` to 1; 0 is none.
+      **values: the schedule's own.
+    """
+    if not warmup:
+        return SCHEDULES[name](step, total, **values)
+    rise = _progress(step, jnp.int32(warmup))
+    after = SCHEDULES[name](jnp.maximum(step - warmup, 0), total - warmup, **values)
+    return jnp.where(rise < 1.0, warmup_start + (1.0 - warmup_start) * rise, after)
 
 
 def same_budget(iterations: int, slot: int) -> int:

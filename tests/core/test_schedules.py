@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prism_jax.core.schedules import BUDGETS, SCHEDULES, joined, smallest_crop
+from prism_jax.core.schedules import (
+    BUDGETS,
+    SCHEDULES,
+    joined,
+    smallest_crop,
+    values_of,
+    warmed_up,
+)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +32,73 @@ from prism_jax.core.schedules import BUDGETS, SCHEDULES, joined, smallest_crop
 def test_values_of_300_epochs(name, values):
     for step, expected in values.items():
         np.testing.assert_allclose(SCHEDULES[name](step, 300), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "values"),
+    [
+        ("cosine", {"zeta": 2.0}, {0: 1, 150: 0.853553, 300: 0.5}),
+        ("cosine", {"zeta": 4.0}, {300: 0.853553}),
+        ("linear", {"zeta": 2.0}, {0: 1, 75: 0.875, 300: 0.5}),
+        # EDC on CIFAR-100: the cosine's value at the knee is (1 + cos(75 degrees)) / 2.
+        ("cos2", {"zeta": 2.0}, {0: 1, 150: 0.853553, 250: 0.629410, 251: 0.102804}),
+        ("cos2_continuous", {"zeta": 2.0}, {250: 0.629410, 275: 0.314705, 300: 0}),
+        # EDC on CIFAR-10: halved after 800, 900 and 950 of 1,000 epochs.
+        ("multistep", {"milestones": (0.8, 0.9, 0.95), "gamma": 0.5},
+         {0: 1, 239: 1, 240: 0.5, 269: 0.5, 270: 0.25, 285: 0.125, 299: 0.125}),
+    ],
+)  # fmt: skip
+def test_values_of_schedules_with_values(name, given, values):
+    assert set(given) == set(values_of(name))
+    for step, expected in values.items():
+        np.testing.assert_allclose(SCHEDULES[name](step, 300, **given), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("total", [10, 20, 40, 300, 1000])
+def test_milestones_are_on_the_right_side(total):
+    given = {"milestones": (0.5, 0.8, 0.9), "gamma": 0.5}
+    found = [float(SCHEDULES["multistep"](step, total, **given)) for step in range(total)]
+    marks = [total * m for m in (5, 8, 9)]  # in tenths of a step
+    assert found == [0.5 ** sum(10 * step >= mark for mark in marks) for step in range(total)]
+
+
+def test_a_warm_up_by_hand():
+    """Tiny-ImageNet of DWA: five epochs from 0.01, then a cosine over the 195 that follow."""
+    how = {"warmup": 5, "warmup_start": 0.01}
+    rate = [float(warmed_up("cosine", s, 200, **how)) for s in range(200)]
+    np.testing.assert_allclose(rate[:7], [0.01, 0.208, 0.406, 0.604, 0.802, 1, 0.999935], atol=1e-6)
+    expected = [0.5 * (1 + math.cos(math.pi * (s - 5) / 195)) for s in range(5, 200)]
+    np.testing.assert_allclose(rate[5:], expected, atol=1e-6)
+    # Twin: a cosine over all 200 epochs.
+    assert abs(rate[100] - float(SCHEDULES["cosine"](100, 200))) > 0.01
+    none = warmed_up("cos2", 251, 300, warmup=0, warmup_start=0.01, zeta=2.5)
+    assert none == SCHEDULES["cos2"](251, 300)
+
+
+def test_warm_up_and_milestones_are_pytorchs():
+    torch = pytest.importorskip("torch", reason="compares with PyTorch, which is not installed")
+    lr = torch.optim.lr_scheduler
+
+    def theirs(make, epochs):
+        optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler, found = make(optimiser), []
+        for _ in range(epochs):
+            found.append(scheduler.get_last_lr()[0])
+            optimiser.step()
+            scheduler.step()
+        return found
+
+    def warm_cosine(optimiser):
+        warm = lr.LinearLR(optimiser, start_factor=0.01, total_iters=5)
+        cosine = lr.CosineAnnealingLR(optimiser, T_max=35)
+        return lr.SequentialLR(optimiser, [warm, cosine], milestones=[5])
+
+    ours = [warmed_up("cosine", s, 40, warmup=5, warmup_start=0.01) for s in range(40)]
+    np.testing.assert_allclose(ours, theirs(warm_cosine, 40), atol=1e-6)
+    steps = {"milestones": (0.8, 0.9, 0.95), "gamma": 0.5}
+    ours = [SCHEDULES["multistep"](s, 40, **steps) for s in range(40)]
+    expected = theirs(lambda o: lr.MultiStepLR(o, [32, 36, 38], gamma=0.5), 40)
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
 def cos2_in_exact_arithmetic(s: int, total: int) -> float:
