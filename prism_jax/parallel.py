@@ -1,5 +1,8 @@
 """Devices and processes: the only module that knows how many there are.
 
+Recover and relabel give every device work of its own (:class:`LaneMap`); a training spreads each
+batch over several (:class:`DataMesh`).
+
 A *lane* is one device working on one image batch of its own. Lanes share the teachers' weights
 and the program, and nothing else: the compiled step holds no collective, so lanes may run
 different numbers of iterations, draw different teachers, and start and finish independently.
@@ -11,6 +14,7 @@ collectives: where a stage begins, the main process tells the others what is mis
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,6 +28,7 @@ from prism_jax.errors import UserError
 from prism_jax.types import PyTree
 
 AXIS = "lane"
+ROWS = "rows"
 MAPS = ("shard_map", "pmap")
 
 
@@ -141,6 +146,58 @@ def _shard_map(function: Callable, mesh: Mesh, arity: int) -> Callable:
         out_specs=P(AXIS),
         check_vma=False,
     )
+
+
+class DataMesh:
+    """Devices that train or test one network: its weights on each, a batch's rows spread over them.
+
+    Programs are written for the whole batch; XLA divides them and adds the sums over devices. So a
+    sum that spans devices cannot be forgotten, and a gradient is that of the whole batch's loss.
+    On one device this is plain ``jax.jit``.
+    """
+
+    def __init__(self, devices: tuple[jax.Device, ...]):
+        """Take devices; a single one must be JAX's default."""
+        mesh = Mesh(np.array(devices), (ROWS,))
+        self.count = len(devices)
+        self._everywhere = NamedSharding(mesh, P())
+        self._by_rows = NamedSharding(mesh, P(ROWS))
+
+    def jit(self, function: Callable, *, donate: Sequence[int] = ()) -> Callable:
+        """Compile a function whose results every device holds whole."""
+        where = None if self.count == 1 else self._everywhere
+        return jax.jit(function, donate_argnums=tuple(donate), out_shardings=where)
+
+    def replicate(self, tree: PyTree) -> PyTree:
+        """A tree on every device."""
+        return tree if self.count == 1 else jax.device_put(tree, self._everywhere)
+
+    def spread(self, tree: PyTree) -> PyTree:
+        """A batch, its rows divided; scalars, and rows that do not divide, on every device."""
+        if self.count == 1:
+            return tree
+
+        def where(x) -> NamedSharding:
+            return self._by_rows if self.divides(np.shape(x)) else self._everywhere
+
+        return jax.device_put(tree, jax.tree.map(where, tree))
+
+    def divides(self, shape: tuple[int, ...]) -> bool:
+        """Whether an array's rows can be divided equally."""
+        return bool(shape) and shape[0] % self.count == 0
+
+    def keep_spread(self, x: jax.Array) -> jax.Array:
+        """Inside a program: an array whose rows are divided as a batch's are."""
+        if self.count == 1 or not self.divides(x.shape):
+            return x
+        return jax.lax.with_sharding_constraint(x, self._by_rows)
+
+
+@functools.cache
+def data_mesh(count: int = 1) -> DataMesh:
+    """The first local devices; always the same object, so that programs are compiled once."""
+    assert 1 <= count <= jax.local_device_count(), count
+    return DataMesh(tuple(jax.local_devices()[:count]))
 
 
 def lane_devices(limit: int) -> list[jax.Device]:

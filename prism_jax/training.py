@@ -18,35 +18,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from prism_jax import rng
-from prism_jax.core import losses, pixels, schedules
+from prism_jax import parallel, rng
+from prism_jax.core import batching, losses, pixels, schedules
 from prism_jax.core.augment import Augment, augment
 from prism_jax.data.pipeline import continuous_index, num_batches
 from prism_jax.errors import UserError
+from prism_jax.models import layers
 from prism_jax.types import Array, Normalisation, PyTree, SoftLabels
 
 
-def decayed(params: PyTree) -> PyTree:
-    """Weight decay for kernels only; biases and BatchNorm get none (``methods.md`` 0.6)."""
-    return jax.tree.map(lambda p: p.ndim > 1, params)
-
-
-def adamw(weight_decay: float) -> optax.GradientTransformation:
-    """AdamW with PyTorch's defaults, without its learning rate."""
-    return optax.chain(
-        optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
-        optax.add_decayed_weights(weight_decay, decayed),
+def kernels(params: PyTree) -> PyTree:
+    """What decays: kernels. Biases, norms, tokens and tables do not (``methods.md`` 0.6)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: path[-1].key == "kernel" and p.ndim > 1, params
     )
 
 
-def sgd(weight_decay: float) -> optax.GradientTransformation:
-    """SGD with momentum 0.9 and coupled weight decay, without its learning rate."""
-    return optax.chain(optax.add_decayed_weights(weight_decay, decayed), optax.trace(0.9))
-
-
-OPTIMISERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
-    "adamw": adamw,
-    "sgd": sgd,
+DECAYS: dict[str, Callable[[PyTree], PyTree]] = {
+    "kernels": kernels,
+    "all": functools.partial(jax.tree.map, lambda p: True),
 }
 
 
@@ -55,7 +45,10 @@ class TrainRecipe:
     """How a network is trained; static in the trace.
 
     ``views`` names the random stream of views and mixes: a student of soft labels uses the
-    stream the labels were made with. The learning rate is constant within an epoch.
+    stream the labels were made with. The learning rate is constant within an epoch; ``zeta``,
+    ``milestones`` and ``gamma`` are values of the schedules that take them. ``accumulate`` and
+    ``bn_group`` divide the batch, see ``core.batching``. ``ema`` is the decay of the average of
+    weights and running statistics that is tested in their place.
     """
 
     views: str
@@ -65,22 +58,66 @@ class TrainRecipe:
     temperature: float = 1.0
     epochs: int = 10
     accumulate: int = 1
+    bn_group: int | None = None
     optimiser: str = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
+    decay: str = "kernels"
+    momentum: float = 0.9
+    nesterov: bool = False
     schedule: str = "cosine"
+    zeta: float | None = None
+    milestones: tuple[float, ...] | None = None
+    gamma: float | None = None
+    warmup: int = 0
+    warmup_start: float = 0.01
+    ema: float | None = None
+
+
+def adamw(recipe: TrainRecipe) -> optax.GradientTransformation:
+    """AdamW with PyTorch's defaults, without its learning rate."""
+    return optax.chain(
+        optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
+        optax.add_decayed_weights(recipe.weight_decay, DECAYS[recipe.decay]),
+    )
+
+
+def sgd(recipe: TrainRecipe) -> optax.GradientTransformation:
+    """PyTorch's SGD with momentum and coupled weight decay, without its learning rate."""
+    return optax.chain(
+        optax.add_decayed_weights(recipe.weight_decay, DECAYS[recipe.decay]),
+        optax.trace(recipe.momentum, nesterov=recipe.nesterov),
+    )
+
+
+OPTIMISERS: dict[str, Callable[[TrainRecipe], optax.GradientTransformation]] = {
+    "adamw": adamw,
+    "sgd": sgd,
+}
 
 
 class TrainState(NamedTuple):
-    """A network in training: optimiser steps done, its variables, the optimiser's state."""
+    """A network in training.
+
+    Attributes:
+      step: optimiser steps done.
+      params, batch_stats, opt_state: what training goes on from.
+      ema: {"params", "batch_stats"} averaged over steps, or None.
+    """
 
     step: Array
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
+    ema: PyTree = None
 
     @property
     def variables(self) -> PyTree:
+        """What is tested and kept: the average where there is one."""
+        return self._raw if self.ema is None else self.ema
+
+    @property
+    def _raw(self) -> PyTree:
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
@@ -118,15 +155,19 @@ def initial_state(
         options = None
     init = jax.jit(functools.partial(module.init, train=False), compiler_options=options)
     variables = init(rng.stream(rng.root(seed), "train/init"), images)
-    params = variables["params"]
-    opt_state = OPTIMISERS[recipe.optimiser](recipe.weight_decay).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), opt_state)
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    opt_state = OPTIMISERS[recipe.optimiser](recipe).init(params)
+    state = TrainState(jnp.zeros((), jnp.int32), params, batch_stats, opt_state)
+    if recipe.ema is not None:  # a copy: the step may reuse the memory of both
+        state = state._replace(ema=jax.tree.map(jnp.copy, state.variables))
+    return state
 
 
 def train_step(
     recipe: TrainRecipe,
     module: nn.Module,
     normalisation: Normalisation,
+    mesh: parallel.DataMesh,
     view_seed: Array,
     seed: Array,
     epochs: Array,
@@ -136,6 +177,7 @@ def train_step(
     """One optimiser step, from pixels: view, mix, forward, loss, update.
 
     Args:
+      mesh: over whose devices the batch is spread, where it divides.
       view_seed: whose views and mixes; ``seed``: whose dropout.
       epochs: length of the schedule, in place of the recipe's; so that trainings of different
         lengths share a program.
@@ -145,7 +187,9 @@ def train_step(
     """
     key = rng.stream(rng.root(view_seed), recipe.views, batch.view_epoch, batch.batch)
     images_BHWC, mix = augment(key, batch.images_uint8_BHWC, recipe.augment, normalisation)
+    # One mask for the whole batch: each pass takes its own rows of it.
     dropout = rng.stream(rng.root(seed), "train/dropout", batch.epoch, batch.batch)
+    dropout = rng.stream(dropout, "part", 0)
     size = images_BHWC.shape[0]
     targets = losses.Targets(
         batch.labels_B,
@@ -154,34 +198,65 @@ def train_step(
         None if batch.logits_BK is None else batch.logits_BK.astype(jnp.float32),
     )
 
-    def objective(params, batch_stats, part: slice, part_key):
-        logits_BK, updated = module.apply(
-            {"params": params, "batch_stats": batch_stats}, images_BHWC[part], train=True,
-            mutable=["batch_stats"], rngs={"dropout": part_key},
-        )  # fmt: skip
-        loss = losses.STUDENT_LOSSES[recipe.loss](
-            logits_BK,
-            jax.tree.map(lambda x: x[part] if x.ndim else x, targets),
-            ce_weight=recipe.ce_weight,
-            temperature=recipe.temperature,
-        )
-        return loss, updated.get("batch_stats", {})
+    def objective(params, batch_stats, part: batching.Pass):
+        with layers.part_of_batch(layers.BatchPart(part.groups, part.start, size)):
+            logits_BK, updated = module.apply(
+                {"params": params, "batch_stats": batch_stats},
+                mesh.keep_spread(images_BHWC[part.rows]), train=True, mutable=["batch_stats"],
+                rngs={"dropout": dropout},
+            )  # fmt: skip
+        mine = jax.tree.map(lambda x: x[part.rows] if x.ndim else x, targets)
+        return student_loss(recipe, logits_BK, mine, len(part.parts)), updated
 
+    division = {"accumulate": recipe.accumulate, "bn_group": recipe.bn_group}
+    devices = mesh.count if batching.fits(size, mesh.count, **division) else 1
     loss, batch_stats = jnp.zeros((), jnp.float32), state.batch_stats
     gradient = jax.tree.map(jnp.zeros_like, state.params)
-    for i, rows in enumerate(np.array_split(np.arange(size), min(recipe.accumulate, size))):
-        part, share = slice(int(rows[0]), int(rows[-1]) + 1), len(rows) / size
-        (part_loss, batch_stats), part_gradient = jax.value_and_grad(objective, has_aux=True)(
-            state.params, batch_stats, part, rng.stream(dropout, "part", i)
+    for part in batching.passes(size, devices=devices, **division):
+        share = (part.stop - part.start) / size
+        (part_loss, updated), part_gradient = jax.value_and_grad(objective, has_aux=True)(
+            state.params, batch_stats, part
         )
         loss += share * part_loss
         gradient = jax.tree.map(lambda g, p, s=share: g + s * p, gradient, part_gradient)
+        batch_stats = updated.get("batch_stats", {})
 
-    rate = recipe.learning_rate * schedules.SCHEDULES[recipe.schedule](batch.epoch, epochs)
-    optimiser = OPTIMISERS[recipe.optimiser](recipe.weight_decay)
+    rate = recipe.learning_rate * learning_rate(recipe, batch.epoch, epochs)
+    optimiser = OPTIMISERS[recipe.optimiser](recipe)
     direction, opt_state = optimiser.update(gradient, state.opt_state, state.params)
     params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
-    return TrainState(state.step + 1, params, batch_stats, opt_state), loss
+    ema = state.ema
+    if recipe.ema is not None:
+        new = {"params": params, "batch_stats": batch_stats}
+        ema = jax.tree.map(lambda e, x: recipe.ema * e + (1.0 - recipe.ema) * x, ema, new)
+    return TrainState(state.step + 1, params, batch_stats, opt_state, ema), loss
+
+
+def student_loss(
+    recipe: TrainRecipe, logits_BK: Array, targets: losses.Targets, parts: int
+) -> Array:
+    """The mean of the losses of equal parts: what is not a mean over images sees one at a time."""
+    loss = functools.partial(
+        losses.STUDENT_LOSSES[recipe.loss],
+        ce_weight=recipe.ce_weight,
+        temperature=recipe.temperature,
+    )
+    if parts == 1:
+        return loss(logits_BK, targets)
+    apart = jax.tree.map(
+        lambda x: x.reshape(parts, -1, *x.shape[1:]) if x.ndim else x, (logits_BK, targets)
+    )
+    axes = jax.tree.map(lambda x: 0 if x.ndim else None, apart)
+    return jax.vmap(loss, axes)(*apart).mean()
+
+
+def learning_rate(recipe: TrainRecipe, epoch: Array, epochs: Array) -> Array:
+    """The multiplier of the learning rate in an epoch."""
+    given = {"zeta": recipe.zeta, "milestones": recipe.milestones, "gamma": recipe.gamma}
+    return schedules.warmed_up(
+        recipe.schedule, epoch, epochs, warmup=recipe.warmup, warmup_start=recipe.warmup_start,
+        **{name: value for name, value in given.items() if value is not None},
+    )  # fmt: skip
 
 
 class Trainer:
@@ -195,11 +270,23 @@ class Trainer:
         *,
         view_seed: int,
         seed: int,
+        devices: int = 1,
     ):
+        """Compile nothing yet.
+
+        Args:
+          module: the network.
+          recipe, normalisation: how it is trained.
+          view_seed: whose views and mixes; ``seed``: whose weights and dropout.
+          devices: how many share each batch; one that does not divide into whole groups for each
+            (``batching.fits``) is computed by every one of them.
+        """
         self.module, self.recipe, self.normalisation = module, recipe, normalisation
+        self.mesh = parallel.data_mesh(devices)
         self._seed = seed
         self._arguments = np.uint32(view_seed), np.uint32(seed), np.int32(recipe.epochs)
-        self._step = _jitted_step(dataclasses.replace(recipe, epochs=0), module, normalisation)
+        recipe = dataclasses.replace(recipe, epochs=0)
+        self._step = _jitted_step(recipe, module, normalisation, self.mesh)
 
     def start(self, image_shape: tuple[int, int, int]) -> TrainState:
         """Fresh weights for images of (height, width, channels)."""
@@ -213,28 +300,32 @@ class Trainer:
             batch=np.int32(batch.batch),
             view_epoch=np.int32(view_epoch),
         )
-        return self._step(*self._arguments, state, batch)
+        return self._step(*self._arguments, self.mesh.replicate(state), self.mesh.spread(batch))
 
     def test(self, state: TrainState, images_uint8, labels, *, batch_size: int = 256) -> TestResult:
         """Accuracy on real images, in evaluation mode, without augmentation."""
         return test(
             self.module, state.variables, images_uint8, labels, self.normalisation,
-            batch_size=batch_size,
+            batch_size=batch_size, mesh=self.mesh,
         )  # fmt: skip
 
 
 @functools.cache
-def _jitted_step(recipe: TrainRecipe, module: nn.Module, normalisation: Normalisation) -> Callable:
+def _jitted_step(
+    recipe: TrainRecipe, module: nn.Module, normalisation: Normalisation, mesh: parallel.DataMesh
+) -> Callable:
     """One executable per (recipe, network): seeds, controls and student seeds share it."""
-    return jax.jit(functools.partial(train_step, recipe, module, normalisation), donate_argnums=3)
+    return mesh.jit(functools.partial(train_step, recipe, module, normalisation, mesh), donate=(3,))
 
 
 @functools.cache
-def _jitted_forward(module: nn.Module, normalisation: Normalisation) -> Callable:
+def _jitted_forward(
+    module: nn.Module, normalisation: Normalisation, mesh: parallel.DataMesh
+) -> Callable:
     def forward(variables, images_uint8_BHWC):
         return module.apply(variables, pixels.normalise(images_uint8_BHWC, normalisation))
 
-    return jax.jit(forward)
+    return mesh.jit(forward)
 
 
 def test(
@@ -246,16 +337,19 @@ def test(
     *,
     batch_size: int = 256,
     class_indices: tuple[int, ...] | None = None,
+    mesh: parallel.DataMesh | None = None,
 ) -> TestResult:
     """Test a network on images; the last batch is padded, so that one program serves all."""
-    forward = _jitted_forward(module, normalisation)
+    mesh = mesh or parallel.data_mesh()
+    forward = _jitted_forward(module, normalisation, mesh)
+    variables = mesh.replicate(variables)
     count = len(labels_N)
-    batch_size = min(batch_size, count)
+    batch_size = mesh.count * -(-min(batch_size, count) // mesh.count)
     right1, right5 = np.zeros(count, bool), np.zeros(count, bool)
     for start in range(0, count, batch_size):
         rows = np.arange(start, min(start + batch_size, count))
         padded = np.resize(rows, batch_size)
-        logits = np.asarray(forward(variables, images_uint8_NHWC[padded]))[: len(rows)]
+        logits = np.asarray(forward(variables, mesh.spread(images_uint8_NHWC[padded])))[: len(rows)]
         if class_indices is not None:
             logits = logits[:, list(class_indices)]
         order = np.argsort(-logits, axis=1, kind="stable")  # ties: the lower class first

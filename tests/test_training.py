@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +14,10 @@ from helpers import by_hand
 from helpers.networks import GREY, Mirror, NoNorm, TwoConvs, random_variables
 
 import prism_jax
-from prism_jax import training
+from prism_jax import models, training
 from prism_jax.core.augment import Augment
 from prism_jax.errors import UserError
+from prism_jax.models import layers
 from prism_jax.training import OPTIMISERS, TrainBatch, Trainer, TrainRecipe, hard_batches
 from prism_jax.types import Normalisation
 
@@ -123,14 +126,17 @@ def test_wrong_steps_do_not_pass(optimiser):
         assert difference(found, twin) > 1e-3, name
 
 
-def test_adamw_and_sgd_are_pytorchs():
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.5, "nesterov": True}, {"decay": "all"}])
+def test_adamw_and_sgd_are_pytorchs(options):
     torch = pytest.importorskip("torch", reason="compares with torch.optim")
     random = np.random.default_rng(0)
     start = {"kernel": random.standard_normal((4, 3)), "bias": random.standard_normal(3)}
     gradients = [{k: random.standard_normal(x.shape) for k, x in start.items()} for _ in range(5)]
+    momentum = {"momentum": 0.9, "nesterov": False, **options}
+    bias_decay = DECAY if momentum.pop("decay", "kernels") == "all" else 0.0
     make = {
         "adamw": lambda groups: torch.optim.AdamW(groups, lr=RATE),
-        "sgd": lambda groups: torch.optim.SGD(groups, lr=RATE, momentum=0.9),
+        "sgd": lambda groups: torch.optim.SGD(groups, lr=RATE, **momentum),
     }
     assert make.keys() == OPTIMISERS.keys()
     for name, optimiser in make.items():
@@ -138,12 +144,12 @@ def test_adamw_and_sgd_are_pytorchs():
         stepper = optimiser(
             [
                 {"params": [theirs["kernel"]], "weight_decay": DECAY},
-                {"params": [theirs["bias"]], "weight_decay": 0.0},
+                {"params": [theirs["bias"]], "weight_decay": bias_decay},
             ]
         )
         with jax.enable_x64(True):
             ours = {k: jnp.asarray(x) for k, x in start.items()}
-            update = OPTIMISERS[name](DECAY)
+            update = OPTIMISERS[name](TrainRecipe("", PLAIN, weight_decay=DECAY, **options))
             state = update.init(ours)
             for gradient in gradients:
                 direction, state = update.update(gradient, state, ours)
@@ -157,9 +163,16 @@ def test_adamw_and_sgd_are_pytorchs():
 
 def test_only_kernels_decay():
     params = random_variables(TwoConvs(), SHAPE, 0)["params"]
-    chosen = jax.tree_util.tree_leaves_with_path(training.decayed(params))
+    chosen = jax.tree_util.tree_leaves_with_path(training.kernels(params))
     assert {path[-1].key for path, yes in chosen if yes} == {"kernel"}
     assert {path[-1].key for path, yes in chosen if not yes} == {"scale", "bias"}
+    # Tokens, positions and tables have several axes and no "weight" in their name in PyTorch.
+    vit = models.build("vit_small_patch16_224", CLASSES, width=0.2, depth=0.1, stem="small")
+    shapes = jax.eval_shape(vit.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    chosen = jax.tree_util.tree_leaves_with_path(training.kernels(shapes))
+    decayed = {path[-1].key for path, yes in chosen if yes}
+    assert decayed == {"kernel"}
+    assert {"cls_token", "pos_embed"} <= {path[-1].key for path, yes in chosen if not yes}
 
 
 def test_batch_norm_sees_one_part_at_a_time():
@@ -185,6 +198,91 @@ def test_batch_norm_sees_one_part_at_a_time():
     for parts in (1, 2):
         np.testing.assert_allclose(trained(parts), running_mean(parts), atol=1e-5)
         assert np.abs(trained(parts) - running_mean(3 - parts)).max() > 1e-3
+
+
+def norm_student(recipe: TrainRecipe, devices: int = 1):
+    """A trainer of a network with BatchNorm, and its start with weights of order one."""
+    module = TwoConvs(num_classes=CLASSES)
+    trainer = Trainer(module, recipe, GREY, view_seed=0, seed=0, devices=devices)
+    variables = jax.tree.map(np.array, random_variables(module, SHAPE, 0))
+    return trainer, trainer.start(SHAPE)._replace(**variables)
+
+
+def apart(these, those) -> float:
+    """The largest difference of any leaf."""
+    pairs = zip(jax.tree.leaves(these), jax.tree.leaves(those), strict=True)
+    return max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs)
+
+
+def one_step(devices: int = 1, pixels_labels=None, **options):
+    recipe = TrainRecipe("train/view", PLAIN, optimiser="sgd", learning_rate=0.1, **options)
+    trainer, state = norm_student(recipe, devices)
+    state, loss = trainer.step(state, TrainBatch(0, 0, *(pixels_labels or a_set(12))))
+    return jax.device_get(state), float(loss)
+
+
+def test_groups_in_one_pass_are_groups_one_after_the_other():
+    """``bn_group`` decides what BatchNorm sees; ``accumulate`` only how much is held at a time."""
+    after, loss = one_step(accumulate=4)
+    for options in ({"bn_group": 3}, {"bn_group": 3, "accumulate": 2}):
+        found, found_loss = one_step(**options)
+        assert apart(after.variables, found.variables) < 2e-6
+        assert abs(found_loss - loss) < 2e-6
+    # Twin: BatchNorm sees the whole batch.
+    assert apart(after.variables, one_step()[0].variables) > 1e-3
+    # A ragged batch of eleven has groups of at most three.
+    ragged, _ = one_step(bn_group=3, pixels_labels=a_set(11))
+    assert apart(ragged, one_step(accumulate=4, pixels_labels=a_set(11))[0]) < 2e-6
+
+
+class Dropped(nn.Module):
+    """Dropout of the pixels, and a dense layer."""
+
+    @nn.compact
+    def __call__(self, x_BHWC, train: bool = False):
+        x_BD = layers.Dropout(0.5)(layers.flatten(x_BHWC), train)
+        return layers.Dense(CLASSES, name="head")(x_BD)
+
+
+def test_what_is_dropped_does_not_depend_on_how_the_batch_is_divided():
+    def head(accumulate: int, devices: int = 1, batch: int = 0):
+        recipe = TrainRecipe("train/view", PLAIN, accumulate=accumulate, optimiser="sgd")
+        trainer = Trainer(Dropped(), recipe, GREY, view_seed=0, seed=0, devices=devices)
+        state, _ = trainer.step(trainer.start(SHAPE), TrainBatch(0, batch, *a_set(12)))
+        return state.params
+
+    for accumulate, devices in ((3, 1), (4, 1), (2, 2), (4, 2)):
+        assert apart(head(1), head(accumulate, devices)) < 1e-7
+    assert apart(head(1), head(1, batch=1)) > 1e-5  # another batch drops others
+
+
+def test_the_average_is_of_weights_and_of_statistics_and_is_what_is_tested():
+    recipe = TrainRecipe("train/view", PLAIN, learning_rate=0.05, ema=0.8)
+    trainer, state = norm_student(recipe)
+    plain, bare = norm_student(dataclasses.replace(recipe, ema=None))
+    state = state._replace(ema=jax.tree.map(np.array, bare.variables))
+    average = jax.tree.map(lambda x: np.array(x, np.float64), bare.variables)
+    for t in range(4):
+        state, _ = trainer.step(state, TrainBatch(0, t, *a_set(8, t)))
+        bare, _ = plain.step(bare, TrainBatch(0, t, *a_set(8, t)))
+        average = jax.tree.map(lambda a, x: 0.8 * a + 0.2 * np.asarray(x), average, bare.variables)
+    assert apart((state.params, state.batch_stats), (bare.params, bare.batch_stats)) == 0
+    assert apart(state.variables, average) < 1e-5
+    # Twins: the raw ones; averaged weights with raw statistics (as EDC's code has it).
+    assert apart(state.variables["params"], bare.params) > 1e-2
+    assert apart(state.variables["batch_stats"], bare.batch_stats) > 1e-2
+
+    pixels, labels = a_set(40, 9)
+    tested = trainer.test(state, pixels, labels).per_class_K
+    by_hand = training.test(trainer.module, state.ema, pixels, labels, GREY).per_class_K
+    np.testing.assert_array_equal(tested, by_hand)
+    assert not np.array_equal(tested, plain.test(bare, pixels, labels).per_class_K)
+
+
+def test_an_average_begins_at_the_first_weights():
+    trainer = Trainer(NoNorm(CLASSES), TrainRecipe("", PLAIN, ema=0.9), GREY, view_seed=0, seed=3)
+    state = trainer.start(SHAPE)
+    assert apart(state.ema["params"], state.params) == 0
 
 
 def test_seeds_and_lengths_share_one_program(compilations):
@@ -285,10 +383,19 @@ def test_batches_resume_from_any_batch():
     assert not np.array_equal(whole[0].images_uint8_BHWC, whole[3].images_uint8_BHWC)
 
 
-def test_training_resumes_bit_for_bit():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ema": 0.9, "accumulate": 2, "bn_group": 1, "warmup": 1, "schedule": "cos2", "zeta": 2.0},
+        {"ema": 0.9, "optimiser": "sgd", "nesterov": True, "schedule": "multistep", "gamma": 0.5,
+         "milestones": (0.5,)},
+    ],
+)  # fmt: skip
+def test_training_resumes_bit_for_bit(options):
     pixels, labels = a_set(12)
     how = Augment(crop_min=0.5, flip=True, mix="cutmix")
-    recipe = TrainRecipe("train/view", how, epochs=3)
+    recipe = TrainRecipe("train/view", how, epochs=3, **options)
     trainer = Trainer(TwoConvs(num_classes=CLASSES), recipe, GREY, view_seed=1, seed=1)
 
     def train(state, start=0, stop=9):

@@ -10,10 +10,12 @@ Frozen networks have their kernels transposed once, by :func:`with_flipped_kerne
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -460,6 +462,37 @@ class Dense(nn.Module):
         return y
 
 
+class BatchPart(NamedTuple):
+    """What a forward pass in training is of its batch.
+
+    Attributes:
+      groups: images that each BatchNorm group holds, in order; together the images of the pass.
+      first: row of the batch that comes first in the pass.
+      batch: images in the batch.
+    """
+
+    groups: tuple[int, ...]
+    first: int
+    batch: int
+
+
+_PART: contextvars.ContextVar[BatchPart | None] = contextvars.ContextVar("part", default=None)
+
+
+@contextlib.contextmanager
+def part_of_batch(part: BatchPart) -> Iterator[None]:
+    """Trace a training forward pass as a part of a batch.
+
+    BatchNorm then normalises group by group, and Dropout takes the rows of the pass out of the
+    batch's mask: what is dropped does not depend on how the batch is divided.
+    """
+    token = _PART.set(part)
+    try:
+        yield
+    finally:
+        _PART.reset(token)
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation that tells the moments of its input.
 
@@ -470,7 +503,9 @@ class BatchNorm(nn.Module):
 
     Evaluation normalises with the running statistics. Training normalises with the biased
     batch statistics and, where "batch_stats" is mutable, updates the running ones as PyTorch
-    does: ``running += momentum * (batch - running)``, with the unbiased variance.
+    does: ``running += momentum * (batch - running)``, with the unbiased variance. Inside
+    :func:`part_of_batch` each group is normalised by itself, and the running statistics take up
+    group after group, as if each had been a forward pass of its own.
 
     Attributes:
       epsilon: added to the variance.
@@ -494,21 +529,61 @@ class BatchNorm(nn.Module):
         mean_C, var_C = running_mean.value, running_var.value
         if not self.is_initializing():
             tell = self.is_mutable_collection("bn_statistics")
-            if tell or train:
+            if tell or train:  # a result that is not used is not computed
                 batch_mean_C, batch_var_C = moments(wide)
             if tell:
                 last = {"init_fn": lambda: None, "reduce_fn": lambda _, new: new}
                 self.sow("bn_statistics", "mean", batch_mean_C, **last)
                 self.sow("bn_statistics", "var", batch_var_C, **last)
             if train:
+                part = _PART.get()
+                if part is not None and len(part.groups) > 1:
+                    stacks = _stacks(wide, part.groups)
+                    found = [jax.vmap(moments)(s) for s in stacks]
+                    if self.is_mutable_collection("batch_stats"):
+                        counts = [s[0].size // s.shape[-1] for s in stacks for _ in s]
+                        mean_nC, var_nC = map(jnp.concatenate, zip(*found, strict=True))
+                        var_nC *= jnp.asarray([[_bessel(n)] for n in counts], jnp.float32)
+                        running_mean.value = self._take_up(running_mean.value, mean_nC)
+                        running_var.value = self._take_up(running_var.value, var_nC)
+                    normal = jax.vmap(self._normaliser(scale_C, bias_C))
+                    outputs = [normal(s, *m) for s, m in zip(stacks, found, strict=True)]
+                    return jnp.concatenate([y.reshape(-1, *x_BHWC.shape[1:]) for y in outputs])
                 mean_C, var_C = batch_mean_C, batch_var_C
                 if self.is_mutable_collection("batch_stats"):
-                    count = x_BHWC.size // x_BHWC.shape[-1]
-                    unbiased_C = var_C * (count / max(count - 1, 1))
+                    unbiased_C = var_C * _bessel(x_BHWC.size // x_BHWC.shape[-1])
                     running_mean.value += self.momentum * (mean_C - running_mean.value)
                     running_var.value += self.momentum * (unbiased_C - running_var.value)
-        gain_C = scale_C * lax.rsqrt(var_C + self.epsilon)
-        return (wide * gain_C + (bias_C - mean_C * gain_C)).astype(self.dtype)
+        return self._normaliser(scale_C, bias_C)(wide, mean_C, var_C)
+
+    def _normaliser(self, scale_C: Array, bias_C: Array) -> Callable[[Array, Array, Array], Array]:
+        def normal(x: Array, mean_C: Array, var_C: Array) -> Array:
+            gain_C = scale_C * lax.rsqrt(var_C + self.epsilon)
+            return (x * gain_C + (bias_C - mean_C * gain_C)).astype(self.dtype)
+
+        return normal
+
+    def _take_up(self, running_C: Array, group_nC: Array) -> Array:
+        """``running += momentum * (group - running)`` for one group after the other, summed up."""
+        left = (1.0 - self.momentum) ** np.arange(len(group_nC), -1, -1)
+        weight_n1 = jnp.asarray(self.momentum * left[1:, None], jnp.float32)
+        return jnp.float32(left[0]) * running_C + (weight_n1 * group_nC).sum(0)
+
+
+def _stacks(x_BHWC: Array, groups: tuple[int, ...]) -> list[Array]:
+    """Consecutive groups of images, (n, B / n, H, W, C); unequal ones each in a stack of its own.
+
+    The one reshape of equal groups leaves whole groups on the device that holds them.
+    """
+    assert sum(groups) == len(x_BHWC), (groups, x_BHWC.shape)
+    if len(set(groups)) == 1:
+        return [x_BHWC.reshape(len(groups), groups[0], *x_BHWC.shape[1:])]
+    return [x[None] for x in jnp.split(x_BHWC, np.cumsum(groups)[:-1].tolist())]
+
+
+def _bessel(count: int) -> float:
+    """From the biased to the unbiased variance of ``count`` values."""
+    return count / max(count - 1, 1)
 
 
 def moments(x_BHWC: Array) -> tuple[Array, Array]:
@@ -575,8 +650,10 @@ class Dropout(nn.Module):
     def __call__(self, x: Array, train: bool) -> Array:
         if not train or self.rate == 0.0:
             return x
-        shape = x.shape[:1] + (1,) * (x.ndim - 1) if self.whole_images else x.shape
+        part = _PART.get() or BatchPart((), 0, len(x))
+        shape = (part.batch, *((1,) * (x.ndim - 1) if self.whole_images else x.shape[1:]))
         uniform = jax.random.uniform(self.make_rng("dropout"), shape, jnp.float32)
+        uniform = uniform[part.first : part.first + len(x)]
         return jnp.where(uniform >= self.rate, x / (1 - self.rate), jnp.zeros((), x.dtype))
 
 

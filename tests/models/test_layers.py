@@ -291,6 +291,57 @@ def test_training_leaves_fixed_statistics_alone():
     np.testing.assert_allclose(jnp.mean(y, (0, 1, 2)), [1, -1], atol=1e-6)
 
 
+# --- BatchNorm groups ---
+
+
+def groups_by_numpy(images, groups, *, order=None):
+    """Group after group through PyTorch's update, in float64: outputs and running statistics."""
+    v = norm_variables()
+    scale, bias = (np.asarray(v["params"]["bn"][k], np.float64) for k in ("scale", "bias"))
+    mean, var = (np.asarray(v["batch_stats"]["bn"][k], np.float64) for k in ("mean", "var"))
+    parts, outputs = np.split(images.astype(np.float64), np.cumsum(groups)[:-1]), []
+    for x in parts:
+        centred = x - x.mean((0, 1, 2))
+        outputs.append(centred / np.sqrt((centred**2).mean((0, 1, 2)) + 1e-5) * scale + bias)
+    for x in [parts[i] for i in order or range(len(parts))]:
+        mean = 0.9 * mean + 0.1 * x.mean((0, 1, 2))
+        var = 0.9 * var + 0.1 * x.var((0, 1, 2), ddof=1)
+    return np.concatenate(outputs), mean, var
+
+
+def groups_by_layer(images, groups):
+    part = layers.BatchPart(groups, 0, len(images))
+    with layers.part_of_batch(part):
+        y, updated = Norm().apply(norm_variables(), images, train=True, mutable=["batch_stats"])
+    return y, updated["batch_stats"]["bn"]["mean"], updated["batch_stats"]["bn"]["var"]
+
+
+@pytest.mark.parametrize("groups", [(3, 3, 3), (4, 3, 2), (9,), (8, 1)])
+def test_each_group_is_normalised_by_itself_and_taken_up_in_order(groups):
+    random = np.random.default_rng(0)
+    images = random.normal(3, 2, (9, 2, 3, 2)) * np.arange(1, 10)[:, None, None, None]
+    found = groups_by_layer(images.astype(np.float32), groups)
+    assert furthest(found, groups_by_numpy(images, groups)) < 2e-4 * np.abs(images).max()
+    if len(groups) > 1:  # twins: one group for all; the last group first
+        assert furthest(found, groups_by_numpy(images, (9,))) > 0.1
+        backwards = list(range(len(groups)))[::-1]
+        assert furthest(found, groups_by_numpy(images, groups, order=backwards)) > 0.1
+
+
+def test_groups_leave_fixed_statistics_and_evaluation_alone():
+    images = np.random.default_rng(0).normal(size=(4, 2, 2, 2)).astype(np.float32)
+    with layers.part_of_batch(layers.BatchPart((2, 2), 0, 4)):
+        fixed = Norm().apply(norm_variables(), images, train=True)
+        evaluated = Norm().apply(norm_variables(), images)
+    assert furthest([fixed], groups_by_numpy(images, (2, 2))[:1]) < 1e-5
+    np.testing.assert_array_equal(evaluated, Norm().apply(norm_variables(), images))
+
+
+def test_groups_that_are_not_the_batch_are_a_mistake():
+    with pytest.raises(AssertionError):
+        groups_by_layer(np.zeros((5, 2, 2, 2), np.float32), (2, 2))
+
+
 @pytest.mark.parametrize("mean", [0, 10, 100])
 def test_moments_of_channels_far_from_zero(mean):
     """float32, standard deviation 1: the variance loses digits as (mean / std)^2, no more."""
@@ -383,6 +434,17 @@ def test_stochastic_depth_drops_whole_images():
     per_image = dropped.reshape(64, -1)
     assert np.all(per_image == per_image[:, :1])
     assert set(per_image[:, 0]) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize("whole_images", [True, False])
+def test_a_pass_drops_its_own_rows_of_the_batch_s_mask(whole_images):
+    module, x = layers.Dropout(0.5, whole_images=whole_images), jnp.ones((12, 5, 4))
+    whole = drop(module, x)
+    for first, last in ((0, 12), (0, 4), (4, 12), (7, 8)):
+        with layers.part_of_batch(layers.BatchPart((last - first,), first, 12)):
+            np.testing.assert_array_equal(drop(module, x[first:last]), whole[first:last])
+    # Twin: a mask of the pass's own.
+    assert not np.array_equal(drop(module, x[4:]), whole[4:])
 
 
 def test_scaling():
