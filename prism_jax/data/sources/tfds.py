@@ -151,7 +151,7 @@ def find(info: DatasetInfo, path: str | None) -> Found:
     of_config = {f: m for f, m in of_builder.items() if m.get("configName", "") == config}
     readable = {f: m for f, m in (of_config or of_builder).items() if ARRAY_RECORD in formats(m)}
     if not readable:
-        folder = _newest(of_config or of_builder)
+        folder = newest(of_config or of_builder)
         raise UserError(
             f"{folder} is stored as {formats(of_builder[folder])[0]}, which cannot be read at "
             f"random. Convert it once (it is only read):\n    "
@@ -162,9 +162,9 @@ def find(info: DatasetInfo, path: str | None) -> Found:
     if len(configs) > 1:
         raise UserError(
             f"{path} holds {name} in several kinds ({', '.join(configs)}); set dataset.path to the "
-            f"folder of one of them, such as {_newest(readable)}"
+            f"folder of one of them, such as {newest(readable)}"
         )
-    return _open(_newest(readable))
+    return _open(newest(readable))
 
 
 def prepared_folders(path: epath.PathLike) -> dict[epath.Path, dict[str, Any]]:
@@ -227,7 +227,9 @@ OWN_FILES = {
 }
 
 
-def _newest(folders: Iterable[epath.Path]) -> epath.Path:
+def newest(folders: Iterable[epath.Path]) -> epath.Path:
+    """The folder of the highest version."""
+
     def version(folder: epath.Path) -> tuple[int, ...]:
         return tuple(int(part) for part in re.findall("[0-9]+", folder.name))
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 from helpers.images import encoded, random_pixels
 from PIL import Image
 
-from prism_jax.data.sources import decode
+from prism_jax.data.image_set import DamagedFile
+from prism_jax.data.sources import decode, decoding, open_source, read_all
 
 
 def decoded(data: bytes, channels: int = 3, size: int = 8, ratio: float = 1.0) -> np.ndarray:
@@ -58,3 +60,180 @@ def test_exif_orientation_is_not_applied():
     plain, turned = encoded(pixels, "JPEG"), encoded(pixels, "JPEG", exif=exif)
     assert plain != turned
     np.testing.assert_array_equal(decoded(turned), decoded(plain))
+
+
+# --- the fast decoder ---
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    """Colours with slopes and edges, on which the ways to decode JPEG differ."""
+    small = Image.fromarray(random_pixels(max(1, height // 9), max(1, width // 9), 3, seed=height))
+    return np.array(small.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def jpegs() -> dict[str, bytes]:
+    found = {}
+    for height, width in ((8, 8), (64, 64), (57, 83), (1, 1), (15, 301)):
+        pixels = smooth(height, width)
+        for subsampling in ("4:4:4", "4:2:2", "4:2:0"):
+            for name, options in {
+                "": {},
+                "progressive": {"progressive": True},
+                "restarts": {"restart_marker_rows": 1},
+                "coarse": {"quality": 20},
+                "fine": {"quality": 100},
+            }.items():
+                key = f"{height}x{width} {subsampling} {name}"
+                found[key] = encoded(pixels, "JPEG", subsampling=subsampling, **options)
+        found[f"{height}x{width} grey"] = encoded(pixels[..., 0], "JPEG")
+        found[f"{height}x{width} RGB"] = encoded(pixels, "JPEG", keep_rgb=True)
+    return found
+
+
+def by_pillow(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def test_the_fast_decoder_gives_pillows_pixels():
+    pytest.importorskip("simplejpeg", reason="the extra `fast`")
+    decoded = {name: decoding.fast_jpeg(data) for name, data in jpegs().items()}
+    left = [name for name, pixels in decoded.items() if pixels is None]
+    assert left == [name for name in decoded if "RGB" in name]  # those are Pillow's
+    for name, data in jpegs().items():
+        if decoded[name] is not None:
+            np.testing.assert_array_equal(decoded[name], by_pillow(data), err_msg=name)
+
+
+def test_the_shortcuts_that_it_does_not_take_would_be_seen():
+    simplejpeg = pytest.importorskip("simplejpeg", reason="the extra `fast`")
+    data = encoded(smooth(57, 83), "JPEG", subsampling="4:2:0")
+    for shortcut in ({"fastdct": True}, {"fastupsample": True}):
+        pixels = simplejpeg.decode_jpeg(data, "RGB", **shortcut)
+        assert not np.array_equal(pixels, by_pillow(data)), shortcut
+
+
+def test_what_the_fast_decoder_complains_of_is_pillows_to_judge(monkeypatch):
+    pytest.importorskip("simplejpeg", reason="the extra `fast`")
+    data = encoded(smooth(57, 83), "JPEG", quality=95)
+    noise = bytes(random_pixels(40))
+    cases = [data[: len(data) // 2], data[:300], data[:400] + noise + data[440:], data + noise]
+    cases += [data[:-2], data[:3], b""]
+    found = []
+    for use in (decoding.simplejpeg, None):
+        monkeypatch.setattr(decoding, "simplejpeg", use)
+        found.append([])
+        for case in cases:
+            try:
+                found[-1].append(decoded(case, size=32).tobytes())
+            except DamagedFile as error:
+                found[-1].append(str(error))
+    assert found[0] == found[1]
+    assert any("is not a readable image" in str(one) for one in found[0])
+
+
+def test_cmyk_is_left_to_pillow():
+    buffer = io.BytesIO()
+    Image.fromarray(random_pixels(8, 8, 4), "CMYK").save(buffer, "JPEG")
+    assert decoding.fast_jpeg(buffer.getvalue()) is None
+
+
+# --- torchvision ---
+
+
+def import_torchvision():
+    torch = pytest.importorskip("torch", reason="compares with torchvision")
+    # Its compiled operators are not needed, but it looks for them when imported.
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        with contextlib.suppress(RuntimeError):  # they are there
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library, pytest.importorskip("torchvision")
+
+
+def odd_images() -> dict[str, bytes]:
+    """One image of every kind that is not plain RGB, and plain ones of several shapes."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+
+    def saved(image: Image.Image, kind: str, **options) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        return buffer.getvalue()
+
+    pixels = smooth(90, 131)
+    image = Image.fromarray(pixels)
+    deep = np.random.default_rng(0).integers(0, 65536, (70, 80), dtype=np.uint16)
+    transparent = Image.fromarray(np.dstack([pixels, random_pixels(90, 131)]))
+    palette = image.quantize(32)
+    return {
+        "a rgb.png": saved(image, "PNG"),
+        "b rgb.jpg": saved(image, "JPEG"),
+        "c tall.jpg": saved(Image.fromarray(smooth(200, 77)), "JPEG", subsampling="4:2:0"),
+        "d small.jpeg": saved(Image.fromarray(smooth(20, 31)), "JPEG"),
+        "e grey.jpg": saved(image.convert("L"), "JPEG"),
+        "f cmyk.jpg": saved(image.convert("CMYK"), "JPEG"),
+        "g turned.jpg": saved(image, "JPEG", exif=exif),
+        "h deep.png": saved(Image.fromarray(deep), "PNG"),
+        "i palette.png": saved(palette, "PNG"),
+        "j palette with a transparent colour.png": saved(palette, "PNG", transparency=3),
+        "k transparent.png": saved(transparent, "PNG"),
+        "l grey and transparent.png": saved(transparent.convert("LA"), "PNG"),
+        "m one bit.png": saved(image.convert("1"), "PNG"),
+        "n lossy.webp": saved(image, "WEBP"),
+        "o transparent.webp": saved(transparent, "WEBP", lossless=True),
+        "p size of the crop.png": saved(Image.fromarray(smooth(56, 56)), "PNG"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*classes of imagenet:UserWarning")
+@pytest.mark.parametrize("fast", [True, False])
+def test_images_come_out_as_torchvision_reads_them(tmp_path, monkeypatch, fast):
+    _library, torchvision = import_torchvision()
+    if fast:
+        pytest.importorskip("simplejpeg", reason="the extra `fast`")
+    else:
+        monkeypatch.setattr(decoding, "simplejpeg", None)
+    for name, data in odd_images().items():
+        path = tmp_path / "train" / f"class {name[0]}" / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(data)
+    source = open_source(
+        name="imagenet", source="folder", path=tmp_path, split="train", image_size=56
+    )
+    images, labels = read_all(source)
+    transforms = torchvision.transforms
+    peer = torchvision.datasets.ImageFolder(
+        tmp_path / "train",
+        transforms.Compose([transforms.Resize(64), transforms.CenterCrop(56)]),
+    )
+    assert len(peer) == len(source) == len(odd_images())
+    for i, (picture, label) in enumerate(peer):
+        name = source.name(i)
+        assert labels[i] == label
+        if "size of the crop" in name:  # ours leaves such an image alone
+            np.testing.assert_array_equal(images[i], smooth(56, 56))
+            continue
+        np.testing.assert_array_equal(images[i], np.asarray(picture), err_msg=name)
+    # The twin: another filter is off by more than the 1/255 that would be allowed.
+    other = transforms.Resize(64, transforms.InterpolationMode.BICUBIC)
+    picture = transforms.CenterCrop(56)(other(peer.loader(peer.samples[0][0])))
+    assert np.abs(images[0].astype(int) - np.asarray(picture)).max() > 1
+
+
+@pytest.mark.filterwarnings("ignore:.*classes of imagenet:UserWarning")
+def test_resizing_equals_torchs_own_to_one_level(tmp_path):
+    _library, torchvision = import_torchvision()
+    import torch
+
+    pixels = smooth(90, 131)
+    path = tmp_path / "train" / "a" / "a.png"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(encoded(pixels))
+    source = open_source(
+        name="imagenet", source="folder", path=tmp_path, split="train", image_size=56
+    )
+    transforms = torchvision.transforms
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    peer = transforms.CenterCrop(56)(transforms.Resize(64, antialias=True)(tensor))
+    difference = source.image(0).astype(int) - peer.permute(1, 2, 0).numpy()
+    assert np.abs(difference).max() <= 1
