@@ -204,9 +204,7 @@ def on_device(
     yield from waiting
 
 
-def read_images(
-    source: ImageSource, positions: Sequence[int], *, threads: int = 8, workers: int = 0
-) -> np.ndarray:
+def read_images(source: ImageSource, positions: Sequence[int], *, threads: int = 8) -> np.ndarray:
     """Read the images at some positions, in their order.
 
     Returns:
@@ -219,8 +217,7 @@ def read_images(
         return np.stack([source.image(position) for position in some])
 
     numbers = range(num_batches(len(positions), _AT_ONCE))
-    parts = list(read_batches(numbers, read, threads=threads, workers=workers))
-    return np.concatenate(parts)
+    return np.concatenate(list(read_batches(numbers, read, threads=threads)))
 
 
 def batches(

@@ -1,13 +1,31 @@
 from __future__ import annotations
 
+import contextlib
+import os
+import pathlib
+import signal
 import subprocess
 import sys
+import time
 
+import jax
 import numpy as np
 import pytest
+from helpers.images import write_tree
 
-from prism_jax.data.pipeline import batches, epoch_order, num_batches, share_of
-from prism_jax.data.sources import ArraySource
+from prism_jax.data.image_set import DamagedFile
+from prism_jax.data.pipeline import (
+    batches,
+    epoch_order,
+    num_batches,
+    on_device,
+    read_images,
+    share_of,
+)
+from prism_jax.data.sources import ArraySource, open_source
+from prism_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 COUNT, SIZE, EPOCHS = 23, 5, 3
 
@@ -121,6 +139,129 @@ def test_an_error_while_reading_reaches_the_caller_as_itself(source, threads):
 
     with pytest.raises(Broken, match="image 12"):
         read(BrokenSource(), threads=threads)
+
+
+# --- worker processes ---
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_tree(tmp_path / "tree", splits=["train"], classes=("a", "b", "c"))
+
+
+def open_folder(root):
+    with pytest.warns(UserWarning, match="of the 1000 classes"):
+        return open_source(name="imagenet", source="folder", path=root, split="train", image_size=8)
+
+
+def test_worker_processes_change_nothing(folder):
+    source = open_folder(folder)
+    options = {"batch_size": 4, "start": 1}
+    found = read(source, workers=2, threads=2, **options)
+    assert same(found, read(source, **options))
+    assert [len(b.index_B) for b in found] == [4, 1, 4, 4, 1, 4, 4, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_with_workers_partition_the_same_batches(source, processes):
+    whole = read(source)
+    shares = [read(source, share=(p, processes), workers=1) for p in range(processes)]
+    assert same(sorted(sum(shares, []), key=lambda b: b.number), whole)
+
+
+def test_a_damaged_image_in_a_worker_is_one_clear_message(folder):
+    (folder / "train" / "b" / "img_1.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="b/img_1.png is not a readable image") as error:
+        read(open_folder(folder), workers=1)
+    assert "Traceback" not in str(error.value)
+    with pytest.raises(DamagedFile, match="b/img_1.png is not a readable image"):
+        read(open_folder(folder), threads=2)
+
+
+SCRIPT = """
+import sys, time, warnings
+from prism_jax.data import pipeline, sources
+
+def main():
+    warnings.simplefilter("ignore")
+    source = sources.open_source(name="imagenet", source="folder", path=sys.argv[1], split="train",
+                                 image_size=8)
+    found = pipeline.batches(source, batch_size=2, epochs=100000, seed=0, name="x", workers=2)
+    for _ in range(6):  # some of each worker, so that both have started
+        next(found)
+    print("reading", flush=True)
+    for _ in found:
+        time.sleep(0.01)
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped")
+"""
+
+
+def children(pid: int) -> list[int]:
+    tasks = pathlib.Path(f"/proc/{pid}/task").glob("*/children")  # one file per thread
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="reads /proc")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+def test_workers_end_with_their_run_and_without_a_traceback(folder, tmp_path, signum):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    process = subprocess.Popen(
+        [sys.executable, script, folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline() == "reading\n"
+        workers = children(process.pid)
+        assert len(workers) >= 2
+        if signum == signal.SIGINT:  # Ctrl-C reaches all processes of a terminal
+            os.killpg(process.pid, signum)
+        else:
+            process.send_signal(signum)
+        _, err = process.communicate(timeout=60)
+        assert "Traceback" not in err
+        deadline = time.monotonic() + 60
+        while any(pathlib.Path(f"/proc/{pid}/status").exists() for pid in workers):
+            assert time.monotonic() < deadline, "workers outlived their run"
+            time.sleep(0.1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+# --- on the way to the device ---
+
+
+def test_batches_reach_the_device_unchanged_and_one_ahead(source):
+    sent = []
+
+    def put(array):
+        sent.append(array)
+        return jax.device_put(array)
+
+    found, shown = on_device(batches(source, batch_size=SIZE, epochs=EPOCHS, seed=7,
+                                     name="test/order"), put=put), []  # fmt: skip
+    for batch in found:
+        shown.append(batch)
+        assert isinstance(batch.images_BHWC, jax.Array) and batch.images_BHWC.dtype == np.uint8
+        assert isinstance(batch.number, int)
+        assert len(sent) // 3 == min(len(shown) + 1, EPOCHS * num_batches(COUNT, SIZE))
+    assert same(shown, read(source))
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_images_at_positions_come_in_their_order(source, threads):
+    positions = np.random.default_rng(0).integers(0, COUNT, 150)
+    found = read_images(source, positions, threads=threads)
+    np.testing.assert_array_equal(found[:, 0, 0, 0], positions)
+    assert found.dtype == np.uint8 and found.shape == (150, 2, 2, 1)
 
 
 def test_tensorflow_is_never_imported():
