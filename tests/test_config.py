@@ -133,6 +133,18 @@ REFUSED = {
     "parts": ({"validate__accumulate": 3}, "validate.batch_size 50", "validate.accumulate=3"),
     "bn_group": ({"validate__bn_group": 50}, "validate.bn_group is 50", "must be 25"),
     "control": ({"validate__controls": ("random",)}, "validate.controls", "random_real"),
+    "damaged": ({"dataset__damaged": "ignore"}, "dataset.damaged is 'ignore'", "skip, stop"),
+    "no thread": ({"dataset__threads": 0}, "dataset.threads is 0", "must be positive"),
+    "workers": ({"dataset__workers": -1}, "dataset.workers is -1", "zero or positive"),
+    "half a normalisation": ({"dataset__mean": (0.5,)}, "dataset.mean is (0.5,)", "together"),
+    "no deviation": (
+        {"dataset__mean": (0.5,), "dataset__std": (0.0,)}, "dataset.std is (0.0,)", "positive",
+    ),
+    "data set": ({"dataset__name": "cifar11"}, "'cifar11' (did you mean cifar10?)", "tfds:<build"),
+    "builder elsewhere": (
+        {"dataset__name": "tfds:food101", "dataset__source": "folder"},
+        "dataset.source is 'folder'", "needs 'tfds'",
+    ),
     "no class": ({"dataset__num_classes": 0}, "dataset.num_classes is 0", "must be positive"),
 }  # fmt: skip
 

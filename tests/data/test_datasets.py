@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prism_jax.data.datasets import DATASETS, dataset_info
+from prism_jax.data import datasets
+from prism_jax.data.datasets import DATASETS, dataset_info, imagenet_positions
 from prism_jax.data.sources import open_source, read_all
 from prism_jax.errors import UserError
 
@@ -29,3 +30,27 @@ def test_rows_are_filed_under_their_own_name():
 def test_unknown_name_suggests_the_nearest():
     with pytest.raises(UserError, match="did you mean 'cifar10'.*digits, mnist"):
         dataset_info("cifar-10")
+
+
+def test_imagenets_classes_are_its_ids_in_sorted_order():
+    wnids = datasets.imagenet_wnids()
+    assert len(wnids) == 1000 and list(wnids) == sorted(wnids)
+    assert imagenet_positions(wnids) == tuple(range(1000))
+    assert imagenet_positions(wnids[::-1]) == tuple(range(999, -1, -1))
+    assert imagenet_positions(["n02102040", "n01440764"]) == (217, 0)
+    assert imagenet_positions(["n02102040", "n99999999"]) is None
+    assert imagenet_positions(["dog"]) is imagenet_positions([]) is None
+    assert len(datasets.imagenet_validation_wnids()) == 50000
+
+
+def test_all_of_imagenet_is_known_without_the_list_and_a_part_is_not(monkeypatch):
+    wnids = datasets.imagenet_wnids()
+    monkeypatch.setattr(datasets, "imagenet_wnids", lambda: ())
+    assert imagenet_positions(wnids[::-1]) == tuple(range(999, -1, -1))
+    assert imagenet_positions(wnids[:10]) is None
+    assert imagenet_positions([f"class {i}" for i in range(1000)]) is None
+
+
+def test_every_set_names_its_labelled_test_images():
+    unlabelled = {name for name, info in DATASETS.items() if "test" not in info.test_splits}
+    assert unlabelled == {"imagenet", "imagenette", "tiny_imagenet"}

@@ -1,0 +1,139 @@
+"""What the stages are handed of the data: teachers' outputs, normalisation, damaged images."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from helpers.command import TINY, call
+from helpers.images import encoded, write_tree
+
+from configs import tiny
+from prism_jax.config import Network, resolve
+from prism_jax.data.sources import open_source
+from prism_jax.errors import UserError
+from prism_jax.stages import analyse
+from prism_jax.stages.context import Context
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*classes of imagenet:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def context(path, *, network=None, **dataset) -> Context:
+    """A run on a folder, with a network "big" of a head of 1,000 classes."""
+    experiment = resolve(tiny.get_config())
+    fields = {"name": "imagenet", "source": "folder", "path": str(path), "num_classes": 2}
+    return Context(
+        dataclasses.replace(
+            experiment,
+            dataset=dataclasses.replace(experiment.dataset, **fields | dataset),
+            networks={"big": network or Network("resnet18", head_classes=1000)},
+        ),
+        path / "run",
+    )
+
+
+def test_a_head_of_imagenet_is_cut_to_the_classes_of_the_folders(tmp_path):
+    wnids = ("n01443537", "n02102040", "n15075141")
+    root = write_tree(tmp_path / "a", classes=wnids)
+    assert context(root, num_classes=3).class_indices("big") == (1, 217, 999)
+    assert context(root).class_indices("big") == (1, 217)  # the first two of them
+    background = Network("resnet18", head_classes=1001)
+    assert context(root, network=background).class_indices("big") == (2, 218)
+    stated = Network("resnet18", head_classes=1000, class_indices=(7, 8))
+    assert context(root, network=stated).class_indices("big") == (7, 8)
+    own = Network("resnet18", head_classes=2)
+    assert context(root, network=own).class_indices("big") is None
+
+
+def test_classes_that_nobody_knows_have_to_be_stated(tmp_path):
+    unknown = context(write_tree(tmp_path / "a", classes=("cat", "dog")))
+    with pytest.raises(UserError, match="head of 1000 classes.*networks.big.class_indices"):
+        unknown.class_indices("big")
+    root = write_tree(tmp_path / "b", classes=("n01443537", "n02102040"))
+    with pytest.raises(UserError, match="head of 21843 classes"):
+        context(root, network=Network("resnet18", head_classes=21843)).class_indices("big")
+
+
+def test_a_stated_normalisation_is_used_and_enters_what_the_data_is(tmp_path):
+    root = write_tree(tmp_path)
+    plain = context(root)
+    stated = context(root, mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.5))
+    assert plain.normalisation.mean == (0.485, 0.456, 0.406)
+    assert stated.normalisation.std == (0.5, 0.25, 0.5)
+    fields = [c.data_fields(c.open("train")) for c in (plain, stated)]
+    assert fields[0] != fields[1] and fields[0] == plain.open("train").describe()
+    with pytest.raises(UserError, match="dataset.mean has 1 numbers; imagenet has 3 channels"):
+        _ = context(root, mean=(0.5,), std=(0.5,)).normalisation
+
+
+def test_the_summary_counts_what_is_left_out(tmp_path):
+    root = write_tree(tmp_path)
+    (root / "val" / "n01" / "img_1.png").write_bytes(b"no image")
+    provenance = {"command": "", "commit": None, "versions": {}, "machine": {}}
+    found = analyse.summarise(context(root, damaged="skip"), {}, provenance)["dataset"]
+    assert found["left_out"] == {"train": 0, "test": 1}
+    assert (found["train_images"], found["test_images"]) == (6, 5)
+
+
+# --- the real command on damaged images ---
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """Scikit-learn's digits as a folder of PNG files, one of them damaged."""
+    root = tmp_path / "digits"
+    for split, ours in (("train", "train"), ("test", "test")):
+        source = open_source(name="digits", source="sklearn", path=None, split=split, image_size=8)
+        for i in range(len(source)):
+            path = root / ours / str(source.labels_N[i]) / f"{i:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encoded(source.image(i)[..., 0]))
+    path = root / "train" / "1" / sorted(p.name for p in (root / "train" / "1").iterdir())[3]
+    path.write_bytes(path.read_bytes()[:50])
+    return root, path
+
+
+def squeeze(root, workdir, *arguments):
+    dataset = {"source": "folder", "path": root}
+    return call(
+        TINY, f"--workdir={workdir}", "--stages=squeeze",
+        *(f"--config.dataset.{k}={v}" for k, v in dataset.items()), *arguments,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_stops_the_run_with_its_name(digits, tmp_path, workers):
+    root, damaged = digits
+    status, out, err = squeeze(root, tmp_path / "run", f"--config.dataset.workers={workers}")
+    assert status == 2
+    assert f"{damaged} is not a readable image" in err and "dataset.damaged=skip" in err
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.slow
+def test_a_damaged_image_is_left_out_of_the_run_and_reported(digits, tmp_path):
+    root, damaged = digits
+    source = open_source(name="digits", source="sklearn", path=None, split="train", image_size=8)
+    whole, weights = int((source.labels_N < 4).sum()), []  # the tiny experiment has four classes
+    for name, arguments in {
+        "threads": ["--config.dataset.damaged=skip"],
+        "workers": ["--config.dataset.damaged=skip", "--config.dataset.workers=2"],
+        "without the file": [],
+    }.items():
+        if not arguments:
+            damaged.unlink()
+        status, out, err = squeeze(root, tmp_path / name, *arguments)
+        assert status == 0, err
+        assert out.count(f"damaged, left out: {damaged}") == bool(arguments)
+        summary = json.loads((tmp_path / name / "summary.json").read_text())["dataset"]
+        assert summary["left_out"]["train"] == bool(arguments)
+        assert summary["train_images"] == whole - 1
+        weights.append((tmp_path / name / "squeeze/first/weights.safetensors").read_bytes())
+    assert weights[0] == weights[1] == weights[2]
