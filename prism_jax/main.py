@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import importlib.metadata
 import os
 import pathlib
 import platform
@@ -359,7 +360,6 @@ def provenance(argv: Sequence[str]) -> dict[str, Any]:
     import jax
     import numpy
     import optax
-    import orbax.checkpoint
 
     import prism_jax
 
@@ -367,7 +367,7 @@ def provenance(argv: Sequence[str]) -> dict[str, Any]:
         "prism_jax": prism_jax.__version__,
         "python": platform.python_version(),
         **{m.__name__.split(".")[0]: m.__version__ for m in (jax, flax, optax, numpy)},
-        "orbax": orbax.checkpoint.__version__,
+        "orbax": importlib.metadata.version("orbax-checkpoint"),  # importing it takes half a second
     }
     devices = jax.local_devices()
     machine = {

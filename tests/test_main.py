@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 
 import pytest
-from helpers.command import ROOT, TINY, call, run, snapshot
+from helpers.command import ROOT, TINY, call, environment, run, snapshot
 
 from prism_jax.config import STAGES
 
@@ -217,3 +220,19 @@ def test_ctrl_c_before_any_work(monkeypatch):
     monkeypatch.setattr(main, "prepare_environment", interrupt)
     status, _, err = call(TINY, "--workdir=run")
     assert status == 130 and err.startswith("stopped by SIGINT")
+
+
+LATE = {"grain", "jinja2", "matplotlib", "orbax", "scipy", "sklearn", "tensorflow_datasets"}
+
+
+@pytest.mark.parametrize(
+    ("module", "found"),
+    [("prism_jax.pipeline", set()), ("prism_jax.analysis.figures", {"matplotlib"})],
+)
+def test_what_takes_long_to_import_is_imported_where_it_is_used(module, found):
+    program = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert LATE & set(json.loads(done.stdout)) == found

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-import jinja2
-
 from prism_jax.analysis import summary as summaries
 
 CAPTIONS = {
@@ -50,6 +48,8 @@ def render(
     Returns:
       HTML.
     """
+    import jinja2
+
     template = resources.files("prism_jax.analysis").joinpath("report.html.j2").read_text("utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

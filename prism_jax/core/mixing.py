@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import special
 
 from prism_jax.types import Array, Mix
 
@@ -39,6 +38,8 @@ def sample_mix(
     Raises:
       ValueError: another kind.
     """
+    from scipy import special  # a fifth of a second, which most runs can do without at first
+
     if kind not in MIXES:
         raise ValueError(f"kind is {kind!r}; allowed: {', '.join(MIXES)}")
     height, width = image_size

@@ -23,10 +23,9 @@ import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
@@ -154,7 +153,7 @@ def check_shard(root: epath.PathLike, plan: LabelPlan, shard: int) -> None:
         raise DamagedFile(path, "is missing")
     wanted = len(plan.epochs_of(shard)) * plan.batches_per_epoch
     with _naming(path):
-        records = grain.sources.ArrayRecordDataSource(os.fspath(path))
+        records = _open(os.fspath(path))
         if len(records) != wanted:
             raise DamagedFile(path, f"is damaged: it has {len(records)} of {wanted} records")
         for at in range(wanted):
@@ -256,7 +255,7 @@ class LabelReader:
                     path, f"is damaged: it has {found} bytes, not {sizes.get(path.name)}"
                 )
         # With the number of records stated, a file is opened only when it is first read.
-        self._records = grain.sources.ArrayRecordDataSource(
+        self._records = _open(
             [
                 f"{os.fspath(path)}[0:{len(self.plan.epochs_of(shard)) * self._per_epoch}]"
                 for shard, path in enumerate(self._paths)
@@ -341,6 +340,12 @@ def _unpack(data: bytes, path: epath.Path, plan: LabelPlan, epoch: int, batch: i
     rows_B = np.frombuffer(data, plan.row, offset=_ROWS_AT)
     logits_BK = codec.decode(rows_B, plan.num_classes)
     return SoftLabels(epoch, batch, rows_B["index"].astype(np.int32), logits_BK)
+
+
+def _open(paths: str | list[str]) -> Sequence[bytes]:
+    import grain  # it takes a second: not before labels are read
+
+    return grain.sources.ArrayRecordDataSource(paths)
 
 
 @contextlib.contextmanager

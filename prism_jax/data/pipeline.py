@@ -17,9 +17,8 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import grain
 import jax
 import numpy as np
 from absl import flags
@@ -27,6 +26,9 @@ from absl import flags
 from prism_jax import rng
 from prism_jax.data.sources import ImageSource
 from prism_jax.errors import UserError
+
+if TYPE_CHECKING:  # it takes a second to import: not before batches are read
+    import grain
 
 T = TypeVar("T")
 
@@ -134,6 +136,8 @@ def read_batches(
     """
     if not numbers:
         return iter(())
+    import grain
+
     ahead = max(prefetch, threads) if threads else 0
     batches = grain.MapDataset.range(numbers.start, numbers.stop, numbers.step)
     if not workers:

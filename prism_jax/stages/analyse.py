@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from prism_jax import progress
-from prism_jax.analysis import diversity, figures, report, summary
+from prism_jax.analysis import diversity, report, summary
 from prism_jax.config import to_dict
 from prism_jax.core import pixels
 from prism_jax.data import label_store, workdir
@@ -55,6 +55,8 @@ def is_done(context: Context, sets: Mapping[str, LabelledSet]) -> bool:
 
 def run(context: Context, sets: Mapping[str, LabelledSet]) -> None:
     """Measure diversity and draw the figures; :func:`write_summary` writes the page."""
+    from prism_jax.analysis import figures  # Matplotlib takes a second to import
+
     root, config = folder(context), context.config
     fields = fields_of(context, sets)
     context.acquire()
