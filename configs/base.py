@@ -76,6 +76,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.relabel.priors = placeholder(tuple)  # of "committee", percent
     c.relabel.prior_temperature = 10.0
     c.relabel.teacher_mode = "eval"  # "train": BatchNorm uses the statistics of the batch
+    c.relabel.bn_group = placeholder(int)  # or of groups of so many images
     c.relabel.epochs = 300
     c.relabel.batch_size = 50
     c.relabel.crop_min = 0.25

@@ -117,7 +117,8 @@ class Relabel:
 
     ``mode`` changes no bit: "online" makes the labels while students train, and stores none.
     ``priors`` (percent, one per teacher) and ``prior_temperature`` are those of the ensemble
-    "committee". ``teacher_mode`` "train" lets BatchNorm use the statistics of the batch.
+    "committee". ``teacher_mode`` "train" lets BatchNorm use the statistics of the batch, or of
+    groups of ``bn_group`` images.
     """
 
     mode: Literal["store", "online"]
@@ -126,6 +127,7 @@ class Relabel:
     priors: tuple[float, ...] | None
     prior_temperature: float
     teacher_mode: Literal["eval", "train"]
+    bn_group: int | None
     epochs: int
     batch_size: int
     crop_min: float
@@ -386,6 +388,7 @@ def violations(e: Experiment) -> list[str]:
         "batch_size",
         "mix_alpha",
         "prior_temperature",
+        "bn_group",
         "top_k",
     )
     positive(
@@ -517,6 +520,11 @@ def violations(e: Experiment) -> list[str]:
             f"relabel.ensemble is 'committee' and relabel.priors is {e.relabel.priors}; it must "
             f"be {len(e.relabel.teachers)} numbers, one per teacher of relabel.teachers: the "
             f"accuracy in percent that each reaches alone"
+        )
+    if e.relabel.bn_group is not None and e.relabel.teacher_mode == "eval":
+        found.append(
+            f"relabel.bn_group is {e.relabel.bn_group}, which has no part where "
+            f"relabel.teacher_mode is 'eval'; set it to 'train', or unset relabel.bn_group"
         )
     if e.relabel.top_k is not None and e.relabel.top_k >= e.dataset.num_classes:
         found.append(

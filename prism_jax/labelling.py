@@ -36,6 +36,7 @@ class LabelRecipe:
       priors, prior_temperature: of the ensemble "committee", see ``core.ensemble.votes``.
       teacher_mode: whose statistics BatchNorm uses: "eval", the running ones, or "train", those
         of the batch.
+      bn_group: with "train", images per group that is normalised by itself; None: the batch.
     """
 
     augment: Augment
@@ -44,6 +45,7 @@ class LabelRecipe:
     priors: tuple[float, ...] | None = None
     prior_temperature: float = 10.0
     teacher_mode: str = "eval"
+    bn_group: int | None = None
 
 
 class Labeller:
@@ -67,8 +69,10 @@ class Labeller:
         def label(variables, seed, epoch, batch, images_uint8_BHWC):
             key = rng.stream(rng.root(seed), VIEWS, epoch, batch)
             images_BHWC, _ = augment(key, images_uint8_BHWC, recipe.augment, pool.normalisation)
-            train = recipe.teacher_mode == "train"
-            with batch_statistics() if train else contextlib.nullcontext():
+            statistics = contextlib.nullcontext()
+            if recipe.teacher_mode == "train":
+                statistics = batch_statistics(len(images_BHWC), recipe.bn_group)
+            with statistics:
                 logits = [
                     teacher.read(
                         weights, images_BHWC, pool.normalisation, statistics=False

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from prism_jax.core import pixels
+from prism_jax.core import batching, pixels
 from prism_jax.errors import UserError
 from prism_jax.models import first_layers, layers
 from prism_jax.types import Array, Normalisation, PyTree, Reading
@@ -159,18 +159,25 @@ def describe(
 
 
 @contextlib.contextmanager
-def batch_statistics() -> Iterator[None]:
+def batch_statistics(batch: int, group: int | None = None) -> Iterator[None]:
     """Let BatchNorms normalise with the statistics of the batch, not with the running ones.
 
     Nothing else changes: running statistics stay, dropout stays off.
+
+    Args:
+      batch: images in the batch.
+      group: images that are normalised together, divided as a student's are (``core.batching``);
+        None: all of them.
     """
+    (whole,) = batching.passes(batch, bn_group=group)
+    part = layers.BatchPart(whole.groups, 0, batch)
 
     def intercept(call, arguments, keywords, context):
         if isinstance(context.module, layers.BatchNorm) and context.method_name == "__call__":
             return call(arguments[0], train=True)
         return call(*arguments, **keywords)
 
-    with nn.intercept_methods(intercept):
+    with nn.intercept_methods(intercept), layers.part_of_batch(part):
         yield
 
 

@@ -116,6 +116,7 @@ REFUSED = {
     "too many priors": (
         {"relabel__ensemble": "committee", "relabel__priors": (50.0, 40.0)}, "(50.0, 40.0)",
     ),
+    "group of nobody": ({"relabel__bn_group": 8}, "relabel.bn_group is 8", "is 'eval'"),
     "precision": ({"relabel__precision": "int4"}, "relabel.precision", "float16, float32, int8"),
     "all of ten": ({"relabel__top_k": 10}, "relabel.top_k is 10", "smaller", "unset to keep all"),
     "none of ten": ({"relabel__top_k": 0}, "relabel.top_k is 0", "must be positive"),

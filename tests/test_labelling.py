@@ -112,13 +112,14 @@ def by_groups(sizes: list[int]) -> np.ndarray:
     return np.concatenate(found)
 
 
-def test_teachers_in_train_mode_use_the_statistics_of_the_batch():
-    recipe, sizes = LabelRecipe(HOW, "mean", BATCH, teacher_mode="train"), [5]
+@pytest.mark.parametrize(("group", "sizes"), [(None, [5]), (3, [3, 2]), (2, [2, 2, 1]), (9, [5])])
+def test_teachers_in_train_mode_use_the_statistics_of_their_group(group, sizes):
+    recipe = LabelRecipe(HOW, "mean", BATCH, teacher_mode="train", bn_group=group)
     found = next(Labeller(alone(), recipe).epoch(images(), 2, seed=3)).logits_BK
     np.testing.assert_allclose(found, by_groups(sizes), rtol=1e-4, atol=1e-4)
     for others in ([5], [3, 2], [2, 2, 1]):  # twins: other groups; the running statistics
         assert others == sizes or np.abs(found - by_groups(others)).max() > 0.05
-    still = dataclasses.replace(recipe, teacher_mode="eval")
+    still = dataclasses.replace(recipe, teacher_mode="eval", bn_group=None)
     evaluated = next(Labeller(alone(), still).epoch(images(), 2, seed=3)).logits_BK
     assert np.abs(found - evaluated).max() > 0.05
 
@@ -132,7 +133,7 @@ def test_dropout_stays_off_and_running_statistics_stay():
 
     x = jnp.asarray(np.random.default_rng(0).normal(1, 2, (6, 2, 2, 3)), jnp.float32)
     variables = Drops().init(jax.random.key(0), x)
-    with batch_statistics():
+    with batch_statistics(6):
         found, told = Drops().apply(variables, x, mutable=["bn_statistics"])
     normal = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)
     np.testing.assert_allclose(found, layers.flatten(normal), rtol=1e-4, atol=1e-5)

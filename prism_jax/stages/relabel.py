@@ -48,6 +48,7 @@ def recipe_of(context: Context, batch_size: int) -> LabelRecipe:
         relabel.priors,
         relabel.prior_temperature,
         relabel.teacher_mode,
+        relabel.bn_group,
     )
 
 
