@@ -29,7 +29,7 @@ from jax import lax
 from prism_jax.core.pixels import IMAGENET
 from prism_jax.main import commit
 from prism_jax.models import build, layers
-from prism_jax.synthesis import Recipe, teacher_gradient
+from prism_jax.synthesis import Recipe, Shown, teacher_gradient
 from prism_jax.teachers import describe
 
 POOL = ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2_x0_5")
@@ -47,8 +47,8 @@ def ours(name: str, size: int, batch: int, small_stem: bool):
 
     def run(variables, images, labels, count):
         def body(_, x):
-            _, g = gradient(variables, x, labels, jnp.float32(1), jnp.float32(1))
-            return x - 1e-3 * g
+            shown = Shown(labels, jnp.float32(1), jnp.float32(1))
+            return x - 1e-3 * gradient(variables, x, shown, None)[-1]
 
         variables = layers.with_flipped_kernels(variables)  # as the engine does
         return lax.fori_loop(0, count, body, images)
