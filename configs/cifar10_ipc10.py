@@ -58,7 +58,7 @@ def get_config(arg: str = "") -> ConfigDict:
         c.squeeze.optimiser = "adamw"
         c.squeeze.learning_rate = 3e-3
         c.squeeze.weight_decay = 0.01
-        c.recover.iterations = 100
+        c.recover.iterations = 60
         c.relabel.epochs = c.validate.epochs = 100
         c.validate.students = ("resnet20_narrow", "convnet_d3_narrow")
         c.validate.eval_every = 25

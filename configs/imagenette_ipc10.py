@@ -40,13 +40,13 @@ def get_config(arg: str = "") -> ConfigDict:
 
     if "cpu" in words:
         c.name += "_cpu"
-        c.squeeze.epochs = 2
+        c.squeeze.epochs = 3
         c.squeeze.batch_size = 50
         c.squeeze.optimiser = "adamw"
         c.squeeze.learning_rate = 3e-3
         c.squeeze.weight_decay = 0.01
         c.squeeze.crop_min = 0.25
-        c.recover.iterations = 10
+        c.recover.iterations = 20
         c.recover.steps_per_dispatch = 5
         c.relabel.epochs = c.validate.epochs = 20
         c.validate.students = ("resnet18_narrow",)
