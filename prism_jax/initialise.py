@@ -9,6 +9,7 @@ import numpy as np
 
 from prism_jax import rng
 from prism_jax.core import pixels
+from prism_jax.data.pipeline import read_images
 from prism_jax.data.sources import ImageSource
 from prism_jax.errors import UserError
 from prism_jax.types import Normalisation
@@ -46,7 +47,7 @@ def real(
 ) -> np.ndarray:
     """The slot-th training image of each class, in the source's order (PRISM, section 1.2)."""
     del shape, seed
-    images = np.stack([source.image(at) for at in slot_positions(source, classes_B, slots_B)])
+    images = read_images(source, slot_positions(source, classes_B, slots_B))
     return np.asarray(pixels.normalise(images, normalisation))
 
 
@@ -60,9 +61,7 @@ def real_random(
 ) -> np.ndarray:
     """Random training images of each class, without repetition within a class."""
     del shape
-    images = np.stack(
-        [source.image(at) for at in random_positions(source, classes_B, slots_B, seed)]
-    )
+    images = read_images(source, random_positions(source, classes_B, slots_B, seed))
     return np.asarray(pixels.normalise(images, normalisation))
 
 

@@ -20,6 +20,7 @@ from etils import epath
 from prism_jax import progress
 from prism_jax.data.checkpoints import Checkpoints
 from prism_jax.data.metrics import MetricsWriter, truncate
+from prism_jax.data.pipeline import on_device
 from prism_jax.errors import UserError
 from prism_jax.stages.context import Context
 from prism_jax.training import TrainBatch, Trainer, TrainState
@@ -86,9 +87,12 @@ def train(
         meta = {"best_top1": best, "seconds": elapsed(), "losses": so_far}
         checkpoints.save(step, state, meta)
 
+    def place(array: np.ndarray) -> jax.Array:
+        return jax.device_put(trainer.mesh.spread(array))
+
     result = None
     with progress.task(title, total, unit="step", done=done) as bar:
-        for batch in batches(done):
+        for batch in on_device(batches(done), put=place):
             state, loss = trainer.step(state, batch)
             losses.append(loss)
             done += 1

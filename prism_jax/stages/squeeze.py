@@ -13,7 +13,7 @@ from etils import epath
 
 from prism_jax.core.augment import Augment
 from prism_jax.data import workdir
-from prism_jax.data.pipeline import batches, num_batches, on_device
+from prism_jax.data.pipeline import batches, num_batches
 from prism_jax.errors import UserError
 from prism_jax.models.import_torch import load_checkpoint
 from prism_jax.stages.context import (
@@ -104,7 +104,7 @@ def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dic
     )
 
     def from_batch(start: int):
-        read = batches(
+        for batch in batches(
             source,
             batch_size=squeeze.batch_size,
             epochs=squeeze.epochs,
@@ -114,11 +114,8 @@ def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dic
             continuous=True,
             threads=dataset.threads,
             workers=dataset.workers,
-        )
-        return on_device(
-            TrainBatch(batch.epoch, batch.batch, batch.images_BHWC, batch.labels_B)
-            for batch in read
-        )
+        ):
+            yield TrainBatch(batch.epoch, batch.batch, batch.images_BHWC, batch.labels_B)
 
     trained = train(
         context,
