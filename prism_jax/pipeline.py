@@ -29,7 +29,8 @@ def run(context: Context, stages: Sequence[str] = STAGES) -> None:
 
 
 def check(context: Context) -> None:
-    """Refuse, before any work, a workdir that holds teachers or images of other settings."""
+    """Refuse, before any work, unfit images, and a workdir that holds what other settings made."""
+    context.open("train")
     squeeze.pending(context)
     recover.pending(context)
 
