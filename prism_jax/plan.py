@@ -24,8 +24,8 @@ DISPATCHES = 3
 
 def missing(experiment: Experiment, workdir: str) -> list[str]:
     """What a run needs and does not find: images, and weights that are not squeezed yet."""
-    lines = []
     dataset = experiment.dataset
+    absent: dict[str, list[str]] = {}
     for split in ("train", "test"):
         try:
             open_source(
@@ -36,7 +36,10 @@ def missing(experiment: Experiment, workdir: str) -> list[str]:
                 image_size=dataset.image_size,
             )
         except UserError as error:
-            lines.append(f"images ({split}): {error}")
+            absent.setdefault(str(error), []).append(split)
+    lines = [f"images ({', '.join(splits)}): {error}" for error, splits in absent.items()]
+    if not absent:
+        lines += _unknown_outputs(Context(experiment, workdir))
     if experiment.recover.initialise == "folder":
         try:
             Context(experiment, workdir).initial_source  # noqa: B018
@@ -51,6 +54,17 @@ def missing(experiment: Experiment, workdir: str) -> list[str]:
                 f"file of them with --config.networks.{name}.checkpoint=FILE"
             )
     return list(dict.fromkeys(lines))
+
+
+def _unknown_outputs(context: Context) -> list[str]:
+    """Teachers of which it is not known which of their outputs are the classes."""
+    lines = []
+    for name in context.config.squeeze.teachers:
+        try:
+            context.class_indices(name)
+        except UserError as error:
+            lines.append(f"teacher {name}: {error}")
+    return lines
 
 
 def show(experiment: Experiment, workdir: str, *, measure: bool) -> None:

@@ -10,6 +10,7 @@ from helpers.command import TINY, call
 from helpers.images import encoded, write_tree
 
 from configs import tiny
+from prism_jax import plan
 from prism_jax.config import Network, resolve
 from prism_jax.data.sources import open_source
 from prism_jax.errors import UserError
@@ -58,6 +59,16 @@ def test_classes_that_nobody_knows_have_to_be_stated(tmp_path):
     root = write_tree(tmp_path / "b", classes=("n01443537", "n02102040"))
     with pytest.raises(UserError, match="head of 21843 classes"):
         context(root, network=Network("resnet18", head_classes=21843)).class_indices("big")
+
+
+def test_what_is_missing_is_said_before_any_work(tmp_path):
+    known = context(write_tree(tmp_path / "a", classes=("cat", "dog"))).config
+    teachers = dataclasses.replace(known.squeeze, teachers=("big",))
+    found = plan.missing(dataclasses.replace(known, squeeze=teachers), "run")
+    assert len(found) == 1 and found[0].startswith("teacher big: big has a head of 1000 classes")
+    nowhere = dataclasses.replace(known.dataset, path=str(tmp_path / "nowhere"))
+    (line,) = plan.missing(dataclasses.replace(known, dataset=nowhere), "run")
+    assert line.startswith(f"images (train, test): there is no {tmp_path / 'nowhere'}")
 
 
 def test_a_stated_normalisation_is_used_and_enters_what_the_data_is(tmp_path):
