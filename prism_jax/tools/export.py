@@ -95,7 +95,7 @@ def export(root: epath.PathLike, to: epath.PathLike, *, control: str | None = No
     ran = workdir.read_json(root / "config.json")
     folder = root / "recover" if control is None else root / "controls" / control
     images, labels, provenance = _images(root, folder, ran, control)
-    soft_labels, how = _soft_labels(root if control is None else folder, ran, provenance, control)
+    soft_labels, how = _soft_labels(root, ran, provenance, control)
     classes = class_table(
         DATASETS.get(ran["experiment"]["dataset"]["name"]),
         *(provenance[key] for key in ("num_classes", "class_names", "imagenet_indices")),
@@ -191,18 +191,18 @@ def _images(
 
 
 def _soft_labels(
-    base: epath.Path, ran: dict[str, Any], provenance: dict[str, Any], control: str | None
+    root: epath.Path, ran: dict[str, Any], provenance: dict[str, Any], control: str | None
 ) -> tuple[np.ndarray | None, dict[str, Any]]:
     """The mean soft label of every image, and how it was made."""
-    if ran["experiment"]["relabel"]["mode"] == "online":
-        return None, {"what": "none, relabel.mode=online stores none"}
-    root = base.parent.parent if control else base
-    if not (base / "relabel" / MANIFEST).exists():
+    folder = (root if control is None else root / "controls" / control) / "relabel"
+    if not (folder / MANIFEST).exists():
+        if ran["experiment"]["relabel"]["mode"] == "online":
+            return None, {"what": "none, relabel.mode=online stores none"}
         raise UserError(
-            f"{base} has no finished soft labels; finish them with\n"
+            f"{folder} has no finished soft labels; finish them with\n"
             f"    {command(root, ran, 'squeeze,recover,relabel', control)}"
         )
-    reader = LabelReader(base / "relabel", images=provenance["images_sha256"])
+    reader = LabelReader(folder, images=provenance["images_sha256"])
     manifest = {k: v for k, v in reader.manifest.items() if k not in ("shards", "images")}
     what = "the mean over all stored views of an image of softmax(logits)"
     if (mix := manifest["view"].get("mix", "none")) != "none":
