@@ -13,22 +13,23 @@ import functools
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import cloudpickle
 import jax
 import numpy as np
-from absl import flags
 
 from prism_jax import rng
 from prism_jax.data.sources import ImageSource
 from prism_jax.errors import UserError
 
 if TYPE_CHECKING:  # it takes a second to import: not before batches are read
-    import grain
+    pass
 
 T = TypeVar("T")
 
@@ -129,34 +130,59 @@ def read_batches(
     Args:
       numbers: global batch numbers.
       read: the batch of a number; called from several threads or processes at once.
-      threads: that read ahead, in each process that reads; 0 reads in the caller.
-      workers: processes that read ahead; 0 reads in this one. They start by importing the main
+      threads: that read ahead; 0 reads in the caller. Unused where there are ``workers``.
+      workers: processes that read ahead in place of threads. They start by importing the main
         module, so a script that asks for them needs ``if __name__ == "__main__":``.
-      prefetch: batches read ahead of the one asked for, at least one per thread.
+      prefetch: batches read ahead of the one asked for, at least one per thread or process.
+
+    Raises:
+      UserError: what ``read`` raised in a process, or a process ended.
     """
     if not numbers:
         return iter(())
     import grain
 
-    ahead = max(prefetch, threads) if threads else 0
     batches = grain.MapDataset.range(numbers.start, numbers.stop, numbers.step)
     if not workers:
+        ahead = max(prefetch, threads) if threads else 0
         return iter(batches.map(read).to_iter_dataset(grain.ReadOptions(threads, ahead)))
-    if not flags.FLAGS.is_parsed():  # Grain asks absl's flags for its own, parsed or not
-        flags.FLAGS.mark_as_parsed()
-    options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=max(1, prefetch))
-    batches = batches.map(functools.partial(_answer, read))
-    batches = batches.to_iter_dataset(grain.ReadOptions(threads, ahead))
-    # Through pipes: shared memory is small in containers, where running out of it kills a process.
-    through_pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
-    batches = grain.experimental.WithOptionsIterDataset(batches, through_pipes)
-    return _answers(batches.mp_prefetch(options, worker_init_fn=_start_worker))
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(cloudpickle.dumps(read),),
+    )
+
+    def ask(number: int) -> Any:
+        # Ctrl-C is the main thread's. A process started here inherits that, from its first moment.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        return pool.submit(_answer, int(number)).result()
+
+    # Grain's own processes hang where one of them ends; these do not. Its threads wait for them.
+    batches = batches.map(ask)
+    options = grain.ReadOptions(2 * workers, max(prefetch, 2 * workers))
+    return _answers(pool, iter(batches.to_iter_dataset(options)))
 
 
-def _answer(read: Callable[[int], Any], number: int) -> Any:
+_read: Callable[[int], Any]  # in a worker: what it was started for
+
+
+def _start_worker(read: bytes) -> None:
+    """Take what is to be read, and end when the main process has ended, however that came."""
+    global _read
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    _read = cloudpickle.loads(read)
+
+
+def _answer(number: int) -> Any:
     """A batch, or the error a person has to see: raised here it would come with a traceback."""
     try:
-        return read(number)
+        return _read(number)
     except UserError as error:
         return _Failed(str(error))
 
@@ -167,27 +193,19 @@ class _Failed(NamedTuple):
     message: str
 
 
-def _answers(batches: grain.IterDataset) -> Iterator[Any]:
-    iterator = iter(batches)
+def _answers(pool: ProcessPoolExecutor, iterator: Iterator[Any]) -> Iterator[Any]:
     try:
         for answer in iterator:
             if isinstance(answer, _Failed):
                 raise UserError(answer.message)
             yield answer
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that reads images has ended; if it was killed for want of memory, lower "
+            "dataset.workers, or set it to 0 to read in threads"
+        ) from error
     finally:
-        iterator.close()  # ends the processes
-
-
-def _start_worker(index: int, count: int) -> None:
-    """Leave Ctrl-C to the main process, and end when it has ended, however that came."""
-    del index, count
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def follow() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def on_device(

@@ -157,7 +157,7 @@ def open_folder(root):
 def test_worker_processes_change_nothing(folder):
     source = open_folder(folder)
     options = {"batch_size": 4, "start": 1}
-    found = read(source, workers=2, threads=2, **options)
+    found = read(source, workers=2, **options)
     assert same(found, read(source, **options))
     assert [len(b.index_B) for b in found] == [4, 1, 4, 4, 1, 4, 4, 1]
 
@@ -179,6 +179,18 @@ def test_a_damaged_image_in_a_worker_is_one_clear_message(folder):
         read(open_folder(folder), threads=2)
 
 
+def test_a_worker_that_is_killed_ends_the_reading_with_a_message(source):
+    class Deadly(ArraySource):
+        def image(self, index):
+            if index == 12:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().image(index)
+
+    images, labels = source._images, source.labels_N
+    with pytest.raises(UserError, match="a process that reads images has ended"):
+        read(Deadly(images, labels, num_classes=4), workers=2)
+
+
 SCRIPT = """
 import sys, time, warnings
 from prism_jax.data import pipeline, sources
@@ -188,8 +200,7 @@ def main():
     source = sources.open_source(name="imagenet", source="folder", path=sys.argv[1], split="train",
                                  image_size=8)
     found = pipeline.batches(source, batch_size=2, epochs=100000, seed=0, name="x", workers=2)
-    for _ in range(6):  # some of each worker, so that both have started
-        next(found)
+    next(found)
     print("reading", flush=True)
     for _ in found:
         time.sleep(0.01)
