@@ -21,7 +21,8 @@ import optax
 from prism_jax import parallel, rng
 from prism_jax.core import batching, losses, pixels, schedules
 from prism_jax.core.augment import Augment, augment
-from prism_jax.data.pipeline import continuous_index, num_batches
+from prism_jax.data.lazy import Images, read_ahead
+from prism_jax.data.pipeline import continuous_index, num_batches, read_batches
 from prism_jax.errors import UserError
 from prism_jax.models import layers
 from prism_jax.types import Array, Normalisation, PyTree, SoftLabels
@@ -302,7 +303,9 @@ class Trainer:
         )
         return self._step(*self._arguments, self.mesh.replicate(state), self.mesh.spread(batch))
 
-    def test(self, state: TrainState, images_uint8, labels, *, batch_size: int = 256) -> TestResult:
+    def test(
+        self, state: TrainState, images_uint8: Images, labels, *, batch_size: int = 256
+    ) -> TestResult:
         """Accuracy on real images, in evaluation mode, without augmentation."""
         return test(
             self.module, state.variables, images_uint8, labels, self.normalisation,
@@ -331,7 +334,7 @@ def _jitted_forward(
 def test(
     module: nn.Module,
     variables: PyTree,
-    images_uint8_NHWC: np.ndarray,
+    images_uint8_NHWC: Images,
     labels_N: np.ndarray,
     normalisation: Normalisation,
     *,
@@ -339,22 +342,40 @@ def test(
     class_indices: tuple[int, ...] | None = None,
     mesh: parallel.DataMesh | None = None,
 ) -> TestResult:
-    """Test a network on images; the last batch is padded, so that one program serves all."""
+    """Test a network on images; the last batch is padded, so that one program serves all.
+
+    Args:
+      images_uint8_NHWC: an array, or images that are read batch by batch.
+      class_indices: the outputs that are the classes; None: all of them.
+      mesh: the devices that share a batch.
+    """
     mesh = mesh or parallel.data_mesh()
     forward = _jitted_forward(module, normalisation, mesh)
     variables = mesh.replicate(variables)
     count = len(labels_N)
     batch_size = mesh.count * -(-min(batch_size, count) // mesh.count)
     right1, right5 = np.zeros(count, bool), np.zeros(count, bool)
-    for start in range(0, count, batch_size):
-        rows = np.arange(start, min(start + batch_size, count))
-        padded = np.resize(rows, batch_size)
-        logits = np.asarray(forward(variables, mesh.spread(images_uint8_NHWC[padded])))[: len(rows)]
+
+    def read(number: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.arange(number * batch_size, min((number + 1) * batch_size, count))
+        return rows, images_uint8_NHWC[np.resize(rows, batch_size)]
+
+    def score(rows: np.ndarray, logits: Array) -> None:
+        logits_BK = np.asarray(logits)[: len(rows)]
         if class_indices is not None:
-            logits = logits[:, list(class_indices)]
-        order = np.argsort(-logits, axis=1, kind="stable")  # ties: the lower class first
-        hit = (order == labels_N[rows][:, None]) & np.isfinite(logits).all(1)[:, None]
+            logits_BK = logits_BK[:, list(class_indices)]
+        order = np.argsort(-logits_BK, axis=1, kind="stable")  # ties: the lower class first
+        hit = (order == labels_N[rows][:, None]) & np.isfinite(logits_BK).all(1)[:, None]
         right1[rows], right5[rows] = hit[:, :1].any(1), hit[:, :5].any(1)
+
+    begun: list[tuple[np.ndarray, Array]] = []  # on the devices, while the next batch is read
+    numbers = range(num_batches(count, batch_size))
+    for rows, pixels_BHWC in read_batches(numbers, read, threads=_ahead(images_uint8_NHWC)):
+        ended, begun = begun, [(rows, forward(variables, mesh.put(pixels_BHWC)))]
+        for batch in ended:
+            score(*batch)
+    for batch in begun:
+        score(*batch)
     per_class = [
         right1[labels_N == c].mean() if (labels_N == c).any() else np.nan
         for c in range(int(labels_N.max()) + 1)
@@ -362,8 +383,13 @@ def test(
     return TestResult(float(right1.mean()), float(right5.mean()), np.array(per_class))
 
 
+def _ahead(images: Images) -> int:
+    """Threads that read batches ahead: none where all images are in memory."""
+    return 0 if isinstance(images, np.ndarray) else 1
+
+
 def soft_batches(
-    images_uint8_NHWC: np.ndarray,
+    images_uint8_NHWC: Images,
     labels_N: np.ndarray,
     records: Iterable[SoftLabels],
     *,
@@ -377,16 +403,16 @@ def soft_batches(
         epoch that comes again shows the same views again.
       per_epoch: batches per epoch.
     """
-    for number, record in enumerate(records, start):
-        index = np.asarray(record.index_B)
+    read = read_ahead(images_uint8_NHWC, records, lambda record: np.asarray(record.index_B))
+    for number, (record, pixels_BHWC) in enumerate(read, start):
         yield TrainBatch(
-            number // per_epoch, record.batch, images_uint8_NHWC[index], labels_N[index],
+            number // per_epoch, record.batch, pixels_BHWC, labels_N[np.asarray(record.index_B)],
             np.asarray(record.logits_BK), view_epoch=record.epoch,
         )  # fmt: skip
 
 
 def hard_batches(
-    images_uint8_NHWC: np.ndarray,
+    images_uint8_NHWC: Images,
     labels_N: np.ndarray,
     *,
     batch_size: int,
@@ -398,10 +424,13 @@ def hard_batches(
     """Batches of one size over passes that follow one another, from batch ``start`` on."""
     count = len(labels_N)
     per_epoch = num_batches(count, batch_size)
-    for number in range(start, epochs * per_epoch):
+
+    def read(number: int) -> TrainBatch:
+        number = int(number)
         index = continuous_index(number, count=count, batch_size=batch_size, seed=seed, name=name)
-        epoch, batch = divmod(number, per_epoch)
-        yield TrainBatch(epoch, batch, images_uint8_NHWC[index], labels_N[index])
+        return TrainBatch(*divmod(number, per_epoch), images_uint8_NHWC[index], labels_N[index])
+
+    return read_batches(range(start, epochs * per_epoch), read, threads=_ahead(images_uint8_NHWC))
 
 
 def fit(

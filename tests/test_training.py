@@ -16,6 +16,7 @@ from helpers.networks import GREY, Mirror, NoNorm, TwoConvs, random_variables
 import prism_jax
 from prism_jax import models, training
 from prism_jax.core.augment import Augment
+from prism_jax.data.lazy import LazyImages
 from prism_jax.errors import UserError
 from prism_jax.models import layers
 from prism_jax.training import OPTIMISERS, TrainBatch, Trainer, TrainRecipe, hard_batches
@@ -339,6 +340,26 @@ def test_accuracy_with_ties_and_any_padding(batch_size):
     np.testing.assert_allclose(result.per_class_K, [1, 0, 0, np.nan, 0, 0])
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_images_that_are_read_batch_by_batch_give_the_same(batch_size):
+    images, reads = images_with_logits(LOGITS), []
+
+    def read(positions):
+        reads.append(len(positions))
+        return images[positions]
+
+    ones = np.ones(LOGITS.shape[1], np.float32)
+    variables = {"params": {"scale": ones, "bias": 0 * ones}}
+    lazy = LazyImages(read, images.shape)
+    found = training.test(
+        Mirror(), variables, lazy, np.array(TRUE), AS_PIXELS, batch_size=batch_size
+    )
+    expected = score(LOGITS, TRUE, batch_size=batch_size)
+    assert found[:2] == expected[:2]
+    np.testing.assert_array_equal(found.per_class_K, expected.per_class_K)
+    assert reads == [min(batch_size, 7)] * -(-7 // min(batch_size, 7))
+
+
 def test_padding_is_not_counted():
     """Three images in batches of two: the padded fourth is a copy, and would change the mean."""
     logits = [[1, 0], [1, 0], [0, 1]]
@@ -381,6 +402,11 @@ def test_batches_resume_from_any_batch():
         for image, label in zip(batch.images_uint8_BHWC, batch.labels_B, strict=True):
             assert label in labels[(pixels == image).all((1, 2, 3))]
     assert not np.array_equal(whole[0].images_uint8_BHWC, whole[3].images_uint8_BHWC)
+    lazy = LazyImages(lambda at: pixels[at], pixels.shape)
+    ahead = hard_batches(lazy, labels, batch_size=4, epochs=3, seed=2, name="test/order", start=2)
+    for a, b in zip(ahead, whole[2:], strict=True):
+        for x, y in zip(a[:4], b[:4], strict=True):
+            np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
+from prism_jax.data.lazy import Images, chunks
 from prism_jax.types import Array
 
 
 def embeddings(
-    read_embedding: Callable[[np.ndarray], Array], images_NHWC: np.ndarray, batch_size: int
+    read_embedding: Callable[[np.ndarray], Array], images_NHWC: Images, batch_size: int
 ) -> np.ndarray:
     """Read the embeddings of a set in batches of one shape, so that one program reads it all.
 
@@ -61,9 +62,12 @@ def intra_class_cosine(embeddings_ND: np.ndarray, labels_N: np.ndarray) -> float
     return float(np.clip(np.mean(means), -1.0, 1.0)) if means else None
 
 
-def distance(images_a_NHWC: np.ndarray, images_b_NHWC: np.ndarray) -> float:
+def distance(images_a_NHWC: Images, images_b_NHWC: Images) -> float:
     """Root mean square difference of two uint8 image sets' pixels, in units of [0, 1]."""
     assert images_a_NHWC.shape == images_b_NHWC.shape
     assert images_a_NHWC.dtype == images_b_NHWC.dtype == np.uint8
-    difference = images_a_NHWC.astype(np.float64) - images_b_NHWC.astype(np.float64)
-    return float(np.sqrt(np.square(difference / 255).mean()))
+    total = 0.0
+    for part in chunks(len(images_a_NHWC)):
+        difference = images_a_NHWC[part].astype(np.float64) - images_b_NHWC[part]
+        total += np.square(difference / 255).sum()
+    return float(np.sqrt(total / np.prod(images_a_NHWC.shape)))

@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from etils import epath
 from PIL import Image
 
 from prism_jax.data import workdir
+from prism_jax.data.lazy import Images, LazyImages, OneByOne, chunks
 from prism_jax.errors import UserError
 
 # What Pillow raises for bytes that are no image, or only a part of one.
@@ -75,13 +75,29 @@ def read_images(root: epath.PathLike, num_classes: int, ipc: int) -> tuple[np.nd
     Raises:
       DamagedFile: the first image that is missing or damaged.
     """
-    paths = [image_path(root, cls, slot) for cls in range(num_classes) for slot in range(ipc)]
-    with ThreadPoolExecutor(_THREADS) as threads:
-        images = list(threads.map(read_image, paths))
-    for path, image in zip(paths, images, strict=True):
-        if image.shape != images[0].shape:
-            raise DamagedFile(path, f"has shape {image.shape}; {paths[0]} has {images[0].shape}")
-    return np.stack(images), np.repeat(np.arange(num_classes, dtype=np.int32), ipc)
+    labels_N = np.repeat(np.arange(num_classes, dtype=np.int32), ipc)
+    return lazy_images(root, num_classes, ipc, threads=_THREADS)[:], labels_N
+
+
+def lazy_images(
+    root: epath.PathLike, num_classes: int, ipc: int, *, threads: int = _THREADS
+) -> LazyImages:
+    """A set whose images are read when they are indexed, in the order of ``read_images``.
+
+    Raises:
+      DamagedFile: the first image is missing or damaged; indexing raises it for others.
+    """
+    first = image_path(root, 0, 0)
+    shape = read_image(first).shape
+
+    def read(index: int) -> np.ndarray:
+        path = image_path(root, *divmod(index, ipc))
+        image = read_image(path)
+        if image.shape != shape:
+            raise DamagedFile(path, f"has shape {image.shape}; {first} has {shape}")
+        return image
+
+    return LazyImages(OneByOne(read, threads=threads), (num_classes * ipc, *shape))
 
 
 def read_image(path: epath.PathLike) -> np.ndarray:
@@ -110,10 +126,10 @@ def read_image(path: epath.PathLike) -> np.ndarray:
     return pixels[..., None] if mode == "L" else pixels
 
 
-def digest(images_uint8_NHWC: np.ndarray) -> str:
+def digest(images_uint8_NHWC: Images) -> str:
     """The SHA-256 of pixels and shape, in hexadecimal: independent of how a PNG encodes them."""
-    images = np.ascontiguousarray(images_uint8_NHWC)
-    assert images.dtype == np.uint8
-    sha = hashlib.sha256(repr(images.shape).encode())
-    sha.update(images.data)
+    assert images_uint8_NHWC.dtype == np.uint8
+    sha = hashlib.sha256(repr(images_uint8_NHWC.shape).encode())
+    for part in chunks(len(images_uint8_NHWC)):
+        sha.update(np.ascontiguousarray(images_uint8_NHWC[part]).data)
     return sha.hexdigest()
