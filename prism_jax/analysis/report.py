@@ -36,6 +36,7 @@ def render(
     figures: Mapping[str, bytes],
     config: Mapping[str, Any],
     notes: Sequence[str],
+    class_names: Sequence[str] | None = None,
 ) -> str:
     """Write the report of a run.
 
@@ -44,6 +45,7 @@ def render(
       figures: PNG bytes; those named in ``CAPTIONS`` come first and have their captions.
       config: the resolved experiment as JSON values.
       notes: sentences a reader must know, such as warnings of the run.
+      class_names: by class; by default "class 3".
 
     Returns:
       HTML.
@@ -54,7 +56,11 @@ def render(
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"accuracy": summaries.accuracy, "value": _value}
+    environment.filters |= {
+        "accuracy": summaries.accuracy,
+        "more": summaries.more,
+        "value": _value,
+    }
     order = [name for name in CAPTIONS if name in figures]
     order += [name for name in figures if name not in CAPTIONS]
     return environment.from_string(template).render(
@@ -63,6 +69,8 @@ def render(
         students=summaries.students(summary),
         rows=summaries.accuracy_rows(summary),
         spread=summaries.spread_note(summary),
+        protocol=summaries.protocol(summary),
+        classes=summaries.class_rows(summary, class_names),
         teachers=summaries.teacher_rows(summary),
         facts=summaries.facts(summary),
         figures=[_figure(name, figures[name]) for name in order],

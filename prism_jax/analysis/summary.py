@@ -40,19 +40,28 @@ def over_seeds(records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Combine one student's records, one per seed, into its entry of a summary.
 
     Args:
-      records: {"top1", "top5", "best_top1", "seconds"} of each seed; top1 is the last epoch's.
+      records: {"top1", "top5", "best_top1", "per_class", "seconds"} of each seed; top1 is the
+        last epoch's, best_top1 that of the best test on the way.
 
     Returns:
       Means, the sum of seconds, and the sample standard deviation of top1 (n - 1 below; None for
       one seed). A value that any seed lacks is None.
     """
 
-    def known(key: str) -> list[float] | None:
+    def known(key: str) -> list[Any] | None:
         values = [record.get(key) for record in records]
         return None if None in values else values
 
     def mean(key: str) -> float | None:
         return statistics.fmean(values) if (values := known(key)) else None
+
+    def mean_by_class() -> list[float | None] | None:
+        if (seeds := known("per_class")) is None:
+            return None
+        return [
+            None if None in values else statistics.fmean(values)
+            for values in zip(*seeds, strict=True)
+        ]
 
     top1 = known("top1")
     return {
@@ -61,6 +70,7 @@ def over_seeds(records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         "top1_per_seed": [record.get("top1") for record in records],
         "top5": mean("top5"),
         "best_top1": mean("best_top1"),
+        "per_class": mean_by_class(),
         "seconds": sum(seconds) if (seconds := known("seconds")) else None,
     }
 
@@ -206,6 +216,62 @@ def accuracy(entry: Mapping[str, Any] | None) -> str:
     return percent(entry["top1"]) + (f" ± {100 * spread:.1f}" if spread is not None else "")
 
 
+def more(entry: Mapping[str, Any] | None) -> str:
+    """What else is known of an entry: "best 93.5, top-5 99.6", in per cent."""
+    found = {"best": "best_top1", "top-5": "top5"}
+    known = {words: (entry or {}).get(key) for words, key in found.items()}
+    return ", ".join(f"{words} {percent(x)}" for words, x in known.items() if x is not None)
+
+
+def protocol(summary: Mapping[str, Any]) -> str:
+    """How the students of a summary were trained, in words; empty where none was."""
+    if (how := summary.get("protocol")) is None:
+        return ""
+    loss = how["loss"] + (f" (T = {how['temperature']:g})" if how["temperature"] else "")
+    if how["ce_weight"]:
+        loss += f" + {how['ce_weight']:g} cross entropy"
+    rate = f"{how['optimiser']} at {how['learning_rate']:g}, {how['schedule']}"
+    found = [loss, rate, f"{how['epochs']} epochs in batches of {how['batch_size']}"]
+    if how["bn_group"] != how["batch_size"]:
+        found.append(f"BatchNorm over {how['bn_group']} images")
+    if how["ema"] is not None:
+        found.append(f"weights and statistics averaged ({how['ema']:g})")
+    return "; ".join(found)
+
+
+class ClassRow(NamedTuple):
+    """One class of the synthetic set's students, in words."""
+
+    name: str
+    accuracies: tuple[str, ...]
+
+
+CLASSES_SHOWN = 20
+
+
+def class_rows(
+    summary: Mapping[str, Any], class_names: Sequence[str] | None = None
+) -> list[ClassRow]:
+    """Accuracy by class, one column per student of the synthetic set.
+
+    All classes in their order; of more than ``CLASSES_SHOWN`` the hardest and the easiest, by the
+    mean over students.
+    """
+    per_class = [entry.get("per_class") for entry in summary.get("validate", {}).values()]
+    if not per_class or None in per_class:
+        return []
+    by_class = list(zip(*per_class, strict=True))
+    rows = range(len(by_class))
+    if len(rows) > CLASSES_SHOWN:
+        known = [c for c in rows if None not in by_class[c]]
+        ranked = sorted(known, key=lambda c: statistics.fmean(by_class[c]))
+        rows = [*ranked[: CLASSES_SHOWN // 2], *ranked[-CLASSES_SHOWN // 2 :]]
+    return [
+        ClassRow(class_names[c] if class_names else f"class {c}", tuple(map(percent, by_class[c])))
+        for c in rows
+    ]
+
+
 def spread_note(summary: Mapping[str, Any]) -> str:
     """Which spread the accuracies of a summary show."""
     entries = [entry for row in accuracy_rows(summary) for entry in row.entries]
@@ -275,6 +341,11 @@ def facts(summary: Mapping[str, Any]) -> dict[str, str]:
             )
     if relabel := summary.get("relabel"):
         found["soft labels"] = f"{size(relabel['bytes'])} on disk"
+    best = {name: entry.get("best_top1") for name, entry in summary.get("validate", {}).items()}
+    if known := {name: x for name, x in best.items() if x is not None}:
+        found["best test on the way"] = ", ".join(
+            f"{name} {percent(x)}" for name, x in known.items()
+        )
     if analyse := summary.get("analyse"):
         cosine = analyse["intra_class_cosine"]
         found["intra-class cosine"] = ", ".join(
@@ -340,6 +411,8 @@ def table(summary: Mapping[str, Any]) -> RenderableType:
             cells = [row.label, *map(accuracy, row.entries)]
             accuracies.add_row(*cells, style="bold cyan" if row.name == SYNTHETIC else "")
         parts += ["", accuracies, Text(spread_note(summary), style="dim")]
+        if how := protocol(summary):
+            parts.append(Text(how, style="dim"))
     if rows := teacher_rows(summary):
         teachers = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
         teachers.add_column("teacher")

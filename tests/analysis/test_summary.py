@@ -53,6 +53,7 @@ BAD = {
     "negative size": (put(-1, "relabel", "bytes"), "must be in [0, inf]"),
     "a misspelt key": (put(1, "recover", "second"), "summary.recover.second is not a key"),
     "in a list": (put([0.5, 1.5], "validate", "resnet18", "top1_per_seed"), "top1_per_seed[1]"),
+    "half a protocol": (drop("protocol", "ema"), "summary.protocol.ema is missing"),
     "in a reference": (put(None, "recover", "terms", "resnet18", "end"), "resnet18.end is None"),
 }
 
@@ -128,6 +129,8 @@ def test_the_table_word_for_word(summary):
         "random real, hard labels      81.0 ± 1.0           –\n"
         "full real training set        98.5 ± 0.2           –\n"
         "mean ± standard deviation over 3 student seeds of one synthetic set\n"
+        "mse_gt + 0.1 cross entropy; adamw at 0.001, cos2; 300 epochs in batches of 50; "
+        "BatchNorm over 25 images\n"
         "\n"
         "teacher             top-1  drawn   CE start → end  BN start → end\n"
         "resnet18 (primary)   98.6  100 %  0.412 → 0.00213     21.3 → 4.12\n"
@@ -139,6 +142,7 @@ def test_the_table_word_for_word(summary):
         "recover                0.964 s per image\n"
         "distance from initial  0.213 (RMS of pixels in [0, 1])\n"
         "soft labels            3.06 MB on disk\n"
+        "best test on the way   resnet18 95.0, convnet 91.0\n"
         "intra-class cosine     synthetic 0.812, initial 0.775, real 0.768\n"
     )
 
@@ -160,6 +164,55 @@ def test_unknown_is_a_dash_and_never_zero(summary):
     text = summaries.text(summary)
     assert "None" not in text
     assert "– per image" in text and "real –" in text and "– on disk" in text
+
+
+def test_classes_over_seeds_by_hand():
+    records = [
+        {"top1": 0.5, "per_class": [1.0, 0.0, None]},
+        {"top1": 0.5, "per_class": [0.5, 0.2, None]},
+    ]
+    assert summaries.over_seeds(records)["per_class"] == [0.75, 0.1, None]
+    assert summaries.over_seeds([*records, {"top1": 0.5}])["per_class"] is None
+
+
+def test_the_protocol_is_said_and_what_does_not_matter_is_not(summary):
+    text = (
+        "mse_gt + 0.1 cross entropy; adamw at 0.001, cos2; 300 epochs in batches of 50; "
+        "BatchNorm over 25 images"
+    )
+    assert summaries.protocol(summary) == text
+    assert text in summaries.text(summary)
+    summary["protocol"] |= {"loss": "kl", "temperature": 20.0, "ce_weight": 0.0, "bn_group": 50}
+    assert (
+        summaries.protocol(summary)
+        == "kl (T = 20); adamw at 0.001, cos2; 300 epochs in batches of 50"
+    )
+    summary["protocol"]["ema"] = 0.99
+    assert summaries.protocol(summary).endswith("; weights and statistics averaged (0.99)")
+    del summary["protocol"]
+    assert summaries.protocol(summary) == ""
+
+
+def test_last_best_and_top5_are_told_apart(summary):
+    entry = summary["validate"]["resnet18"]
+    assert summaries.accuracy(entry) == "94.0 ± 1.0"
+    assert summaries.more(entry) == "best 95.0, top-5 99.0"
+    assert summaries.more({"top1": 0.5, "top5": 0.75}) == "top-5 75.0"
+    assert summaries.more(None) == summaries.more({"top1": None}) == ""
+    assert "resnet18 95.0, convnet 91.0" in summaries.text(summary)
+
+
+def test_classes_are_listed_or_the_extremes_of_many(summary):
+    rows = summaries.class_rows(summary, ["zero", "one"])
+    assert rows == [("zero", ("94.0", "90.0")), ("one", ("50.0", "50.0"))]
+    many = [(37 * c % 100) / 100 for c in range(100)]  # every accuracy once
+    many[13] = None
+    summary["validate"] = {"a": {"top1": 0.5, "per_class": many}}
+    rows = summaries.class_rows(summary)
+    order = sorted((x, c) for c, x in enumerate(many) if x is not None)
+    assert [r.name for r in rows] == [f"class {c}" for _, c in order[:10] + order[-10:]]
+    summary["validate"]["b"] = {"top1": 0.5, "per_class": None}
+    assert summaries.class_rows(summary) == summaries.class_rows({}) == []
 
 
 def test_the_spread_is_said(summary):
