@@ -27,6 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.dataset.damaged = "stop"  # or "skip": a damaged image is left out and reported
     c.dataset.threads = 4  # that read ahead
     c.dataset.workers = 0  # processes that read ahead instead
+    c.dataset.cache_gigabytes = 2.0  # a larger set is decoded whenever it is read
     c.dataset.mean = placeholder(tuple)  # unset: the data set's own
     c.dataset.std = placeholder(tuple)
 
@@ -92,15 +93,24 @@ def get_config(arg: str = "") -> ConfigDict:
     c.validate.seeds = (0,)
     c.validate.loss = "mse_gt"
     c.validate.ce_weight = 0.1
-    c.validate.temperature = 20.0  # of "kl"; "mse_gt" has none
+    c.validate.temperature = 20.0  # of "kl", "kl_t2" and "dist"; "mse_gt" has none
     c.validate.epochs = 300
     c.validate.batch_size = 50
     c.validate.accumulate = 2  # BatchNorm sees 25 images at a time
-    c.validate.bn_group = placeholder(int)
+    c.validate.bn_group = placeholder(object)  # unset: batch_size / accumulate; "all"
     c.validate.optimiser = "adamw"
     c.validate.learning_rate = 1e-3
     c.validate.weight_decay = 0.01
+    c.validate.decay = "kernels"  # or "all": biases and norms too
+    c.validate.momentum = 0.9  # of "sgd"
+    c.validate.nesterov = False
     c.validate.schedule = "cos2"  # the "decayed cosine", as released
+    c.validate.zeta = placeholder(float)  # unset: the schedule's own
+    c.validate.milestones = placeholder(tuple)  # of "multistep", fractions of the run
+    c.validate.gamma = placeholder(float)
+    c.validate.warmup_epochs = 0
+    c.validate.warmup_start = 0.01
+    c.validate.ema = placeholder(float)  # decay of the average that is tested
     c.validate.eval_every = 10
     c.validate.controls = ("random_real", "random_real_hard", "full_real")
     c.validate.checkpoint_seconds = 60.0
@@ -112,6 +122,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.parallel = ConfigDict()
     c.parallel.map = "shard_map"
+    c.parallel.train_devices = placeholder(int)  # unset: as many as share a batch
     c.parallel.deterministic = True
     return c
 

@@ -26,7 +26,8 @@ class Dataset:
     """Which real images; their constants stand in ``data.datasets``.
 
     ``damaged`` says what a damaged image does: stop the run, or be left out of the set.
-    ``threads`` and ``workers`` (processes) read ahead; they change no batch.
+    ``threads`` and ``workers`` (processes) read ahead; they change no batch. A set of images that
+    takes more than ``cache_gigabytes`` decoded is read from disk whenever it is needed.
     ``mean`` and ``std`` replace the normalisation of the data set.
     """
 
@@ -38,6 +39,7 @@ class Dataset:
     damaged: Literal["stop", "skip"]
     threads: int
     workers: int
+    cache_gigabytes: float
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
 
@@ -151,11 +153,20 @@ class Validate:
     epochs: int
     batch_size: int
     accumulate: int
-    bn_group: int | None
+    bn_group: int | Literal["all"] | None
     optimiser: str
     learning_rate: float
     weight_decay: float
+    decay: Literal["kernels", "all"]
+    momentum: float
+    nesterov: bool
     schedule: str
+    zeta: float | None
+    milestones: tuple[float, ...] | None
+    gamma: float | None
+    warmup_epochs: int
+    warmup_start: float
+    ema: float | None
     eval_every: int
     controls: tuple[str, ...]
     checkpoint_seconds: float
@@ -172,9 +183,13 @@ class Analyse:
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """How the step is mapped over devices; changes no bit of recover and relabel."""
+    """How work is shared by devices; changes no bit of recover and relabel.
+
+    A network is trained on ``train_devices`` of them, unset on as many as share its batches.
+    """
 
     map: Literal["shard_map", "pmap"]
+    train_devices: int | None
     deterministic: bool
 
 
@@ -291,7 +306,10 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     elif origin in (types.UnionType, typing.Union):
         if value is None:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, name, problems)
+        kinds = [a for a in arguments if a is not type(None)]
+        words = [a for a in kinds if get_origin(a) is Literal]
+        kind = words[0] if words and isinstance(value, str) else kinds[0]
+        return _convert(kind, value, name, problems)
     elif origin is Literal:
         return _convert(str, value, name, problems)  # which strings: violations()
     elif origin is tuple:
@@ -396,14 +414,16 @@ def violations(e: Experiment) -> list[str]:
         "epochs",
         "batch_size",
         "accumulate",
-        "bn_group",
         "learning_rate",
         "temperature",
+        "gamma",
+        "warmup_start",
         "eval_every",
         "checkpoint_seconds",
     )
+    positive("parallel", "train_devices")
     positive("analyse", "grid_classes", "grid_slots")
-    not_negative("dataset", "workers")
+    not_negative("dataset", "workers", "cache_gigabytes")
     not_negative("recover", "iterations", "alpha_bn", "roll")
     not_negative("squeeze", "weight_decay", "seed")
     not_negative("validate", "weight_decay", "ce_weight")
@@ -508,6 +528,14 @@ def violations(e: Experiment) -> list[str]:
                     f"align; leave it out, or set recover.count_no_bn=True to let it count in "
                     f"the mean as the released code does"
                 )
+    if min(e.validate.batch_size, e.relabel.batch_size) > 0 and (
+        e.validate.batch_size != e.relabel.batch_size
+    ):
+        found.append(
+            f"validate.batch_size is {e.validate.batch_size} but relabel.batch_size is "
+            f"{e.relabel.batch_size}; students train in the batches that were labelled, and "
+            f"controls are trained alike: give both the same"
+        )
     if e.relabel.ensemble == "single" and len(e.relabel.teachers) > 1:
         found.append(
             f"relabel.ensemble is 'single' but relabel.teachers has "
@@ -547,21 +575,96 @@ def violations(e: Experiment) -> list[str]:
             f"recover.initialise_from names {e.recover.initialise_from}, but recover.initialise is "
             f"{e.recover.initialise!r}, which reads no folder; set recover.initialise=folder"
         )
-    if e.validate.batch_size <= 0 or e.validate.accumulate <= 0:
-        pass  # said above
-    elif e.validate.batch_size % e.validate.accumulate:
+    found += _training_violations(e)
+    return found
+
+
+def bn_group_of(validate: Validate) -> int:
+    """Images that a BatchNorm of a student sees at a time."""
+    if validate.bn_group == "all":
+        return validate.batch_size
+    return validate.bn_group or validate.batch_size // validate.accumulate
+
+
+def _training_violations(e: Experiment) -> list[str]:
+    """What is wrong with how students are trained, and teachers' batches shared."""
+    from prism_jax.core import batching, schedules
+
+    v, found = e.validate, []
+    if v.schedule in schedules.SCHEDULES:
+        takes = schedules.values_of(v.schedule)
+        for name in ("zeta", "milestones", "gamma"):
+            if getattr(v, name) is not None and name not in takes:
+                found.append(
+                    f"validate.{name} is {getattr(v, name)}, but the schedule {v.schedule} has "
+                    f"none; leave it unset, or choose another validate.schedule"
+                )
+    if v.schedule == "multistep" and not v.milestones:
         found.append(
-            f"validate.batch_size {e.validate.batch_size} does not divide into "
-            f"validate.accumulate={e.validate.accumulate} equal parts"
+            "validate.schedule is 'multistep'; validate.milestones must say at which fractions of "
+            "the run, such as (0.8, 0.9)"
         )
-    elif e.validate.bn_group:
-        micro = e.validate.batch_size // e.validate.accumulate
-        if e.validate.bn_group != micro:
-            found.append(
-                f"validate.bn_group is {e.validate.bn_group}; with batch_size "
-                f"{e.validate.batch_size} and accumulate {e.validate.accumulate} it must be "
-                f"{micro} (the images one forward pass holds) or unset"
-            )
+    marks = (0.0, *(v.milestones or ()), 1.0)
+    if any(after <= before for before, after in zip(marks, marks[1:], strict=False)):
+        found.append(
+            f"validate.milestones is {v.milestones}; it must be rising fractions of the run, "
+            f"between 0 and 1"
+        )
+    if v.zeta is not None and v.zeta < 1:
+        found.append(f"validate.zeta is {v.zeta}; it must be 1 or more runs")
+    if not 0 <= v.warmup_epochs < v.epochs:
+        found.append(
+            f"validate.warmup_epochs is {v.warmup_epochs}; it must be zero or positive, and below "
+            f"validate.epochs={v.epochs}"
+        )
+    if not 0 <= v.momentum < 1:
+        found.append(f"validate.momentum is {v.momentum}; it must be in [0, 1)")
+    if v.nesterov and (v.optimiser != "sgd" or not v.momentum):
+        found.append(
+            f"validate.nesterov needs validate.optimiser='sgd' with momentum, not "
+            f"{v.optimiser!r} with {v.momentum}"
+        )
+    if v.ema is not None and not 0 < v.ema < 1:
+        found.append(f"validate.ema is {v.ema}; it must be between 0 and 1, or unset")
+
+    if v.batch_size <= 0 or v.accumulate <= 0:
+        return found  # said above
+    part, rest = divmod(v.batch_size, v.accumulate)
+    if rest:
+        return [
+            *found,
+            f"validate.batch_size {v.batch_size} does not divide into "
+            f"validate.accumulate={v.accumulate} equal parts",
+        ]
+    if isinstance(v.bn_group, str) and v.bn_group != "all":
+        found.append(
+            f"validate.bn_group is {v.bn_group!r}; it must be a number of images, 'all', or unset"
+        )
+    elif v.bn_group == "all" and v.accumulate > 1:
+        found.append(
+            f"validate.bn_group is 'all', one BatchNorm group over the whole batch, which "
+            f"validate.accumulate={v.accumulate} parts, one after the other, cannot share; set "
+            f"validate.accumulate=1, or a group of at most {part} images"
+        )
+    elif isinstance(v.bn_group, int) and (v.bn_group <= 0 or part % v.bn_group):
+        allowed = [g for g in range(1, part + 1) if part % g == 0]
+        found.append(
+            f"validate.bn_group is {v.bn_group}; batch_size / accumulate = {part} images must be "
+            f"whole groups: {', '.join(map(str, allowed))}"
+        )
+    elif (devices := e.parallel.train_devices) and devices > 0:
+        group = {"accumulate": v.accumulate, "bn_group": bn_group_of(v)}
+        batches = {"validate": (v.batch_size, group)}
+        if any(not e.network(name).checkpoint for name in e.squeeze.teachers):
+            batches["squeeze"] = e.squeeze.batch_size, {}
+        for section, (size, division) in batches.items():
+            if size > 0 and not batching.fits(size, devices, **division):
+                allowed = [d for d in range(1, size + 1) if batching.fits(size, d, **division)]
+                groups = f" in BatchNorm groups of {bn_group_of(v)}" if division else ""
+                found.append(
+                    f"parallel.train_devices is {devices}; {section}.batch_size={size}{groups} "
+                    f"can be shared by {', '.join(map(str, allowed))} device(s)"
+                )
     return found
 
 

@@ -172,15 +172,15 @@ class DataMesh:
         """A tree on every device."""
         return tree if self.count == 1 else jax.device_put(tree, self._everywhere)
 
-    def spread(self, tree: PyTree) -> PyTree:
-        """A batch, its rows divided; scalars, and rows that do not divide, on every device."""
+    def put(self, x: np.ndarray) -> jax.Array:
+        """An array of a batch: its rows divided, or all of it on every device where they do not."""
         if self.count == 1:
-            return tree
+            return jax.device_put(x)
+        return jax.device_put(x, self._by_rows if self.divides(np.shape(x)) else self._everywhere)
 
-        def where(x) -> NamedSharding:
-            return self._by_rows if self.divides(np.shape(x)) else self._everywhere
-
-        return jax.device_put(tree, jax.tree.map(where, tree))
+    def spread(self, tree: PyTree) -> PyTree:
+        """A batch where the program reads it."""
+        return tree if self.count == 1 else jax.tree.map(self.put, tree)
 
     def divides(self, shape: tuple[int, ...]) -> bool:
         """Whether an array's rows can be divided equally."""
@@ -198,6 +198,11 @@ def data_mesh(count: int = 1) -> DataMesh:
     """The first local devices; always the same object, so that programs are compiled once."""
     assert 1 <= count <= jax.local_device_count(), count
     return DataMesh(tuple(jax.local_devices()[:count]))
+
+
+def local_devices() -> int:
+    """How many devices this process has."""
+    return jax.local_device_count()
 
 
 def lane_devices(limit: int) -> list[jax.Device]:

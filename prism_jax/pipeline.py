@@ -29,7 +29,17 @@ def run(context: Context, stages: Sequence[str] = STAGES) -> None:
 
 
 def check(context: Context) -> None:
-    """Refuse, before any work, unfit images, and a workdir that holds what other settings made."""
+    """Refuse, before any work, what cannot be run here.
+
+    Images that do not fit, more devices than there are, and a workdir that holds teachers or
+    images of other settings.
+    """
+    wanted, there = context.config.parallel.train_devices, parallel.local_devices()
+    if wanted and wanted > there:
+        raise UserError(
+            f"parallel.train_devices is {wanted}, but this process has {there} device(s); lower it "
+            f"or leave it unset, which means as many as share a batch"
+        )
     context.open("train")
     squeeze.pending(context)
     recover.pending(context)

@@ -132,7 +132,39 @@ REFUSED = {
     ),
     "no pool": ({"recover__pool": ()}, "recover.pool is empty", "at least one network"),
     "parts": ({"validate__accumulate": 3}, "validate.batch_size 50", "validate.accumulate=3"),
-    "bn_group": ({"validate__bn_group": 50}, "validate.bn_group is 50", "must be 25"),
+    "parts of other batches": (
+        {"validate__batch_size": 64}, "validate.batch_size is 64", "relabel.batch_size is 50",
+    ),
+    "bn_group": ({"validate__bn_group": 10}, "validate.bn_group is 10", "1, 5, 25"),
+    "bn_group of more": ({"validate__bn_group": 50}, "validate.bn_group is 50", "1, 5, 25"),
+    "bn_group of none": ({"validate__bn_group": -5}, "validate.bn_group is -5", "1, 5, 25"),
+    "bn_group in words": ({"validate__bn_group": "each"}, "validate.bn_group is 'each'", "all"),
+    "bn_group over parts": (
+        {"validate__bn_group": "all"}, "validate.bn_group is 'all'", "validate.accumulate=1",
+    ),
+    "devices": (
+        {"parallel__train_devices": 4}, "parallel.train_devices is 4",
+        "validate.batch_size=50 in BatchNorm groups of 25 can be shared by 1, 2 device(s)",
+    ),
+    "devices of a teacher": (
+        {"parallel__train_devices": 5, "validate__bn_group": 5}, "parallel.train_devices is 5",
+        "squeeze.batch_size=64 can be shared by 1, 2, 4, 8",
+    ),
+    "no device": ({"parallel__train_devices": 0}, "parallel.train_devices is 0", "positive"),
+    "ema": ({"validate__ema": 1.0}, "validate.ema is 1.0", "between 0 and 1"),
+    "momentum": ({"validate__momentum": 1.0}, "validate.momentum is 1.0", "[0, 1)"),
+    "nesterov": ({"validate__nesterov": True}, "validate.nesterov", "'sgd' with momentum"),
+    "decay": ({"validate__decay": "norms"}, "validate.decay is 'norms'", "kernels"),
+    "zeta": ({"validate__zeta": 0.5}, "validate.zeta is 0.5", "1 or more"),
+    "a value of another schedule": (
+        {"validate__schedule": "half_cosine", "validate__zeta": 2.0}, "half_cosine has none",
+    ),
+    "no milestones": ({"validate__schedule": "multistep"}, "validate.milestones", "fractions"),
+    "milestones": (
+        {"validate__schedule": "multistep", "validate__milestones": (0.9, 0.8)},
+        "validate.milestones is (0.9, 0.8)", "rising",
+    ),
+    "warm-up": ({"validate__warmup_epochs": 150}, "validate.warmup_epochs is 150", "below"),
     "control": ({"validate__controls": ("random",)}, "validate.controls", "random_real"),
     "damaged": ({"dataset__damaged": "ignore"}, "dataset.damaged is 'ignore'", "skip, stop"),
     "no thread": ({"dataset__threads": 0}, "dataset.threads is 0", "must be positive"),
@@ -156,6 +188,19 @@ def test_a_mistake_is_named_with_its_field_and_what_to_do(case):
     message = refusal(changed(**fields))
     for words in expected:
         assert words in message, message
+
+
+def test_how_a_batch_is_divided_may_be_said_in_several_ways():
+    def group(**fields):
+        e = resolve(changed(**{f"validate__{name}": value for name, value in fields.items()}))
+        return configs.bn_group_of(e.validate)
+
+    assert group() == 25
+    assert group(accumulate=1) == 50
+    assert group(bn_group=5) == 5
+    assert group(accumulate=1, bn_group="all") == 50
+    resolve(changed(parallel__train_devices=2))
+    resolve(changed(validate__schedule="multistep", validate__milestones=(0.8, 0.9)))
 
 
 def test_a_missing_field_is_named():

@@ -18,6 +18,8 @@ import pytest
 from helpers.command import TINY, assert_same, call, finished, reference, results, snapshot
 from PIL import Image
 
+from prism_jax.data.metrics import read_lines
+
 __all__ = ["finished", "reference"]  # fixtures
 
 STUDENT = "validate/outside/0"
@@ -108,6 +110,14 @@ def test_images_do_not_depend_on_devices_dispatches_or_the_map(finished, referen
     assert snapshot(finished, "squeeze", "relabel", "validate", "controls") == before
 
 
+def test_sets_that_memory_does_not_hold_give_the_same(finished, reference):
+    """Every set is read from disk whenever it is needed: no image is kept."""
+    for name in ("relabel", "validate", "controls", "analyse"):
+        shutil.rmtree(finished / name)
+    ok(finished, "--config.dataset.cache_gigabytes=0")
+    assert_same(finished, reference)
+
+
 # --- changed settings -----------------------------------------------------------------------
 
 
@@ -128,6 +138,27 @@ def test_a_new_seed_trains_that_seed_only(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert len(summary["validate"]["outside"]["top1_per_seed"]) == 2
     assert summary["seeds"] == [0, 1] and "controls" not in summary
+
+
+def test_students_on_several_devices_differ_by_little_and_say_so(finished):
+    root = finished / STUDENT
+    before = json.loads((root / "record.json").read_text())
+    lines = read_lines(root / "metrics.jsonl")
+    shutil.rmtree(root)
+    ok(finished, "--config.parallel.train_devices=2", "--stages=validate")
+    after = json.loads((root / "record.json").read_text())
+    assert (before["devices"], after["devices"]) == (1, 2)
+    for one, two in zip(lines, read_lines(root / "metrics.jsonl"), strict=True):
+        assert abs(one["loss"] - two["loss"]) < 1e-3 * one["loss"]
+        assert abs(one["top1"] - two["top1"]) < 0.02
+    err = refused(finished, "--config.parallel.train_devices=4", "--config.validate.bn_group=2")
+    assert "can be shared by 1, 2 device(s)" in err
+
+
+def test_more_devices_than_there_are_are_refused(finished):
+    many = ("--config.parallel.train_devices=16", "--config.validate.bn_group=1")
+    sizes = ("--config.validate.batch_size=16", "--config.relabel.batch_size=16")
+    assert "this process has 8 device(s)" in refused(finished, *many, *sizes)
 
 
 def test_relabel_and_validate_are_repeated_when_labels_change(finished):

@@ -17,9 +17,10 @@ from etils import epath
 
 from prism_jax import progress
 from prism_jax.analysis import diversity, report, summary
-from prism_jax.config import to_dict
+from prism_jax.config import bn_group_of, to_dict
 from prism_jax.core import pixels
 from prism_jax.data import label_store, workdir
+from prism_jax.data.lazy import Images, LazyImages
 from prism_jax.data.metrics import read_lines
 from prism_jax.stages.context import RECORD, Context, LabelledSet
 from prism_jax.teachers import embed
@@ -98,15 +99,16 @@ def run(context: Context, sets: Mapping[str, LabelledSet]) -> None:
     workdir.write_fingerprint(root, fields)
 
 
-def initial_images(context: Context) -> np.ndarray:
+def initial_images(context: Context) -> Images:
     """Where the synthetic images began, uint8 NHWC, class-major."""
     config = context.config
     ipc, classes = config.recover.ipc, config.dataset.num_classes
-    images = context.initial_images(
-        np.repeat(np.arange(classes, dtype=np.int32), ipc),
-        np.tile(np.arange(ipc, dtype=np.int32), classes),
-    )
-    return np.asarray(pixels.to_uint8(images, context.normalisation))
+
+    def read(positions: np.ndarray) -> np.ndarray:
+        images = context.initial_images(*np.divmod(positions.astype(np.int32), np.int32(ipc)))
+        return np.asarray(pixels.to_uint8(images, context.normalisation))
+
+    return context.hold(LazyImages(read, (classes * ipc, *context.image_shape)))
 
 
 def _cosines(context, images, initial, labels) -> dict[str, float | None]:
@@ -188,6 +190,7 @@ def summarise(
         }
     if students := _students(context, sets["synthetic"]):
         found["validate"] = students
+        found["protocol"] = protocol(context)
     controls = {
         name: students
         for name in config.validate.controls
@@ -201,6 +204,18 @@ def summarise(
         found["recover"]["distance_from_initial"] = record["distance_from_initial"]
     summary.validate(found)
     return found
+
+
+def protocol(context: Context) -> dict[str, Any]:
+    """How students are trained; null for what has no part in it."""
+    validate = context.config.validate
+    names = ("loss", "epochs", "batch_size", "optimiser", "learning_rate", "schedule", "ema")
+    return {
+        **{name: getattr(validate, name) for name in names},
+        "temperature": None if validate.loss in ("mse_gt", "ce") else validate.temperature,
+        "ce_weight": None if validate.loss == "ce" else validate.ce_weight,
+        "bn_group": bn_group_of(validate),
+    }
 
 
 def _recover(context: Context, provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,6 +295,7 @@ def write_summary(
             figures={p.stem: p.read_bytes() for p in sorted(root.glob("*.png"))},
             config=to_dict(context.config),
             notes=notes(context),
+            class_names=context.open("train").class_names,
         )
         workdir.write_bytes(context.root / "report.html", page.encode())
     workdir.write_json(context.root / "summary.json", found)

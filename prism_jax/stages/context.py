@@ -9,7 +9,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import numpy as np
@@ -19,10 +19,12 @@ from safetensors import numpy as safetensors
 
 from prism_jax import parallel, progress
 from prism_jax.config import Dataset, Experiment, Network, fingerprint_fields, to_dict
+from prism_jax.core import batching
 from prism_jax.data import workdir
 from prism_jax.data.datasets import DatasetInfo
 from prism_jax.data.exchange import ImageSet, existing_folder
-from prism_jax.data.sources import ImageSource, info_of, open_source, read_all
+from prism_jax.data.lazy import Images, LazyImages, OneByOne, hold
+from prism_jax.data.sources import ImageSource, info_of, open_source
 from prism_jax.errors import UserError
 from prism_jax.initialise import INITIALISERS
 from prism_jax.models import build
@@ -31,6 +33,8 @@ from prism_jax.types import Normalisation, PyTree
 
 WEIGHTS = "weights.safetensors"
 RECORD = "record.json"
+
+T = TypeVar("T")
 
 
 class Interrupted(Exception):
@@ -87,7 +91,7 @@ class LabelledSet:
     Attributes:
       name: "synthetic", or the control's.
       root: where its labels and students are.
-      read: reads the images; most questions about a set do not need them.
+      read: opens the images; most questions about a set do not need them.
       labels_N: int32 classes.
       fields: what made the images; they enter the fingerprints of labels and students.
       soft: whether it is given soft labels.
@@ -95,13 +99,13 @@ class LabelledSet:
 
     name: str
     root: epath.Path
-    read: Callable[[], np.ndarray]
+    read: Callable[[], Images]
     labels_N: np.ndarray
     fields: dict[str, Any]
     soft: bool
 
     @functools.cached_property
-    def images_uint8_NHWC(self) -> np.ndarray:
+    def images_uint8_NHWC(self) -> Images:
         return self.read()
 
 
@@ -129,6 +133,7 @@ class Context:
         self.stop = stop or StopSignal()
         self.provenance = dict(provenance or {})
         self.lock = workdir.Lock(self.root)
+        self._made: dict[str, Any] = {}
 
     def acquire(self) -> None:
         """Take the workdir's lock before the first write, and record what runs: config.json.
@@ -199,6 +204,15 @@ class Context:
             time.sleep(seconds)
             seconds = min(2 * seconds, 5.0)
 
+    def train_devices(self, size: int, **division: int | None) -> int:
+        """How many devices share the batches of ``size`` images of one training.
+
+        Args:
+          **division: see ``core.batching.fits``.
+        """
+        limit = self.config.parallel.train_devices or parallel.local_devices()
+        return batching.most_devices(size, limit, **division)
+
     # --- data ---
 
     @functools.cached_property
@@ -267,10 +281,29 @@ class Context:
             self.config.seed,
         )  # fmt: skip
 
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What ``make`` makes, made once in a run."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def hold(self, images: LazyImages) -> Images:
+        """Images in memory, where they take less than ``dataset.cache_gigabytes``."""
+        return hold(images, limit_bytes=1e9 * self.config.dataset.cache_gigabytes)
+
+    def read(self, source: ImageSource, positions: np.ndarray | None = None) -> Images:
+        """The images of a source at some positions, by default all: read now, or as needed."""
+        positions = np.arange(len(source)) if positions is None else np.asarray(positions)
+        one_by_one = OneByOne(source.image, threads=self.config.dataset.threads)
+        return self.hold(
+            LazyImages(lambda at: one_by_one(positions[at]), (len(positions), *self.image_shape))
+        )
+
     @functools.cache  # noqa: B019
-    def test_set(self) -> tuple[np.ndarray, np.ndarray]:
+    def test_set(self) -> tuple[Images, np.ndarray]:
         """The real test images, uint8 NHWC, and their labels."""
-        return read_all(self.open("test"), threads=self.config.dataset.threads)
+        source = self.open("test")
+        return self.read(source), source.labels_N
 
     def data_fields(self, source: ImageSource) -> dict[str, Any]:
         """What images are and how they are normalised, for fingerprints."""

@@ -11,8 +11,7 @@ import numpy as np
 
 from prism_jax import parallel
 from prism_jax.data import image_set
-from prism_jax.data.pipeline import read_images
-from prism_jax.data.sources import read_all
+from prism_jax.data.lazy import Images, chunks
 from prism_jax.initialise import random_positions
 from prism_jax.stages.context import Context, LabelledSet
 
@@ -27,13 +26,12 @@ def labelled_set(context: Context, name: str) -> LabelledSet:
     if name == "full_real":
         fields["epochs"] = config.validate.epochs, config.recover.ipc, config.squeeze.epochs
         labels = np.asarray(source.labels_N, np.int32)
-        return LabelledSet(name, root, lambda: read_all(source)[0], labels, fields, SOFT[name])
+        return LabelledSet(name, root, lambda: context.read(source), labels, fields, SOFT[name])
     classes, slots = _order(context)
     fields |= {"ipc": config.recover.ipc, "seed": config.seed, "classes": int(classes.max()) + 1}
 
-    def read() -> np.ndarray:
-        at = random_positions(source, classes, slots, config.seed)
-        return read_images(source, at, threads=config.dataset.threads)
+    def read() -> Images:
+        return context.read(source, random_positions(source, classes, slots, config.seed))
 
     return LabelledSet(name, root, read, classes, fields, SOFT[name])
 
@@ -45,7 +43,9 @@ def write(context: Context, labelled: LabelledSet) -> None:
     if labelled.name == "full_real" or last.exists() or not parallel.is_main():
         return
     context.acquire()
-    image_set.write_images(folder, labelled.images_uint8_NHWC, classes, slots)
+    for part in chunks(len(classes)):
+        images = labelled.images_uint8_NHWC[part]
+        image_set.write_images(folder, images, classes[part], slots[part])
 
 
 def _order(context: Context) -> tuple[np.ndarray, np.ndarray]:

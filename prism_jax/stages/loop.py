@@ -87,12 +87,9 @@ def train(
         meta = {"best_top1": best, "seconds": elapsed(), "losses": so_far}
         checkpoints.save(step, state, meta)
 
-    def place(array: np.ndarray) -> jax.Array:
-        return jax.device_put(trainer.mesh.spread(array))
-
     result = None
     with progress.task(title, total, unit="step", done=done) as bar:
-        for batch in on_device(batches(done), put=place):
+        for batch in on_device(batches(done), put=trainer.mesh.put):
             state, loss = trainer.step(state, batch)
             losses.append(loss)
             done += 1

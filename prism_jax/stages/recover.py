@@ -23,6 +23,7 @@ from prism_jax.config import Layout, batch_layout, budget_of
 from prism_jax.core import pixels
 from prism_jax.data import image_set, workdir
 from prism_jax.data.checkpoints import Checkpoints
+from prism_jax.data.lazy import Images
 from prism_jax.data.metrics import MetricsWriter, gather, keep, own_file
 from prism_jax.errors import UserError
 from prism_jax.stages.context import Context, LabelledSet
@@ -102,7 +103,11 @@ def synthetic_set(context: Context) -> LabelledSet:
         raise UserError(
             f"{root} has no finished images; run the recover stage first (--stages=recover,...)"
         )
-    images, labels = _read_images(context, workdir.read_record(root / "manifest.json")["units"])
+    records = workdir.read_record(root / "manifest.json")["units"]
+    images = context.once("synthetic images", lambda: _read_images(context, records))
+    labels = np.repeat(
+        np.arange(context.config.dataset.num_classes, dtype=np.int32), context.config.recover.ipc
+    )
     fields = context.recover_fields()
     return LabelledSet("synthetic", context.root, lambda: images, labels, fields, True)
 
@@ -125,7 +130,7 @@ def run(context: Context) -> None:
     context.wait(lambda: not pending(context))
     gather(root)
     records = [workdir.read_record(_record(context, unit)) for unit in units(context)]
-    images, _ = _read_images(context, records)
+    images = context.once("synthetic images", lambda: _read_images(context, records))
     if (root / "checkpoints").exists():
         workdir.remove(root / "checkpoints")
     manifest = {
@@ -387,27 +392,36 @@ def _record(context: Context, unit: Unit) -> epath.Path:
     return folder(context) / "units" / f"{unit.name}.json"
 
 
-def _read_images(context: Context, records: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """All images and labels, class-major, compared with what the units' records say of them.
+def _read_images(context: Context, records: list[dict[str, Any]]) -> Images:
+    """All images, class-major, compared with what the units' records say of them.
 
     Raises:
       UserError: an image is missing, damaged, or another one than recover wrote. It is set aside
         (all images of its unit, where only their common digest differs), and the unit is undone.
     """
-    root, ipc = folder(context), context.config.recover.ipc
+    config = context.config
+    ipc = config.recover.ipc
     try:
-        images, labels = image_set.read_images(
-            root / "images", context.config.dataset.num_classes, ipc
+        images = context.hold(
+            image_set.lazy_images(
+                folder(context) / "images",
+                config.dataset.num_classes,
+                ipc,
+                threads=config.dataset.threads,
+            )
         )
+        digests = []
+        for unit in units(context):
+            classes, slots = members(context, unit)
+            digests.append(image_set.digest(images[classes * ipc + slots]))
     except image_set.DamagedFile as error:
         for unit in units(context):
             if error.path in _paths(context, unit):
                 _forget(context, unit, [error.path])
         again = "Run the same command again to redo it; what was there is set aside."
         raise image_set.DamagedFile(error.path, error.problem, again) from error
-    for unit, record in zip(units(context), records, strict=True):
-        classes, slots = members(context, unit)
-        if image_set.digest(images[classes * ipc + slots]) != record["digest"]:
+    for unit, record, digest in zip(units(context), records, digests, strict=True):
+        if digest != record["digest"]:
             paths = _paths(context, unit)
             _forget(context, unit, paths)
             raise UserError(
@@ -415,7 +429,7 @@ def _read_images(context: Context, records: list[dict[str, Any]]) -> tuple[np.nd
                 f"unit {unit.name}. Run the same command again to redo them; what was there is "
                 f"set aside."
             )
-    return images, labels
+    return images
 
 
 def _paths(context: Context, unit: Unit) -> list[epath.Path]:

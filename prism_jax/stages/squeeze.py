@@ -101,6 +101,7 @@ def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dic
         context.normalisation,
         view_seed=squeeze.seed,
         seed=squeeze.seed,
+        devices=context.train_devices(squeeze.batch_size),
     )
 
     def from_batch(start: int):

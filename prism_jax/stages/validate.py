@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from etils import epath
 
+from prism_jax.config import bn_group_of
 from prism_jax.core.augment import Augment
 from prism_jax.data import workdir
 from prism_jax.data.label_store import LabelReader
@@ -74,6 +75,34 @@ def epochs_of(context: Context, labelled: LabelledSet) -> int:
     return max(equal_steps, config.squeeze.epochs)
 
 
+def recipe_of(context: Context, augment: Augment, loss: str, epochs: int) -> TrainRecipe:
+    """How a student is trained for some epochs."""
+    validate = context.config.validate
+    return TrainRecipe(
+        views="relabel/view",
+        augment=augment,
+        loss=loss,
+        ce_weight=validate.ce_weight,
+        temperature=validate.temperature,
+        epochs=epochs,
+        accumulate=validate.accumulate,
+        bn_group=bn_group_of(validate),
+        optimiser=validate.optimiser,
+        learning_rate=validate.learning_rate,
+        weight_decay=validate.weight_decay,
+        decay=validate.decay,
+        momentum=validate.momentum,
+        nesterov=validate.nesterov,
+        schedule=validate.schedule,
+        zeta=validate.zeta,
+        milestones=validate.milestones,
+        gamma=validate.gamma,
+        warmup=min(validate.warmup_epochs, epochs - 1),  # full_real may have fewer epochs
+        warmup_start=validate.warmup_start,
+        ema=validate.ema,
+    )
+
+
 def _is_done(context: Context, labelled: LabelledSet, student: str, seed: int) -> bool:
     root = folder(labelled, student, seed)
     fields = context.validate_fields(labelled, student, seed)
@@ -92,19 +121,7 @@ def _train(
     context.begin(root, context.validate_fields(labelled, student, seed))
     images, targets = labelled.images_uint8_NHWC, labelled.labels_N
     epochs, size = epochs_of(context, labelled), min(validate.batch_size, len(targets))
-    recipe = TrainRecipe(
-        views="relabel/view",
-        augment=augment,
-        loss=validate.loss if labels else "ce",
-        ce_weight=validate.ce_weight,
-        temperature=validate.temperature,
-        epochs=epochs,
-        accumulate=validate.accumulate,
-        optimiser=validate.optimiser,
-        learning_rate=validate.learning_rate,
-        weight_decay=validate.weight_decay,
-        schedule=validate.schedule,
-    )
+    recipe = recipe_of(context, augment, "ce" if labels is None else validate.loss, epochs)
 
     per_epoch = labels.plan.batches_per_epoch if labels else num_batches(len(targets), size)
 
@@ -117,6 +134,11 @@ def _train(
             name="relabel/order", start=start,
         )  # fmt: skip
 
+    devices = context.train_devices(
+        min(labels.plan.batch_size if labels else size, len(targets)),
+        accumulate=recipe.accumulate,
+        bn_group=recipe.bn_group,
+    )
     trained = train(
         context,
         Trainer(
@@ -125,6 +147,7 @@ def _train(
             context.normalisation,
             view_seed=context.config.seed,
             seed=seed,
+            devices=devices,
         ),
         root,
         title=f"validate {labelled.name}/{student}/{seed}",
@@ -137,6 +160,7 @@ def _train(
         "student": student,
         "seed": seed,
         "epochs": epochs,
+        "devices": devices,
         "top1": trained.top1,
         "top5": trained.top5,
         "best_top1": trained.best_top1,

@@ -42,13 +42,15 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.relabel.teachers = ("first",)
     c.relabel.epochs = c.validate.epochs = 6
-    c.relabel.batch_size = 4
+    c.relabel.batch_size = c.validate.batch_size = 4
     c.relabel.flip = False
 
     c.validate.students = ("outside",)
-    c.validate.batch_size = 64
-    c.validate.accumulate = 1
+    c.validate.accumulate = 2
+    c.validate.ema = 0.8
     c.validate.eval_every = 2
+
+    c.parallel.train_devices = 1  # tests compare students bit for bit
 
     c.analyse.network = "outside"
     c.analyse.grid_classes = 4
