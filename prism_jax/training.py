@@ -1,7 +1,7 @@
 """Training and testing a network: teachers in squeeze, students in validate.
 
 One jitted step per batch, at top level: on a CPU the gradient by the weights is slow inside a
-loop. A batch may be accumulated in parts; BatchNorm then sees one part at a time.
+loop. How a batch divides into parts, BatchNorm groups and devices: ``core.batching``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from prism_jax.types import Array, Normalisation, PyTree, SoftLabels
 
 
 def kernels(params: PyTree) -> PyTree:
-    """What decays: kernels. Biases, norms, tokens and tables do not (``methods.md`` 0.6)."""
+    """What decays: kernels. Biases, norms, tokens and tables do not."""
     return jax.tree_util.tree_map_with_path(
         lambda path, p: path[-1].key == "kernel" and p.ndim > 1, params
     )
@@ -447,6 +447,7 @@ def fit(
     crop_min: float = 0.25,
     flip: bool = True,
     mix: str | None = None,
+    devices: int = 1,
     **recipe,
 ) -> PyTree:
     """Train a network on images in memory.
@@ -460,10 +461,11 @@ def fit(
         Records of fewer than ``epochs`` epochs come again in the same order.
       mix: "none", "cutmix" or "mixup"; by default what ``relabel`` does by default with soft
         labels ("cutmix"), and none without.
+      devices: how many share each batch, see ``Trainer``.
       **recipe: further fields of ``TrainRecipe``.
 
     Returns:
-      The network's variables: "params" and "batch_stats".
+      The network's variables, "params" and "batch_stats"; their averages with ``ema``.
 
     Raises:
       UserError: images that are not uint8 NHWC, or labels of another length.
@@ -491,7 +493,9 @@ def fit(
         repeated = itertools.islice(itertools.cycle(records), epochs * per_epoch)
         batches = soft_batches(images, labels, repeated, per_epoch=per_epoch)
         view_seed = label_seed
-    trainer = Trainer(module, recipe, normalisation, view_seed=view_seed, seed=seed)
+    trainer = Trainer(
+        module, recipe, normalisation, view_seed=view_seed, seed=seed, devices=devices
+    )
     state = trainer.start(images.shape[1:])
     for batch in batches:
         state, _ = trainer.step(state, batch)

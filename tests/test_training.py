@@ -14,8 +14,8 @@ from helpers import by_hand
 from helpers.networks import GREY, Mirror, NoNorm, TwoConvs, random_variables
 
 import prism_jax
-from prism_jax import models, training
-from prism_jax.core.augment import Augment
+from prism_jax import models, rng, training
+from prism_jax.core.augment import Augment, augment
 from prism_jax.data.lazy import LazyImages
 from prism_jax.errors import UserError
 from prism_jax.models import layers
@@ -199,6 +199,35 @@ def test_batch_norm_sees_one_part_at_a_time():
     for parts in (1, 2):
         np.testing.assert_allclose(trained(parts), running_mean(parts), atol=1e-5)
         assert np.abs(trained(parts) - running_mean(3 - parts)).max() > 1e-3
+
+
+@pytest.mark.parametrize("per", ["batch", "image"])
+def test_hard_labels_are_mixed_as_the_pixels_are(per):
+    """One step of a linear network in two parts, against NumPy: each image has its own share."""
+    how = Augment(crop_min=1.0, flip=False, mix="mixup", mix_per=per)
+    recipe = TrainRecipe("train/view", how, accumulate=2, optimiser="sgd", weight_decay=0.0)
+    pixels, labels = a_set(6)
+    trainer = Trainer(NoNorm(CLASSES), recipe, GREY, view_seed=4, seed=0)
+    start = trainer.start(SHAPE)
+    head = jax.tree.map(lambda x: np.array(x, np.float64), start.params["head"])
+    after, _ = trainer.step(start, TrainBatch(0, 0, pixels, labels))
+
+    images, mix = augment(rng.stream(rng.root(4), "train/view", 0, 0), pixels, how, GREY)
+    x, weight_B = np.asarray(images, np.float64).reshape(6, -1), np.asarray(mix.weight)
+    assert weight_B.shape == ((6,) if per == "image" else ())
+    one_hot = np.eye(CLASSES)[labels]
+
+    def kernel(weight_B) -> np.ndarray:
+        weight_B1 = np.broadcast_to(weight_B, 6)[:, None]
+        target = weight_B1 * one_hot + (1 - weight_B1) * one_hot[np.asarray(mix.partner_B)]
+        p = np.exp(z := x @ head["kernel"] + head["bias"])
+        p /= np.exp(z).sum(1, keepdims=True)
+        return head["kernel"] - 1e-3 * x.T @ (p - target) / 6
+
+    found = np.asarray(after.params["head"]["kernel"])
+    assert np.abs(found - kernel(weight_B)).max() < 1e-6
+    twin = weight_B.mean() if per == "image" else 1.0
+    assert np.abs(found - kernel(twin)).max() > 1e-5
 
 
 def norm_student(recipe: TrainRecipe, devices: int = 1):

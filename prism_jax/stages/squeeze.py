@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from prism_jax import parallel
 from prism_jax.core.augment import Augment
 from prism_jax.data import workdir
 from prism_jax.data.pipeline import batches, num_batches
@@ -153,6 +154,7 @@ def _import(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, di
         labels,
         own_normalisation(network) or context.normalisation,
         class_indices=context.class_indices(name),
+        mesh=parallel.data_mesh(context.train_devices(context.config.squeeze.batch_size)),
     )
     return variables, {
         "source": epath.Path(network.checkpoint).name,
