@@ -30,10 +30,18 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from rich.table import Table
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import binom
 
 from prism_jax import progress
+from prism_jax.analysis.class_order import (
+    Finding,
+    Misread,
+    confusion,
+    find_normalisation,
+    find_order,
+    least_gain,
+    looks_trained,
+    ranks,
+)
 from prism_jax.core import pixels
 from prism_jax.data import workdir
 from prism_jax.data.datasets import DATASETS, DatasetInfo
@@ -54,244 +62,8 @@ from prism_jax.types import Normalisation, PyTree
 
 FIND = "find"
 
-# A suspicion is reported when chance would bring it about less than once in a million times;
-# that leaves room for the dozen suspicions that are tried.
-SIGNIFICANCE = 1e-6
 HINT_IMAGES = 400
 THREADS = 8
-
-
-# --- accuracy and class order -----------------------------------------------------------------
-
-
-class Finding(NamedTuple):
-    """Another class order that fits far better than the stated one.
-
-    Attributes:
-      order_K: the output of the head that each class of the data set turns out to be.
-      why: the mistake that explains it; None where it is only estimated from the images.
-      top1: under this order; of an estimated one, on images it was not estimated from.
-      stated_top1: under the stated order.
-    """
-
-    order_K: np.ndarray
-    why: str | None
-    top1: float
-    stated_top1: float
-
-
-def ranks(logits_NH: np.ndarray, labels_N: np.ndarray, order_K: np.ndarray) -> np.ndarray:
-    """The rank of each image's class among the classes' logits: 0 is a correct prediction.
-
-    Args:
-      logits_NH: of the whole head.
-      labels_N: classes of the data set.
-      order_K: the output of the head that is each class.
-
-    Returns:
-      (N,) int; of equal logits the lower class comes first. H where a logit is not finite.
-    """
-    logits_NK = logits_NH[:, order_K]
-    own_N1 = np.take_along_axis(logits_NK, labels_N[:, None], axis=1)
-    before = np.arange(len(order_K)) < labels_N[:, None]
-    rank_N = ((logits_NK > own_N1) | ((logits_NK == own_N1) & before)).sum(1)
-    return np.where(np.isfinite(logits_NK).all(1), rank_N, logits_NH.shape[1])
-
-
-def confusion(logits_NH: np.ndarray, labels_N: np.ndarray, classes: int) -> np.ndarray:
-    """How often each output of the head is the largest for each class: int64 counts (K, H)."""
-    counts_KH = np.zeros((classes, logits_NH.shape[1]), np.int64)
-    finite_N = np.isfinite(logits_NH).all(1)
-    np.add.at(counts_KH, (labels_N[finite_N], logits_NH[finite_N].argmax(1)), 1)
-    return counts_KH
-
-
-def assign(counts_KH: np.ndarray, stated_K: np.ndarray | None) -> np.ndarray:
-    """The one-to-one order under which most predictions are right.
-
-    The assignment problem is solved exactly; of equally good orders, one that keeps the stated
-    places.
-
-    Args:
-      counts_KH: see :func:`confusion`.
-      stated_K: the order the user stated; None: none.
-    """
-    gain_KH = counts_KH.astype(np.float64)
-    if stated_K is not None:
-        # Less than one image, even over all classes.
-        gain_KH[np.arange(len(stated_K)), stated_K] += 0.5 / len(stated_K)
-    return linear_sum_assignment(gain_KH, maximize=True)[1]
-
-
-def least_gain(classes: int) -> float:
-    """The gain in top-1, over chance or over another reading, below which nothing is reported.
-
-    A network with random weights tells images apart a little, so that the best of all orders
-    raises it: with ten classes by 0.22 at most (192 networks, three data sets). Five times the
-    chance level, but at least 0.1 and at most 0.3, is more than that, and less than what a
-    trained network gains.
-    """
-    return float(np.clip(5 / classes, 0.1, 0.3))
-
-
-def looks_trained(right_N: np.ndarray, classes: int) -> bool:
-    """Whether a network is visibly better than chance."""
-    return bool(right_N.mean() >= 1 / classes + least_gain(classes))
-
-
-def far_above(right_N: np.ndarray, stated_right_N: np.ndarray, classes: int) -> bool:
-    """Whether one way of reading predictions is far better than another on the same images.
-
-    It must be both certain (McNemar's exact test: among images that just one of the two gets
-    right, either is as likely if they are equally good) and large (``least_gain``).
-    """
-    gained = int((right_N & ~stated_right_N).sum())
-    lost = int((stated_right_N & ~right_N).sum())
-    if gained - lost < least_gain(classes) * len(right_N) or gained == 0:
-        return False
-    return bool(binom.sf(gained - 1, gained + lost, 0.5) < SIGNIFICANCE)
-
-
-def find_order(
-    logits_NH: np.ndarray,
-    labels_N: np.ndarray,
-    stated_K: np.ndarray | None,
-    classes: int,
-    *,
-    class_names: Sequence[str] | None = None,
-    official_names: Sequence[str] | None = None,
-) -> Finding | None:
-    """Find out whether the network's classes stand in another order than stated.
-
-    First the usual mistakes: each is one fixed order, and is compared with the stated one on the
-    images of the classes it moves. Then the best of all orders, by the assignment problem over
-    the confusion matrix. Chosen among K! it fits any images too well, so the images are halved
-    within each class and either half is judged by the order that the other one gave.
-
-    An order is reported where ``far_above`` holds on the images of the classes it moves, and the
-    network looks trained under it: classes that a random network confuses are no permutation.
-
-    Args:
-      logits_NH: of the whole head.
-      labels_N: classes of the data set.
-      stated_K: the output of the head that is each class, as stated; None: not stated.
-      classes: K.
-      class_names: of the labels, for instance folder names.
-      official_names: of the data set, in its official order.
-
-    Returns:
-      The finding, or None where no order is far above the stated one.
-    """
-    never = np.zeros(len(labels_N), bool)
-    stated = never if stated_K is None else ranks(logits_NH, labels_N, stated_K) == 0
-    best, best_order, why = stated, stated_K, None
-    suspects = (
-        [] if stated_K is None
-        else candidates(stated_K, logits_NH.shape[1], class_names, official_names)
-    )  # fmt: skip
-    for reason, order_K in suspects:
-        right = ranks(logits_NH, labels_N, order_K) == 0
-        moved = (order_K != stated_K)[labels_N]
-        better = looks_trained(right, classes) and right.sum() > best.sum()
-        if better and far_above(right[moved], stated[moved], classes):
-            best, best_order, why = right, order_K, reason
-
-    half_N = _halves(labels_N)
-    right, moved = never.copy(), never.copy()
-    for half in (0, 1):
-        seen, unseen = half_N == half, half_N != half
-        order_K = assign(confusion(logits_NH[seen], labels_N[seen], classes), best_order)
-        right[unseen] = ranks(logits_NH[unseen], labels_N[unseen], order_K) == 0
-        moved[unseen] = best_order is None or (order_K != best_order)[labels_N[unseen]]
-    if looks_trained(right, classes) and far_above(right[moved], best[moved], classes):
-        best, why = right, None
-        best_order = assign(confusion(logits_NH, labels_N, classes), best_order)
-    if best is stated:
-        return None
-    return Finding(best_order, why, float(best.mean()), float(stated.mean()))
-
-
-def _halves(labels_N: np.ndarray) -> np.ndarray:
-    """0 or 1 per image, in turn within each class."""
-    half_N = np.zeros(len(labels_N), np.int32)
-    for c in np.unique(labels_N):
-        (at,) = np.nonzero(labels_N == c)
-        half_N[at] = np.arange(len(at)) % 2
-    return half_N
-
-
-def candidates(
-    stated_K: np.ndarray,
-    head: int,
-    class_names: Sequence[str] | None,
-    official_names: Sequence[str] | None,
-) -> list[tuple[str, np.ndarray]]:
-    """The orders that usual mistakes lead to, each with its explanation; the stated one is not.
-
-    Args:
-      stated_K: the output of the head that is each class, as stated.
-      head: how many outputs there are.
-      class_names, official_names: see :func:`find_order`.
-    """
-    classes = len(stated_K)
-    found: list[tuple[str, np.ndarray]] = []
-
-    def suspect(why: str, order_K: np.ndarray) -> None:
-        if not any(np.array_equal(order_K, known) for known in [stated_K, *(o for _, o in found)]):
-            found.append((why, order_K))
-
-    for first in (0, 1):
-        numbers = [str(first + i) for i in range(classes)]
-        span = f"{first}, {first + 1}, {first + 10}, ..."
-        rank = _ranked(numbers)
-        suspect(f"the network was trained on folders sorted as text ({span})", stated_K[rank])
-        suspect(
-            f"your labels number folders sorted as text ({span}), the network counts them in "
-            "numeric order",
-            stated_K[np.argsort(rank)],
-        )
-    if class_names is not None:
-        as_text = "the network's classes are your class names sorted as text"
-        suspect(as_text, stated_K[_ranked(class_names)])
-        as_numbers = "the network's classes are your class names in numeric order (2 before 10)"
-        suspect(as_numbers, stated_K[_ranked(class_names, _natural)])
-    suspect(
-        "shifted by one: the network counts from one, or has a background class first",
-        (stated_K + 1) % head,
-    )
-    suspect(
-        "shifted by one: your labels count from one, the network from zero", (stated_K - 1) % head
-    )
-    if official_names is not None:
-        by_name = _ranked(official_names, str.casefold)
-        suspect(
-            "the network's classes are sorted by class name, yours are in the official order",
-            stated_K[by_name],
-        )
-        official = {_plain(name): i for i, name in enumerate(official_names)}
-        named = [official.get(_plain(name)) for name in class_names or ()]
-        matched = sorted(i for i in named if i is not None) == list(range(classes))
-        suspect(
-            "your classes are sorted by class name, the network has the official order",
-            stated_K[np.array(named) if matched else np.argsort(by_name)],
-        )
-    return found
-
-
-def _ranked(names: Sequence[str], key: Callable[[str], Any] | None = None) -> np.ndarray:
-    """The place of each name among the sorted names."""
-    in_order = sorted(range(len(names)), key=lambda i: key(names[i]) if key else names[i])
-    return np.argsort(np.array(in_order))
-
-
-def _natural(name: str) -> list[Any]:
-    """A key that sorts the numbers in names as numbers."""
-    return [int(s) if i % 2 else s for i, s in enumerate(re.split(r"([0-9]+)", name))]
-
-
-def _plain(name: str) -> str:
-    """A class name without case and punctuation: "French horn" is "french_horn"."""
-    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 # --- weight files -----------------------------------------------------------------------------
@@ -563,6 +335,10 @@ def usual_normalisations(info: DatasetInfo) -> dict[str, Normalisation]:
     return {name: n for name, n in usual.items() if len(n.mean) == c}
 
 
+def _alike(one: Normalisation, other: Normalisation) -> bool:
+    return np.allclose(one.mean + one.std, other.mean + other.std, rtol=1e-3, atol=1e-6)
+
+
 # --- commands ---------------------------------------------------------------------------------
 
 
@@ -670,10 +446,8 @@ def evaluate_command(options: argparse.Namespace) -> None:
     seconds = time.monotonic() - started
     labels_N = np.asarray(source.labels_N)[at_N]
     official = info.class_names if classes == info.num_classes else None
-    search = functools.partial(
-        find_order, classes=classes, class_names=names, official_names=official
-    )
-    finding = search(logits_NH, labels_N, order_K)
+    known = {"class_names": names, "official_names": official}
+    finding = find_order(logits_NH, labels_N, order_K, classes, **known)
     if searched:
         if finding is None:
             raise UserError(
@@ -709,9 +483,23 @@ def evaluate_command(options: argparse.Namespace) -> None:
         _say_finding(options, finding, order_K, logits_NH, labels_N, names, same)
     elif finding is None and top1 <= 1 - least_gain(classes):  # else none could be far above
         at_M = _chosen(len(at_N), HINT_IMAGES)
+        others = {
+            name: other
+            for name, other in usual_normalisations(info).items()
+            if not _alike(other, normalisation)
+        }
+        readings = (
+            (name, read(at_N[at_M], other, title=f"try {name}")) for name, other in others.items()
+        )
         right_M = rank_N[at_M] == 0
-        _hint_normalisation(info, normalisation, right_M, order_K, read, search, at_N[at_M],
-                            labels_N[at_M], classes)  # fmt: skip
+        misread = find_normalisation(readings, labels_N[at_M], right_M, order_K, **known)
+        if misread:
+            _say_normalisation(misread, normalisation, others[misread.name], len(at_M))
+        elif not looks_trained(right_M, classes):
+            progress.say(
+                "the network is not visibly better than chance, in no usual normalisation or class "
+                "order: are these its weights, its width, depth and stem, and its data set?"
+            )
 
 
 def per_class(
@@ -737,35 +525,14 @@ def per_class(
     return lines
 
 
-def _hint_normalisation(
-    info, stated: Normalisation, right_M, order_K, read, search, at_M, labels_M, classes: int
-) -> None:
-    """Say which other normalisation works much better on some images, if one does."""
-    best, found = right_M, None
-    for name, other in usual_normalisations(info).items():
-        if np.allclose(other.mean + other.std, stated.mean + stated.std, rtol=1e-3, atol=1e-6):
-            continue
-        logits_MH = read(at_M, other, title=f"try {name}")
-        right = ranks(logits_MH, labels_M, order_K) == 0
-        # Both mistakes at once: look through the class order too.
-        finding = search(logits_MH, labels_M, order_K)
-        if finding is not None:
-            right = ranks(logits_MH, labels_M, finding.order_K) == 0
-        if right.sum() > best.sum() and far_above(right, right_M, classes):
-            best, found = right, (name, other, finding)
-    if found is None:
-        if not looks_trained(right_M, classes):
-            progress.say(
-                "the network is not visibly better than chance, in no usual normalisation or class "
-                "order: are these its weights, its width, depth and stem, and its data set?"
-            )
-        return
-    name, other, finding = found
-    order = " (and the classes in another order)" if finding else ""
+def _say_normalisation(misread: Misread, used: Normalisation, other: Normalisation, images: int):
+    """Say which other normalisation works much better, and how to state it."""
+    order = " (and the classes in another order)" if misread.finding else ""
     progress.say(
-        f"the normalisation seems wrong: with {name}{order} top-1 is {_percent(best.mean())} on "
-        f"{len(at_M)} images, against {_percent(right_M.mean())} with {_in_words(stated)}. Use "
-        f"{_flags(other)}; in a config networks.NAME.mean and networks.NAME.std"
+        f"the normalisation seems wrong: with {misread.name}{order} top-1 is "
+        f"{_percent(misread.top1)} on {images} images, against {_percent(misread.stated_top1)} "
+        f"with {_in_words(used)}. Use {_flags(other)}; in a config networks.NAME.mean and "
+        "networks.NAME.std"
     )
 
 

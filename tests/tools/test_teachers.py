@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import os
 import pathlib
@@ -17,6 +16,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from prism_jax import fit, training
+from prism_jax.analysis import class_order
 from prism_jax.data import workdir
 from prism_jax.data.datasets import DATASETS
 from prism_jax.data.sources import open_source, read_all
@@ -30,21 +30,12 @@ ARCHITECTURE = "convnet_d1_bn"
 EVALUATE = [f"--architecture={ARCHITECTURE}", "--width=0.25", "--image-size=16"]
 ON_DIGITS = [*EVALUATE, "--dataset=digits", "--source=sklearn"]
 
+TEXT_12 = [0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 2, 3]  # places of 0..11 in 0, 1, 10, 11, 2, ...
 BESIDE = pathlib.Path(__file__).resolve().parents[2].parent / "shared" / "data"
 SHARED = pathlib.Path(os.environ.get("PRISM_JAX_SHARED_DATA", BESIDE))
 
 
 # --- helpers ----------------------------------------------------------------------------------
-
-
-def readings(classes, per_class, accuracy, order, *, head=None, seed=0):
-    """Logits of a network that is right with a probability, its classes in an order."""
-    random = np.random.default_rng(seed)
-    labels = np.repeat(np.arange(classes, dtype=np.int32), per_class)
-    logits = random.normal(size=(len(labels), head or classes)).astype(np.float32)
-    right = random.random(len(labels)) < accuracy
-    logits[np.flatnonzero(right), np.asarray(order)[labels[right]]] += 20
-    return logits, labels
 
 
 def run(capsys, *arguments):
@@ -105,129 +96,6 @@ def weights_file(tmp_path, network):
     return saved(tmp_path / "digits.safetensors", network[1])
 
 
-# --- accuracy and order -----------------------------------------------------------------------
-
-
-def test_ranks_count_what_stands_before():
-    logits = np.array([[0, 3, 3, 1], [5, 4, 3, 2], [0, np.nan, 1, 2]], np.float32)
-    order = np.arange(4)
-    assert teachers.ranks(logits, np.array([2, 3, 3]), order).tolist() == [1, 3, 4]
-    assert teachers.ranks(logits, np.array([1, 0, 0]), order).tolist() == [0, 0, 4]
-    assert teachers.ranks(logits[:2], np.array([0, 1]), np.array([3, 0])).tolist() == [0, 0]
-
-
-def test_the_assignment_is_the_best_of_all_orders():
-    greedy_is_worse = 0
-    for seed in range(20):
-        counts = np.random.default_rng(seed).integers(0, 9, (5, 5))
-        stated = np.arange(5)
-        best = max(counts[stated, list(p)].sum() for p in itertools.permutations(range(5)))
-        order = teachers.assign(counts, stated)
-        assert sorted(order) == list(range(5)) and counts[stated, order].sum() == best
-        left, total = counts.astype(float), 0
-        for _ in range(5):  # the twin: the largest count first
-            at = np.unravel_index(left.argmax(), left.shape)
-            total += counts[at]
-            left[at[0], :] = left[:, at[1]] = -1
-        greedy_is_worse += total < best
-    assert greedy_is_worse
-
-
-def test_a_tie_keeps_the_stated_order():
-    stated = np.array([2, 0, 3, 1])
-    assert (teachers.assign(np.ones((4, 4), np.int64), stated) == stated).all()
-
-
-TEXT_12 = [0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 2, 3]  # places of 0..11 in 0, 1, 10, 11, 2, ...
-CIFAR_NAMES = DATASETS["cifar10"].class_names
-NETTE = DATASETS["imagenette"].class_names
-
-
-@pytest.mark.parametrize(
-    ("order", "names", "official", "words"),
-    [
-        (TEXT_12, None, None, "trained on folders sorted as text"),
-        (np.argsort(TEXT_12), None, None, "your labels number folders sorted as text"),
-        ([*range(1, 10), 0], None, None, "background class"),
-        ([9, *range(9)], None, None, "your labels count from one"),
-        (np.argsort(np.argsort(np.char.lower(NETTE))), None, NETTE, "sorted by class name"),
-        (
-            np.argsort(np.char.lower(NETTE)),
-            sorted(n.replace(" ", "_").lower() for n in NETTE),
-            NETTE,
-            "the network has the official order",
-        ),
-        (
-            [0, 4, 1, 2, 3],
-            ["c1", "c10", "c2", "c3", "c4"],
-            None,
-            "in numeric order",
-        ),
-    ],
-)
-def test_the_usual_mistakes_are_named(order, names, official, words):
-    classes = len(order)
-    logits, labels = readings(classes, 30, 0.8, order)
-    found = teachers.find_order(
-        logits, labels, np.arange(classes), classes, class_names=names, official_names=official
-    )
-    assert found.why is not None and words in found.why
-    assert (found.order_K == order).all()
-    assert found.top1 > 0.75 and found.stated_top1 < 0.3
-
-
-@pytest.mark.parametrize("classes", [3, 10, 100])
-def test_any_other_order_is_found_on_images_it_was_not_estimated_from(classes):
-    order = np.random.default_rng(5).permutation(classes)
-    logits, labels = readings(classes, 30, 0.85, order)
-    found = teachers.find_order(logits, labels, np.arange(classes), classes)
-    assert found.why is None or classes == 3  # three classes have six orders, most of them usual
-    assert (found.order_K == order).all()
-    assert found.top1 == pytest.approx(0.86, abs=0.06)
-
-
-def test_two_exchanged_classes_of_many_are_found():
-    order = np.arange(50)
-    order[[7, 31]] = 31, 7
-    logits, labels = readings(50, 30, 0.7, order)
-    found = teachers.find_order(logits, labels, np.arange(50), 50)
-    assert (found.order_K == order).all() and found.why is None
-
-
-@pytest.mark.parametrize(("classes", "per_class"), [(2, 50), (10, 36), (10, 500), (100, 10)])
-@pytest.mark.parametrize("accuracy", [0.0, 0.4, 0.95])
-def test_the_right_order_is_left_alone(classes, per_class, accuracy):
-    logits, labels = readings(classes, per_class, accuracy, np.arange(classes))
-    assert teachers.find_order(logits, labels, np.arange(classes), classes) is None
-
-
-def test_one_image_per_class_estimates_nothing_but_shows_a_shift():
-    logits, labels = readings(200, 1, 0.8, np.random.default_rng(1).permutation(200))
-    assert teachers.find_order(logits, labels, np.arange(200), 200) is None
-    logits, labels = readings(200, 1, 0.8, np.arange(1, 201) % 200)
-    found = teachers.find_order(logits, labels, np.arange(200), 200)
-    assert "background" in found.why
-
-
-def test_judged_by_the_images_it_was_estimated_from_chance_would_look_permuted():
-    """The broken twin of the halves: why the best of K! orders must not judge itself."""
-    logits, labels = readings(100, 4, 0.0, np.arange(100))
-    stated = teachers.ranks(logits, labels, np.arange(100)) == 0
-    best = teachers.assign(teachers.confusion(logits, labels, 100), np.arange(100))
-    itself = teachers.ranks(logits, labels, best) == 0
-    assert teachers.looks_trained(itself, 100) and teachers.far_above(itself, stated, 100)
-    assert teachers.find_order(logits, labels, np.arange(100), 100) is None
-
-
-def test_far_above_is_certain_and_large():
-    def right(count, total=1000):
-        return np.arange(total) < count
-
-    assert teachers.far_above(right(900), right(100), 10)
-    assert not teachers.far_above(right(300), right(100), 10)  # certain, but not large
-    assert not teachers.far_above(right(10, 10), right(0, 10), 10)  # large, but ten images
-
-
 @pytest.mark.parametrize("seed", range(6))
 def test_a_random_network_is_not_called_permuted(digits, seed):
     images, labels = digits
@@ -236,7 +104,7 @@ def test_a_random_network_is_not_called_permuted(digits, seed):
     variables = init(jax.random.key(seed, impl="threefry2x32"))
     mean, std = (np.array(c, np.float32) for c in ((0.3054,), (0.3187,)))
     logits = np.asarray(teachers._forward(module, variables, images, mean, std))
-    assert teachers.find_order(logits, labels, np.arange(10), 10) is None
+    assert class_order.find_order(logits, labels, np.arange(10), 10) is None
 
 
 # --- the command line on a trained network ----------------------------------------------------
