@@ -86,8 +86,8 @@ class MobileNetV2(nn.Module):
 class MnasNet(nn.Module):
     """MnasNet-A1 without squeeze-excitation ("B1"), as torchvision's mnasnet.
 
-    Reference: torchvision's BatchNorm momentum of 3e-4 suits ImageNet's length; here it is the
-    usual 0.1.
+    Reference: the BatchNorm momentum of 3e-4 needs the tens of thousands of steps of ImageNet.
+    The small stem, which torchvision does not have, takes the usual 0.1.
 
     Attributes:
       alpha: the variant's own width multiplier (1.3 for mnasnet1_3).
@@ -103,8 +103,17 @@ class MnasNet(nn.Module):
 
     @nn.compact
     def __call__(self, images_BHWC: Array, train: bool = False) -> Array:
-        conv_norm = functools.partial(layers.conv_norm, train=train, dtype=self.dtype)
         small = self.stem == "small"
+        momentum = layers.MOMENTUM if small else 3e-4
+
+        def conv_norm(x, features, kernel=1, stride=1, groups=1, *, names, activation=None):
+            padding = (kernel - 1) // 2
+            conv = layers.Conv(
+                features, kernel, stride, padding, groups, False, self.dtype, name=names[0]
+            )
+            norm = layers.BatchNorm(momentum=momentum, dtype=self.dtype, name=names[1])
+            x = norm(conv(x), train)
+            return x if activation is None else activation(x)
 
         def scaled(channels: int) -> int:
             return layers.scale_channels(round_up(channels * self.alpha), self.width)

@@ -1,7 +1,12 @@
-"""The reference side of the parity tests: the published PyTorch networks, scaled in depth."""
+"""The reference side of the parity tests: the published PyTorch networks, scaled as the case says.
+
+A narrow one is the published network whose layers were given the shapes of our parameters. A
+small stem is the published network with the layers changed that ``SMALL_STEMS`` changes.
+"""
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import numpy as np
@@ -9,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from models import parity
 from torch import nn
+
+from prism_jax.models import ARCHITECTURES
 
 # torchvision's compiled operators are not needed, but it looks for them when imported.
 _library = torch.library.Library("torchvision", "DEF")
@@ -63,7 +70,7 @@ def efficientnet_b0(case):
             (6, 3, 1, 192, 320, 1),
         )
     ]
-    return EfficientNet(setting, 0.2, num_classes=case.num_classes)
+    return EfficientNet(setting, 0.2, 0.2, num_classes=case.num_classes)
 
 
 def mnasnet(case, alpha):
@@ -96,9 +103,11 @@ def regnet_y_8gf(case):
     return regnet.RegNet(parameters, case.num_classes)
 
 
-def vit(case, heads):
+def vit(case, heads, drop_path=0.0):
     return timm.models.vision_transformer.VisionTransformer(
         img_size=case.image_size,
+        patch_size=4 if case.stem == "small" else 16,
+        drop_path_rate=drop_path,
         embed_dim=64 * heads,
         depth=counts([12], case.depth)[0],
         num_heads=heads,
@@ -108,8 +117,15 @@ def vit(case, heads):
 
 def swin_tiny(case):
     blocks = counts((2, 2, 6, 2), case.depth)
+    patch, window = (2, 4) if case.stem == "small" else (4, 7)
     return swin_transformer.SwinTransformer(
-        [4, 4], 96, blocks, [3, 6, 12, 24], [7, 7], num_classes=case.num_classes
+        [patch] * 2,
+        96,
+        blocks,
+        [3, 6, 12, 24],
+        [window] * 2,
+        stochastic_depth_prob=0.2,
+        num_classes=case.num_classes,
     )
 
 
@@ -119,7 +135,7 @@ def convnext_tiny(case):
     setting = [
         convnext.CNBlockConfig(widths[i], widths[i + 1], count) for i, count in enumerate(blocks)
     ]
-    return convnext.ConvNeXt(setting, num_classes=case.num_classes)
+    return convnext.ConvNeXt(setting, 0.1, num_classes=case.num_classes)
 
 
 class CifarBlock(nn.Module):
@@ -203,18 +219,18 @@ class WideResNet(nn.Module):
 class ConvNet(nn.Module):
     def __init__(self, case, blocks, norm):
         super().__init__()
-        stack, inputs = [], 3
+        stack, inputs, features = [], 3, int(128 * case.width)
         for _ in range(blocks):
-            stack.append(nn.Conv2d(inputs, 128, 3, padding=1))
+            stack.append(nn.Conv2d(inputs, features, 3, padding=1))
             if norm == "batch":
-                stack.append(nn.BatchNorm2d(128))
+                stack.append(nn.BatchNorm2d(features))
             elif norm == "instance":
-                stack.append(nn.GroupNorm(128, 128))
+                stack.append(nn.GroupNorm(features, features))
             stack += [nn.ReLU(), nn.AvgPool2d(2)]
-            inputs = 128
+            inputs = features
         self.features = nn.Sequential(*stack)
         side = case.image_size // 2**blocks
-        self.classifier = nn.Linear(128 * side * side, case.num_classes)
+        self.classifier = nn.Linear(features * side * side, case.num_classes)
 
     def forward(self, x):
         return self.classifier(self.features(x).flatten(1))
@@ -244,31 +260,137 @@ NETWORKS = {
     "alexnet": lambda case: tv.AlexNet(case.num_classes),
     "vit_tiny_patch16_224": partial(vit, heads=3),
     "vit_small_patch16_224": partial(vit, heads=6),
-    "deit_tiny": partial(vit, heads=3),
+    "deit_tiny": partial(vit, heads=3, drop_path=0.1),
     "swin_tiny": swin_tiny,
     "convnext_tiny": convnext_tiny,
-    "convnet_d1": partial(ConvNet, blocks=1, norm="instance"),
-    "convnet_d3": partial(ConvNet, blocks=3, norm="instance"),
-    "convnet_d3_bn": partial(ConvNet, blocks=3, norm="batch"),
-    "convnet_d4_none": partial(ConvNet, blocks=4, norm="none"),
+    **{
+        f"convnet_d{blocks}{suffix}": partial(ConvNet, blocks=blocks, norm=norm)
+        for blocks in range(1, 7)
+        for suffix, norm in (("", "instance"), ("_bn", "batch"), ("_none", "none"))
+    },
 }
+
+
+def small_resnet(net):
+    net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    net.maxpool = nn.Identity()
+
+
+def small_shufflenet(net):
+    net.conv1[0].stride = (1, 1)
+    net.maxpool = nn.Identity()
+
+
+def small_mobilenet(net):
+    net.features[0][0].stride = net.features[2].conv[1][0].stride = (1, 1)
+
+
+def small_efficientnet(net):
+    net.features[0][0].stride = net.features[2][0].block[1][0].stride = (1, 1)
+
+
+def small_mnasnet(net):
+    net.layers[0].stride = net.layers[8][0].layers[3].stride = (1, 1)
+
+
+def small_densenet(net):
+    net.features.conv0 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    net.features.pool0 = nn.Identity()
+
+
+def small_vgg(net):
+    first_pool = next(i for i, part in enumerate(net.features) if isinstance(part, nn.MaxPool2d))
+    net.features[first_pool] = nn.Identity()
+    net.avgpool = nn.AdaptiveAvgPool2d(1)
+    net.classifier[0] = nn.Linear(512, 4096)
+
+
+def small_regnet(net):
+    first = net.trunk_output[0][0]
+    net.stem[0].stride = first.f.b[0].stride = first.proj[0].stride = (1, 1)
+
+
+def small_alexnet(net):
+    net.features[0] = nn.Conv2d(3, 64, 3, 1, 1)
+    net.features[2] = nn.Identity()
+    net.avgpool = nn.AdaptiveAvgPool2d(2)
+    net.classifier[1] = nn.Linear(256 * 4, 4096)
+
+
+def small_convnext(net):
+    net.features[0][0] = nn.Conv2d(3, 96, 3, 1, 1)
+
+
+# By family of the registry. The others have one stem, or build it themselves.
+SMALL_STEMS = {
+    "resnet": small_resnet,
+    "wide_resnet": small_resnet,
+    "shufflenet": small_shufflenet,
+    "mobilenet": small_mobilenet,
+    "efficientnet": small_efficientnet,
+    "mnasnet": small_mnasnet,
+    "densenet": small_densenet,
+    "vgg": small_vgg,
+    "regnet": small_regnet,
+    "alexnet": small_alexnet,
+    "convnext": small_convnext,
+}
+
+
+def narrow(net: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Give the layers of a network other numbers of channels: parameters of these shapes."""
+    for name, part in net.named_modules():
+        if isinstance(part, nn.Conv2d):
+            part.out_channels, per_group = shapes[f"{name}.weight"][:2]
+            # All convolutions with groups keep the number of channels.
+            part.groups = 1 if part.groups == 1 else part.out_channels // per_group
+            part.in_channels = per_group * part.groups
+        elif isinstance(part, nn.BatchNorm2d):
+            (part.num_features,) = shapes[f"{name}.weight"]
+        elif isinstance(part, nn.LayerNorm):
+            part.normalized_shape = shapes[f"{name}.weight"]
+        elif isinstance(part, nn.Linear):
+            part.out_features, part.in_features = shapes[f"{name}.weight"]
+        for leaf, value in [*part.named_parameters(recurse=False)]:
+            drawn_later = torch.empty(shapes[f"{name}.{leaf}"], dtype=value.dtype)
+            setattr(part, leaf, nn.Parameter(drawn_later))
+        for leaf, value in [*part.named_buffers(recurse=False)]:
+            if value.ndim:
+                part.register_buffer(leaf, torch.empty(shapes[f"{name}.{leaf}"], dtype=value.dtype))
+
+
+def drop_alike(net: nn.Module) -> None:
+    """Make dropout and stochastic depth keep what ``parity.kept`` says, in order of their calls."""
+    calls = itertools.count()
+
+    def forward(x, *, part, rate, whole_images):
+        if not part.training:
+            return x
+        shape = x.shape[:1] + (1,) * (x.ndim - 1) if whole_images else x.shape
+        return x * torch.from_numpy(parity.kept(next(calls), tuple(shape))) / (1 - rate)
+
+    for part in net.modules():
+        kind = type(part).__name__
+        rate = getattr(part, "drop_prob" if kind == "DropPath" else "p", 0.0)
+        if kind in ("Dropout", "StochasticDepth", "DropPath") and rate > 0:
+            whole_images = kind != "Dropout"
+            part.forward = partial(forward, part=part, rate=rate, whole_images=whole_images)
 
 
 def network(case: parity.Case) -> nn.Module:
     """Build the reference in float64 with the case's weights; nothing in it is random."""
-    module = NETWORKS[case.architecture](case).double().eval()
-    for part in module.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-        if isinstance(part, nn.BatchNorm2d):
-            part.momentum = 0.1
-        if type(part).__name__ == "StochasticDepth":
-            part.p = 0.0
+    net = NETWORKS[case.architecture](case).double()
+    family = ARCHITECTURES[case.architecture].family
+    if case.stem == "small" and family in SMALL_STEMS:
+        SMALL_STEMS[family](net.double())
+    if case.width < 1:
+        narrow(net, {n: leaf.torch_shape for n, leaf in parity.leaves_of(case).items()})
+    drop_alike(net)
     with torch.no_grad():
-        for name, value in module.state_dict().items():
+        for name, value in net.state_dict().items():
             if value.is_floating_point():
                 value.copy_(torch.from_numpy(parity.tensor(name, tuple(value.shape))))
-    return module
+    return net.double().eval()
 
 
 def outputs(case: parity.Case) -> dict[str, np.ndarray]:
@@ -284,7 +406,8 @@ def outputs(case: parity.Case) -> dict[str, np.ndarray]:
             var = inputs[0].var((0, 2, 3), unbiased=False)
             moments[f"moments.{name}.running_mean"] = mean.detach().numpy()
             moments[f"moments.{name}.running_var"] = var.detach().numpy()
-            alignment.append((mean - norm.running_mean).norm() + (var - norm.running_var).norm())
+            gap = (mean - norm.running_mean).norm() + (var - norm.running_var).norm()
+            alignment.append(gap if alignment else parity.FIRST_BN * gap)
 
         return hook
 
@@ -294,7 +417,7 @@ def outputs(case: parity.Case) -> dict[str, np.ndarray]:
         if isinstance(part, nn.BatchNorm2d)
     ]
     logits = module(images_BCHW)
-    (F.cross_entropy(logits, labels) + 0.01 * sum(alignment)).backward()
+    (F.cross_entropy(logits, labels) + parity.ALPHA_BN * sum(alignment)).backward()
     found = {
         "logits": logits.detach().numpy(),
         "pixels": images_BCHW.grad.permute(0, 2, 3, 1).numpy(),
