@@ -47,7 +47,7 @@ class VisionTransformer(nn.Module):
         init = nn.initializers.truncated_normal(0.02)
         token = self.param("cls_token", init, (1, 1, features), jnp.float32)
         x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, features)), x], axis=1)
-        x = x + self.param("pos_embed", init, x.shape[1:], jnp.float32)
+        x = x + self.param("pos_embed", init, (1, *x.shape[1:]), jnp.float32)
         x = x.astype(self.dtype)
         for block in range(blocks):
             name = f"blocks.{block}"

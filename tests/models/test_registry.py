@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from prism_jax import models, training
 from prism_jax.errors import UserError
-from prism_jax.models import ARCHITECTURES, layers
+from prism_jax.models import ARCHITECTURES, import_torch, layers
 from prism_jax.types import Normalisation
 
 KEY = functools.partial(jax.random.key, 0, impl="threefry2x32")
@@ -45,6 +46,65 @@ def test_counts_are_the_published_ones(name):
     assert set(variables) <= {"params", "batch_stats"}
     if row.first_bn:
         assert {"mean", "var"} == set(variables["batch_stats"][row.first_bn[0]])
+
+
+PUBLISHED = {  # where the name is not torchvision's own
+    "swin_tiny": "swin_t",
+    "vit_tiny_patch16_224": "timm",
+    "vit_small_patch16_224": "timm",
+    "deit_tiny": "deit_tiny_patch16_224",
+}
+
+
+def published(name, torch_networks):
+    """The network as its own code base builds it, without memory for its weights."""
+    row, known = ARCHITECTURES[name], torch_networks.tv.list_models()
+    with torch_networks.torch.device("meta"):
+        # RegNet computes its widths with tensors.
+        if (official := PUBLISHED.get(name, name)) in known and name != "regnet_y_8gf":
+            return torch_networks.tv.get_model(official, weights=None)
+        if name in PUBLISHED:
+            return torch_networks.timm.create_model(name if official == "timm" else official)
+        case = torch_networks.parity.Case(name, 1.0, row.image_size, row.classes)
+        return torch_networks.NETWORKS[name](case)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_state_what_pytorch_has(name):
+    reason = "needs torch, torchvision and timm; the rows state what they have"
+    torch_networks = pytest.importorskip(
+        "models.torch_networks", reason=reason, exc_type=ImportError
+    )
+    torch, row, norms = torch_networks.torch, ARCHITECTURES[name], []
+    net = published(name, torch_networks).eval()
+    assert sum(p.numel() for p in net.parameters()) == row.parameters
+    for part_name, part in net.named_modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.register_forward_hook(lambda *_, part_name=part_name: norms.append(part_name))
+    images = torch.empty((2, 3, row.image_size, row.image_size), device="meta")
+    assert net(images).shape == (2, row.classes)
+    assert len(norms) == row.batch_norms
+    assert row.first_bn == ((norms[0],) if norms else None)
+
+    _, variables = shapes(models.build(name, row.classes), row.image_size)
+    ours = {n: leaf.torch_shape for n, leaf in import_torch.torch_leaves(variables).items()}
+    theirs = {n: tuple(t.shape) for n, t in net.state_dict().items()}
+    assert ours == {n: shape for n, shape in theirs.items() if not import_torch.UNUSED.search(n)}
+
+    size = row.min_image_size["imagenet"]
+    if "patch16" not in name and name != "deit_tiny" and not name.startswith("convnet_d"):
+        assert net(torch.empty((2, 3, size, size), device="meta")).shape == (2, row.classes)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_rows_are_complete(name):
+    row = ARCHITECTURES[name]
+    assert re.fullmatch(r"\d{4}\.\d{4,5}", row.paper)
+    assert row.weights and set(row.weights) <= set(import_torch.LAYOUTS)
+    assert set(row.min_image_size) == set(models.registry.STEMS)
+    assert row.min_image_size["small"] <= row.min_image_size["imagenet"] <= row.image_size
+    assert (row.batch_norms > 0) == (row.first_bn is not None)
+    assert row.family and row.parameters > 0
 
 
 @pytest.mark.parametrize("name", KINDS)

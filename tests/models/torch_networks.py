@@ -96,9 +96,10 @@ def vgg11_bn(case):
 
 
 def regnet_y_8gf(case):
-    parameters = regnet.BlockParams.from_init_params(
-        depth=17, w_0=192, w_a=76.82, w_m=2.19, group_width=56, se_ratio=0.25
-    )
+    with torch.device("cpu"):
+        parameters = regnet.BlockParams.from_init_params(
+            depth=17, w_0=192, w_a=76.82, w_m=2.19, group_width=56, se_ratio=0.25
+        )
     parameters.depths = counts(parameters.depths, case.depth)
     return regnet.RegNet(parameters, case.num_classes)
 
