@@ -14,6 +14,7 @@ from etils import epath
 
 from prism_jax import progress
 from prism_jax.data import workdir
+from prism_jax.errors import UserError
 from prism_jax.types import PyTree
 
 if TYPE_CHECKING:  # Orbax takes half a second to import: not before there is something to save
@@ -95,15 +96,10 @@ class Checkpoints:
         """One checkpoint's leaves and meta; raises where they are not what was saved."""
         from prism_jax.data import orbax_files
 
-        restored = self._open().restore(step, args=orbax_files.Restore())
-        leaves = [restored["leaves"][name] for name, _ in orbax_files.enumerate_names(wanted)]
-        content = json.loads(restored["meta"])
-        if content["digest"] != _digest(leaves, content["meta"]):
-            raise ValueError("its content is not what was saved")
-        forms = [(np.shape(x), x.dtype) for x in wanted]
-        if [(x.shape, x.dtype) for x in leaves] != forms or len(leaves) != len(restored["leaves"]):
+        leaves, meta = _checked(self._open().restore(step, args=orbax_files.Restore()))
+        if [(x.shape, x.dtype) for x in leaves] != [(np.shape(x), x.dtype) for x in wanted]:
             raise ValueError("it has other shapes")
-        return leaves, content["meta"]
+        return leaves, meta
 
     def close(self) -> None:
         """Wait for a save in flight."""
@@ -117,6 +113,42 @@ class Checkpoints:
         self.close()
         if self._folder.exists():
             self._folder.rmtree()
+
+
+def read_newest(folder: epath.PathLike) -> tuple[int, list[np.ndarray]] | None:
+    """The step and the leaves of the newest whole checkpoint, whatever they are; changes nothing.
+
+    Args:
+      folder: of checkpoints, or of one of them.
+
+    Returns:
+      None where it holds no checkpoint of ours.
+
+    Raises:
+      UserError: it holds some, and all are damaged.
+    """
+    from prism_jax.data import orbax_files
+
+    folder, damaged = epath.Path(folder), []
+    steps = [f for f in (folder, *folder.iterdir()) if f.name.isdigit()]
+    for step in sorted(steps, key=lambda f: int(f.name), reverse=True):
+        if (step / "default" / orbax_files.FILE).is_file():
+            try:
+                return int(step.name), _checked(orbax_files.read(step / "default"))[0]
+            except Exception:  # msgpack raises many kinds; each means: not this one.
+                damaged.append(str(step))
+    if damaged:
+        raise UserError(f"no checkpoint in {folder} is whole; damaged: {', '.join(damaged)}")
+    return None
+
+
+def _checked(content: dict[str, Any]) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """A file's leaves and meta; raises where they are not what was saved."""
+    leaves = [content["leaves"][name] for name in sorted(content["leaves"])]
+    stated = json.loads(content["meta"])
+    if stated["digest"] != _digest(leaves, stated["meta"]):
+        raise ValueError("its content is not what was saved")
+    return leaves, stated["meta"]
 
 
 def _digest(leaves: Sequence[np.ndarray], meta: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from flax import serialization
 
 from prism_jax.data import workdir
 
-_FILE = "state.msgpack"
+FILE = "state.msgpack"
 
 
 class Handler(ocp.AsyncCheckpointHandler):
@@ -33,10 +33,10 @@ class Handler(ocp.AsyncCheckpointHandler):
 
     def save(self, directory: epath.Path, args: Save) -> None:
         data = {"leaves": dict(enumerate_names(args.leaves)), "meta": workdir.to_json(args.meta)}
-        (directory / _FILE).write_bytes(serialization.msgpack_serialize(data))
+        (directory / FILE).write_bytes(serialization.msgpack_serialize(data))
 
     def restore(self, directory: epath.Path, args: Any = None) -> dict[str, Any]:
-        return serialization.msgpack_restore((directory / _FILE).read_bytes())
+        return read(directory)
 
     def close(self) -> None:
         self._writer.shutdown()
@@ -53,6 +53,11 @@ class Save(ocp.args.CheckpointArgs):
 @dataclasses.dataclass
 class Restore(ocp.args.CheckpointArgs):
     pass
+
+
+def read(directory: epath.Path) -> dict[str, Any]:
+    """What a handler saved in a directory: "leaves" by their names, and "meta" in JSON."""
+    return serialization.msgpack_restore((directory / FILE).read_bytes())
 
 
 def enumerate_names(leaves: Sequence[np.ndarray]) -> list[tuple[str, np.ndarray]]:

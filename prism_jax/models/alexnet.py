@@ -33,9 +33,8 @@ class AlexNet(nn.Module):
         def hidden(x, index):
             x = layers.Dropout(self.dropout, name=f"classifier.{index - 1}")(x, train)
             features = layers.scale_channels(4096, self.width)
-            init = nn.initializers.he_normal()
             name = f"classifier.{index}"
-            return nn.relu(layers.Dense(features, init, dtype=self.dtype, name=name)(x))
+            return nn.relu(layers.Dense(features, dtype=self.dtype, name=name)(x))
 
         if small:
             x = conv(images_BHWC, 64, 3, 1, 1, index=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import pickle
 import re
 import struct
@@ -26,7 +27,7 @@ import safetensors.numpy
 from etils import epath
 
 from prism_jax.errors import UserError
-from prism_jax.models.registry import ARCHITECTURES, build, lookup
+from prism_jax.models.registry import ARCHITECTURES, build, check_image_size, lookup
 from prism_jax.types import PyTree
 
 LEAVES = {
@@ -95,27 +96,97 @@ def load_checkpoint(
       image_shape: (height, width, channels) of the images it will read.
 
     Returns:
-      Float32 NumPy arrays: "params" and, with BatchNorm, "batch_stats".
+      Float32 NumPy arrays: "params" and "batch_stats" (empty without BatchNorm).
 
     Raises:
       UserError: the file is missing, damaged, not the one its name promises, holds more than
         tensors, or does not fit; everything that does not fit is told at once.
     """
-    row = lookup(architecture)
-    tensors = rename(read_checkpoint(path), row.weights)
+    tensors = rename(read_checkpoint(path), lookup(architecture).weights)
+    return fit(
+        tensors,
+        path,
+        architecture,
+        num_classes,
+        image_shape=image_shape,
+        width=width,
+        depth=depth,
+        stem=stem,
+    )
+
+
+def fit(
+    tensors: dict[str, np.ndarray],
+    path: str,
+    architecture: str,
+    num_classes: int,
+    *,
+    image_shape: tuple[int, int, int],
+    width: float = 1.0,
+    depth: float = 1.0,
+    stem: str = "imagenet",
+) -> PyTree:
+    """Lay out a file's tensors as the variables of an architecture; see :func:`load_checkpoint`.
+
+    Args:
+      tensors: by our names, in PyTorch's layout.
+      path: where they are from, for messages.
+    """
+    check_image_size(architecture, min(image_shape[:2]), stem)
     module = build(architecture, num_classes, width=width, depth=depth, stem=stem)
     shapes = _shapes(module, image_shape)
     leaves = torch_leaves(shapes)
-    missing = sorted(leaves.keys() - tensors.keys())
-    unused = sorted(tensors.keys() - leaves.keys())
-    misshapen = [
-        f"{name}: file {tensors[name].shape}, network {leaf.torch_shape}"
+    missing, unused = leaves.keys() - tensors.keys(), tensors.keys() - leaves.keys()
+    misshapen = {
+        name: leaf
         for name, leaf in leaves.items()
         if name in tensors and tensors[name].shape != leaf.torch_shape
-    ]
-    if missing or unused or misshapen:
-        raise UserError(_misfit(path, architecture, tensors, missing, unused, misshapen))
-    return from_state_dict(tensors, shapes, np.float32)
+    }
+    if not (missing or unused or misshapen):
+        return {"batch_stats": {}, **from_state_dict(tensors, shapes, np.float32)}
+
+    def due_to(other_shape: tuple[int, int, int]) -> set[str]:
+        other = torch_leaves(_shapes(module, other_shape))
+        return {n for n in misshapen if other[n].torch_shape != leaves[n].torch_shape}
+
+    rows, columns, channels = image_shape
+    hints, head = [], _head(tensors, misshapen, num_classes)
+    if head is not None:
+        if not (missing or unused) and len(misshapen) <= 2:
+            raise UserError(_other_head(path, architecture, head, num_classes))
+        hints.append(f"Its head has {head} classes; {num_classes} were asked for.")
+    if due_to((2 * rows, 2 * columns, channels)):
+        hints.append(f"It is for images of another size than {rows} x {columns} px: state theirs.")
+    for name in due_to((rows, columns, channels + 1)):
+        hints.append(f"It reads {tensors[name].shape[1]} channels; the images have {channels}.")
+    raise UserError(
+        _misfit(path, architecture, tensors, sorted(missing), sorted(unused), misshapen, hints)
+    )
+
+
+def _head(tensors: dict, misshapen: dict[str, Leaf], num_classes: int) -> int | None:
+    """The file's number of classes, where it is another one than asked for."""
+    for name, leaf in misshapen.items():
+        if leaf.torch_shape == (num_classes,) and tensors[name].ndim == 1:
+            return tensors[name].shape[0]
+    return None
+
+
+def _other_head(path: str, architecture: str, head: int, num_classes: int) -> str:
+    """What can be done with weights of a head of another size."""
+    lines = [f"{path} is a {architecture} with a head of {head} classes; {num_classes} were asked:"]
+    if head > num_classes:
+        lines.append(
+            f"  - if the {num_classes} are among the {head}, keep the head and pick them: in a "
+            f"config networks.NAME.head_classes={head} and networks.NAME.class_indices=(4, 0, ...) "
+            f"(`python -m prism_jax.tools.teachers evaluate ... --class-indices=find` finds them "
+            f"by images), in Python num_classes={head}"
+        )
+    lines.append(
+        "  - if they are other classes, it needs a new head: leave the weights out, so that the "
+        "network is trained, or replace and train its last layer elsewhere"
+    )
+    return "\n".join(lines)
 
 
 def from_state_dict(tensors: dict[str, np.ndarray], like: PyTree, dtype: np.dtype) -> PyTree:
@@ -202,23 +273,26 @@ def _shapes(module, image_shape: tuple[int, int, int]) -> PyTree:
     return jax.eval_shape(module.init, jax.random.key(0, impl="threefry2x32"), images_BHWC)
 
 
-def _misfit(path, architecture, tensors, missing, unused, misshapen) -> str:
+def _misfit(path, architecture, tensors, missing, unused, misshapen, hints) -> str:
     """Tell everything that does not fit, and what the file looks like instead."""
+    shapes = [
+        f"{name}: file {tensors[name].shape}, network {leaf.torch_shape}"
+        for name, leaf in misshapen.items()
+    ]
     lines = [f"{path} does not fit {architecture}:"]
     for what, names in (
         ("missing from the file", missing),
         ("in the file, but not in the network", unused),
-        ("of another shape", misshapen),
+        ("of another shape", shapes),
     ):
         if names:
             shown = "; ".join(names[:5]) + ("; ..." if len(names) > 5 else "")
             lines.append(f"  {len(names)} tensors {what}: {shown}")
-    if not missing and not unused and len(misshapen) <= 2:
-        lines.append("  Only the ends differ: state the file's number of classes and channels.")
+    lines += [f"  {hint}" for hint in hints]
     likely = guess_architecture(tensors)
     if likely and architecture not in likely:
         lines.append(f"  It looks like {' or '.join(likely)}: state that architecture.")
-    else:
+    elif not hints:
         lines.append("  State the architecture, width, depth and stem it was trained with.")
     return "\n".join(lines)
 
@@ -270,11 +344,11 @@ def read_checkpoint(path: str) -> dict[str, np.ndarray]:
         )
     try:
         if file.suffix == ".safetensors":
-            found: Any = safetensors.numpy.load(data)
+            tensors = safetensors.numpy.load(data)
         elif data[:2] == b"PK":
-            found = _read_zip(data)
+            tensors = _read_zip(data)
         else:
-            found = _read_legacy(data)
+            tensors = _read_legacy(data)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (
@@ -286,23 +360,22 @@ def read_checkpoint(path: str) -> dict[str, np.ndarray]:
             f"{path} cannot be read as a weight file; it is truncated, damaged or of another "
             f"kind ({type(error).__name__}: {error}). Fetch it again, or save the state dict anew"
         ) from error
-    return _state_dict(found, path)
+    if not tensors:
+        raise UserError(f"{path} holds no tensors")
+    return tensors
 
 
-def _state_dict(found: Any, path: str) -> dict[str, np.ndarray]:
+def _state_dict(found: Any) -> dict[str, _LazyTensor]:
     """Unwrap a training checkpoint down to its tensors."""
     for _ in WRAPPERS:
         if isinstance(found, dict):
             inner = next((found[key] for key in WRAPPERS if isinstance(found.get(key), dict)), None)
             found = found if inner is None else inner
-    tensors = (
-        {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
-        if isinstance(found, dict)
-        else {}
-    )
+    entries = found.items() if isinstance(found, dict) else ()
+    tensors = {name: value for name, value in entries if isinstance(value, _LazyTensor)}
     if not tensors or not all(isinstance(name, str) for name in tensors):
         raise UserError(
-            f"{path} holds no state dict; save one with torch.save(model.state_dict(), path)"
+            "it holds no state dict; save one with torch.save(model.state_dict(), path)"
         )
     return tensors
 
@@ -350,7 +423,15 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """An unpickler that knows tensors and ordered dicts, and refuses everything else."""
+    """An unpickler that knows tensors and ordered dicts, and refuses everything else.
+
+    Attributes:
+      itemsize: of every storage that was named.
+    """
+
+    def __init__(self, stream: io.BytesIO):
+        super().__init__(stream)
+        self.itemsize: dict[str, int] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("torch", "torch.storage") and name in _DTYPES:
@@ -366,59 +447,56 @@ class _TensorUnpickler(pickle.Unpickler):
         kind, storage, key, *_ = pid
         if kind != "storage" or not isinstance(storage, _StorageType):
             raise pickle.UnpicklingError(f"unknown kind of storage {kind!r}")
+        self.itemsize[str(key)] = storage.dtype.itemsize
         return str(key), storage.dtype
 
 
-def _read_zip(data: bytes) -> Any:
+def _read_zip(data: bytes) -> dict[str, np.ndarray]:
     """The format of ``torch.save`` since 1.6: a zip of one pickle and one file per storage."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise zipfile.BadZipFile("it is compressed, which torch.save never does")
         (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         root = pickled.removesuffix("data.pkl")
         order = f"{root}byteorder"
         if order in archive.namelist() and archive.read(order) != b"little":
             raise UserError("it was written by a big-endian machine; save it as .safetensors")
-        found = _TensorUnpickler(io.BytesIO(archive.read(pickled))).load()
-        return _resolve(found, lambda key: archive.read(f"{root}data/{key}"))
+        found = _state_dict(_TensorUnpickler(io.BytesIO(archive.read(pickled))).load())
+        return {
+            name: _tensor(lazy, archive.read(f"{root}data/{lazy.storage}"))
+            for name, lazy in found.items()
+        }
 
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 
 
-def _read_legacy(data: bytes) -> Any:
+def _read_legacy(data: bytes) -> dict[str, np.ndarray]:
     """The format before 1.6: four pickles, then the storages that the last of them lists."""
     stream = io.BytesIO(data)
-    magic, _, system, found = (_TensorUnpickler(stream).load() for _ in range(4))
+    magic, _, system = (_TensorUnpickler(stream).load() for _ in range(3))
     if magic != _MAGIC:
         raise pickle.UnpicklingError("not written by torch.save")
     if not system["little_endian"]:
         raise UserError("it was written by a big-endian machine; save it as .safetensors")
-    itemsize: dict[str, int] = {}
-    _resolve(found, lambda key: b"", itemsize)
-    storages = {}
+    unpickler = _TensorUnpickler(stream)
+    found, storages = _state_dict(unpickler.load()), {}
     for key in _TensorUnpickler(stream).load():
         (count,) = struct.unpack("<q", stream.read(8))
-        size = count * itemsize.get(key, 0)
-        storages[key] = stream.read(size)
-        if count < 0 or key not in itemsize or len(storages[key]) != size:
+        size = count * unpickler.itemsize[key]
+        storages[key] = stream.read(size) if count >= 0 else b""
+        if len(storages[key]) != size:
             raise EOFError(f"storage {key} is cut off")
-    return _resolve(found, storages.__getitem__)
+    return {name: _tensor(lazy, storages[lazy.storage]) for name, lazy in found.items()}
 
 
-def _resolve(found: Any, read: Callable[[str], bytes], itemsize: dict | None = None) -> Any:
-    """Replace lazy tensors by arrays, or (with ``itemsize``) only note their storages."""
-    if isinstance(found, dict):
-        return {key: _resolve(value, read, itemsize) for key, value in found.items()}
-    if isinstance(found, (list, tuple)) and not isinstance(found, _LazyTensor):
-        return [_resolve(value, read, itemsize) for value in found]
-    if not isinstance(found, _LazyTensor):
-        return found
-    if itemsize is not None:
-        itemsize[found.storage] = found.dtype.itemsize
-        return found
-    storage = np.frombuffer(read(found.storage), found.dtype)
-    reach = sum((n - 1) * s for n, s in zip(found.shape, found.stride, strict=True))
-    sound = min((found.offset, *found.shape, *found.stride)) >= 0
-    if not sound or (0 not in found.shape and found.offset + reach >= len(storage)):
-        raise EOFError(f"tensor of shape {found.shape} reaches beyond its storage")
-    strides = [s * found.dtype.itemsize for s in found.stride]
-    return np.lib.stride_tricks.as_strided(storage[found.offset :], found.shape, strides).copy()
+def _tensor(lazy: _LazyTensor, storage: bytes) -> np.ndarray:
+    """A tensor that lies, with its strides, within its storage."""
+    values = np.frombuffer(storage, lazy.dtype)
+    reach = sum((n - 1) * s for n, s in zip(lazy.shape, lazy.stride, strict=True))
+    sound = min((lazy.offset, *lazy.shape, *lazy.stride)) >= 0
+    size = math.prod(lazy.shape)
+    if not sound or (size and lazy.offset + reach >= len(values)) or size > len(values):
+        raise EOFError(f"tensor of shape {lazy.shape} reaches beyond its storage")
+    strides = [s * lazy.dtype.itemsize for s in lazy.stride]
+    return np.lib.stride_tricks.as_strided(values[lazy.offset :], lazy.shape, strides).copy()

@@ -297,6 +297,24 @@ def lookup(architecture: str) -> Architecture:
     return ARCHITECTURES[architecture]
 
 
+def check_image_size(architecture: str, image_size: int, stem: str = "imagenet") -> None:
+    """Refuse images that an architecture is too deep for.
+
+    Args:
+      image_size: the shorter side in pixels.
+
+    Raises:
+      UserError: they are smaller than the row's minimum, which the message names.
+    """
+    smallest = lookup(architecture).min_image_size
+    if image_size < smallest[stem]:
+        other = f", with the small stem {smallest['small']}" if stem != "small" else ""
+        raise UserError(
+            f"{architecture} needs images of {smallest[stem]} px or more{other}; these have "
+            f"{image_size} px. Enlarge them, or choose another stem or network"
+        )
+
+
 def first_layers(
     module: nn.Module, image_shape: tuple[int, int, int]
 ) -> dict[type[nn.Module], tuple[str, ...] | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import signal
 import time
@@ -14,25 +13,21 @@ from typing import Any, TypeVar
 import flax.linen as nn
 import numpy as np
 from etils import epath
-from flax import traverse_util
-from safetensors import numpy as safetensors
 
 from prism_jax import parallel, progress
 from prism_jax.config import Dataset, Experiment, Network, fingerprint_fields, to_dict
 from prism_jax.core import batching
-from prism_jax.data import workdir
+from prism_jax.data import weights, workdir
 from prism_jax.data.datasets import DatasetInfo
 from prism_jax.data.exchange import ImageSet, existing_folder
 from prism_jax.data.lazy import Images, LazyImages, OneByOne, hold
 from prism_jax.data.sources import ImageSource, info_of, open_source
+from prism_jax.data.weights import RECORD, WEIGHTS, sha256, unpack_variables
 from prism_jax.errors import UserError
 from prism_jax.initialise import INITIALISERS
 from prism_jax.models import build
 from prism_jax.teachers import TeacherPool, describe
 from prism_jax.types import Normalisation, PyTree
-
-WEIGHTS = "weights.safetensors"
-RECORD = "record.json"
 
 T = TypeVar("T")
 
@@ -317,7 +312,7 @@ class Context:
         network = self.config.network(name)
         fields = {"network": dataclasses.asdict(network)}
         if network.checkpoint:
-            fields["network"]["checkpoint"] = checkpoint_digest(network.checkpoint)
+            fields["network"]["checkpoint"] = _weights_digest(network.checkpoint)
         else:
             fields["squeeze"] = fingerprint_fields("squeeze", self.config.squeeze)
             fields["squeeze"]["seed"] = self.config.squeeze.seed
@@ -506,29 +501,5 @@ def own_normalisation(of: Network | Dataset) -> Normalisation | None:
 
 
 @functools.cache
-def checkpoint_digest(path: str) -> str:
-    """Digest of a checkpoint file.
-
-    Raises:
-      UserError: no such file.
-    """
-    file = epath.Path(path)
-    if not file.exists():
-        raise UserError(f"no checkpoint file at {path}")
-    return sha256(file.read_bytes())
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def pack_variables(variables: PyTree) -> bytes:
-    """Variables as one safetensors file: "params/conv1/kernel" and so on."""
-    flat = traverse_util.flatten_dict(variables, sep="/")
-    return safetensors.save({name: np.ascontiguousarray(leaf) for name, leaf in flat.items()})
-
-
-def unpack_variables(data: bytes) -> PyTree:
-    """The inverse of :func:`pack_variables`."""
-    variables = traverse_util.unflatten_dict(safetensors.load(data), sep="/")
-    return {"params": {}, "batch_stats": {}, **variables}
+def _weights_digest(path: str) -> str:
+    return weights.digest(path)

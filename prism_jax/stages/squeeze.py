@@ -15,16 +15,9 @@ from prism_jax import parallel
 from prism_jax.core.augment import Augment
 from prism_jax.data import workdir
 from prism_jax.data.pipeline import batches, num_batches
+from prism_jax.data.weights import RECORD, WEIGHTS, load, pack_variables, sha256
 from prism_jax.errors import UserError
-from prism_jax.models.import_torch import load_checkpoint
-from prism_jax.stages.context import (
-    RECORD,
-    WEIGHTS,
-    Context,
-    own_normalisation,
-    pack_variables,
-    sha256,
-)
+from prism_jax.stages.context import Context, own_normalisation
 from prism_jax.stages.loop import train
 from prism_jax.training import TrainBatch, Trainer, TrainRecipe, test
 from prism_jax.types import PyTree
@@ -137,7 +130,7 @@ def _import(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, di
     network = context.config.network(name)
     context.say(f"importing {name} from {network.checkpoint}")
     module = context.build(name)
-    variables = load_checkpoint(
+    variables = load(
         network.checkpoint,
         network.architecture,
         module.num_classes,

@@ -46,18 +46,13 @@ from prism_jax.core import pixels
 from prism_jax.data import workdir
 from prism_jax.data.datasets import DATASETS, DatasetInfo
 from prism_jax.data.sources import SOURCES, ImageSource, info_of, open_source
+from prism_jax.data.weights import RECORD, WEIGHTS, pack_variables, sha256
+from prism_jax.data.weights import read as read_weights
 from prism_jax.errors import UserError
 from prism_jax.main import prepare_environment
 from prism_jax.models import ARCHITECTURES, build, lookup
-from prism_jax.models.import_torch import (
-    load_checkpoint,
-    read_checkpoint,
-    rename,
-    to_state_dict,
-    torch_leaves,
-)
+from prism_jax.models.import_torch import fit, torch_leaves
 from prism_jax.models.registry import STEMS
-from prism_jax.stages.context import RECORD, WEIGHTS, pack_variables, sha256, unpack_variables
 from prism_jax.types import Normalisation, PyTree
 
 FIND = "find"
@@ -108,10 +103,10 @@ def load_weights(
     depth: float = 1.0,
     stem: str = "imagenet",
 ) -> Weights:
-    """Load a weight file, or a folder that squeeze or ``import --out`` wrote.
+    """Load weights whose number of classes and of channels need not be known.
 
     Args:
-      path: a ``.pth`` or ``.safetensors`` file, or a folder with weights.safetensors.
+      path: a file or a folder; see ``data.weights``.
       architecture: a key of ``ARCHITECTURES``.
       num_classes: checked against the file's head, which decides.
       image_size: of the images it will read; only some networks' weights depend on it.
@@ -120,84 +115,37 @@ def load_weights(
     Raises:
       UserError: the file cannot be read or does not fit.
     """
-    row, folder = lookup(architecture), _our_folder(path)
+    row = lookup(architecture)
+    found = read_weights(path, architecture, width=width, depth=depth, stem=stem)
     size = image_size or row.image_size
-    kind, stated = "PyTorch weights", None
-    if folder:
-        stated, record = _read_folder(folder, architecture)
-        width, depth = record["width"], record["depth"]
-        stem = record.get("stem", stem)
-        kind = f"weights written by prism_jax (from {record['source']})"
-        tensors = to_state_dict(stated)
-    else:
-        tensors = rename(read_checkpoint(path), row.weights)
-        kind = "safetensors weights" if path.endswith(".safetensors") else kind
+    if found.stated.get("architecture", architecture) != architecture:
+        raise UserError(
+            f"{path} holds a {found.stated['architecture']}, but --architecture={architecture} was "
+            f"given; state --architecture={found.stated['architecture']}"
+        )
+    form = {"width": width, "depth": depth, "stem": stem, **found.stated}
+    form["architecture"] = architecture
 
     def leaves(head: int, channels: int):
-        module = build(architecture, head, width=width, depth=depth, stem=stem)
-        return torch_leaves(_shapes(module, (size, size, channels)))
+        return torch_leaves(_shapes(build(num_classes=head, **form), (size, size, channels)))
 
     usual = leaves(row.classes, 3)
-    head = _measured(tensors, usual, leaves(row.classes + 1, 3)) or row.classes
-    channels = _measured(tensors, usual, leaves(row.classes, 1)) or 3
+    head = _measured(found.tensors, usual, leaves(row.classes + 1, 3)) or row.classes
+    channels = _measured(found.tensors, usual, leaves(row.classes, 1)) or 3
     if num_classes not in (None, head):
         raise UserError(
             f"{path} has a head of {head} classes, but --num-classes={num_classes} was given; "
             "leave it out (to use only some of them, see --class-indices of evaluate)"
         )
     shape = (size, size, channels)
-    module = build(architecture, head, width=width, depth=depth, stem=stem)
-    if folder:
-        variables, file = stated, folder / WEIGHTS
-        if jax.tree.map(np.shape, variables) != _tuples(_shapes(module, shape)):
-            raise UserError(
-                f"{file} does not fit {architecture} with width {width}, depth {depth}, stem "
-                f"{stem} and {size} px images; state the --stem and --image-size of its training"
-            )
-    else:
-        file = epath.Path(path)
-        variables = load_checkpoint(
-            path, architecture, head, image_shape=shape, width=width, depth=depth, stem=stem
-        )
-        variables = {"batch_stats": {}, **variables}
-    return Weights(module, variables, head, shape, stem, kind, sha256(file.read_bytes()))
-
-
-def _our_folder(path: str) -> epath.Path | None:
-    """The folder of a teacher in our own format, given itself or its weights; None for others."""
-    file = epath.Path(path)
-    if file.is_dir():
-        return file
-    return file.parent if file.name == WEIGHTS and (file.parent / RECORD).is_file() else None
-
-
-def _read_folder(folder: epath.Path, architecture: str) -> tuple[PyTree, dict[str, Any]]:
-    if not (folder / RECORD).is_file() or not (folder / WEIGHTS).is_file():
-        raise UserError(
-            f"{folder} holds no {WEIGHTS} with its {RECORD}; give a finished squeeze/<teacher> "
-            "folder, one written by import --out, or a .pth or .safetensors file"
-        )
-    record, data = workdir.read_record(folder / RECORD), (folder / WEIGHTS).read_bytes()
-    if sha256(data) != record["sha256"]:
-        raise UserError(f"{folder / WEIGHTS} is damaged: it is not what {RECORD} describes")
-    if record["architecture"] != architecture:
-        raise UserError(
-            f"{folder} holds a {record['architecture']}, but --architecture={architecture} was "
-            f"given; state --architecture={record['architecture']}"
-        )
-    # The weights do not say the stem; what squeeze made them from does.
-    made_from = (workdir.read_fingerprint(folder) or {}).get("network", {})
-    return unpack_variables(data), {**made_from, **record}
+    variables = fit(found.tensors, path, num_classes=head, image_shape=shape, **form)
+    module = build(num_classes=head, **form)
+    return Weights(module, variables, head, shape, form["stem"], found.kind, found.sha256)
 
 
 def _shapes(module: nn.Module, image_shape: tuple[int, int, int]) -> PyTree:
     images_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     return jax.eval_shape(module.init, jax.random.key(0, impl="threefry2x32"), images_BHWC)
-
-
-def _tuples(shapes: PyTree) -> PyTree:
-    """Shapes as tuples, with a (perhaps empty) tree of statistics, as variables are stored."""
-    return {"batch_stats": {}, **jax.tree.map(lambda leaf: tuple(leaf.shape), shapes)}
 
 
 def _measured(tensors: dict[str, np.ndarray], one: dict, other: dict) -> int | None:
@@ -723,7 +671,10 @@ def parser() -> argparse.ArgumentParser:
     importing, evaluating = command("import", import_command), command("evaluate", evaluate_command)
     for added in (importing, evaluating):
         add = added.add_argument
-        add("file", help="a .pth or .safetensors file, or a squeeze/<teacher> folder")
+        add(
+            "file",
+            help=".pth, .safetensors, a squeeze/<teacher> folder, Orbax",
+        )
         add("--architecture", required=True, help="a name of `list`")
         add("--num-classes", type=_positive(int), help="of the head (default: as in the file)")
         add("--image-size", type=_positive(int), help="side in pixels (default: the usual one)")

@@ -144,9 +144,12 @@ def test_views_of_a_storage(tmp_path, monkeypatch):
         import_torch.read_checkpoint(str(path))["w"], [[2, 4, 6], [3, 5, 7]]
     )
     beyond = Stored("0", base[2:8].reshape(2, 3), rebuild, offset=9, stride=(1, 2))
-    path = zipped({"w": base}, {"w": beyond}, kind, tmp_path / "beyond.pth")
-    with pytest.raises(UserError, match="beyond its storage"):
-        import_torch.read_checkpoint(str(path))
+    # A stride of zero: a tensor of any size within one element.
+    endless = Stored("0", np.broadcast_to(base[:1], (2**40,)), rebuild, stride=(0,))
+    for wrong in (beyond, endless):
+        path = zipped({"w": base}, {"w": wrong}, kind, tmp_path / "beyond.pth")
+        with pytest.raises(UserError, match="beyond its storage"):
+            import_torch.read_checkpoint(str(path))
 
 
 def test_safetensors(network, tmp_path):
@@ -204,8 +207,39 @@ def test_another_architecture_is_recognised(tmp_path):
     path = write_safetensors(import_torch.to_state_dict(zeros), tmp_path / "r.safetensors")
     with pytest.raises(UserError, match="It looks like resnet20"):
         load(path, "resnet32", 100, (32, 32, 3), 1.0)
-    with pytest.raises(UserError, match="Only the ends differ: state the file's number of classes"):
-        load(path, "resnet20", 10, (32, 32, 3), 1.0)
+
+
+def refused(path, **arguments):
+    with pytest.raises(UserError) as caught:
+        load(path, **arguments)
+    return str(caught.value)
+
+
+def test_another_number_of_classes_says_what_can_be_done(network, tmp_path):
+    path = write_safetensors(network[1], tmp_path / "ten.safetensors")
+    message = refused(path, classes=4)
+    assert "head of 10 classes; 4 were asked" in message
+    assert "networks.NAME.head_classes=10" in message and "class_indices" in message
+    assert "leave the weights out" in message
+    message = refused(path, classes=20)  # no choice of outputs makes ten of them twenty
+    assert "head of 10 classes; 20 were asked" in message and "class_indices" not in message
+    assert "leave the weights out" in message
+
+
+def test_other_images_are_named(network, tmp_path):
+    path = write_safetensors(network[1], tmp_path / "w.safetensors")
+    assert "another size than 32 x 32 px" in refused(path, shape=(32, 32, 3))
+    assert "It reads 3 channels; the images have 1" in refused(path, shape=(16, 16, 1))
+    message = refused(path, shape=(32, 32, 1), classes=4)
+    assert "another size" in message and "3 channels" in message and "10 classes" in message
+
+
+def test_images_too_small_are_refused_with_the_minimum(network, tmp_path):
+    path = write_safetensors(network[1], tmp_path / "w.safetensors")
+    assert "resnet18 needs images of 32 px or more, with the small stem 8" in refused(
+        path, architecture="resnet18", shape=(16, 224, 3)
+    )
+    assert "convnet_d1_bn needs images of 2 px" in refused(path, shape=(1, 1, 3))
 
 
 class Command:
@@ -224,6 +258,28 @@ def test_code_in_a_file_is_refused_and_not_run(write, tmp_path, monkeypatch):
     # The twin: an ordinary unpickler does run it.
     pickle.loads(pickle.dumps(Command()))
     assert (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("write", [zipped, legacy])
+def test_only_the_state_dict_is_ever_read(write, network, tmp_path, monkeypatch):
+    """Beside it, lists that hold one another twice, forty deep: 2^40 entries to walk through."""
+    kind, rebuild = fake_torch(monkeypatch)
+    state = contiguous(network[1])
+    laughs = []
+    for _ in range(40):
+        laughs = [laughs, laughs]
+    found = {"state_dict": stored(state, rebuild), "optimizer": laughs}
+    assert same(load(write(state, found, kind, tmp_path / "w.pth")), network[0])
+
+
+def test_a_compressed_archive_is_refused(network, tmp_path, monkeypatch):
+    kind, rebuild = fake_torch(monkeypatch)
+    state = contiguous(network[1])
+    path = zipped(state, stored(state, rebuild), kind, tmp_path / "w.pth")
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/bomb", bytes(10**6))
+    with pytest.raises(UserError, match="compressed, which torch.save never does"):
+        load(path)
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from prism_jax import fit, training
 from prism_jax.analysis import class_order
-from prism_jax.data import workdir
+from prism_jax.data import weights, workdir
 from prism_jax.data.datasets import DATASETS
 from prism_jax.data.sources import open_source, read_all
 from prism_jax.models import ARCHITECTURES, build
@@ -246,13 +246,13 @@ def test_import_says_what_a_file_is_and_keeps_it(capsys, tmp_path, weights_file,
     status, out, _ = run(capsys, "import", *arguments, f"--out={kept}")
     assert status == 0
     assert "1 BatchNorms" in out and "10 classes" in out and "1 channel" in out
-    digest = teachers.sha256(weights_file.read_bytes())
+    digest = weights.sha256(weights_file.read_bytes())
     assert digest in out and "mean (0.3054), std (0.3187)" in out
     record = workdir.read_record(kept / "record.json")
     assert record["source_sha256"] == digest and record["num_classes"] == 10
     assert record["normalisation"] == {"mean": [0.3054], "std": [0.3187]}
     assert record["params"] == sum(x.size for x in jax.tree.leaves(network[1]["params"]))
-    read = teachers.unpack_variables((kept / "weights.safetensors").read_bytes())
+    read = weights.unpack_variables((kept / "weights.safetensors").read_bytes())
     assert jax.tree.all(jax.tree.map(np.array_equal, read, network[1]))
 
     first = run(capsys, "evaluate", weights_file, *ON_DIGITS)[1].splitlines()[-4]
@@ -270,7 +270,7 @@ def test_import_refuses_damaged_and_foreign_folders(capsys, tmp_path, weights_fi
     err = refused(capsys, "import", kept, "--architecture=resnet20")
     assert f"--architecture={ARCHITECTURE}" in err
     err = refused(capsys, "import", kept, f"--architecture={ARCHITECTURE}", "--image-size=32")
-    assert "does not fit" in err and "--image-size" in err
+    assert "does not fit" in err and "another size than 32 x 32 px" in err
     data = bytearray((kept / "weights.safetensors").read_bytes())
     data[-1] ^= 1
     (kept / "weights.safetensors").write_bytes(bytes(data))

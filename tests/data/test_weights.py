@@ -1,0 +1,147 @@
+"""Weights of every kind: the same variables, told apart, and refused where they do not fit."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from helpers.networks import random_variables
+from safetensors.numpy import save_file
+
+from prism_jax.core.augment import Augment
+from prism_jax.data import weights, workdir
+from prism_jax.data.checkpoints import Checkpoints
+from prism_jax.errors import UserError
+from prism_jax.models import build
+from prism_jax.models.import_torch import to_state_dict
+from prism_jax.training import TrainRecipe, initial_state
+
+SHAPE = (16, 16, 3)
+FORM = {"architecture": "convnet_d1_bn", "width": 0.0625}
+
+
+@pytest.fixture(scope="module")
+def network():
+    module = build(num_classes=10, **FORM)
+    return module, random_variables(module, SHAPE, 0)
+
+
+def as_file(folder, variables):
+    tensors = {n: np.ascontiguousarray(t) for n, t in to_state_dict(variables).items()}
+    save_file(tensors, folder / "w.safetensors")
+    return folder / "w.safetensors"
+
+
+def as_teacher(folder, variables, **stated):
+    data = weights.pack_variables(variables)
+    workdir.write_bytes(folder / weights.WEIGHTS, data)
+    record = {"source": "train", "sha256": weights.sha256(data), **FORM, "depth": 1.0, **stated}
+    workdir.write_record(folder / weights.RECORD, record)
+    return folder
+
+
+def as_training(folder, variables, optimiser="adamw"):
+    recipe = TrainRecipe("views", Augment(crop_min=1.0, flip=False), optimiser=optimiser)
+    state = initial_state(build(num_classes=10, **FORM), recipe, 0, SHAPE)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints.save(3, state)
+    checkpoints.save(500, state._replace(**variables))
+    checkpoints.close()
+    return folder / "checkpoints"
+
+
+def as_step(folder, variables):
+    return as_training(folder, variables) / "500"
+
+
+def as_sgd(folder, variables):
+    return as_training(folder, variables, "sgd")
+
+
+def as_tree(folder, variables):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "tree", variables)
+    return folder / "tree"
+
+
+def as_managed(folder, variables):
+    with ocp.CheckpointManager(folder / "manager") as manager:
+        manager.save(2, args=ocp.args.StandardSave(jax.tree.map(np.zeros_like, variables)))
+        manager.save(10, args=ocp.args.StandardSave(variables))
+    return folder / "manager"
+
+
+KINDS = [as_file, as_teacher, as_training, as_step, as_sgd, as_tree, as_managed]
+
+
+def load(path, classes=10, shape=SHAPE, **form):
+    return weights.load(str(path), num_classes=classes, image_shape=shape, **{**FORM, **form})
+
+
+def refused(*args, **kwargs):
+    with pytest.raises(UserError) as caught:
+        load(*args, **kwargs)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("write", KINDS)
+def test_every_kind_gives_the_same_variables(write, network, tmp_path):
+    path = write(tmp_path, network[1])
+    before = weights.digest(path)
+    loaded = load(path)
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded, network[1]))
+    assert weights.digest(path) == before  # nothing was written
+    assert "head of 10 classes; 4 were asked" in refused(path, classes=4)
+    assert "another size" in refused(path, shape=(32, 32, 3))
+
+
+def test_the_file_of_a_teacher_stands_for_its_folder(network, tmp_path):
+    folder = as_teacher(tmp_path, network[1])
+    loaded = load(folder / weights.WEIGHTS)
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded, network[1]))
+
+
+def test_a_teacher_of_another_form_is_refused(network, tmp_path):
+    folder = as_teacher(tmp_path, network[1], width=0.5, stem="small")
+    message = refused(folder)
+    assert "width 0.5, not 0.0625" in message and "stem small, not imagenet" in message
+    assert "architecture convnet_d1_bn, not resnet20" in refused(folder, architecture="resnet20")
+
+
+def test_digests_follow_the_content(network, tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    digests = [weights.digest(as_training(folder, network[1])) for folder in (one, other)]
+    assert digests[0] == weights.digest(one / "checkpoints")
+    (file,) = (one / "checkpoints" / "500").rglob("*.msgpack")
+    file.write_bytes(file.read_bytes() + b"x")
+    assert weights.digest(one / "checkpoints") != digests[0]
+    with pytest.raises(UserError, match="no checkpoint file at"):
+        weights.digest(tmp_path / "absent")
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_last_one_refused(network, tmp_path):
+    folder = as_training(tmp_path, network[1])
+    for step in (500, 3):
+        (file,) = (folder / str(step)).rglob("*.msgpack")
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(bytes(data))
+        if step == 500:
+            assert weights.read(str(folder), **FORM).kind.endswith("step 3 of a training")
+    message = refused(folder)
+    assert "no checkpoint" in message and "is whole" in message and "500" in message
+
+
+def test_what_is_no_weights_is_explained(network, tmp_path):
+    assert "there is no weight file" in refused(tmp_path / "absent.pth")
+    message = refused(tmp_path)
+    assert "record.json" in message and "Orbax" in message and ".pth" in message
+    as_training(tmp_path, network[1])
+    assert str(tmp_path / "checkpoints") in refused(tmp_path)
+    tree = as_tree(tmp_path / "other", {"images": np.zeros(3)})
+    assert 'has no "params"' in refused(tree)
+    (tree / "manifest.ocdbt").write_bytes(b"nonsense")
+    assert "cannot be read" in refused(tree)
+    message = refused(tmp_path / "checkpoints", architecture="resnet20")
+    assert "no checkpoint of a training of resnet20" in message
