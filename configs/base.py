@@ -129,7 +129,14 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def network(**fields) -> ConfigDict:
     """One entry of `networks`; see prism_jax.config.Network for the fields."""
-    return ConfigDict(fields)
+    c = ConfigDict({"width": 1.0, "depth": 1.0, "stem": "imagenet"})
+    c.checkpoint = placeholder(str)
+    c.mean = placeholder(tuple)
+    c.std = placeholder(tuple)
+    c.head_classes = placeholder(int)
+    c.class_indices = placeholder(tuple)
+    c.update(fields)
+    return c
 
 
 def words(arg: str, *allowed: str) -> set[str]:

@@ -48,7 +48,7 @@ class Dataset:
 class Network:
     """One named network: an architecture of the registry, scaled, and where its weights are.
 
-    ``checkpoint`` is a file of weights; without one the network is trained by squeeze.
+    ``checkpoint`` is a file or folder of weights; without one the network is trained by squeeze.
     ``mean`` and ``std`` state the normalisation of imported weights (default: the dataset's).
     ``class_indices`` picks the dataset's classes from a larger head of ``head_classes``.
     """

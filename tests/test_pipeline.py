@@ -249,6 +249,32 @@ def test_a_stage_says_which_stage_it_waits_for(tmp_path, finished):
     assert "run the relabel stage first" in refused(finished, "--stages=validate")
 
 
+# --- importing ------------------------------------------------------------------------------
+
+
+def test_teachers_are_imported_from_folders_of_another_run(tmp_path, reference):
+    """From a finished teacher, from a training's checkpoints, from a student's last one."""
+    (last,) = {max((reference / STUDENT / "checkpoints").iterdir(), key=lambda f: int(f.name))}
+    where = {
+        "first": reference / "squeeze/first",
+        "second": reference / "squeeze/second/checkpoints",
+        "outside": last,
+    }
+    ok(
+        tmp_path / "new", "--stages=squeeze",
+        *(f"--config.networks.{name}.checkpoint={path}" for name, path in where.items()),
+    )  # fmt: skip
+    for name in ("first", "second"):
+        ours, theirs = (root / "squeeze" / name for root in (tmp_path / "new", reference))
+        read = [(f / "weights.safetensors").read_bytes() for f in (ours, theirs)]
+        assert read[0] == read[1]
+        records = [json.loads((f / "record.json").read_text()) for f in (ours, theirs)]
+        assert records[0]["top1"] == records[1]["top1"]
+    student = json.loads((reference / STUDENT / "record.json").read_text())
+    imported = json.loads((tmp_path / "new/squeeze/outside/record.json").read_text())
+    assert imported["top1"] == student["top1"] and imported["batch_norms"] == 0
+
+
 # --- adopting -------------------------------------------------------------------------------
 
 

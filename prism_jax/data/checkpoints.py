@@ -115,14 +115,16 @@ class Checkpoints:
             self._folder.rmtree()
 
 
-def read_newest(folder: epath.PathLike) -> tuple[int, list[np.ndarray]] | None:
-    """The step and the leaves of the newest whole checkpoint, whatever they are; changes nothing.
+def read_newest(
+    folder: epath.PathLike,
+) -> tuple[int, list[np.ndarray], dict[str, Any]] | None:
+    """The newest whole checkpoint, whatever its leaves are; changes nothing.
 
     Args:
       folder: of checkpoints, or of one of them.
 
     Returns:
-      None where it holds no checkpoint of ours.
+      (step, leaves, meta); None where it holds no checkpoint of ours.
 
     Raises:
       UserError: it holds some, and all are damaged.
@@ -134,7 +136,7 @@ def read_newest(folder: epath.PathLike) -> tuple[int, list[np.ndarray]] | None:
     for step in sorted(steps, key=lambda f: int(f.name), reverse=True):
         if (step / "default" / orbax_files.FILE).is_file():
             try:
-                return int(step.name), _checked(orbax_files.read(step / "default"))[0]
+                return int(step.name), *_checked(orbax_files.read(step / "default"))
             except Exception:  # msgpack raises many kinds; each means: not this one.
                 damaged.append(str(step))
     if damaged:

@@ -97,8 +97,9 @@ def read(
     if (file / WEIGHTS).is_file() and (file / RECORD).is_file():
         return _read_teacher(file)
     if checkpoint := read_newest(file):
-        step, leaves = checkpoint
-        tensors = _named(leaves, architecture, width, depth, stem, path)
+        step, leaves, meta = checkpoint
+        averaged = meta.get("averaged", False)
+        tensors = _named(leaves, averaged, architecture, width, depth, stem, path)
         return Found(tensors, f"Orbax checkpoint of step {step} of a training", {}, digest(path))
     return _read_orbax(file)
 
@@ -152,23 +153,36 @@ def _read_teacher(folder: epath.Path) -> Found:
 
 
 def _named(
-    leaves: list[np.ndarray], architecture: str, width: float, depth: float, stem: str, path: str
+    leaves: list[np.ndarray],
+    averaged: bool,
+    architecture: str,
+    width: float,
+    depth: float,
+    stem: str,
+    path: str,
 ) -> dict[str, np.ndarray]:
-    """Name the leaves of a TrainState: a step, the parameters, the statistics, the optimiser's."""
+    """Name the leaves of a TrainState that are its network's.
+
+    They are step, parameters, statistics, the optimiser's; then the average of statistics and
+    parameters, which is the network where there is one.
+    """
     row = lookup(architecture)
     module = build(architecture, row.classes, width=width, depth=depth, stem=stem)
     images_BHWC = jax.ShapeDtypeStruct((1, row.image_size, row.image_size, 3), jnp.float32)
     like = jax.eval_shape(module.init, jax.random.key(0, impl="threefry2x32"), images_BHWC)
-    wanted = [like["params"], like.get("batch_stats", {})]
+    like = {"batch_stats": {}, **like}
+    wanted = like if averaged else [like["params"], like["batch_stats"]]
     shapes, structure = jax.tree.flatten(wanted)
-    weights = leaves[1 : 1 + len(shapes)]
+    weights = leaves[-len(shapes) :] if averaged else leaves[1 : 1 + len(shapes)]
     if [x.ndim for x in weights] != [len(shape.shape) for shape in shapes]:
         raise UserError(
             f"{path} is no checkpoint of a training of {architecture} with width {width}, depth "
             f"{depth} and stem {stem}; state what was trained"
         )
-    params, batch_stats = jax.tree.unflatten(structure, weights)
-    return import_torch.to_state_dict({"params": params, "batch_stats": batch_stats})
+    found = jax.tree.unflatten(structure, weights)
+    return import_torch.to_state_dict(
+        found if averaged else {"params": found[0], "batch_stats": found[1]}
+    )
 
 
 def _read_orbax(folder: epath.Path) -> Found:

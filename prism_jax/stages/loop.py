@@ -85,6 +85,7 @@ def train(
     def save(step: int) -> None:
         so_far = [float(loss) for loss in jax.device_get(losses)]
         meta = {"best_top1": best, "seconds": elapsed(), "losses": so_far}
+        meta["averaged"] = trainer.recipe.ema is not None  # for whoever imports the network
         checkpoints.save(step, state, meta)
 
     result = None

@@ -41,12 +41,14 @@ def as_teacher(folder, variables, **stated):
     return folder
 
 
-def as_training(folder, variables, optimiser="adamw"):
-    recipe = TrainRecipe("views", Augment(crop_min=1.0, flip=False), optimiser=optimiser)
+def as_training(folder, variables, **recipe):
+    recipe = TrainRecipe("views", Augment(crop_min=1.0, flip=False), **recipe)
     state = initial_state(build(num_classes=10, **FORM), recipe, 0, SHAPE)
+    trained = state._replace(**variables if recipe.ema is None else {"ema": variables})
     checkpoints = Checkpoints(folder / "checkpoints")
-    checkpoints.save(3, state)
-    checkpoints.save(500, state._replace(**variables))
+    meta = {"averaged": recipe.ema is not None}
+    checkpoints.save(3, state, meta)
+    checkpoints.save(500, trained, meta)
     checkpoints.close()
     return folder / "checkpoints"
 
@@ -56,7 +58,11 @@ def as_step(folder, variables):
 
 
 def as_sgd(folder, variables):
-    return as_training(folder, variables, "sgd")
+    return as_training(folder, variables, optimiser="sgd")
+
+
+def as_average(folder, variables):
+    return as_training(folder, variables, ema=0.9)
 
 
 def as_tree(folder, variables):
@@ -72,7 +78,7 @@ def as_managed(folder, variables):
     return folder / "manager"
 
 
-KINDS = [as_file, as_teacher, as_training, as_step, as_sgd, as_tree, as_managed]
+KINDS = [as_file, as_teacher, as_training, as_step, as_sgd, as_average, as_tree, as_managed]
 
 
 def load(path, classes=10, shape=SHAPE, **form):

@@ -58,9 +58,9 @@ def outputs(case):
             logits_BK, sown = module.apply(variables, images_BHWC, mutable=["bn_statistics"])
             loss, moments = losses.cross_entropy(logits_BK, labels_B), sown.get("bn_statistics", {})
             if moments:
-                loss += parity.ALPHA_BN * statistics.bn_alignment(
-                    moments,
-                    variables["batch_stats"],
+                loss += parity.ALPHA_BN * statistics.alignment(
+                    statistics.by_layer(moments),
+                    statistics.by_layer(variables["batch_stats"]),
                     first=first_bn,
                     first_multiplier=parity.FIRST_BN,
                 )

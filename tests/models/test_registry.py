@@ -183,11 +183,9 @@ def test_the_first_batch_norm_is_the_first_to_run():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    "resnet18 mobilenet_v2 shufflenet_v2_x0_5 efficientnet_b0 convnet_d3 convnet_d3_bn".split(),
-)
-def test_small_networks_learn_digits(name):
+@pytest.mark.parametrize("name", [*KINDS, "wide_resnet50_2", "convnet_d3", "convnet_d3_none"])
+def test_every_family_learns_digits(name):
+    """Narrow and shallow, by one recipe; the accuracies are in docs/testing.md."""
     digits = load_digits()
     images = np.kron(digits.images, np.ones((1, 2, 2)))[..., None] * (255 / 16)
     images, labels = images.astype(np.uint8), digits.target.astype(np.int32)
@@ -197,6 +195,8 @@ def test_small_networks_learn_digits(name):
     module = models.build(name, 10, width=0.25, depth=0.34, stem="small")
     variables = training.fit(
         module, images[train], labels[train], normalisation=scale, epochs=10, batch_size=64,
-        crop_min=0.8, flip=False, learning_rate=3e-3,
+        crop_min=0.8, flip=False, learning_rate=1e-3,
     )  # fmt: skip
-    assert training.test(module, variables, images[test], labels[test], scale).top1 > 0.95
+    top1 = training.test(module, variables, images[test], labels[test], scale).top1
+    print(f"{name}: {top1:.1%}")
+    assert top1 > 0.8
