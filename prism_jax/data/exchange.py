@@ -19,6 +19,7 @@ from etils import epath
 from PIL import Image
 
 from prism_jax.data.datasets import DatasetInfo, imagenet_wnids
+from prism_jax.data.image_set import DamagedFile
 from prism_jax.data.sources import EXTENSIONS, ImageSource, class_order, decode
 from prism_jax.errors import UserError
 
@@ -137,9 +138,12 @@ class ImageSet:
         path = os.path.join(self._root, self._names[index])
         with open(path, "rb") as file:
             data = file.read()
-        image = decode(
-            data, path, channels=self._info.channels, image_size=self._size, resize_ratio=1.0
-        )
+        try:
+            image = decode(
+                data, path, channels=self._info.channels, image_size=self._size, resize_ratio=1.0
+            )
+        except DamagedFile as error:
+            raise DamagedFile(error.path, error.problem, "Get a whole copy of the set.") from error
         if not self._said_resized:
             with Image.open(io.BytesIO(data)) as stored:
                 size = stored.size

@@ -120,6 +120,14 @@ def test_other_sizes_are_resized_as_a_whole_and_that_is_said_once(tmp_path):
     )
 
 
+def test_a_damaged_image_is_named(tmp_path):
+    write_set(tmp_path, ("a", "b", "c"), 2)
+    path = tmp_path / "b" / "1_1.png"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(UserError, match=rf"{path} is not a readable image .*whole copy of the set"):
+        open_set(tmp_path).image(3)
+
+
 def test_what_it_is_follows_names_sizes_and_count(tmp_path):
     write_set(tmp_path / "one", ("a", "b", "c"), 2)
     write_set(tmp_path / "moved", ("a", "b", "c"), 2)
