@@ -137,7 +137,7 @@ def rate(found: Iterator[np.ndarray]) -> tuple[float, float]:
     return images / (time.perf_counter() - began), (time.process_time() - cpu) / images
 
 
-def measure_reading(root: pathlib.Path, kind: str, rounds: int) -> list[dict]:
+def measure_reading(root: pathlib.Path, kind: str, rounds: int, processes: bool) -> list[dict]:
     """One row per way to read ahead; the sides take turns."""
     ours, theirs = next(by_us(root, 1, 0)), next(by_torch(root, 1, 0))
     np.testing.assert_array_equal(ours, theirs.transpose(0, 2, 3, 1))
@@ -145,6 +145,8 @@ def measure_reading(root: pathlib.Path, kind: str, rounds: int) -> list[dict]:
     for _ in range(rounds):
         for ahead, (torchs, sides) in READERS.items():
             for side, make in {"torch": torchs, **sides}.items():
+                if "process" in side and not processes:
+                    continue
                 rates.setdefault((ahead, side), []).append(rate(make(root, 1)))
     rows = []
     for (ahead, side), found in rates.items():
@@ -304,6 +306,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5, help="training steps per student")
     parser.add_argument("--students", default="resnet18:0.25,shufflenet_v2_x0_5:1,resnet18:1")
+    parser.add_argument(
+        "--without-processes", action="store_true", help="leave out our reading processes"
+    )
     parser.add_argument("--out", help="write OUT.json and OUT.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -321,7 +326,9 @@ def main() -> None:
         for kind, some in sets.items():
             root = write_folder(pathlib.Path(folder) / kind, some)
             # Before JAX starts its threads: torch's loader forks.
-            found["reading"] += measure_reading(root, kind, arguments.rounds)
+            found["reading"] += measure_reading(
+                root, kind, arguments.rounds, not arguments.without_processes
+            )
         found["machine"] = {
             "cpus": os.cpu_count(),
             "platform": platform.machine(),
