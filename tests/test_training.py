@@ -265,6 +265,78 @@ def test_groups_in_one_pass_are_groups_one_after_the_other():
     assert apart(ragged, one_step(accumulate=4, pixels_labels=a_set(11))[0]) < 2e-6
 
 
+def by_pytorch(batches, start, *, groups: int, momentum=0.1):
+    """The released loop: micro-batches one after the other, MSE + 0.5 CE, gradients accumulated."""
+    torch = pytest.importorskip("torch", reason="compares with PyTorch's training loop")
+    layers_in_order = [
+        torch.nn.Conv2d(1, 4, 3, 1, 1, bias=False), torch.nn.BatchNorm2d(4, momentum=momentum),
+        torch.nn.ReLU(), torch.nn.Conv2d(4, 6, 3, 2, 1, bias=False),
+        torch.nn.BatchNorm2d(6, momentum=momentum), torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(6, CLASSES),
+    ]  # fmt: skip
+    net = torch.nn.Sequential(*layers_in_order).double()
+    names = {"conv1": 0, "bn1": 1, "conv2": 3, "bn2": 4, "head": 8}
+    tensors = {}
+    for layer, index in names.items():
+        module, ours = layers_in_order[index], start["params"][layer]
+        for name, theirs in (("scale", "weight"), ("kernel", "weight"), ("bias", "bias")):
+            if name in ours:
+                tensors["params", layer, name] = getattr(module, theirs)
+        for name in start["batch_stats"].get(layer, {}):
+            tensors["batch_stats", layer, name] = getattr(module, f"running_{name}")
+
+    def turned(x):
+        """Kernels: HWIO to OIHW, (in, out) to (out, in)."""
+        return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
+
+    with torch.no_grad():
+        for path, tensor in tensors.items():
+            value = np.asarray(start[path[0]][path[1]][path[2]], np.float64)
+            tensor.copy_(torch.tensor(turned(value).copy()))
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    for pixels, labels, logits in batches:
+        optimiser.zero_grad()
+        for rows in np.array_split(np.arange(len(labels)), groups):
+            found = net(torch.tensor(normalised(pixels[rows]).transpose(0, 3, 1, 2)))
+            loss = torch.nn.functional.mse_loss(found, torch.tensor(logits[rows]).double())
+            target = torch.tensor(labels[rows]).long()
+            loss = loss + 0.5 * torch.nn.functional.cross_entropy(found, target)
+            (loss / groups).backward()
+        optimiser.step()
+    found = {"params": {}, "batch_stats": {}}
+    for (kind, layer, name), tensor in tensors.items():
+        value = tensor.detach().numpy()
+        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+        found[kind].setdefault(layer, {})[name] = value
+    return found
+
+
+def test_students_are_trained_as_the_released_loop_trains_them():
+    random = np.random.default_rng(0)
+    batches = [
+        (*a_set(12, seed), random.standard_normal((12, CLASSES)).astype(np.float32))
+        for seed in range(4)
+    ]
+    start = jax.tree.map(np.array, random_variables(TwoConvs(num_classes=CLASSES), SHAPE, 0))
+    expected = by_pytorch(batches, start, groups=4)
+    recipe = TrainRecipe(
+        "relabel/view", PLAIN, loss="mse_gt", ce_weight=0.5, optimiser="sgd", learning_rate=0.05,
+        weight_decay=0.0, schedule="constant",
+    )  # fmt: skip
+
+    def ours(devices=1, **division):
+        trainer, state = norm_student(dataclasses.replace(recipe, **division), devices)
+        for number, (pixels, labels, logits) in enumerate(batches):
+            state, _ = trainer.step(state, TrainBatch(0, number, pixels, labels, logits))
+        return jax.device_get(state.variables)
+
+    for found in (ours(accumulate=4), ours(bn_group=3), ours(accumulate=4, devices=4)):
+        assert apart(found, expected) < 1e-5
+    # Twins: other groups; the new group's weight in the running statistics.
+    assert apart(expected, by_pytorch(batches, start, groups=2)) > 1e-2
+    assert apart(expected, by_pytorch(batches, start, groups=4, momentum=0.9)) > 1e-2
+
+
 class Dropped(nn.Module):
     """Dropout of the pixels, and a dense layer."""
 
