@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from prism_jax.data.datasets import DatasetInfo
 from prism_jax.data.image_set import UNREADABLE, DamagedFile
@@ -56,6 +56,8 @@ def decode(
     try:
         with Image.open(io.BytesIO(data)) as image:
             return square(image, channels, image_size, resize_ratio)
+    except UnidentifiedImageError as error:  # Pillow's text names an object in memory
+        raise DamagedFile(path, "is not a readable image (of no known format)", FETCH) from error
     except UNREADABLE as error:
         raise DamagedFile(path, f"is not a readable image ({error})", FETCH) from error
 
