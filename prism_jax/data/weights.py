@@ -14,7 +14,6 @@ import hashlib
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import traverse_util
@@ -72,11 +71,12 @@ def load(
     """
     form = {"architecture": architecture, "width": width, "depth": depth, "stem": stem}
     found = read(path, **form)
-    if wrong := [f"{k} {found.stated[k]}, not {form[k]}" for k in found.stated
-                 if found.stated[k] != form[k]]:  # fmt: skip
+    wrong = [f"{k} {v}, not {form[k]}" for k, v in found.stated.items() if v != form[k]]
+    if wrong:
         raise UserError(f"{path} was made with {'; '.join(wrong)}: state what it was made with")
-    return import_torch.fit(found.tensors, path, num_classes=num_classes,
-                            image_shape=image_shape, **form)  # fmt: skip
+    return import_torch.fit(
+        found.tensors, path, num_classes=num_classes, image_shape=image_shape, **form
+    )
 
 
 def read(
@@ -168,13 +168,12 @@ def _named(
     """
     row = lookup(architecture)
     module = build(architecture, row.classes, width=width, depth=depth, stem=stem)
-    images_BHWC = jax.ShapeDtypeStruct((1, row.image_size, row.image_size, 3), jnp.float32)
-    like = jax.eval_shape(module.init, jax.random.key(0, impl="threefry2x32"), images_BHWC)
-    like = {"batch_stats": {}, **like}
+    shape = (row.image_size, row.image_size, 3)
+    like = {"batch_stats": {}, **import_torch.variable_shapes(module, shape)}
     wanted = like if averaged else [like["params"], like["batch_stats"]]
     shapes, structure = jax.tree.flatten(wanted)
     weights = leaves[-len(shapes) :] if averaged else leaves[1 : 1 + len(shapes)]
-    if [x.ndim for x in weights] != [len(shape.shape) for shape in shapes]:
+    if [x.ndim for x in weights] != [x.ndim for x in shapes]:
         raise UserError(
             f"{path} is no checkpoint of a training of {architecture} with width {width}, depth "
             f"{depth} and stem {stem}; state what was trained"

@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -134,7 +135,7 @@ def fit(
     """
     check_image_size(architecture, min(image_shape[:2]), stem)
     module = build(architecture, num_classes, width=width, depth=depth, stem=stem)
-    shapes = _shapes(module, image_shape)
+    shapes = variable_shapes(module, image_shape)
     leaves = torch_leaves(shapes)
     missing, unused = leaves.keys() - tensors.keys(), tensors.keys() - leaves.keys()
     misshapen = {
@@ -146,7 +147,7 @@ def fit(
         return {"batch_stats": {}, **from_state_dict(tensors, shapes, np.float32)}
 
     def due_to(other_shape: tuple[int, int, int]) -> set[str]:
-        other = torch_leaves(_shapes(module, other_shape))
+        other = torch_leaves(variable_shapes(module, other_shape))
         return {n for n in misshapen if other[n].torch_shape != leaves[n].torch_shape}
 
     rows, columns, channels = image_shape
@@ -268,7 +269,8 @@ def _to_torch(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _shapes(module, image_shape: tuple[int, int, int]) -> PyTree:
+def variable_shapes(module: nn.Module, image_shape: tuple[int, int, int]) -> PyTree:
+    """The shapes of a network's variables for images of (height, width, channels)."""
     images_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     return jax.eval_shape(module.init, jax.random.key(0, impl="threefry2x32"), images_BHWC)
 
@@ -310,7 +312,7 @@ def guess_architecture(tensors: dict[str, np.ndarray]) -> list[str]:
             continue
         ours = rename(tensors, row.weights)
         images = (row.image_size, row.image_size, 3)
-        leaves = torch_leaves(_shapes(build(name, row.classes), images))
+        leaves = torch_leaves(variable_shapes(build(name, row.classes), images))
         shapes = {
             n for n, leaf in leaves.items() if n in ours and ours[n].shape != leaf.torch_shape
         }

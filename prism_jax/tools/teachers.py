@@ -26,7 +26,6 @@ from typing import Any, NamedTuple, NoReturn
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from rich.table import Table
@@ -51,7 +50,7 @@ from prism_jax.data.weights import read as read_weights
 from prism_jax.errors import UserError
 from prism_jax.main import prepare_environment
 from prism_jax.models import ARCHITECTURES, build, lookup
-from prism_jax.models.import_torch import fit, torch_leaves
+from prism_jax.models.import_torch import fit, torch_leaves, variable_shapes
 from prism_jax.models.registry import STEMS
 from prism_jax.types import Normalisation, PyTree
 
@@ -127,7 +126,9 @@ def load_weights(
     form["architecture"] = architecture
 
     def leaves(head: int, channels: int):
-        return torch_leaves(_shapes(build(num_classes=head, **form), (size, size, channels)))
+        return torch_leaves(
+            variable_shapes(build(num_classes=head, **form), (size, size, channels))
+        )
 
     usual = leaves(row.classes, 3)
     head = _measured(found.tensors, usual, leaves(row.classes + 1, 3)) or row.classes
@@ -141,11 +142,6 @@ def load_weights(
     variables = fit(found.tensors, path, num_classes=head, image_shape=shape, **form)
     module = build(num_classes=head, **form)
     return Weights(module, variables, head, shape, form["stem"], found.kind, found.sha256)
-
-
-def _shapes(module: nn.Module, image_shape: tuple[int, int, int]) -> PyTree:
-    images_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    return jax.eval_shape(module.init, jax.random.key(0, impl="threefry2x32"), images_BHWC)
 
 
 def _measured(tensors: dict[str, np.ndarray], one: dict, other: dict) -> int | None:

@@ -41,9 +41,11 @@ def drop_alike():
     return nn.intercept_methods(drop)
 
 
-def compiled(function, *args):
-    """Compile fast, not well: these programs run once."""
+def run(case, function, *args):
+    """Run a function once: compile fast, not well, where there is little to compute."""
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    if case.depth == case.width == 1:
+        options = None
     return jax.jit(function, compiler_options=options)(*args)
 
 
@@ -70,7 +72,7 @@ def outputs(case):
             frozen = layers.with_flipped_kernels(variables)
             return jax.value_and_grad(objective, has_aux=True)(images_BHWC, frozen)
 
-        (_, (logits, moments)), pixels = compiled(by_pixels, images_BHWC, variables)
+        (_, (logits, moments)), pixels = run(case, by_pixels, images_BHWC, variables)
         found = {"logits": np.asarray(logits), "pixels": np.asarray(pixels)}
         found |= named("moments", {"batch_stats": moments})
         if case.train:
@@ -85,7 +87,8 @@ def outputs(case):
                     )
                 return losses.cross_entropy(logits_BK, labels_B), updated
 
-            gradient, updated = compiled(
+            gradient, updated = run(
+                case,
                 jax.grad(loss, has_aux=True),
                 variables["params"],
                 variables.get("batch_stats", {}),
