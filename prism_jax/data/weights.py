@@ -23,6 +23,7 @@ from prism_jax.data import workdir
 from prism_jax.data.checkpoints import read_newest
 from prism_jax.errors import UserError
 from prism_jax.models import build, import_torch, lookup
+from prism_jax.models.layouts import rename
 from prism_jax.types import PyTree
 
 WEIGHTS = "weights.safetensors"
@@ -91,7 +92,7 @@ def read(
     if file.name == WEIGHTS and (file.parent / RECORD).is_file():
         file = file.parent
     if not file.is_dir():
-        tensors = import_torch.rename(import_torch.read_checkpoint(path), row.weights)
+        tensors = rename(import_torch.read_checkpoint(path), row.weights)
         kind = "safetensors weights" if file.suffix == ".safetensors" else "PyTorch weights"
         return Found(tensors, kind, {}, digest(path))
     if (file / WEIGHTS).is_file() and (file / RECORD).is_file():

@@ -2,7 +2,7 @@
 
 Module names are PyTorch's, so a tensor's name is the path of its leaf, joined with dots, and
 one table of leaves serves every architecture. Files that name their tensors otherwise have a row
-in ``LAYOUTS``.
+in ``layouts.LAYOUTS``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import safetensors.numpy
 from etils import epath
 
 from prism_jax.errors import UserError
+from prism_jax.models.layouts import rename
 from prism_jax.models.registry import ARCHITECTURES, build, check_image_size, lookup
 from prism_jax.types import PyTree
 
@@ -37,36 +38,7 @@ LEAVES = {
     ("batch_stats", "mean"): "running_mean",
     ("batch_stats", "var"): "running_var",
 }
-# Counters, and index tables that the code computes.
-UNUSED = re.compile(r"(^|\.)(num_batches_tracked|relative_position_index|attn_mask)$")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
-# Pattern and replacement, tried in order on every tensor's name.
-LAYOUTS: dict[str, tuple[tuple[str, str], ...]] = {
-    "torchvision": (),
-    "timm": (),
-    "cifar": (),
-    "condensation": (),
-    "densenet_2017": ((r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2."),),
-    "swin_2021": (
-        (r"^patch_embed\.proj\.", "features.0.0."),
-        (r"^patch_embed\.norm\.", "features.0.2."),
-        *((rf"^layers\.{i}\.blocks\.", f"features.{2 * i + 1}.") for i in range(4)),
-        *((rf"^layers\.{i}\.downsample\.", f"features.{2 * i + 2}.") for i in range(3)),
-        (r"\.mlp\.fc1\.", ".mlp.0."),
-        (r"\.mlp\.fc2\.", ".mlp.3."),
-    ),
-    "convnext_2022": (
-        *((rf"^downsample_layers\.{i}\.", f"features.{2 * i}.") for i in range(4)),
-        *((rf"^stages\.{i}\.", f"features.{2 * i + 1}.") for i in range(4)),
-        (r"\.dwconv\.", ".block.0."),
-        (r"\.norm\.", ".block.2."),
-        (r"\.pwconv1\.", ".block.3."),
-        (r"\.pwconv2\.", ".block.5."),
-        (r"\.gamma$", ".layer_scale"),
-        (r"^norm\.", "classifier.0."),
-        (r"^head\.", "classifier.2."),
-    ),
-}
 
 
 class Leaf(NamedTuple):
@@ -227,25 +199,6 @@ def torch_leaves(variables: PyTree) -> dict[str, Leaf]:
         torch_shape = _to_torch(path, np.broadcast_to(np.float32(0), leaf.shape)).shape
         leaves[_torch_name(path)] = Leaf(path, leaf.shape, torch_shape)
     return leaves
-
-
-def rename(tensors: dict[str, np.ndarray], layouts: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Give a file's tensors our names and drop what no network needs.
-
-    Args:
-      tensors: by the file's names; a ``module.`` in front is cut off.
-      layouts: keys of ``LAYOUTS``.
-    """
-    rules = [(re.compile(old), new) for layout in layouts for old, new in LAYOUTS[layout]]
-    renamed = {}
-    for name, tensor in tensors.items():
-        name = name.removeprefix("module.")
-        if UNUSED.search(name):
-            continue
-        for pattern, replacement in rules:
-            name = pattern.sub(replacement, name)
-        renamed[name] = tensor.reshape(-1, 1, 1) if name.endswith("layer_scale") else tensor
-    return renamed
 
 
 def _flatten(variables: PyTree) -> list[tuple[Any, Any]]:

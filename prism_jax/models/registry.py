@@ -44,7 +44,7 @@ class Architecture:
       first_bn: path of the first of them; None without any.
       classes, image_size: of the published weights.
       min_image_size: smallest side in pixels per stem.
-      weights: names of the weight files' layouts that ``import_torch`` reads for it.
+      weights: the weight files' layouts (``models.layouts``) that are read for it.
     """
 
     make: Callable[..., nn.Module]
@@ -101,7 +101,11 @@ _CIFAR = {
     "weights": ("cifar",),
 }
 _SHUFFLENET = {"family": "shufflenet", "paper": "1807.11164"}
-_MNASNET = {"family": "mnasnet", "paper": "1807.11626"}
+_MNASNET = {
+    "family": "mnasnet",
+    "paper": "1807.11626",
+    "weights": ("torchvision", "timm_mnasnet"),
+}
 _VIT = {"min_image_size": {"imagenet": 16, "small": 4}, "weights": ("timm",)}
 
 
@@ -141,7 +145,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         **_CIFAR,
     ),
     "mobilenet_v2": _row(
-        MobileNetV2, 3_504_872, 52, "features.0.1", family="mobilenet", paper="1801.04381"
+        MobileNetV2,
+        3_504_872,
+        52,
+        "features.0.1",
+        family="mobilenet",
+        paper="1801.04381",
+        weights=("torchvision", "timm_mobilenet_v2"),
     ),
     "shufflenet_v2_x0_5": _row(
         partial(ShuffleNetV2, features=(48, 96, 192, 1024)),
@@ -165,7 +175,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         **_SHUFFLENET,
     ),
     "efficientnet_b0": _row(
-        EfficientNet, 5_288_548, 49, "features.0.1", family="efficientnet", paper="1905.11946"
+        EfficientNet,
+        5_288_548,
+        49,
+        "features.0.1",
+        family="efficientnet",
+        paper="1905.11946",
+        weights=("torchvision", "timm_efficientnet"),
     ),
     "mnasnet1_0": _row(MnasNet, 4_383_312, 52, "layers.1", **_MNASNET),
     "mnasnet1_3": _row(partial(MnasNet, alpha=1.3), 6_282_256, 52, "layers.1", **_MNASNET),
@@ -186,8 +202,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         family="vgg",
         paper="1409.1556",
         min_image_size={"imagenet": 32, "small": 16},
+        weights=("torchvision", "timm_vgg"),
     ),
-    "regnet_y_8gf": _row(RegNetY, 39_381_472, 56, "stem.1", family="regnet", paper="2003.13678"),
+    "regnet_y_8gf": _row(
+        RegNetY,
+        39_381_472,
+        56,
+        "stem.1",
+        family="regnet",
+        paper="2003.13678",
+        weights=("torchvision", "timm_regnet"),
+    ),
     "alexnet": _row(
         AlexNet,
         61_100_840,
@@ -231,7 +256,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         None,
         family="swin",
         paper="2103.14030",
-        weights=("torchvision", "swin_2021"),
+        weights=("torchvision", "swin_2021", "timm_swin"),
     ),
     "convnext_tiny": _row(
         ConvNeXt,
@@ -240,7 +265,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         None,
         family="convnext",
         paper="2201.03545",
-        weights=("torchvision", "convnext_2022"),
+        weights=("torchvision", "convnext_2022", "timm_convnext"),
     ),
     **_convnets(),
 }

@@ -19,7 +19,7 @@ import pytest
 import safetensors.numpy
 
 from prism_jax.errors import UserError
-from prism_jax.models import ARCHITECTURES, build, import_torch
+from prism_jax.models import build, import_torch
 
 SHAPE = (16, 16, 3)
 
@@ -314,48 +314,6 @@ def test_a_missing_file_and_a_file_without_tensors(tmp_path, monkeypatch):
     path = zipped({}, {"epoch": 3}, kind, tmp_path / "empty.pth")
     with pytest.raises(UserError, match="holds no state dict"):
         load(path)
-
-
-def test_layouts_of_other_code_bases():
-    def names(architecture, *names):
-        tensors = {name: np.zeros(1) for name in names}
-        return list(import_torch.rename(tensors, ARCHITECTURES[architecture].weights))
-
-    assert names("densenet121", "features.denseblock1.denselayer2.norm.1.weight") == [
-        "features.denseblock1.denselayer2.norm1.weight"
-    ]
-    assert names(
-        "swin_tiny",
-        "layers.0.blocks.1.mlp.fc1.weight",
-        "layers.2.downsample.reduction.weight",
-        "layers.0.blocks.1.attn.relative_position_index",
-        "patch_embed.norm.bias",
-    ) == [
-        "features.1.1.mlp.0.weight",
-        "features.6.reduction.weight",
-        "features.0.2.bias",
-    ]
-    assert names(
-        "convnext_tiny",
-        "stages.2.8.dwconv.weight",
-        "stages.2.8.norm.weight",
-        "stages.2.8.gamma",
-        "downsample_layers.0.1.weight",
-        "norm.weight",
-        "head.bias",
-    ) == [
-        "features.5.8.block.0.weight",
-        "features.5.8.block.2.weight",
-        "features.5.8.layer_scale",
-        "features.0.1.weight",
-        "classifier.0.weight",
-        "classifier.2.bias",
-    ]
-
-
-def test_layouts_are_known():
-    named = {layout for row in ARCHITECTURES.values() for layout in row.weights}
-    assert named == set(import_torch.LAYOUTS)
 
 
 @pytest.mark.parametrize("zip_format", [True, False])

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from prism_jax import models, training
 from prism_jax.errors import UserError
-from prism_jax.models import ARCHITECTURES, import_torch, layers
+from prism_jax.models import ARCHITECTURES, import_torch, layers, layouts
 from prism_jax.types import Normalisation
 
 KEY = functools.partial(jax.random.key, 0, impl="threefry2x32")
@@ -89,7 +89,7 @@ def test_rows_state_what_pytorch_has(name):
     _, variables = shapes(models.build(name, row.classes), row.image_size)
     ours = {n: leaf.torch_shape for n, leaf in import_torch.torch_leaves(variables).items()}
     theirs = {n: tuple(t.shape) for n, t in net.state_dict().items()}
-    assert ours == {n: shape for n, shape in theirs.items() if not import_torch.UNUSED.search(n)}
+    assert ours == {n: shape for n, shape in theirs.items() if not layouts.UNUSED.search(n)}
 
     size = row.min_image_size["imagenet"]
     if "patch16" not in name and name != "deit_tiny" and not name.startswith("convnet_d"):
@@ -100,7 +100,7 @@ def test_rows_state_what_pytorch_has(name):
 def test_rows_are_complete(name):
     row = ARCHITECTURES[name]
     assert re.fullmatch(r"\d{4}\.\d{4,5}", row.paper)
-    assert row.weights and set(row.weights) <= set(import_torch.LAYOUTS)
+    assert row.weights and set(row.weights) <= set(layouts.LAYOUTS)
     assert set(row.min_image_size) == set(models.registry.STEMS)
     assert row.min_image_size["small"] <= row.min_image_size["imagenet"] <= row.image_size
     assert (row.batch_norms > 0) == (row.first_bn is not None)
