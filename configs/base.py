@@ -44,6 +44,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.squeeze.crop_min = 0.08
     c.squeeze.flip = True
     c.squeeze.seed = 0
+    c.squeeze.dtype = "float32"  # or "bfloat16": of the networks' computation, as below
 
     c.recover = ConfigDict()
     c.recover.method = "prism"
@@ -68,6 +69,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.recover.roll = 32
     c.recover.rounding = "nearest"
     c.recover.steps_per_dispatch = 50
+    c.recover.dtype = "float32"
     c.recover.checkpoint_seconds = 60.0
 
     c.relabel = ConfigDict()
@@ -87,6 +89,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.relabel.mix_per = "batch"
     c.relabel.precision = "float16"
     c.relabel.top_k = placeholder(int)  # unset: all classes
+    c.relabel.dtype = "float32"
 
     c.validate = ConfigDict()
     c.validate.students = ("resnet18",)
@@ -111,6 +114,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.validate.warmup_epochs = 0
     c.validate.warmup_start = 0.01
     c.validate.ema = placeholder(float)  # decay of the average that is tested
+    c.validate.dtype = "float32"
     c.validate.eval_every = 10
     c.validate.controls = ("random_real", "random_real_hard", "full_real")
     c.validate.checkpoint_seconds = 60.0

@@ -68,6 +68,10 @@ class Network:
         return Network(self.architecture, self.width, self.depth, self.stem)
 
 
+# What networks compute in. Parameters, BatchNorm statistics, logits and images stay float32.
+Dtype = Literal["float32", "bfloat16"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Squeeze:
     """Getting teachers: trained here, or imported where a network names a checkpoint."""
@@ -82,6 +86,7 @@ class Squeeze:
     crop_min: float
     flip: bool
     seed: int
+    dtype: Dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +115,7 @@ class Recover:
     roll: int
     rounding: Literal["nearest", "truncate"]
     steps_per_dispatch: int
+    dtype: Dtype
     checkpoint_seconds: float
 
 
@@ -139,6 +145,7 @@ class Relabel:
     mix_per: Literal["batch", "image"]
     precision: Literal["float32", "float16", "int8"]
     top_k: int | None
+    dtype: Dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +174,7 @@ class Validate:
     warmup_epochs: int
     warmup_start: float
     ema: float | None
+    dtype: Dtype
     eval_every: int
     controls: tuple[str, ...]
     checkpoint_seconds: float

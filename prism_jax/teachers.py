@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from prism_jax.core import batching, pixels
+from prism_jax.core.statistics import at_least_float32
 from prism_jax.errors import UserError
 from prism_jax.models import first_layers, layers
 from prism_jax.types import Array, Normalisation, PyTree, Reading
@@ -73,6 +74,7 @@ class Teacher:
             logits_BK, sown = self.module.apply(variables, images_BHWC, mutable=told)
         else:
             logits_BK, sown = self.module.apply(variables, images_BHWC), {}
+        logits_BK = at_least_float32(logits_BK)
         if self.class_indices is not None:
             logits_BK = logits_BK[:, jnp.asarray(self.class_indices, jnp.int32)]
         return Reading(logits_BK, sown.get(STATISTICS, {}), sown.get(CONV_INPUTS, {}))

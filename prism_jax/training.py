@@ -21,6 +21,7 @@ import optax
 from prism_jax import parallel, rng
 from prism_jax.core import batching, losses, pixels, schedules
 from prism_jax.core.augment import Augment, augment
+from prism_jax.core.statistics import at_least_float32
 from prism_jax.data.lazy import Images, read_ahead
 from prism_jax.data.pipeline import continuous_index, num_batches, read_batches
 from prism_jax.errors import UserError
@@ -207,7 +208,7 @@ def train_step(
                 rngs={"dropout": dropout},
             )  # fmt: skip
         mine = jax.tree.map(lambda x: x[part.rows] if x.ndim else x, targets)
-        return student_loss(recipe, logits_BK, mine, len(part.parts)), updated
+        return student_loss(recipe, at_least_float32(logits_BK), mine, len(part.parts)), updated
 
     division = {"accumulate": recipe.accumulate, "bn_group": recipe.bn_group}
     devices = mesh.count if batching.fits(size, mesh.count, **division) else 1
@@ -326,7 +327,8 @@ def _jitted_forward(
     module: nn.Module, normalisation: Normalisation, mesh: parallel.DataMesh
 ) -> Callable:
     def forward(variables, images_uint8_BHWC):
-        return module.apply(variables, pixels.normalise(images_uint8_BHWC, normalisation))
+        logits_BK = module.apply(variables, pixels.normalise(images_uint8_BHWC, normalisation))
+        return at_least_float32(logits_BK)
 
     return mesh.jit(forward)
 

@@ -315,6 +315,21 @@ def test_everything_that_fits_is_adopted(tmp_path, reference):
     }
 
 
+def test_what_is_computed_in_bfloat16_is_said(tmp_path, reference):
+    root = tmp_path / "half"
+    narrow = [f"--config.{stage}.dtype=bfloat16" for stage in ("recover", "relabel", "validate")]
+    ok(root, f"--from={reference}", *narrow)
+    ours, theirs = results(root), results(reference)
+    for path in theirs:
+        same = path.startswith("squeeze/") or path.startswith("controls/") and "/images/" in path
+        assert same == (ours[path] == theirs[path]) or path.endswith("record.json")
+    precision = json.loads((root / "summary.json").read_text())["precision"]
+    assert precision == {"squeeze": "float32", **dict.fromkeys(
+        ("recover", "relabel", "validate"), "bfloat16"
+    )}  # fmt: skip
+    assert "bfloat16" in (root / "report.html").read_text()
+
+
 def test_a_run_stopped_in_recover_goes_on_with_the_same_command(finished, reference):
     (finished / "recover" / "manifest.json").unlink()
     next((finished / "recover" / "units").iterdir()).unlink()

@@ -580,3 +580,19 @@ def test_fit_learns_what_can_be_learnt_and_repeats():
 def test_fit_refuses_what_is_no_set_of_images(pixels, labels):
     with pytest.raises(UserError, match=r"it needs uint8 \(N, H, W, C\) and N labels"):
         prism_jax.fit(NoNorm(), pixels, labels, normalisation=GREY)
+
+
+def test_in_bfloat16_only_the_computation_is_narrow():
+    """What is kept is float32; loss and weights are near float32's, and not the same."""
+
+    def step(dtype):
+        module = models.build("convnet_d1_bn", CLASSES, width=0.125, dtype=jnp.dtype(dtype))
+        recipe = TrainRecipe("train/view", PLAIN, optimiser="sgd", learning_rate=0.1)
+        trainer = Trainer(module, recipe, GREY, view_seed=0, seed=0)
+        state, loss = trainer.step(trainer.start(SHAPE), TrainBatch(0, 0, *a_set(12)))
+        return state, float(loss)
+
+    (wide, loss), (narrow, narrow_loss) = step("float32"), step("bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(narrow.variables)} == {jnp.dtype("float32")}
+    assert 0 < abs(narrow_loss - loss) < 0.02 * loss
+    assert 0 < apart(wide.variables, narrow.variables) < 0.02

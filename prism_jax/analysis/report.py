@@ -108,6 +108,7 @@ def _figure(name: str, png: bytes) -> dict[str, Any]:
 def _environment(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     run = {key: summary.get(key) for key in ("config", "preset", "method", "seeds", "commit")}
     found = {"Run": run, "Data": summary.get("dataset", {})}
+    found["Precision"] = summary.get("precision", {})
     found |= {"Machine": summary["machine"], "Versions": summary["versions"]}
     return {title: fields for title, fields in found.items() if fields}
 

@@ -516,6 +516,8 @@ def markdown_teachers(summaries: Sequence[Mapping[str, Any]]) -> str:
 
 def _title(summary: Mapping[str, Any]) -> str:
     parts = [summary["config"], f"preset {summary['preset']}", f"method {summary['method']}"]
+    narrow = [k for k, v in summary.get("precision", {}).items() if v != "float32"]
+    parts += [f"bfloat16 in {', '.join(narrow)}"] if narrow else []
     return ", ".join(parts + ([f"IPC {ipc}"] if (ipc := _ipc(summary)) != UNKNOWN else []))
 
 

@@ -29,6 +29,11 @@ Path = tuple[str, ...]
 Layers = dict[Path, dict[str, Array]]
 
 
+def at_least_float32(x: Array) -> Array:
+    """What a network computed in bfloat16, as float32; other types stay."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def safe_norm(x: Array) -> Array:
     """The Euclidean norm of all elements, with a gradient of 0 (not NaN) at 0.
 
@@ -53,7 +58,7 @@ def by_layer(tree: PyTree) -> Layers:
 
 def channel_moments(x_BHWC: Array) -> dict[str, Array]:
     """Mean and biased variance of every channel over (B, H, W), in at least float32."""
-    x_BHWC = x_BHWC.astype(jnp.promote_types(x_BHWC.dtype, jnp.float32))
+    x_BHWC = at_least_float32(x_BHWC)
     mean_C = x_BHWC.mean((0, 1, 2))
     return {"mean": mean_C, "var": jnp.square(x_BHWC - mean_C).mean((0, 1, 2))}
 
@@ -64,7 +69,7 @@ def patch_moments(x_BHWC: Array, patch: int) -> dict[str, Array]:
     The map is enlarged bilinearly to the next multiple of ``patch`` and cut into squares of
     that side (G-VBSM; 16 for ImageNet, 4 for CIFAR), counted row by row.
     """
-    x_BHWC = x_BHWC.astype(jnp.promote_types(x_BHWC.dtype, jnp.float32))
+    x_BHWC = at_least_float32(x_BHWC)
     batch, height, width, channels = x_BHWC.shape
     rows, columns = -(-height // patch), -(-width // patch)
     x_BHWC = resize(x_BHWC, (rows * patch, columns * patch))

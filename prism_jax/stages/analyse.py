@@ -158,6 +158,10 @@ def summarise(
         "preset": config.preset,
         # Without iterations there is no method, only where the images are from.
         "method": config.recover.method if config.recover.iterations else config.recover.initialise,
+        "precision": {
+            stage: getattr(config, stage).dtype
+            for stage in ("squeeze", "recover", "relabel", "validate")
+        },
         "command": provenance["command"],
         "seeds": list(config.validate.seeds),
         "commit": provenance["commit"],

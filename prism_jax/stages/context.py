@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from prism_jax import parallel, progress
-from prism_jax.config import Dataset, Experiment, Network, fingerprint_fields, to_dict
+from prism_jax.config import Dataset, Dtype, Experiment, Network, fingerprint_fields, to_dict
 from prism_jax.core import batching
 from prism_jax.data import weights, workdir
 from prism_jax.data.datasets import DatasetInfo
@@ -362,7 +363,7 @@ class Context:
 
     # --- networks ---
 
-    def build(self, name: str, *, student: bool = False) -> nn.Module:
+    def build(self, name: str, *, student: bool = False, dtype: Dtype = "float32") -> nn.Module:
         """A named network's module: a student's head is the dataset's, a teacher's its weights'."""
         network = self.config.network(name)
         head = None if student else network.head_classes
@@ -372,6 +373,7 @@ class Context:
             width=network.width,
             depth=network.depth,
             stem=network.stem,
+            dtype=jnp.dtype(dtype),
         )
 
     def class_indices(self, name: str) -> tuple[int, ...] | None:
@@ -426,7 +428,7 @@ class Context:
             for name in names
         }
 
-    def pool(self, names: Sequence[str]) -> TeacherPool:
+    def pool(self, names: Sequence[str], dtype: Dtype = "float32") -> TeacherPool:
         """These squeezed teachers, ready to read images of the dataset."""
         teachers, variables = [], []
         for name in names:
@@ -434,7 +436,7 @@ class Context:
             teachers.append(
                 describe(
                     name,
-                    self.build(name),
+                    self.build(name, dtype=dtype),
                     self.image_shape,
                     normalisation=own_normalisation(network),
                     class_indices=self.class_indices(name),

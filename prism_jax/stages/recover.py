@@ -166,7 +166,7 @@ class Lane:
 
 def _optimise(context: Context, waiting: list[Unit]) -> None:
     config, root = context.config, folder(context)
-    recipe, pool = recipe_of(context), context.pool(config.recover.pool)
+    recipe, pool = recipe_of(context), context.pool(config.recover.pool, config.recover.dtype)
     devices = parallel.lane_devices(len(waiting))
     engine = synthesis.engine(pool, recipe, devices=devices, how=config.parallel.map)
     queue = deque(waiting)

@@ -83,7 +83,7 @@ def is_done(context: Context, labelled: LabelledSet) -> bool:
 def labeller_of(context: Context, plan: label_store.LabelPlan) -> Labeller:
     """The teachers, ready to label whole batches on every device."""
     return Labeller(
-        context.pool(context.config.relabel.teachers),
+        context.pool(context.config.relabel.teachers, context.config.relabel.dtype),
         recipe_of(context, plan.batch_size),
         devices=parallel.lane_devices(plan.batches_per_epoch),
         how=context.config.parallel.map,

@@ -90,7 +90,7 @@ def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dic
         schedule=squeeze.schedule,
     )
     trainer = Trainer(
-        context.build(name),
+        context.build(name, dtype=squeeze.dtype),
         recipe,
         context.normalisation,
         view_seed=squeeze.seed,

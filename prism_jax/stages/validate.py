@@ -142,7 +142,7 @@ def _train(
     trained = train(
         context,
         Trainer(
-            context.build(student, student=True),
+            context.build(student, student=True, dtype=context.config.validate.dtype),
             recipe,
             context.normalisation,
             view_seed=context.config.seed,

@@ -25,6 +25,7 @@ SUMMARY: dict[str, Any] = {
     "command": "python -m prism_jax.main --config=configs/digits_ipc10.py",
     "seeds": [0, 1, 2],
     "commit": "0123456789abcdef0123456789abcdef01234567",
+    "precision": {"squeeze": "float32", "recover": "float32"},
     "versions": {"jax": "0.10.2", "flax": "0.12.8", "python": "3.11.7"},
     "machine": {"platform": "cpu", "devices": 1, "NPROC": 8, "memory_bytes": None},
     "dataset": {
