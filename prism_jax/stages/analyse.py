@@ -22,7 +22,7 @@ from prism_jax.core import pixels
 from prism_jax.data import label_store, workdir
 from prism_jax.data.lazy import Images, LazyImages
 from prism_jax.data.metrics import read_lines
-from prism_jax.stages.context import RECORD, Context, LabelledSet
+from prism_jax.stages.context import RECORD, Context, LabelledSet, own_normalisation
 from prism_jax.teachers import embed
 
 DIVERSITY = "diversity.json"
@@ -117,10 +117,11 @@ def _cosines(context, images, initial, labels) -> dict[str, float | None]:
     if name is None:
         return dict.fromkeys(("synthetic", "initial", "real"))
     module, variables = context.build(name), context.load_variables(name)
+    own = own_normalisation(context.config.network(name))
 
     @jax.jit
     def read(images_uint8_BHWC):
-        normalised = pixels.normalise(images_uint8_BHWC, context.normalisation)
+        normalised = pixels.normalise(images_uint8_BHWC, own or context.normalisation)
         return embed(module, variables, normalised)
 
     def cosine(images_uint8, labels_N) -> float | None:
