@@ -84,6 +84,7 @@ class Squeeze:
     weight_decay: float
     schedule: str
     crop_min: float
+    crop_pad: int | None
     flip: bool
     seed: int
     dtype: Dtype
@@ -91,29 +92,79 @@ class Squeeze:
 
 @dataclasses.dataclass(frozen=True)
 class Recover:
-    """Optimising pixels."""
+    """Optimising pixels: one field or more per axis in which methods differ.
+
+    What a field means stands beside its default in ``configs/base.py``; what may not be combined,
+    in ``combinations``.
+    """
 
     method: str
     ipc: int
     iterations: int
     budget: str
+    rounds: int
     learning_rate: float
+    schedule: str
     betas: tuple[float, float]
-    alpha_bn: float
-    first_bn_multiplier: float
+    # who supervises
     primary: str
     pool: tuple[str, ...]
-    count_no_bn: bool
+    logits_by: str | None
+    statistics_by: str | None
+    statistic_primary: str | None
     granularity: Literal["per_slot", "per_batch", "per_iteration"]
+    subset_others: int
+    subset_probability: float
+    committee: str
+    priors: tuple[float, ...] | None
+    prior_temperature: float
+    round_robin_restarts: bool
+    # which statistics, and what they count
+    alpha_bn: float
+    first_bn_multiplier: float
+    first_layer: Literal["bn", "conv"]
+    count_no_bn: bool
+    match: tuple[str, ...]
+    variance_weight: float
+    statistic_patch: int
+    class_share: float
+    class_patch_swapped: bool
+    ema: float
+    ema_from_zero: bool
+    drop: float
+    alignment_scale: Literal["none", "layers", "targets"]
+    # terms beside them
+    total_variation: float
+    image_l2: float
+    densification: float
+    flatness: float
+    perturb_rho: float
+    perturb_steps: int
+    perturb_probes: bool
+    perturb_accumulates: bool
+    # batches
     batch_size: int | None
     slots_per_batch: int | None
     batch_order: Literal["ipc_major", "class_major"]
+    # where images start, and what they go through
     initialise: str
     initialise_from: str | None
+    scorer: str | None
+    patch_factor: int
+    patch_images: int
+    patch_crops: int
+    patch_choice: Literal["confident", "median"]
+    phase_sizes: tuple[int, ...]
+    inject: float
     crop_min: float
+    crop_curriculum: str
+    crop_milestone: float
+    crop_pad: int | None
     flip: bool
     roll: int
+    roll_centred: bool
     rounding: Literal["nearest", "truncate"]
+    jpeg_quality: int | None
     steps_per_dispatch: int
     dtype: Dtype
     checkpoint_seconds: float
@@ -143,6 +194,8 @@ class Relabel:
     mix: Literal["none", "cutmix", "mixup"]
     mix_alpha: float
     mix_per: Literal["batch", "image"]
+    crop_pad: int | None
+    patch_shuffle: int
     precision: Literal["float32", "float16", "int8"]
     top_k: int | None
     dtype: Dtype
@@ -357,6 +410,7 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
 
 def violations(e: Experiment) -> list[str]:
     """Everything wrong with an experiment that can be known without its data."""
+    from prism_jax import combinations
     from prism_jax.core import ensemble, losses, schedules
     from prism_jax.data import datasets, sources
     from prism_jax.models import ARCHITECTURES
@@ -398,16 +452,7 @@ def violations(e: Experiment) -> list[str]:
 
     positive("dataset", "image_size", "num_classes", "threads")
     positive("squeeze", "epochs", "batch_size", "learning_rate")
-    positive(
-        "recover",
-        "ipc",
-        "learning_rate",
-        "batch_size",
-        "slots_per_batch",
-        "steps_per_dispatch",
-        "checkpoint_seconds",
-        "first_bn_multiplier",
-    )
+    positive("recover", *combinations.POSITIVE)
     positive(
         "relabel",
         "epochs",
@@ -432,14 +477,31 @@ def violations(e: Experiment) -> list[str]:
     positive("parallel", "train_devices")
     positive("analyse", "grid_classes", "grid_slots")
     not_negative("dataset", "workers", "cache_gigabytes")
-    not_negative("recover", "iterations", "alpha_bn", "roll")
+    not_negative("recover", *combinations.NOT_NEGATIVE)
     not_negative("squeeze", "weight_decay", "seed")
     not_negative("validate", "weight_decay", "ce_weight")
     for section in ("squeeze", "recover", "relabel"):
         unit_interval(section, "crop_min")
-    for i, beta in enumerate(e.recover.betas):
-        if not 0 <= beta < 1:
-            found.append(f"recover.betas[{i}] is {beta}; it must be in [0, 1)")
+    for name, value in {
+        **{f"betas[{i}]": beta for i, beta in enumerate(e.recover.betas)},
+        "ema": e.recover.ema,
+        "drop": e.recover.drop,
+    }.items():
+        if not 0 <= value < 1:
+            found.append(f"recover.{name} is {value}; it must be in [0, 1)")
+    for name in combinations.SHARES:
+        if not 0 <= (value := getattr(e.recover, name)) <= 1:
+            found.append(f"recover.{name} is {value}; it must be in [0, 1]")
+    if e.recover.jpeg_quality is not None and not 1 <= e.recover.jpeg_quality <= 95:
+        found.append(f"recover.jpeg_quality is {e.recover.jpeg_quality}; it must be in [1, 95]")
+    for section in ("squeeze", "recover", "relabel"):
+        if (pad := getattr(e, section).crop_pad) is not None and pad < 0:
+            found.append(f"{section}.crop_pad is {pad}; it must be zero or positive")
+    if e.relabel.patch_shuffle < 1 or e.dataset.image_size % e.relabel.patch_shuffle:
+        found.append(
+            f"relabel.patch_shuffle is {e.relabel.patch_shuffle}; it must divide "
+            f"dataset.image_size={e.dataset.image_size} into equal bands (1: none)"
+        )
     if e.seed < 0:
         found.append(f"seed is {e.seed}; it must be zero or positive")
     if not e.validate.seeds or min(e.validate.seeds) < 0 or _repeated(e.validate.seeds):
@@ -448,7 +510,7 @@ def violations(e: Experiment) -> list[str]:
             f"zero or positive"
         )
 
-    from prism_jax import initialise, synthesis, training
+    from prism_jax import training
 
     if not e.dataset.name.startswith(datasets.TFDS):
         one_of("dataset.name", e.dataset.name, [*datasets.DATASETS, f"{datasets.TFDS}<builder>"])
@@ -468,9 +530,11 @@ def violations(e: Experiment) -> list[str]:
         found.append(f"dataset.std is {e.dataset.std}; its numbers must be positive")
     one_of("squeeze.optimiser", e.squeeze.optimiser, training.OPTIMISERS)
     one_of("squeeze.schedule", e.squeeze.schedule, schedules.SCHEDULES)
-    one_of("recover.method", e.recover.method, synthesis.METHODS)
-    one_of("recover.budget", e.recover.budget, schedules.BUDGETS)
-    one_of("recover.initialise", e.recover.initialise, initialise.INITIALISERS)
+    for name, allowed in combinations.choices().items():
+        values = getattr(e.recover, name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if value is not None:
+                one_of(f"recover.{name}", value, allowed)
     one_of("relabel.ensemble", e.relabel.ensemble, ensemble.ENSEMBLES)
     one_of("validate.loss", e.validate.loss, losses.STUDENT_LOSSES)
     one_of("validate.optimiser", e.validate.optimiser, training.OPTIMISERS)
@@ -527,15 +591,6 @@ def violations(e: Experiment) -> list[str]:
             f"recover.primary is {e.recover.primary!r}, which is not in recover.pool "
             f"({', '.join(e.recover.pool)}); name one of the pool"
         )
-    if not e.recover.count_no_bn and e.recover.alpha_bn > 0:
-        for name in e.recover.pool:
-            row = ARCHITECTURES.get(e.network(name).architecture)
-            if row is not None and not row.batch_norms:
-                found.append(
-                    f"recover.pool names {name}, which has no BatchNorm and so no statistics to "
-                    f"align; leave it out, or set recover.count_no_bn=True to let it count in "
-                    f"the mean as the released code does"
-                )
     if min(e.validate.batch_size, e.relabel.batch_size) > 0 and (
         e.validate.batch_size != e.relabel.batch_size
     ):
@@ -568,11 +623,13 @@ def violations(e: Experiment) -> list[str]:
             f"{e.dataset.num_classes}, or unset to keep all"
         )
     sizes = e.recover.ipc, e.dataset.num_classes, e.recover.slots_per_batch, e.recover.batch_size
+    layout = None
     if all(size is None or size > 0 for size in sizes) and e.recover.budget in schedules.BUDGETS:
         try:
-            batch_layout(e)
+            layout = batch_layout(e)
         except UserError as error:
             found.append(str(error))
+    found += combinations.refusals(e, layout)
     if e.recover.initialise == "folder" and not e.recover.initialise_from:
         found.append(
             "recover.initialise is 'folder'; name the folder of images with "

@@ -11,7 +11,7 @@ from prism_jax import parallel
 from prism_jax.config import STAGES
 from prism_jax.data import workdir
 from prism_jax.errors import UserError
-from prism_jax.stages import analyse, controls, recover, relabel, squeeze, validate
+from prism_jax.stages import analyse, controls, recover, relabel, squeeze, statistics, validate
 from prism_jax.stages.context import RECORD, Context, LabelledSet
 
 
@@ -48,6 +48,8 @@ def check(context: Context) -> None:
 def _squeeze(context: Context) -> None:
     if squeeze.pending(context):
         squeeze.run(context)
+    if not statistics.is_done(context):
+        statistics.run(context)
 
 
 def _recover(context: Context) -> None:

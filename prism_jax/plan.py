@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from etils import epath
 from rich.table import Table
 
-from prism_jax import labelling, parallel, progress, synthesis
+from prism_jax import labelling, measuring, parallel, progress, synthesis
 from prism_jax.config import Experiment, batch_layout, budget_of
 from prism_jax.data.label_store import LabelPlan
 from prism_jax.data.sources import info_of, open_source
@@ -133,10 +134,21 @@ def _measured(e: Experiment, batch: int, iterations: int, label_batches: int) ->
     return rows | {"relabel takes": f"about {_hours(hours)}: {per_batch:.3g} s a batch"}
 
 
+def recover_bytes(e: Experiment) -> int | None:
+    """What one image batch takes on a device in recover, as compiled; None without iterations."""
+    if not e.recover.iterations:
+        return None
+    pool, recipe = _with_blank_statistics(e, _random_pool(e, e.recover.pool)), _recipe(e)
+    engine = synthesis.engine(pool, recipe, devices=jax.local_devices()[:1], how=e.parallel.map)
+    layout = batch_layout(e)
+    lanes = [_random_lane(e, engine, pool, recipe, layout.slots * layout.classes)]
+    return _total(engine.compile(0, lanes).memory_analysis())
+
+
 def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, str]:
     """Hours and the peak memory of recover."""
     device = jax.local_devices()[0]
-    pool = _random_pool(e, e.recover.pool)
+    pool = _with_blank_statistics(e, _random_pool(e, e.recover.pool))
     recipe = _recipe(e)
     engine = synthesis.engine(pool, recipe, devices=[device], how=e.parallel.map)
     available = _memory(device)
@@ -145,9 +157,9 @@ def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, s
         lanes = [_random_lane(e, engine, pool, recipe, size)]
         analysis = engine.compile(0, lanes).memory_analysis()
         peak = _total(analysis)
-        if peak is None or available is None or peak <= 0.8 * available or size == 1:
+        if peak is None or available is None or peak <= 0.8 * available or size == recipe.slots:
             break
-        size = max(1, size // 2)
+        size = max(recipe.slots, size // 2 // recipe.slots * recipe.slots)
     # The third dispatch is timed: the first compiles, the second warms up.
     seconds = _time(lambda: _dispatch(e, engine, pool, recipe, size)) * batch / size
     devices = len(jax.local_devices())
@@ -176,6 +188,19 @@ def _random_pool(e: Experiment, names: tuple[str, ...]) -> TeacherPool:
     return TeacherPool(tuple(teachers), tuple(variables), context.normalisation)
 
 
+def _with_blank_statistics(e: Experiment, pool: TeacherPool) -> TeacherPool:
+    """The pool with zeros for those statistics of real images that recover matches."""
+    if not e.recover.class_share and {"conv", "patch"}.isdisjoint(e.recover.match):
+        return pool
+    shape, patch = Context(e, "unused").image_shape, e.recover.statistic_patch
+    classes = e.dataset.num_classes if e.recover.class_share else 0
+    variables = [
+        v | measuring.blank(teacher, v, shape, patch=patch, num_classes=classes)
+        for teacher, v in zip(pool.teachers, pool.variables, strict=True)
+    ]
+    return dataclasses.replace(pool, variables=tuple(variables))
+
+
 def _recipe(e: Experiment) -> synthesis.Recipe:
     from prism_jax.stages.recover import recipe_of
 
@@ -189,6 +214,8 @@ def _random_lane(e: Experiment, engine: parallel.LaneMap, pool, recipe, size: in
     # In the middle of a unit: a step at its ends reads every teacher.
     state = synthesis.initial_state(pool, recipe, images)._replace(step=np.int32(1))
     unit = synthesis.UnitBatch(np.int32(0), np.int32(0), np.int32(1000), labels)
+    if recipe.perturb_rho:
+        unit = unit._replace(weights=pool.variables[recipe.primary]["params"])
     trees = jax.device_get((unit, state)) + (np.int32(1),)
     return tuple(engine.place(tree, 0) for tree in trees)
 

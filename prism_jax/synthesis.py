@@ -91,7 +91,7 @@ class Recipe:
     count_no_bn: bool = False
     match: tuple[str, ...] = ("bn",)
     variance_weight: float = 1.0
-    patch: int = 16
+    statistic_patch: int = 16
     class_share: float = 0.0
     class_patch_swapped: bool = False
     ema: float = 0.0
@@ -232,7 +232,9 @@ def misalignment(
     target = statistic_targets(recipe, teacher, variables)
     inputs = {path: layer["x"] for path, layer in statistics.by_layer(reading.conv_inputs).items()}
     batch = statistics.by_layer(reading.statistics) | statistics.of_inputs(
-        inputs, channels="conv" in recipe.match, patch=recipe.patch * ("patch" in recipe.match)
+        inputs,
+        channels="conv" in recipe.match,
+        patch=recipe.statistic_patch * ("patch" in recipe.match),
     )
     keep = None
     if recipe.drop:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+
 from prism_jax import rng
 from prism_jax.core import mixing, pixels, views
 from prism_jax.types import Array, Mix, Normalisation
@@ -15,9 +18,14 @@ from prism_jax.types import Array, Mix, Normalisation
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-    """What may be drawn: random resized crop of at least ``crop_min`` of the area, flip, mix.
+    """What may be drawn: patches exchanged, a crop, a flip, a mix.
 
-    ``mix_per`` is "batch" or "image": for what one lambda and one box are drawn.
+    Attributes:
+      crop_min: smallest share of the area of a random resized crop.
+      mix_per: "batch" or "image": for what one lambda and one box are drawn.
+      crop_pad: in place of a resized crop, a shift by up to so many pixels, zeros coming in.
+      patch_shuffle: bands into which the rows, and then the columns, of every image are cut and
+        exchanged (RDED); 1: none.
     """
 
     crop_min: float
@@ -25,12 +33,14 @@ class Augment:
     mix: str = "none"
     mix_alpha: float = 1.0
     mix_per: str = "batch"
+    crop_pad: int | None = None
+    patch_shuffle: int = 1
 
 
 def augment(
     key: Array, images_uint8_BHWC: Array, how: Augment, normalisation: Normalisation
 ) -> tuple[Array, Mix]:
-    """Draw one crop and flip per image and a mix, and apply them.
+    """Draw one shuffle, crop and flip per image and a mix, and apply them.
 
     Args:
       key: the batch's own key, ``stream(root, "relabel/view", epoch, batch)``.
@@ -43,10 +53,14 @@ def augment(
     """
     batch, height, width, _ = images_uint8_BHWC.shape
     images_BHWC = pixels.normalise(images_uint8_BHWC, normalisation)
+    if how.patch_shuffle > 1:
+        order = sample_order(rng.stream(key, "shuffle"), batch, how.patch_shuffle)
+        images_BHWC = shuffle(images_BHWC, order)
     view = views.sample_view(
         rng.stream(key, "view"),
         (height, width),
         crop_scale=(how.crop_min, 1.0),
+        crop_pad=how.crop_pad,
         flip=how.flip,
         roll=0,
         batch=batch,
@@ -60,3 +74,24 @@ def augment(
         per_image=how.mix_per == "image",
     )
     return mixing.apply_mix(views.apply_view(images_BHWC, view), mix), mix
+
+
+def sample_order(key: Array, batch: int, bands: int) -> Array:
+    """Draw a permutation of the bands of rows and one of columns, per image: (B, 2, bands)."""
+    bits = jax.random.bits(key, (batch, 2, bands), jnp.uint32)
+    return jnp.argsort(bits, axis=-1).astype(jnp.int32)
+
+
+def shuffle(images_BHWC: Array, order_B2F: Array) -> Array:
+    """Cut images into bands of rows and exchange them, then into bands of columns.
+
+    Band ``order[b, 0, i]`` of image b's rows comes to place i; height and width must divide.
+    """
+    batch, height, width, channels = images_BHWC.shape
+    bands = order_B2F.shape[-1]
+    rows, columns = (order_B2F[:, axis, :, None, None, None] for axis in (0, 1))
+    cut = images_BHWC.reshape(batch, bands, height // bands, width, channels)
+    images_BHWC = jnp.take_along_axis(cut, rows, 1).reshape(batch, height, width, channels)
+    cut = images_BHWC.swapaxes(1, 2).reshape(batch, bands, width // bands, height, channels)
+    cut = jnp.take_along_axis(cut, columns, 1).reshape(batch, width, height, channels)
+    return cut.swapaxes(1, 2)

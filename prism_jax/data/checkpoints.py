@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -68,8 +68,13 @@ class Checkpoints:
             manager.save(step, args=orbax_files.Save(leaves, content))
         self._last = time.monotonic()
 
-    def restore(self, like: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
+    def restore(
+        self, like: PyTree | Callable[[int], PyTree]
+    ) -> tuple[int, PyTree, dict[str, Any]] | None:
         """The newest whole checkpoint with the shapes and dtypes of ``like``, or None.
+
+        Args:
+          like: a state, or a function from a step to one where shapes change with the steps.
 
         Returns:
           (step, state, meta) as they were saved.
@@ -77,8 +82,8 @@ class Checkpoints:
         if not self._folder.exists():
             return None
         manager = self._open()
-        wanted, structure = jax.tree.flatten(like)
         for step in sorted(manager.all_steps(), reverse=True):
+            wanted, structure = jax.tree.flatten(like(step) if callable(like) else like)
             try:
                 leaves, meta = self._read(step, wanted)
             except Exception:  # Orbax and msgpack raise many kinds; each means: not this one.

@@ -66,6 +66,20 @@ def write_images(
         workdir.write_bytes(image_path(root, cls, slot), buffer.getvalue())
 
 
+def through_jpeg(images_uint8_BHWC: np.ndarray, quality: int) -> np.ndarray:
+    """What is left of images after JPEG, with Pillow's other defaults (chroma subsampling)."""
+
+    def lossy(image_HWC: np.ndarray) -> np.ndarray:
+        buffer, grey = io.BytesIO(), image_HWC.shape[-1] == 1
+        Image.fromarray(image_HWC[..., 0] if grey else image_HWC).save(
+            buffer, "JPEG", quality=quality
+        )
+        pixels = np.array(Image.open(buffer))
+        return pixels[..., None] if grey else pixels
+
+    return np.stack([lossy(image) for image in images_uint8_BHWC])
+
+
 def read_images(root: epath.PathLike, num_classes: int, ipc: int) -> tuple[np.ndarray, np.ndarray]:
     """Read a whole set.
 

@@ -16,8 +16,17 @@ import numpy as np
 from etils import epath
 
 from prism_jax import parallel, progress
-from prism_jax.config import Dataset, Dtype, Experiment, Network, fingerprint_fields, to_dict
+from prism_jax.config import (
+    BITS_VERSION,
+    Dataset,
+    Dtype,
+    Experiment,
+    Network,
+    fingerprint_fields,
+    to_dict,
+)
 from prism_jax.core import batching
+from prism_jax.core.augment import Augment
 from prism_jax.data import weights, workdir
 from prism_jax.data.datasets import DatasetInfo
 from prism_jax.data.exchange import ImageSet, existing_folder
@@ -25,7 +34,7 @@ from prism_jax.data.lazy import Images, LazyImages, OneByOne, hold
 from prism_jax.data.sources import ImageSource, info_of, open_source
 from prism_jax.data.weights import RECORD, WEIGHTS, sha256, unpack_variables
 from prism_jax.errors import UserError
-from prism_jax.initialise import INITIALISERS
+from prism_jax.initialise import INITIALISERS, SCORING, Patches, Start, scorer
 from prism_jax.models import build
 from prism_jax.teachers import TeacherPool, describe
 from prism_jax.types import Normalisation, PyTree
@@ -272,9 +281,29 @@ class Context:
     def initial_images(self, classes_B: np.ndarray, slots_B: np.ndarray) -> np.ndarray:
         """Where recover starts with these images: float32, normalised."""
         initialise = INITIALISERS[self.config.recover.initialise]
-        return initialise(
-            self.initial_source, self.normalisation, self.image_shape, classes_B, slots_B,
+        return initialise(self._start, classes_B, slots_B)
+
+    @functools.cached_property
+    def _start(self) -> Start:
+        """What initialisers are given; a scorer is loaded only where one is needed."""
+        recover, found = self.config.recover, None
+        if recover.initialise in SCORING:
+            pool = self.pool([recover.scorer or recover.primary])
+            found = scorer(
+                pool.teachers[0], pool.variables[0], self.normalisation, self.image_shape[0]
+            )
+        return Start(
+            self.initial_source,
+            self.normalisation,
+            self.image_shape,
             self.config.seed,
+            ipc=recover.ipc,
+            flip=recover.flip,
+            patches=Patches(
+                recover.patch_factor, recover.patch_images, recover.patch_crops,
+                recover.patch_choice,
+            ),
+            scorer=found,
         )  # fmt: skip
 
     def once(self, name: str, make: Callable[[], T]) -> T:
@@ -324,14 +353,40 @@ class Context:
         """Teachers by the digest of what they are made of."""
         return {name: workdir.digest(self.teacher_fields(name)) for name in names}
 
+    def statistics_fields(self, name: str) -> dict[str, dict[str, Any]]:
+        """What those statistics of real images are made of that recover matches, by kind."""
+        recover, squeeze = self.config.recover, self.config.squeeze
+        kinds = []
+        if recover.iterations and recover.alpha_bn:
+            kinds += ["conv"] if {"conv", "patch"} & set(recover.match) else []
+            kinds += ["class"] if recover.class_share else []
+        if not kinds:
+            return {}
+        views = ("batch_size", "crop_min", "crop_pad", "flip")
+        fields = {name: getattr(squeeze, name) for name in views}
+        fields |= {
+            "seed": squeeze.seed,
+            "patch": recover.statistic_patch,
+            "teacher": workdir.digest(self.teacher_fields(name)),
+            "data": self.data_fields(self.open("train")),
+            "bits_version": BITS_VERSION,
+        }
+        return {kind: {"kind": kind, **fields} for kind in kinds}
+
     def recover_fields(self) -> dict[str, Any]:
         """What the synthetic images are made of."""
-        return {
-            "recover": fingerprint_fields("recover", self.config.recover),
+        recover = self.config.recover
+        fields = {
+            "recover": fingerprint_fields("recover", recover),
             "seed": self.config.seed,
             "data": self.data_fields(self.initial_source),
-            "teachers": self.pool_fields(self.config.recover.pool),
+            "teachers": self.pool_fields(recover.pool),
         }
+        if recover.initialise in SCORING:
+            fields["scorer"] = self.pool_fields([recover.scorer or recover.primary])
+        if statistics := {t: found for t in recover.pool if (found := self.statistics_fields(t))}:
+            fields["statistics"] = workdir.digest(statistics)
+        return fields
 
     def relabel_fields(self, labelled: LabelledSet) -> dict[str, Any]:
         """What soft labels are made of."""
@@ -355,9 +410,8 @@ class Context:
         if labelled.soft:
             fields["labels"] = workdir.digest(self.relabel_fields(labelled))
         else:
-            views = ("batch_size", "crop_min", "flip", "mix", "mix_alpha", "mix_per")
-            relabel = fingerprint_fields("relabel", self.config.relabel)
-            fields["views"] = {name: relabel[name] for name in views}
+            views = ["batch_size", *(field.name for field in dataclasses.fields(Augment))]
+            fields["views"] = {name: getattr(self.config.relabel, name) for name in views}
             fields["validate"]["loss"] = "ce"
         return fields
 
@@ -490,6 +544,9 @@ class FirstClasses:
 
     def image(self, index: int) -> np.ndarray:
         return self._source.image(int(self._at[index]))
+
+    def original(self, index: int) -> np.ndarray:
+        return self._source.original(int(self._at[index]))
 
     def describe(self) -> dict[str, Any]:
         return {**self._source.describe(), "first_classes": self.num_classes}

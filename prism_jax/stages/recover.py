@@ -10,24 +10,29 @@ recover/manifest.json               written when every unit is done
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections import deque
 from typing import Any
 
+import flax
 import jax
 import numpy as np
 from etils import epath
 
-from prism_jax import parallel, progress, synthesis
+from prism_jax import course, parallel, progress, synthesis
 from prism_jax.config import Layout, batch_layout, budget_of
 from prism_jax.core import pixels
+from prism_jax.course import Phase
 from prism_jax.data import image_set, workdir
 from prism_jax.data.checkpoints import Checkpoints
 from prism_jax.data.lazy import Images
 from prism_jax.data.metrics import MetricsWriter, gather, keep, own_file
 from prism_jax.errors import UserError
+from prism_jax.stages import statistics
 from prism_jax.stages.context import Context, LabelledSet
-from prism_jax.types import PyTree, Unit
+from prism_jax.teachers import TeacherPool
+from prism_jax.types import PyTree, SynthState, Unit
 
 DISPROPORTION = 10.0  # BN terms of two teachers further apart than this are warned of
 
@@ -52,7 +57,8 @@ def members(context: Context, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
     classes = np.arange(
         unit.block * layout.classes, (unit.block + 1) * layout.classes, dtype=np.int32
     )
-    if context.config.recover.batch_order == "ipc_major":
+    recover = context.config.recover
+    if recover.batch_order == "ipc_major" or recover.budget == "early_late":
         return np.tile(classes, len(slots)), np.repeat(slots, len(classes))
     return np.repeat(classes, len(slots)), np.tile(slots, len(classes))
 
@@ -62,7 +68,12 @@ def recipe_of(context: Context) -> synthesis.Recipe:
     recover = context.config.recover
     names = {field.name for field in dataclasses.fields(synthesis.Recipe)}
     numbers = {k: v for k, v in dataclasses.asdict(recover).items() if k in names}
-    return synthesis.Recipe(**{**numbers, "primary": recover.pool.index(recover.primary)})
+    numbers["primary"] = recover.pool.index(recover.primary)
+    if recover.statistic_primary:
+        numbers["statistic_primary"] = recover.pool.index(recover.statistic_primary)
+    if recover.budget != "early_late":
+        numbers["rounds"] = 1
+    return synthesis.Recipe(**numbers, slots=batch_layout(context.config).slots)
 
 
 def pending(context: Context) -> list[Unit]:
@@ -152,7 +163,11 @@ def run(context: Context) -> None:
 
 @dataclasses.dataclass
 class Lane:
-    """A unit in flight on one device."""
+    """A unit in flight on one device.
+
+    ``phase`` is that of ``phases`` whose shape the images have; ``start_BHWC`` are the initial
+    images, at the shape of the last.
+    """
 
     unit: Unit
     budget: int
@@ -162,16 +177,27 @@ class Lane:
     checkpoints: Checkpoints
     start_terms: dict[str, Any] | None
     seconds: float
+    start_BHWC: np.ndarray
+    phases: tuple[Phase, ...]
+    phase: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Images and their side: lanes that differ in it run apart."""
+        now = self.phases[self.phase]
+        return now.images, now.size
 
 
 def _optimise(context: Context, waiting: list[Unit]) -> None:
     config, root = context.config, folder(context)
-    recipe, pool = recipe_of(context), context.pool(config.recover.pool, config.recover.dtype)
+    recipe = recipe_of(context)
+    pool = context.pool(config.recover.pool, config.recover.dtype)
+    pool = statistics.with_targets(context, pool)
+    check_sizes(context, pool, recipe)
     devices = parallel.lane_devices(len(waiting))
     engine = synthesis.engine(pool, recipe, devices=devices, how=config.parallel.map)
     queue = deque(waiting)
     lanes: list[Lane | None] = [None] * len(engine)
-    spare: PyTree = None
     writer = MetricsWriter(own_file(root), tensorboard_dir=root / "tensorboard")
     total = sum(_budget(context, unit) for unit in queue)
     warned = False
@@ -182,15 +208,16 @@ def _optimise(context: Context, waiting: list[Unit]) -> None:
                 if lane is None and queue:
                     lanes[at] = lane = _start(context, engine, pool, recipe, queue.popleft(), at)
                     bar.advance(lane.done)
+            for at, lane in enumerate(lanes):
+                if lane is not None:
+                    _enter_phase(engine, recipe, lane, at)
             counts = [_count(lane, config.recover.steps_per_dispatch) for lane in lanes]
-            spare = spare or next(lane for lane in lanes if lane)
             began = time.monotonic()
-            results = _dispatch(context, engine, lanes, counts, spare)
-            for at, (lane, count, (state, report)) in enumerate(
-                zip(lanes, counts, results, strict=True)
-            ):
+            results = _dispatch(context, engine, lanes, counts)
+            for at, (lane, count, result) in enumerate(zip(lanes, counts, results, strict=True)):
                 if lane is None:
                     continue
+                state, report = result
                 lane.state, lane.done = state, lane.done + count
                 lane.seconds += (time.monotonic() - began) / sum(map(bool, lanes))
                 report = engine.fetch(report)
@@ -215,54 +242,119 @@ def _optimise(context: Context, waiting: list[Unit]) -> None:
 
 def _start(context: Context, engine, pool, recipe, unit: Unit, at: int) -> Lane:
     """Put a unit on a lane: from its checkpoint, or from its initial images."""
-    config = context.config
-    classes, slots = members(context, unit)
-    images = context.initial_images(classes, slots)
-    state = jax.device_get(synthesis.initial_state(pool, recipe, images))
+    config, budget = context.config, _budget(context, unit)
+    batch, start_BHWC = _batch(context, unit)
+    phases = course.phases_of(recipe, budget, start_BHWC)
+
+    def state_after(step: int) -> SynthState:
+        state = course.begin(pool, recipe, phases[0], start_BHWC)
+        for phase in phases[1 : course.phase_after(phases, step) + 1]:
+            state = course.enter(recipe, phase, state, start_BHWC)
+        return jax.device_get(state)
+
     checkpoints = Checkpoints(
         folder(context) / "checkpoints" / unit.name,
         every_seconds=config.recover.checkpoint_seconds,
     )
     start_terms, seconds = None, 0.0
-    if restored := checkpoints.restore(state):
+    if restored := checkpoints.restore(state_after):
         _, state, meta = restored
         start_terms, seconds = meta["start_terms"], meta["seconds"]
         context.say(f"recover: unit {unit.name} continues after iteration {int(state.step)}")
-    budget = _budget(context, unit)
-    batch = synthesis.UnitBatch(np.int32(slots[0]), np.int32(unit.block), np.int32(budget), classes)
+    else:
+        state = state_after(0)
+    batches = [(batch, start_BHWC)]
+    if config.recover.perturb_accumulates:
+        earlier = [unit._replace(block=block) for block in range(unit.block)]
+        batches = [_batch(context, u) for u in earlier] + batches
+    batch = jax.device_get(course.prepare(pool, recipe, batches, config.seed))
+    done = int(state.step)
     return Lane(
-        unit, budget, int(state.step), engine.place(batch, at), engine.place(state, at),
-        checkpoints, start_terms, seconds,
+        unit, budget, done, engine.place(batch, at), engine.place(state, at), checkpoints,
+        start_terms, seconds, start_BHWC, phases, course.phase_after(phases, done),
     )  # fmt: skip
 
 
-def _dispatch(context: Context, engine, lanes, counts, spare: Lane) -> list:
-    """One call of the engine; a lane without a unit runs zero iterations of a copy."""
-    arguments = []
-    for at, (lane, count) in enumerate(zip(lanes, counts, strict=True)):
-        if lane is None:
-            unit, state = engine.fetch(spare.placed_unit), engine.fetch(spare.state)
-            placed = engine.place(unit, at), engine.place(state, at)
-        else:
-            placed = lane.placed_unit, lane.state
-        arguments.append((*placed, engine.place(np.int32(count), at)))
-    try:
-        return engine(context.config.seed, arguments)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise UserError(
-            f"the device has not enough memory for one image batch. Lower recover.batch_size "
-            f"(now {len(spare.placed_unit.labels_B[0])} images) and start in another workdir: "
-            f"--workdir=<new> --from={context.root}. Finished units stay where they are."
-        ) from error
+def _batch(context: Context, unit: Unit) -> tuple[synthesis.UnitBatch, np.ndarray]:
+    """A unit's coordinates and labels, and its initial images."""
+    classes, slots = members(context, unit)
+    before = 0 if context.config.recover.round_robin_restarts else _iterations_before(context, unit)
+    batch = synthesis.UnitBatch(
+        np.int32(slots[0]), np.int32(unit.block), np.int32(_budget(context, unit)), classes,
+        np.int32(before),
+    )  # fmt: skip
+    return batch, context.initial_images(classes, slots)
+
+
+def _iterations_before(context: Context, unit: Unit) -> int:
+    """Iterations of all units that are worked on before one."""
+    before = itertools.takewhile(lambda other: other != unit, units(context))
+    return sum(_budget(context, other) for other in before)
+
+
+def _enter_phase(engine, recipe, lane: Lane, at: int) -> None:
+    """Give a lane's images the shape of the phase that its next iteration is in."""
+    while lane.done >= lane.phases[lane.phase].stop and lane.phase + 1 < len(lane.phases):
+        lane.phase += 1
+        state = course.enter(
+            recipe, lane.phases[lane.phase], engine.fetch(lane.state), lane.start_BHWC
+        )
+        lane.state = engine.place(jax.device_get(state), at)
+
+
+def check_sizes(context: Context, pool: TeacherPool, recipe: synthesis.Recipe) -> None:
+    """Refuse phases of a size that a teacher cannot read.
+
+    Raises:
+      UserError: such a teacher, whose weights belong to one size.
+    """
+    for size in sorted(set(recipe.phase_sizes)):
+        images = jax.ShapeDtypeStruct((1, size, size, context.image_shape[2]), np.float32)
+        for teacher, variables in zip(pool.teachers, pool.variables, strict=True):
+            try:
+                jax.eval_shape(teacher.module.apply, variables, images)
+            except (flax.errors.FlaxError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"teacher {teacher.name} does not read images of {size} px, which "
+                    f"recover.phase_sizes asks for: its weights belong to one size; leave it out "
+                    f"or unset recover.phase_sizes"
+                ) from error
+
+
+def _dispatch(context: Context, engine, lanes, counts) -> list:
+    """Run every lane that has a unit; one call of the engine per shape of images.
+
+    A lane without a unit, or with one of another shape, runs zero iterations of a copy.
+    """
+    results: list = [None] * len(lanes)
+    for shape in dict.fromkeys(lane.shape for lane in lanes if lane):
+        mine = [lane is not None and lane.shape == shape for lane in lanes]
+        spare = lanes[mine.index(True)]
+        copy = None if all(mine) else engine.fetch((spare.placed_unit, spare.state))
+        arguments = []
+        for at, (lane, count) in enumerate(zip(lanes, counts, strict=True)):
+            placed = (lane.placed_unit, lane.state) if mine[at] else engine.place(copy, at)
+            arguments.append((*placed, engine.place(np.int32(count if mine[at] else 0), at)))
+        try:
+            found = engine(context.config.seed, arguments)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"the device has not enough memory for one image batch. Lower recover.batch_size "
+                f"(now {len(spare.placed_unit.labels_B[0])} images) and start in another workdir: "
+                f"--workdir=<new> --from={context.root}. Finished units stay where they are."
+            ) from error
+        results = [new if own else old for new, old, own in zip(found, results, mine, strict=True)]
+    return results
 
 
 def _count(lane: Lane | None, steps_per_dispatch: int) -> int:
-    """Iterations to the next multiple of ``steps_per_dispatch``, or to the end."""
+    """Iterations to the next multiple of ``steps_per_dispatch``, or to the end of the phase."""
     if lane is None:
         return 0
-    return min(steps_per_dispatch - lane.done % steps_per_dispatch, lane.budget - lane.done)
+    stop = lane.phases[lane.phase].stop
+    return min(steps_per_dispatch - lane.done % steps_per_dispatch, stop - lane.done)
 
 
 def _save(engine, lane: Lane) -> None:
@@ -301,6 +393,8 @@ def _write(
     """Write a unit's images and then its record, which makes it done."""
     classes, slots = members(context, unit)
     images = np.asarray(pixels.to_uint8(images_BHWC, context.normalisation, rounding=rounding))
+    if context.config.recover.jpeg_quality is not None:
+        images = image_set.through_jpeg(images, context.config.recover.jpeg_quality)
     image_set.write_images(folder(context) / "images", images, classes, slots)
     record = {
         "unit": unit.name,
@@ -317,15 +411,18 @@ def _write(
 # --- what is said and logged ----------------------------------------------------------------
 
 
-def terms(found: synthesis.Terms, names: tuple[str, ...]) -> dict[str, dict[str, float | None]]:
-    """One iteration's unweighted terms per teacher; None for a teacher that was not read."""
+def terms(found: synthesis.Terms, names: tuple[str, ...]) -> dict[str, Any]:
+    """One iteration's unweighted terms: per teacher (None: it was not read), or one number."""
 
-    def by_name(values) -> dict[str, float | None]:
+    def by_name(values: np.ndarray) -> dict[str, float | None] | float:
+        if not np.ndim(values):
+            return float(values)
         return {
             name: None if np.isnan(v) else float(v) for name, v in zip(names, values, strict=True)
         }
 
-    return {"ce": by_name(found.ce_T), "bn": by_name(found.bn_T)}
+    values = {"ce": found.ce_T, "bn": found.bn_T, **found.others}
+    return {name: by_name(value) for name, value in values.items()}
 
 
 def _line(lane: Lane, last: synthesis.Terms, names: tuple[str, ...]) -> dict[str, Any]:
@@ -349,7 +446,8 @@ def _check(context: Context, lane: Lane, report, names: tuple[str, ...]) -> None
 
 def _warn(context: Context, first: synthesis.Terms, names: tuple[str, ...]) -> bool:
     """Say so where one teacher's BN term dwarfs another's; returns whether it was said."""
-    if context.config.recover.alpha_bn == 0:
+    recover = context.config.recover
+    if recover.alpha_bn == 0 or recover.alignment_scale != "none":
         return False
     sizes = {n: float(v) for n, v in zip(names, first.bn_T, strict=True) if v > 0}
     if not sizes:
@@ -361,7 +459,7 @@ def _warn(context: Context, first: synthesis.Terms, names: tuple[str, ...]) -> b
     context.say(
         f"warning: the BN term of {large} ({sizes[large]:.3g}) is {ratio:.0f} times that of "
         f"{small} ({sizes[small]:.3g}); where both are drawn, {large} decides. If that is not "
-        f"meant, leave one of them out of recover.pool."
+        f"meant, set recover.alignment_scale, or leave one of them out of recover.pool."
     )
     return True
 

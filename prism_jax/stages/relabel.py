@@ -35,7 +35,7 @@ def folder(labelled: LabelledSet) -> epath.Path:
 def augment_of(context: Context) -> Augment:
     """The distribution of views and mixes, which students replay."""
     relabel = context.config.relabel
-    return Augment(relabel.crop_min, relabel.flip, relabel.mix, relabel.mix_alpha, relabel.mix_per)
+    return Augment(**{f.name: getattr(relabel, f.name) for f in dataclasses.fields(Augment)})
 
 
 def recipe_of(context: Context, batch_size: int) -> LabelRecipe:

@@ -81,7 +81,7 @@ def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dic
     source = context.open("train")
     recipe = TrainRecipe(
         views=f"squeeze/view/{name}",
-        augment=Augment(squeeze.crop_min, squeeze.flip),
+        augment=Augment(squeeze.crop_min, squeeze.flip, crop_pad=squeeze.crop_pad),
         loss="ce",
         epochs=squeeze.epochs,
         optimiser=squeeze.optimiser,

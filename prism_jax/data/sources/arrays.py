@@ -76,6 +76,9 @@ class ArraySource:
         image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
         return square(image, pixels.shape[-1], self._size, resize_ratio=1.0)
 
+    def original(self, index: int) -> np.ndarray:
+        return self._images[index]
+
     def describe(self) -> dict[str, Any]:
         return self._description
 

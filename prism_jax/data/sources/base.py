@@ -36,6 +36,10 @@ class ImageSource(Protocol):
         """One image, uint8 (image_size, image_size, C); callable from several threads."""
         ...
 
+    def original(self, index: int) -> np.ndarray:
+        """The same image before it is resized and cropped, uint8 (H, W, C) of any size."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """What this is, as JSON values: equal for equal pixels and labels in equal order.
 

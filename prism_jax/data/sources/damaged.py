@@ -67,6 +67,9 @@ class Readable:
     def image(self, index: int) -> np.ndarray:
         return self._source.image(int(self._at[index]))
 
+    def original(self, index: int) -> np.ndarray:
+        return self._source.original(int(self._at[index]))
+
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256(self._damaged.astype("<i8").tobytes()).hexdigest()
         left_out = {"count": self.left_out, "digest": digest}

@@ -29,7 +29,12 @@ _JPEG = b"\xff\xd8\xff"
 
 
 def decode(
-    data: bytes, path: epath.PathLike, *, channels: int, image_size: int, resize_ratio: float
+    data: bytes,
+    path: epath.PathLike,
+    *,
+    channels: int,
+    image_size: int | None,
+    resize_ratio: float,
 ) -> np.ndarray:
     """Decode an image file to a square.
 
@@ -41,7 +46,8 @@ def decode(
       path: its name, for messages.
       channels: 1 (grey) or 3 (RGB).
       image_size, resize_ratio: an image of exactly this size is untouched; else its shorter
-        side is resized to ``round(resize_ratio * image_size)`` and the centre cut out.
+        side is resized to ``round(resize_ratio * image_size)`` and the centre cut out. None:
+        it is left as it is.
 
     Returns:
       uint8 (image_size, image_size, channels).
@@ -50,7 +56,7 @@ def decode(
       DamagedFile: the bytes are not a whole image.
     """
     if channels == 3 and (pixels_HWC := fast_jpeg(data)) is not None:
-        if pixels_HWC.shape == (image_size, image_size, 3):
+        if image_size is None or pixels_HWC.shape == (image_size, image_size, 3):
             return pixels_HWC
         return square(Image.fromarray(pixels_HWC), channels, image_size, resize_ratio)
     try:
@@ -80,10 +86,10 @@ def fast_jpeg(data: bytes) -> np.ndarray | None:
         return None
 
 
-def square(image: Image.Image, channels: int, size: int, resize_ratio: float) -> np.ndarray:
+def square(image: Image.Image, channels: int, size: int | None, resize_ratio: float) -> np.ndarray:
     """Convert, resize and crop an opened image: see :func:`decode`."""
     image = image.convert("L" if channels == 1 else "RGB")
-    if image.size != (size, size):
+    if size is not None and image.size != (size, size):
         width, height = image.size
         shorter, target = min(width, height), round(resize_ratio * size)
         # torchvision's Resize truncates the longer side, its CenterCrop rounds the offset.
@@ -149,6 +155,12 @@ class EncodedSource:
         return self.all_labels_N
 
     def image(self, index: int) -> np.ndarray:
+        return self._decode(index, self._size)
+
+    def original(self, index: int) -> np.ndarray:
+        return self._decode(index, None)
+
+    def _decode(self, index: int, size: int | None) -> np.ndarray:
         try:
             data = self._read(index)
         except (OSError, RuntimeError, ValueError, IndexError) as error:
@@ -157,7 +169,7 @@ class EncodedSource:
             data,
             self.name(index),
             channels=self._info.channels,
-            image_size=self._size,
+            image_size=size,
             resize_ratio=self._info.resize_ratio,
         )
 

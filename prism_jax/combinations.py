@@ -1,0 +1,177 @@
+"""Settings of recover that have no meaning together, each refused by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prism_jax import initialise, sampling
+from prism_jax.core import priors, schedules
+from prism_jax.models import ARCHITECTURES
+from prism_jax.synthesis import KINDS, METHODS
+
+if TYPE_CHECKING:
+    from prism_jax.config import Experiment, Layout
+
+
+def choices() -> dict[str, list[str]]:
+    """The allowed values of recover's fields that name a row of a table."""
+    return {
+        "method": list(METHODS),
+        "logits_by": list(sampling.SAMPLERS),
+        "statistics_by": list(sampling.SAMPLERS),
+        "committee": list(sampling.COMMITTEES),
+        "budget": list(schedules.BUDGETS),
+        "schedule": list(schedules.SCHEDULES),
+        "crop_curriculum": ["constant", *schedules.CURRICULA],
+        "initialise": list(initialise.INITIALISERS),
+        "match": list(KINDS),
+    }
+
+
+def refusals(e: Experiment, layout: Layout | None) -> Iterator[str]:
+    """Why settings of recover cannot be used together, one line each.
+
+    Args:
+      layout: how the set divides into batches; None where that is wrong already.
+    """
+    r = e.recover
+    method = METHODS.get(r.method)
+    if method is None:
+        return
+    logits, statistics = r.logits_by or method.logits, r.statistics_by or method.statistics
+    convolutions = not {"conv", "patch"}.isdisjoint(r.match)
+    phases = r.budget == "early_late" or bool(r.phase_sizes)
+
+    # --- who supervises ---
+    if "committee" not in (logits, statistics):
+        if r.priors is not None:
+            yield f"recover.priors is {r.priors}, but no committee votes; set logits_by or unset it"
+    elif r.priors is not None and len(r.priors) != len(r.pool):
+        yield (
+            f"recover.priors is {r.priors}; it must be {len(r.pool)} numbers, one per teacher of "
+            f"recover.pool: the accuracy in percent of a student of its images alone"
+        )
+    elif r.priors is None and r.committee == "best":
+        yield "recover.committee is 'best', and recover.priors is unset: nobody is better"
+    if r.statistic_primary and r.statistic_primary not in r.pool:
+        yield (
+            f"recover.statistic_primary is {r.statistic_primary!r}, which is not in recover.pool "
+            f"({', '.join(r.pool)}); name one of the pool"
+        )
+    if r.statistic_primary and statistics not in ("fixed", "subset"):
+        yield (
+            f"recover.statistic_primary is {r.statistic_primary!r}, but {statistics!r} has no "
+            f"primary; set recover.statistics_by to 'fixed' or 'subset'"
+        )
+    if r.round_robin_restarts and "round_robin" not in (logits, statistics):
+        yield "recover.round_robin_restarts is True, but nobody takes turns; unset it"
+
+    # --- statistics ---
+    if not r.match:
+        yield "recover.match is empty; name one of bn, conv, patch, or set recover.alpha_bn=0"
+    if r.first_layer == "conv" and not convolutions:
+        yield (
+            "recover.first_layer is 'conv', but recover.match names no statistics of "
+            "convolutions; set it to 'bn'"
+        )
+    if r.drop and not convolutions:
+        yield "recover.drop leaves out convolutions, but recover.match names no statistics of them"
+    if r.ema_from_zero and not r.ema:
+        yield "recover.ema_from_zero is True, but recover.ema=0 averages nothing; unset it"
+    if r.class_patch_swapped and not (r.class_share and "patch" in r.match):
+        yield (
+            "recover.class_patch_swapped exchanges patch statistics of classes, which need "
+            "recover.class_share above 0 and 'patch' in recover.match"
+        )
+    if r.alpha_bn and r.iterations and not r.count_no_bn and not convolutions:
+        for name in r.pool:
+            row = ARCHITECTURES.get(e.network(name).architecture)
+            if row is not None and not row.batch_norms:
+                yield (
+                    f"recover.pool names {name}, which has no BatchNorm and so no statistics to "
+                    f"align; leave it out, or set recover.count_no_bn=True to let it count in "
+                    f"the mean as the released code does"
+                )
+
+    # --- views, phases, perturbation ---
+    if r.crop_pad is not None and r.crop_curriculum != "constant":
+        yield (
+            f"recover.crop_pad shifts images, and recover.crop_curriculum={r.crop_curriculum!r} "
+            f"resizes crops; unset one of them"
+        )
+    if r.budget == "early_late":
+        if layout is not None and layout.slots != r.ipc:
+            yield (
+                f"recover.budget is 'early_late', which divides the slots of one batch; it holds "
+                f"{layout.slots} of recover.ipc={r.ipc}: set recover.batch_order='class_major'"
+            )
+        if r.iterations < r.rounds:
+            yield f"recover.rounds is {r.rounds}, more than recover.iterations={r.iterations}"
+    if r.phase_sizes:
+        if r.budget == "early_late":
+            yield "recover.budget='early_late' and recover.phase_sizes cannot be combined"
+        if r.phase_sizes[-1] != e.dataset.image_size:
+            yield (
+                f"recover.phase_sizes ends at {r.phase_sizes[-1]}; the last one must be "
+                f"dataset.image_size={e.dataset.image_size}"
+            )
+        if r.iterations < len(r.phase_sizes):
+            yield (
+                f"recover.phase_sizes has {len(r.phase_sizes)} phases, more than "
+                f"recover.iterations={r.iterations}"
+            )
+        if "patch" in r.match:
+            yield "recover.match names patches, whose number changes with recover.phase_sizes"
+    elif r.inject:
+        yield f"recover.inject is {r.inject}, but without recover.phase_sizes there is one phase"
+    if r.densification:
+        if layout is not None and (layout.slots == 1 or r.batch_order != "class_major"):
+            yield (
+                "recover.densification compares a class's images in one batch: it needs "
+                "recover.batch_order='class_major' and several slots in a batch"
+            )
+        if r.budget == "early_late":
+            yield "recover.densification and recover.budget='early_late' cannot be combined"
+    if r.flatness and phases:
+        yield "recover.flatness averages images over iterations; phases change their shape"
+    perturbs = bool(r.perturb_rho)
+    if perturbs != bool(r.perturb_steps):
+        yield (
+            f"recover.perturb_rho is {r.perturb_rho} and recover.perturb_steps is "
+            f"{r.perturb_steps}; set both or neither"
+        )
+    if perturbs and logits != "fixed":
+        yield f"recover.perturb_rho perturbs the primary, but logits are supervised by {logits!r}"
+    if perturbs and phases:
+        yield "recover.perturb_rho needs all images from the first iteration on; phases do not"
+    for field in ("perturb_probes", "perturb_accumulates"):
+        if getattr(r, field) and not perturbs:
+            yield f"recover.{field} is True, but recover.perturb_rho=0 perturbs nothing; unset it"
+
+    # --- initial images ---
+    if r.initialise in initialise.SCORING and (r.scorer or r.primary) not in e.squeeze.teachers:
+        yield (
+            f"recover.initialise is {r.initialise!r}, which asks recover.scorer (unset: the "
+            f"primary), {r.scorer or r.primary!r}; it is not in squeeze.teachers "
+            f"({', '.join(e.squeeze.teachers)})"
+        )
+    if r.scorer and r.initialise not in initialise.SCORING:
+        yield (
+            f"recover.scorer is {r.scorer!r}, but recover.initialise={r.initialise!r} asks nobody; "
+            f"unset it"
+        )
+    if r.initialise == "mosaic_shuffled" and e.dataset.image_size % 2:
+        yield "recover.initialise='mosaic_shuffled' needs an even dataset.image_size"
+
+
+NOT_NEGATIVE = (
+    "iterations", "alpha_bn", "roll", "variance_weight", *priors.PRIORS, "flatness", "perturb_rho",
+    "perturb_steps", "subset_others",
+)  # fmt: skip
+SHARES = ("class_share", "drop", "inject", "crop_milestone", "subset_probability")
+POSITIVE = (
+    "ipc", "learning_rate", "batch_size", "slots_per_batch", "steps_per_dispatch",
+    "checkpoint_seconds", "first_bn_multiplier", "statistic_patch", "rounds", "prior_temperature",
+    "patch_factor", "patch_images", "patch_crops",
+)  # fmt: skip

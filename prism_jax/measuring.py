@@ -1,0 +1,150 @@
+"""Statistics of real images inside a teacher, for methods that match more than BatchNorm keeps.
+
+The running statistics of a BatchNorm are in the weights. Those of convolutions (G-VBSM), and
+those of single classes (EDC), need a pass over the training set in evaluation mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from prism_jax import parallel, rng
+from prism_jax.core import pixels, statistics, views
+from prism_jax.data.pipeline import Batch
+from prism_jax.teachers import Teacher
+from prism_jax.types import Array, Normalisation, PyTree
+
+CONV, CLASSES = "conv_statistics", "class_statistics"  # collections of a teacher's variables
+VIEWS = "squeeze/statistics/view"
+
+# A number of images, and the sum over them of their statistics, in float64.
+Sum = tuple[int, PyTree]
+
+
+class Measurer:
+    """Measures batches of real images, one per device at a time; a batch is never split."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        variables: PyTree,
+        normalisation: Normalisation,
+        *,
+        per_image: bool,
+        patch: int,
+        crop_min: float,
+        flip: bool,
+        seed: int,
+        crop_pad: int | None = None,
+        devices: Sequence[jax.Device] | None = None,
+        how: str = "shard_map",
+    ):
+        """Measure with one teacher.
+
+        Args:
+          per_image: every image is a batch of its own (EDC), and BatchNorms' inputs are measured
+            beside convolutions'; otherwise a batch is one (G-VBSM), and only those are.
+          patch: side of the patches.
+          crop_min, crop_pad, flip: the views, one per image, as in training.
+          seed: of the views.
+        """
+        self._seed = seed
+
+        def of_batch(variables, images_BHWC):
+            return _statistics(
+                teacher, variables, images_BHWC, normalisation, bn=per_image, patch=patch
+            )
+
+        def measure(variables, seed, group, number, images_uint8_BHWC):
+            images_BHWC = pixels.normalise(images_uint8_BHWC, normalisation)
+            batch, height, width, _ = images_BHWC.shape
+            view = views.sample_view(
+                rng.stream(rng.root(seed), VIEWS, group, number), (height, width),
+                crop_scale=(crop_min, 1.0), crop_pad=crop_pad, flip=flip, roll=0, batch=batch,
+            )  # fmt: skip
+            images_BHWC = views.apply_view(images_BHWC, view)
+            if not per_image:
+                return of_batch(variables, images_BHWC)
+            each = jax.vmap(of_batch, in_axes=(None, 0))(variables, images_BHWC[:, None])
+            return jax.tree.map(lambda x: jnp.mean(x, 0), each)
+
+        devices = devices or jax.local_devices()[:1]
+        self._map = parallel.LaneMap(measure, variables, arity=3, devices=devices, how=how)
+
+    def total(self, batches: Iterable[Batch], *, group: int) -> Sum:
+        """The statistics of some batches, each weighted by its number of images.
+
+        Args:
+          group: coordinate of the views, beside the batches' numbers.
+        """
+        count, total = 0, None
+        for weight, tree in self._measure(batches, group):
+            wide = jax.tree.map(lambda x, w=weight: w * np.asarray(x, np.float64), tree)
+            total = wide if total is None else jax.tree.map(np.add, total, wide)
+            count += weight
+        return count, total
+
+    def _measure(self, batches: Iterable[Batch], group: int) -> Iterator[tuple[int, PyTree]]:
+        waiting: list[Batch] = []
+        for batch in batches:
+            if waiting and len(waiting[0].images_BHWC) != len(batch.images_BHWC):
+                yield from self._run(waiting, group)
+                waiting = []
+            waiting.append(batch)
+            if len(waiting) == len(self._map):
+                yield from self._run(waiting, group)
+                waiting = []
+        if waiting:
+            yield from self._run(waiting, group)
+
+    def _run(self, batches: list[Batch], group: int) -> Iterator[tuple[int, PyTree]]:
+        """One batch per device; idle ones repeat the first."""
+        lanes = [
+            tuple(
+                self._map.place(value, lane)
+                for value in (np.int32(group), np.int32(batch.number), batch.images_BHWC)
+            )
+            for lane, batch in enumerate((batches * len(self._map))[: len(self._map)])
+        ]
+        for batch, found in zip(batches, self._map(self._seed, lanes), strict=False):
+            yield len(batch.images_BHWC), self._map.fetch(found)
+
+
+def _statistics(
+    teacher: Teacher, variables: PyTree, images_BHWC: Array, normalisation, *, bn: bool, patch: int
+) -> PyTree:
+    """Of BatchNorms' inputs ("bn") and of convolutions' ("conv"), nested as the modules are."""
+    reading = teacher.read(variables, images_BHWC, normalisation, statistics=bn, conv_inputs=True)
+    inputs = {p: x["x"] for p, x in statistics.by_layer(reading.conv_inputs).items()}
+    conv = statistics.of_inputs(inputs, channels=True, patch=patch)
+    return {"bn": reading.statistics, "conv": traverse_util.unflatten_dict(conv)}
+
+
+def blank(
+    teacher: Teacher,
+    variables: PyTree,
+    image_shape: tuple[int, int, int],
+    *,
+    patch: int,
+    num_classes: int,
+) -> dict[str, PyTree]:
+    """Both collections full of zeros, where only their shapes matter."""
+    images_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    shapes = jax.eval_shape(
+        lambda v, x: _statistics(teacher, v, x, None, bn=True, patch=patch), variables, images_BHWC
+    )
+    conv = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes["conv"])
+    classes = jax.tree.map(lambda x: np.zeros((num_classes, *x.shape), np.float32), shapes)
+    return {CONV: conv, CLASSES: classes}
+
+
+def mean(sums: Sequence[Sum]) -> PyTree:
+    """The mean over everything that was added up, as float32."""
+    count = sum(images for images, _ in sums)
+    total = jax.tree.map(lambda *x: np.sum(x, 0), *(tree for _, tree in sums))
+    return jax.tree.map(lambda x: (x / count).astype(np.float32), total)

@@ -1,0 +1,125 @@
+"""What recover refuses: every refusal by its name, and every method's own settings pass."""
+
+from __future__ import annotations
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs.digits import config as digits
+from prism_jax.config import resolve
+from prism_jax.errors import UserError
+
+
+def with_recover(**fields) -> ConfigDict:
+    c = digits(10)
+    with c.unlocked(), c.recover.ignore_type():
+        for name, value in fields.items():
+            c.recover[name] = value
+    return c
+
+
+CLASS_MAJOR = {"batch_order": "class_major", "batch_size": 100}
+REFUSED = {
+    "votes of nobody": ({"priors": (1.0, 2.0, 3.0, 4.0)}, "no committee votes"),
+    "too few votes": ({"method": "cvdd", "priors": (1.0, 2.0)}, "it must be 4 numbers"),
+    "best of equals": ({"method": "cvdd", "committee": "best"}, "nobody is better"),
+    "unknown committee": ({"committee": "wisest"}, "recover.committee is 'wisest'"),
+    "primary elsewhere": ({"statistic_primary": "convnet"}, "not in recover.pool"),
+    "primary of turns": (
+        {"method": "edc", "statistic_primary": "resnet18"}, "'round_robin' has no primary",
+    ),
+    "turns of nobody": ({"round_robin_restarts": True}, "nobody takes turns"),
+    "sampler": ({"statistics_by": "everybody"}, "recover.statistics_by is 'everybody'"),
+    "no statistics": ({"match": ()}, "recover.match is empty"),
+    "unknown statistics": ({"match": ("bn", "convs")}, "did you mean conv?"),
+    "first convolution": ({"first_layer": "conv"}, "names no statistics of convolutions"),
+    "drop": ({"drop": 0.4}, "recover.drop leaves out convolutions"),
+    "all dropped": ({"drop": 1.0, "match": ("bn", "conv")}, "must be in [0, 1)"),
+    "average": ({"ema_from_zero": True}, "averages nothing"),
+    "momentum": ({"ema": 1.0}, "recover.ema is 1.0"),
+    "swapped": ({"class_patch_swapped": True, "class_share": 0.5}, "'patch' in recover.match"),
+    "share": ({"class_share": 1.5}, "recover.class_share is 1.5; it must be in [0, 1]"),
+    "two crops": ({"crop_pad": 2, "crop_curriculum": "cosine"}, "unset one of them"),
+    "curriculum": ({"crop_curriculum": "sine"}, "recover.crop_curriculum is 'sine'"),
+    "early-late apart": ({"budget": "early_late"}, "holds 1 of recover.ipc=10"),
+    "rounds": (
+        {"budget": "early_late", "iterations": 5, **CLASS_MAJOR}, "more than recover.iterations=5",
+    ),
+    "two kinds of phases": (
+        {"budget": "early_late", "phase_sizes": (16, 16), **CLASS_MAJOR}, "cannot be combined",
+    ),
+    "last size": ({"phase_sizes": (16, 14)}, "ends at 14", "dataset.image_size=16"),
+    "phases": ({"phase_sizes": (16,) * 9, "iterations": 8}, "more than recover.iterations=8"),
+    "patches of a size": (
+        {"phase_sizes": (14, 16), "match": ("bn", "patch")}, "number changes with",
+    ),
+    "injection": ({"inject": 0.5}, "there is one phase"),
+    "density of one": ({"densification": 1.0}, "several slots in a batch"),
+    "density of few": (
+        {"densification": 1.0, "budget": "early_late", **CLASS_MAJOR}, "cannot be combined",
+    ),
+    "flat phases": ({"flatness": 1.0, "phase_sizes": (14, 16)}, "phases change their shape"),
+    "half a perturbation": ({"perturb_rho": 0.1}, "set both or neither"),
+    "the other half": ({"perturb_steps": 3}, "set both or neither"),
+    "perturbed turns": (
+        {"method": "fadrm", "perturb_rho": 0.1, "perturb_steps": 3}, "by 'round_robin'",
+    ),
+    "perturbed phases": (
+        {"perturb_rho": 0.1, "perturb_steps": 3, "phase_sizes": (14, 16)}, "phases do not",
+    ),
+    "probes": ({"perturb_probes": True}, "perturbs nothing"),
+    "scorer elsewhere": (
+        {"initialise": "mosaic", "scorer": "resnet34"}, "'resnet34'; it is not in squeeze.teachers",
+    ),
+    "scorer for nothing": ({"scorer": "resnet18"}, "asks nobody"),
+    "jpeg": ({"jpeg_quality": 0}, "recover.jpeg_quality is 0; it must be in [1, 95]"),
+    "pad": ({"crop_pad": -1}, "recover.crop_pad is -1"),
+    "patches": ({"patch_factor": 0}, "recover.patch_factor is 0; it must be positive"),
+    "variance": ({"variance_weight": -1.0}, "recover.variance_weight is -1.0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_meaning_is_refused_by_name(name):
+    fields, *said = REFUSED[name]
+    with pytest.raises(UserError) as caught:
+        resolve(with_recover(**fields))
+    message = str(caught.value)
+    assert all(part in message for part in said), message
+    assert "\n" not in message  # one thing is wrong, and nothing else is said
+
+
+ALLOWED = {
+    "everybody": {"logits_by": "uniform", "statistics_by": "uniform", "alignment_scale": "targets"},
+    "one fixed BN teacher": {"statistics_by": "fixed", "statistic_primary": "mobilenet_v2"},
+    "statistics of a committee": {"statistics_by": "committee", "priors": (4.0, 3.0, 2.0, 1.0)},
+    "gvbsm": {
+        "method": "gvbsm", "match": ("bn", "conv", "patch"), "ema": 0.4, "drop": 0.4,
+        "densification": 1.0, "first_layer": "conv", **CLASS_MAJOR,
+    },
+    "edc": {
+        "method": "edc", "match": ("bn", "conv", "patch"), "class_share": 0.5,
+        "class_patch_swapped": True, "flatness": 1.0, "initialise": "mosaic_shuffled",
+    },
+    "delt": {"method": "delt", "budget": "early_late", "crop_curriculum": "cosine", **CLASS_MAJOR},
+    "fadrm": {"method": "fadrm", "phase_sizes": (14, 16, 14, 16), "inject": 0.5},
+    "rded": {"method": "rded", "iterations": 0, "initialise": "mosaic", "pool": ()},
+    "no alignment": {"alpha_bn": 0.0, "match": ("bn",)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_what_has_a_meaning_is_allowed(name):
+    experiment = resolve(with_recover(**ALLOWED[name]))
+    assert experiment.recover.method == ALLOWED[name].get("method", "prism")
+
+
+def test_alexnet_has_statistics_where_convolutions_are_matched():
+    c = with_recover(match=("bn",))
+    c.networks.alexnet = ConfigDict({"architecture": "alexnet", "stem": "small"})
+    c.squeeze.teachers = (*c.squeeze.teachers, "alexnet")
+    c.recover.pool = (*c.recover.pool, "alexnet")
+    with pytest.raises(UserError, match="alexnet, which has no BatchNorm"):
+        resolve(c)
+    c.recover.match = ("bn", "conv")
+    assert resolve(c).recover.pool[-1] == "alexnet"

@@ -1,0 +1,276 @@
+"""Every method through the recover stage: resumed, on any devices, the same bits."""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+from helpers.command import TINY, call, reference
+
+from prism_jax import pipeline
+from prism_jax.config import resolve
+from prism_jax.data import image_set
+from prism_jax.main import parse
+from prism_jax.stages import recover, squeeze, statistics
+from prism_jax.stages.context import Context, Interrupted
+
+__all__ = ["reference"]  # a fixture
+
+CLASS_MAJOR = ("batch_order=class_major", "batch_size=4")
+STATISTICS = ("match=bn,conv,patch", "statistic_patch=4")
+METHODS = {
+    "sre2l": ("initialise=noise",),
+    "cda": ("crop_curriculum=cosine", "crop_milestone=0.5"),
+    "dwa": ("perturb_rho=0.1", "perturb_steps=2", "variance_weight=2.0",
+            "initialise=real_squashed"),
+    "dwa as released": ("perturb_rho=0.1", "perturb_steps=2", "perturb_probes=True",
+                        "perturb_accumulates=True"),
+    "gvbsm": (*STATISTICS, *CLASS_MAJOR, "ema=0.4", "drop=0.4", "densification=1.0",
+              "first_layer=conv"),
+    "edc": (*STATISTICS, *CLASS_MAJOR, "ema=0.8", "class_share=0.5", "flatness=0.5",
+            "initialise=mosaic_shuffled", "roll=0", "crop_min=0.5"),
+    "delt": ("budget=early_late", "rounds=2", *CLASS_MAJOR, "initialise=real_median",
+             "crop_curriculum=cosine"),
+    "fadrm": ("phase_sizes=(8,8,8)", "inject=0.5", "initialise=mosaic", "patch_factor=1",
+              "patch_choice=median", "round_robin_restarts=True"),
+    "cvdd": ("committee=listed", "priors=(60.0,50.0)", "jpeg_quality=75"),
+    "rded": ("iterations=0", "initialise=mosaic"),
+}  # fmt: skip
+
+
+def context_of(root, name, *more) -> Context:
+    """A method's tiny experiment in a folder; dispatches of 2 iterations, so that phases end."""
+    fields = (f"method={name.split()[0]}", "steps_per_dispatch=2", *METHODS[name], *more)
+    problems: list[str] = []
+    config, _ = parse([TINY, *(f"--config.recover.{f}" for f in fields)], problems)
+    return Context(resolve(config, problems), root)
+
+
+def prepare(context: Context, reference) -> None:
+    """The reference's teachers, and the statistics that the method needs."""
+    pipeline.adopt(context, reference)
+    assert not squeeze.pending(context)
+    if not statistics.is_done(context):
+        statistics.run(context)
+
+
+def images_of(context: Context) -> np.ndarray:
+    config = context.config
+    return image_set.read_images(
+        recover.folder(context) / "images", config.dataset.num_classes, config.recover.ipc
+    )[0]
+
+
+def stopping_after(dispatches: int, context: Context, monkeypatch) -> None:
+    """Ask a run to stop after so many dispatches."""
+    dispatch, count = recover._dispatch, iter(range(dispatches, -1, -1))
+
+    def counted(*arguments):
+        if next(count, 0) <= 1:
+            context.stop.signum = signal.SIGTERM
+        return dispatch(*arguments)
+
+    monkeypatch.setattr(recover, "_dispatch", counted)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, reference):
+    """A method's run without interruption, on one device: made once for all tests."""
+
+    @functools.cache
+    def run(name):
+        context = context_of(tmp_path_factory.mktemp("whole") / "run", name)
+        prepare(context, reference)
+        devices = recover.parallel.lane_devices
+        recover.parallel.lane_devices = lambda limit: devices(1)
+        try:
+            recover.run(context)
+        finally:
+            recover.parallel.lane_devices = devices
+        context.lock.release()
+        return images_of(context)
+
+    return run
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sre2l", "cda", "cvdd", "edc")]
+
+
+@pytest.mark.parametrize("name", ["gvbsm", "delt", "dwa", "dwa as released", "fadrm", *SLOW])
+def test_stopped_and_continued_on_other_devices_is_the_same(
+    name, whole, reference, tmp_path, monkeypatch
+):
+    assert jax.device_count() == 8
+    context = context_of(tmp_path / "run", name)
+    prepare(context, reference)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stopping_after(4, context, patch)
+        recover.run(context)
+    context.lock.release()
+    going = sorted(p.name for p in (tmp_path / "run/recover/checkpoints").iterdir())
+    assert going == [unit.name for unit in recover.units(context)][: len(going)] and going
+
+    again = context_of(tmp_path / "run", name)
+    starts = []
+    place = recover._start
+
+    def noting(*arguments):
+        lane = place(*arguments)
+        starts.append(lane.done)
+        return lane
+
+    monkeypatch.setattr(recover, "_start", noting)
+    recover.run(again)
+    again.lock.release()
+    assert max(starts) == 8
+    np.testing.assert_array_equal(images_of(again), whole(name))
+
+
+def test_lanes_in_different_phases_run_apart(whole, reference, tmp_path, monkeypatch):
+    context = context_of(tmp_path / "run", "delt")
+    prepare(context, reference)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stopping_after(4, context, patch)
+        recover.run(context)
+    context.lock.release()
+    first = next((tmp_path / "run/recover/checkpoints").iterdir())
+    for step in first.iterdir():
+        step.rename(step.parent / f".{step.name}")  # one unit begins anew, the other goes on
+
+    again, shapes = context_of(tmp_path / "run", "delt"), []
+    dispatch = recover._dispatch
+
+    def noting(context, engine, lanes, counts):
+        shapes.append({lane.shape for lane in lanes if lane})
+        return dispatch(context, engine, lanes, counts)
+
+    monkeypatch.setattr(recover, "_dispatch", noting)
+    recover.run(again)
+    again.lock.release()
+    assert {(2, 8), (4, 8)} in shapes
+    np.testing.assert_array_equal(images_of(again), whole("delt"))
+
+
+# --- what single methods do -------------------------------------------------------------------
+
+
+def drawn_by_iteration(context: Context) -> list[list[str]]:
+    """Who supervised statistics, in the order in which the batches were worked on."""
+    lines = (context.root / "recover/metrics.jsonl").read_text().splitlines()
+    order = {unit.name: at for at, unit in enumerate(recover.units(context))}
+    lines = sorted(map(json.loads, lines), key=lambda x: (order[x["unit"]], x["step"]))
+    return [line["drawn"] for line in lines]
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_round_robin_goes_on_over_batches_and_resumes_in_order(
+    restarts, reference, tmp_path, monkeypatch
+):
+    """Three iterations a batch and two teachers: whose turn it is differs from batch to batch."""
+    fields = ("iterations=3", "steps_per_dispatch=1", f"round_robin_restarts={restarts}")
+    monkeypatch.setitem(METHODS, "fadrm", fields)
+    context = context_of(tmp_path / "run", "fadrm")
+    prepare(context, reference)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stopping_after(2, context, patch)
+        recover.run(context)
+    context.lock.release()
+    again = context_of(tmp_path / "run", "fadrm")
+    recover.run(again)
+    again.lock.release()
+    turns = [0, 1, 0] * 4 if restarts else [i % 2 for i in range(12)]
+    assert drawn_by_iteration(again) == [[("first", "second")[turn]] for turn in turns]
+
+
+def test_rded_is_its_mosaics_and_runs_no_iteration(reference, tmp_path, monkeypatch):
+    context = context_of(tmp_path / "run", "rded")
+    prepare(context, reference)
+    monkeypatch.setattr(recover, "_optimise", None)
+    recover.run(context)
+    context.lock.release()
+    classes, slots = np.repeat(np.arange(4), 2), np.tile(np.arange(2), 4)
+    expected = recover.pixels.to_uint8(
+        context.initial_images(classes, slots), context.normalisation
+    )
+    np.testing.assert_array_equal(images_of(context), expected)
+
+
+def test_jpeg_is_what_pillow_leaves(reference, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    rough, fine = (image_set.through_jpeg(images, quality) for quality in (75, 95))
+    assert rough.shape == images.shape and rough.dtype == np.uint8
+    off = [np.abs(x.astype(int) - images).mean() for x in (rough, fine)]
+    assert off[0] > off[1] > 0
+    grey = image_set.through_jpeg(images[..., :1], 75)
+    assert grey.shape == (2, 8, 8, 1) and np.abs(grey.astype(int) - images[..., :1]).mean() < 20
+
+
+# --- statistics of the real images --------------------------------------------------------------
+
+
+def test_statistics_are_made_once_resumed_by_shard_and_shared(reference, tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "CLASSES", 1)
+    context = context_of(tmp_path / "run", "edc")
+    pipeline.adopt(context, reference)
+    measure, made = statistics._measure, []
+
+    def stopping(context, measurer, kind, shard):
+        made.append((kind, shard))
+        if len(made) == 4:
+            context.stop.signum = signal.SIGTERM
+        return measure(context, measurer, kind, shard)
+
+    monkeypatch.setattr(statistics, "_measure", stopping)
+    with pytest.raises(Interrupted):
+        statistics.run(context)
+    context.lock.release()
+    assert not statistics.is_done(context) and len(made) == 4
+    again = context_of(tmp_path / "run", "edc")
+    made[:] = [None] * 9  # past the one at which it stopped
+    statistics.run(again)
+    again.lock.release()
+    # Two teachers, each with one shard of batches and four of classes; four were there.
+    assert len(made) == 9 + 10 - 4 and statistics.is_done(again)
+
+    whole = context_of(tmp_path / "whole", "edc")
+    pipeline.adopt(whole, reference)
+    monkeypatch.setattr(statistics, "_measure", measure)
+    statistics.run(whole)
+    whole.lock.release()
+    pools = [statistics.with_targets(c, c.pool(("first", "second"))) for c in (again, whole)]
+    for ours, theirs in zip(*(pool.variables for pool in pools), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    table = pools[0].variables[0]["class_statistics"]["conv"]["features.0"]["mean"]
+    assert table.shape == (4, 1)
+
+    # Another method that needs a part of them finds it, in its own folder and from another's.
+    gvbsm = context_of(tmp_path / "whole", "gvbsm")
+    assert statistics.is_done(gvbsm)
+    other = context_of(tmp_path / "other", "gvbsm")
+    pipeline.adopt(other, tmp_path / "whole")
+    assert statistics.is_done(other)
+    assert not statistics.is_done(context_of(tmp_path / "whole", "gvbsm", "statistic_patch=2"))
+
+
+def test_missing_and_damaged_statistics_are_said(reference, tmp_path):
+    context = context_of(tmp_path / "run", "gvbsm")
+    pipeline.adopt(context, reference)
+    with pytest.raises(Exception, match="run the squeeze stage first"):
+        recover.run(context)
+    context.lock.release()
+    statistics.run(context)
+    context.lock.release()
+    path = statistics.folder(context, "first", "conv") / statistics.FILE
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(Exception, match=f"{path} is damaged"):
+        statistics.with_targets(context, context.pool(("first", "second")))
+
+
+def test_phases_of_a_size_that_a_teacher_cannot_read_are_refused(reference, tmp_path):
+    arguments = ("--config.recover.phase_sizes=(4,8)", f"--from={reference}", "--stages=recover")
+    status, _, err = call(TINY, f"--workdir={tmp_path / 'run'}", *arguments)
+    assert status == 2 and "teacher first does not read images of 4 px" in err
