@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -194,21 +195,31 @@ def parse(argv: Sequence[str], problems: list[str]) -> tuple[Any, flags.FlagValu
         there = f"; there are: {', '.join(close)}" if close else ""
         raise UserError(f"no config file at {file}{there}")
     # A config imports its siblings as `configs.base`, wherever the command is run.
-    sys.path.insert(0, str(file.resolve().parent.parent))
+    above = list(file.resolve().parents)
+    sys.path.insert(0, str(next((p for p in above if (p / "configs").is_dir()), above[0])))
     try:
         config, _ = _parse(chosen[-1:])
     except Exception as error:  # whatever a file of Python may raise
         raise UserError(f"the config {path} cannot be loaded: {_reason(error)}") from error
-    good = chosen[-1:]
-    for argument in argv:
-        if argument in chosen:
-            continue
-        try:
-            _parse([*good, argument])
-            good.append(argument)
-        except Exception as error:  # absl and ml_collections raise many kinds
-            problems.append(_explain(config, argument, error))
-    return _parse(good)
+    unset = [a for a in argv if a.startswith("--config.") and a.endswith("=None")]
+    good, others = chosen[-1:], [a for a in argv if a not in (*chosen, *unset)]
+    try:
+        config, given = _parse([*good, *others])
+    except Exception:  # one by one, to say which
+        for argument in others:
+            try:
+                _parse([*good, argument])
+                good.append(argument)
+            except Exception as error:  # absl and ml_collections raise many kinds
+                problems.append(_explain(config, argument, error))
+        config, given = _parse(good)
+    for argument in unset:  # a flag of ml_collections has no word for it
+        *path, last = argument.removeprefix("--config.").removesuffix("=None").split(".")
+        if ".".join((*path, last)) in _fields(config):
+            functools.reduce(lambda node, key: node[key], path, config)[last] = None
+        else:
+            problems.append(_explain(config, argument, ValueError()))
+    return config, given
 
 
 def _parse(argv: Sequence[str]) -> tuple[Any, flags.FlagValues]:
