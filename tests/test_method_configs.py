@@ -1,0 +1,206 @@
+"""Every method's config on every data set its papers give: it resolves, and says what they do."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import pathlib
+
+import pytest
+
+from configs.methods import recipes
+from prism_jax import synthesis
+from prism_jax.config import Experiment, resolve
+
+FOLDER = pathlib.Path(__file__).resolve().parents[1] / "configs" / "methods"
+METHODS = sorted(p.stem for p in FOLDER.glob("*.py") if "def get_config" in p.read_text())
+IPCS = (1, 10, 50)
+
+
+def experiment(name: str, *words: str) -> Experiment:
+    module = importlib.import_module(f"configs.methods.{name}")
+    return resolve(module.get_config(",".join(words)))
+
+
+def recipes_of(name: str) -> list[str]:
+    """The data sets for which a method has a recipe."""
+    found = []
+    for dataset in recipes.DATASETS:
+        try:
+            experiment(name, dataset)
+        except ValueError as error:
+            assert f"no recipe for {dataset}" in str(error)
+        else:
+            found.append(dataset)
+    return found
+
+
+def test_there_is_a_config_for_every_method():
+    assert set(METHODS) == {*synthesis.METHODS, "prism_official", "prism_selection"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_recipe_resolves_with_every_word(name):
+    found, names = recipes_of(name), set()
+    assert {"imagenet", "digits"} <= set(found)
+    for dataset, ipc in itertools.product(found, IPCS):
+        for words in ((), ("official",), ("smoke",))[: 3 if dataset == "imagenet" else 2]:
+            e = experiment(name, dataset, f"ipc{ipc}", *words)
+            assert e.recover.ipc == (min(ipc, 2) if words == ("smoke",) else ipc)
+            assert e.dataset.name == dataset and e.name not in names
+            names.add(e.name)
+            assert e.recover.method == name.split("_")[0]
+            files = [e.network(t).checkpoint for t in e.squeeze.teachers]
+            assert all(files) if dataset == "imagenet" else not any(files)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_docstring_has_paper_and_command(name):
+    module = importlib.import_module(f"configs.methods.{name}")
+    command = f"python -m prism_jax.main --config=configs/methods/{name}.py"
+    assert command in module.__doc__
+    if "_" not in name:
+        assert "Paper: arXiv" in module.__doc__ and "Reports" in module.__doc__
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [("imagenet,cifar10", "allowed: one of"), ("ipc0", "allowed"), ("offcial", "official")],
+)
+def test_unknown_words_are_refused(argument, said):
+    with pytest.raises(ValueError, match=said):
+        experiment("sre2l", *argument.split(","))
+
+
+def fields(name: str, dataset: str, *words: str) -> dict:
+    e = experiment(name, dataset, *words)
+    return {f"{s}.{k}": v for s in ("recover", "relabel", "validate", "squeeze")
+            for k, v in vars(getattr(e, s)).items()}  # fmt: skip
+
+
+# What the papers and their code say, method by method; `methods.md` of the sheets.
+STATED = {
+    ("sre2l", "imagenet"): {
+        "recover.initialise": "noise", "recover.learning_rate": 0.25, "recover.alpha_bn": 0.01,
+        "recover.iterations": 4000, "recover.roll": 32, "recover.batch_size": 100,
+        "relabel.crop_min": 0.08, "validate.loss": "kl", "validate.temperature": 20.0,
+        "validate.batch_size": 1024, "validate.schedule": "cosine",
+    },
+    ("sre2l", "cifar100"): {
+        "recover.iterations": 1000, "recover.crop_min": 1.0, "recover.flip": False,
+        "recover.roll": 4, "relabel.mix": "mixup", "validate.temperature": 30.0,
+        "validate.epochs": 400, "relabel.teacher_mode": "eval",
+    },
+    ("sre2l", "tiny_imagenet"): {
+        "recover.alpha_bn": 1.0, "recover.learning_rate": 0.1, "recover.roll_centred": True,
+        "recover.roll": 4, "recover.crop_min": 0.08,
+    },
+    ("cda", "tiny_imagenet"): {
+        "recover.learning_rate": 0.4, "recover.alpha_bn": 0.05, "recover.crop_curriculum": "cosine",
+        "recover.crop_milestone": 1.0, "recover.roll_centred": False,
+    },
+    ("dwa", "imagenet"): {
+        "recover.perturb_rho": 0.015, "recover.perturb_steps": 15, "recover.variance_weight": 2.0,
+        "recover.iterations": 2000, "recover.initialise": "real_squashed",
+        "recover.perturb_accumulates": False, "validate.batch_size": 128,
+    },
+    ("dwa", "cifar10"): {
+        "recover.perturb_steps": 12, "recover.variance_weight": 11.0, "recover.iterations": 1000,
+    },
+    ("gvbsm", "imagenet"): {
+        "recover.ema": 0.4, "recover.drop": 0.0, "recover.statistic_patch": 16,
+        "recover.match": ("bn", "conv", "patch"), "recover.learning_rate": 0.1,
+        "recover.densification": 1.0, "recover.batch_size": 80, "recover.first_layer": "bn",
+        "recover.batch_order": "class_major", "relabel.ensemble": "norm_mean",
+        "validate.loss": "mse_gt", "validate.ce_weight": 0.1,
+    },
+    ("gvbsm", "cifar100"): {
+        "recover.ema": 0.8, "recover.drop": 0.4, "recover.statistic_patch": 4,
+        "recover.crop_pad": 4, "recover.roll": 32, "recover.learning_rate": 0.05,
+        "validate.ce_weight": 0.15, "validate.optimiser": "sgd", "validate.epochs": 1000,
+        "squeeze.weight_decay": 0.0, "relabel.ensemble": "mean",
+    },
+    ("edc", "imagenet"): {
+        "recover.class_share": 0.5, "recover.ema": 0.8, "recover.alpha_bn": 0.1,
+        "recover.iterations": 1000, "recover.crop_min": 0.5, "recover.roll": 0,
+        "recover.initialise": "mosaic_shuffled", "recover.densification": 0.0,
+        "recover.learning_rate": 0.05, "validate.ce_weight": 0.025, "validate.ema": 0.99,
+        "validate.schedule": "half_cosine", "relabel.crop_min": 0.5, "validate.batch_size": 100,
+    },
+    ("rded", "imagenet"): {
+        "recover.iterations": 0, "recover.patch_factor": 2, "recover.patch_images": 300,
+        "recover.patch_crops": 5, "recover.patch_choice": "confident", "relabel.crop_min": 0.5,
+        "relabel.patch_shuffle": 2, "validate.schedule": "half_cosine",
+        "validate.batch_size": 100, "relabel.mode": "online",
+    },
+    ("rded", "tiny_imagenet"): {
+        "recover.patch_factor": 1, "relabel.crop_min": 1.0, "relabel.patch_shuffle": 1,
+        "validate.batch_size": 100,
+    },
+    ("delt", "imagenet"): {
+        "recover.budget": "early_late", "recover.rounds": 8, "recover.iterations": 4000,
+        "recover.roll": 0, "recover.crop_curriculum": "cosine", "recover.batch_size": 100,
+        "recover.initialise": "real_median", "recover.learning_rate": 0.25,
+        "relabel.crop_min": 0.25,
+    },
+    ("cvdd", "imagenet"): {
+        "recover.committee": "listed", "recover.priors": (56.4, 42.3, 52.5, 44.2, 40.6),
+        "recover.prior_temperature": 5.0, "relabel.prior_temperature": 10.0,
+        "relabel.ensemble": "committee", "relabel.teacher_mode": "train", "relabel.bn_group": 8,
+        "relabel.batch_size": 16, "validate.accumulate": 2, "validate.zeta": 2.0,
+        "recover.patch_factor": 1, "recover.patch_choice": "median",
+    },
+    ("fadrm", "imagenet"): {
+        "recover.phase_sizes": (200, 224, 200, 224), "recover.inject": 0.5,
+        "recover.iterations": 2000, "recover.round_robin_restarts": True,
+        "relabel.ensemble": "mean", "relabel.bn_group": 8,
+    },
+    ("prism", "imagenet"): {
+        "recover.learning_rate": 0.05, "recover.initialise": "real", "recover.iterations": 4000,
+        "relabel.crop_min": 0.25, "validate.loss": "mse_gt", "validate.ce_weight": 0.1,
+        "validate.schedule": "cos2", "validate.batch_size": 50, "validate.accumulate": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("at", STATED, ids=" ".join)
+def test_recipes_say_what_the_papers_do(at):
+    found = fields(*at)
+    assert {key: found[key] for key in STATED[at]} == STATED[at]
+
+
+def test_prism_is_the_plain_configs_experiment():
+    """configs/imagenet_ipc10.py and configs/methods/prism.py are one experiment by two names."""
+    for ipc, words in ((10, ""), (50, ""), (10, "official")):
+        module = importlib.import_module(f"configs.imagenet_ipc{ipc}")
+        plain = resolve(module.get_config(words))
+        name = "prism_official" if words else "prism"
+        here = experiment(name, "imagenet", f"ipc{ipc}")
+        for section in ("dataset", "recover", "relabel", "validate"):
+            mine, theirs = vars(getattr(here, section)), vars(getattr(plain, section))
+            if words and section == "recover":
+                assert (mine.pop("jpeg_quality"), theirs.pop("jpeg_quality")) == (75, None)
+            assert mine == theirs, section
+        assert set(here.squeeze.teachers) == set(plain.squeeze.teachers)
+
+
+# The word `official` brings a defect back, and nothing else changes.
+BROUGHT_BACK = {
+    ("gvbsm", "imagenet"): {"first_layer", "ema_from_zero", "rounding", "jpeg_quality"},
+    ("edc", "imagenet"): {
+        "first_layer", "ema_from_zero", "class_patch_swapped", "rounding", "jpeg_quality",
+        "schedule",
+    },
+    ("dwa", "imagenet"): {"perturb_accumulates", "perturb_probes", "rounding", "jpeg_quality"},
+    ("dwa", "cifar10"): {
+        "perturb_accumulates", "perturb_probes", "rounding", "jpeg_quality", "teacher_mode",
+    },
+    ("sre2l", "imagenet"): {"rounding", "jpeg_quality"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("at", BROUGHT_BACK, ids=" ".join)
+def test_official_brings_the_mended_defects_back(at):
+    mended, released = fields(*at), fields(*at, "official")
+    changed = {key.split(".")[1] for key in mended if mended[key] != released[key]}
+    assert changed == BROUGHT_BACK[at]
