@@ -10,6 +10,7 @@ import sys
 import pytest
 from helpers.command import ROOT, TINY, call, environment, run, snapshot
 
+from prism_jax import main
 from prism_jax.config import STAGES
 
 
@@ -162,6 +163,16 @@ def test_the_examples_of_help_name_configs_that_are_there():
     _, out, _ = call("--help")
     files = {w.split("=", 1)[1].split(":")[0] for w in out.split() if w.startswith("--config=conf")}
     assert len(files) >= 3 and all((ROOT / file).is_file() for file in files)
+
+
+def test_none_unsets_a_field():
+    given = [TINY, "--config.validate.ema=None", "--config.recover.priors=None"]
+    config, _ = main.parse(given, problems := [])
+    assert config.validate.ema is None and config.recover.priors is None and not problems
+    main.parse([TINY, "--config.validate.emma=None"], problems)
+    assert "no field validate.emma; did you mean validate.ema" in problems[0]
+    status, _, err = call(TINY, "--config.recover.ipc=None")
+    assert status == 2 and "recover.ipc is None; it must be a whole number" in err
 
 
 def test_plan_writes_nothing():

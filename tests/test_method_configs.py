@@ -7,9 +7,10 @@ import itertools
 import pathlib
 
 import pytest
+from helpers.command import call
 
 from configs.methods import recipes
-from prism_jax import synthesis
+from prism_jax import plan, synthesis
 from prism_jax.config import Experiment, resolve
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "configs" / "methods"
@@ -40,7 +41,7 @@ def test_there_is_a_config_for_every_method():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_recipe_resolves_with_every_word(name):
+def test_every_recipe_resolves_and_plans_with_every_word(name, capsys):
     found, names = recipes_of(name), set()
     assert {"imagenet", "digits"} <= set(found)
     for dataset, ipc in itertools.product(found, IPCS):
@@ -52,6 +53,19 @@ def test_every_recipe_resolves_with_every_word(name):
             assert e.recover.method == name.split("_")[0]
             files = [e.network(t).checkpoint for t in e.squeeze.teachers]
             assert all(files) if dataset == "imagenet" else not any(files)
+            plan.show(e, "run", measure=False)
+            said = capsys.readouterr().out
+            assert e.name in said and f"{e.recover.ipc * e.dataset.num_classes:,} (" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(synthesis.METHODS))
+def test_the_real_command_plans_every_method(name):
+    """Three dispatches of each on random weights: what recover and relabel take is measured."""
+    file = FOLDER / f"{name}.py"
+    status, out, err = call(f"--config={file}:digits,ipc2,quick", "--plan")
+    assert status == 0, err
+    assert "relabel takes" in out and ("recover takes" in out) == (name != "rded")
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -65,7 +79,14 @@ def test_the_docstring_has_paper_and_command(name):
 
 @pytest.mark.parametrize(
     ("argument", "said"),
-    [("imagenet,cifar10", "allowed: one of"), ("ipc0", "allowed"), ("offcial", "official")],
+    [
+        ("imagenet,cifar10", "allowed: one of"),
+        ("ipc0", "allowed"),
+        ("offcial", "official"),
+        ("ipcs", "ipc<number>"),
+        ("cifar10,smoke", "smoke"),
+        ("imagenet,quick", "digits"),
+    ],  # fmt: skip
 )
 def test_unknown_words_are_refused(argument, said):
     with pytest.raises(ValueError, match=said):

@@ -12,9 +12,9 @@ The settings are those of the paper and its supplement; what the released code d
 is `prism_official.py`. The paper has ImageNet-1K only; the recipes for CIFAR and Tiny-ImageNet are
 ours (the same numbers, roll in proportion).
 
-Studies of the paper and its supplement:
+Studies of the paper and its supplement (sweeps: configs/compare/studies.py):
     crop (table 3)    --config.relabel.crop_min=0.1  (0.15, 0.2, 0.25, 0.3, 0.4)
-    batch (table 4)   --config.recover.batch_size=40  (80, 100)
+    batch (table 4)   --config.recover.batch_size=40  (80: and slots_per_batch=2; 100)
     when to draw      --config.recover.granularity=per_slot | per_batch | per_iteration
     whom to draw      configs/methods/prism_selection.py (appendix C)
     decoupled at all? --config.recover.statistics_by=fixed (one network for both: SRe2L's loss)

@@ -1,0 +1,285 @@
+"""The tables and the figure of a comparison: methods by IPC, student and protocol."""
+
+from __future__ import annotations
+
+import collections
+import csv
+import dataclasses
+import io
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from prism_jax.analysis.figures import COLOURS, INK, QUIET, styled
+from prism_jax.analysis.summary import (
+    SYNTHETIC,
+    UNKNOWN,
+    number,
+    percent,
+    row_label,
+    seconds,
+    size,
+)
+
+OWN = "own"
+CONTROLS = ("random_real", "random_real_hard", "full_real")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A finished cell: one method, IPC, seed and protocol.
+
+    Attributes:
+      summary: of its working directory.
+      peak_bytes: of one image batch in recover, as compiled; None: not known, or no iterations.
+      experiment: digest of its settings.
+    """
+
+    row: str
+    ipc: int
+    seed: int
+    protocol: str
+    summary: dict[str, Any]
+    peak_bytes: int | None
+    experiment: str
+
+    @property
+    def sets(self) -> dict[str, dict[str, Any]]:
+        """Students' results by set of images: the synthetic one, then controls."""
+        return {SYNTHETIC: self.summary.get("validate", {}), **self.summary.get("controls", {})}
+
+
+def documents(entries: Sequence[Entry], *, figure: bool) -> dict[str, bytes]:
+    """The files of a comparison by their names."""
+    found = {
+        "table.md": markdown(entries).encode(),
+        "table.tex": latex(entries).encode(),
+        "table.csv": table_csv(entries).encode(),
+    }
+    return found | {"accuracy_over_cost.png": accuracy_over_cost(entries)} if figure else found
+
+
+# --- numbers --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """One protocol's accuracies: by row and by (IPC, student), those of all seeds."""
+
+    protocol: str
+    columns: list[tuple[int, str]]
+    rows: dict[str, dict[tuple[int, str], list[float]]]
+
+
+def grids(entries: Sequence[Entry]) -> list[Grid]:
+    """Accuracies by protocol; controls are rows, under the method whose labels they have."""
+    found = []
+    for protocol in dict.fromkeys(e.protocol for e in entries):
+        mine = [e for e in entries if e.protocol == protocol]
+        rows: dict[str, dict[tuple[int, str], list[float]]] = {}
+        columns = []
+        for row in dict.fromkeys(e.row for e in mine):
+            for entry in (e for e in mine if e.row == row):
+                for name, students in entry.sets.items():
+                    label = _label(row, name, protocol)
+                    for student, result in students.items():
+                        column = entry.ipc, student
+                        columns.append(column)
+                        values = rows.setdefault(label, {}).setdefault(column, [])
+                        values += result["top1_per_seed"]
+        found.append(Grid(protocol, sorted(set(columns)), rows))
+    return found
+
+
+def _label(row: str, name: str, protocol: str) -> str:
+    if name == SYNTHETIC:
+        return row_label(row)
+    return f"{row}: {row_label(name)}" if protocol == OWN else row_label(name)
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """Mean and sample standard deviation in per cent."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return UNKNOWN
+    mean = percent(statistics.fmean(known))
+    return mean if len(known) == 1 else f"{mean} ± {percent(statistics.stdev(known))}"
+
+
+def costs(entries: Sequence[Entry]) -> list[list[str]]:
+    """What images and labels of every method take, by IPC: means over seeds."""
+    rows = []
+    for row, ipc in dict.fromkeys((e.row, e.ipc) for e in entries):
+        mine = [e for e in entries if (e.row, e.ipc) == (row, ipc)]
+        labels = {e.protocol: _of(e.summary, "relabel", "bytes") for e in mine}
+        rows.append(
+            [
+                row,
+                str(ipc),
+                seconds(_mean(_of(e.summary, "recover", "seconds_per_image") for e in mine)),
+                size(_mean(e.peak_bytes for e in mine)),
+                ", ".join(f"{size(count)} ({protocol})" for protocol, count in labels.items()),
+                _similarity(mine),
+            ]
+        )
+    return rows
+
+
+COSTS = ("method", "IPC", "recover per image", "memory", "labels", "intra-class similarity")
+
+
+def _similarity(entries: Sequence[Entry]) -> str:
+    values = [_of(e.summary, "analyse", "intra_class_cosine", "synthetic") for e in entries]
+    return number(_mean(values))
+
+
+def _of(tree: Any, *path: str) -> Any:
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def _mean(values: Any) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+# --- documents ------------------------------------------------------------------------------
+
+
+def markdown(entries: Sequence[Entry]) -> str:
+    """All tables as Markdown."""
+    lines = [f"Top-1 in per cent, {_seeds(entries)}; the last epoch's, not the best one's.", ""]
+    for grid in grids(entries):
+        lines += [f"### Protocol: {grid.protocol}", "", *_markdown_grid(grid), ""]
+    lines += ["### Costs", "", _row(COSTS), _row([":--", *["--:"] * (len(COSTS) - 1)])]
+    lines += [_row(row) for row in costs(entries)]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_grid(grid: Grid) -> Iterator[str]:
+    yield _row(["", *(f"IPC {ipc}, {student}" for ipc, student in grid.columns)])
+    yield _row([":--", *["--:"] * len(grid.columns)])
+    for label, results in grid.rows.items():
+        yield _row([label, *(spread(results.get(column, ())) for column in grid.columns)])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _seeds(entries: Sequence[Entry]) -> str:
+    counts = collections.Counter((e.row, e.ipc, e.protocol) for e in entries).values()
+    images = max(counts) if len(set(counts)) == 1 else f"up to {max(counts)}"
+    students = max(len(r["top1_per_seed"]) for e in entries for r in e.sets[SYNTHETIC].values())
+    if (images, students) == (1, 1):
+        return "one seed"
+    return (
+        f"mean ± standard deviation over {images} seed(s) of images and labels, with {students} of "
+        f"students on each; a number without a deviation is of one"
+    )
+
+
+def latex(entries: Sequence[Entry]) -> str:
+    """The accuracies as LaTeX tables (booktabs), one per protocol."""
+    tables = []
+    for grid in grids(entries):
+        ipcs = list(dict.fromkeys(ipc for ipc, _ in grid.columns))
+        heads = [
+            rf"\multicolumn{{{sum(i == ipc for i, _ in grid.columns)}}}{{c}}{{IPC {ipc}}}"
+            for ipc in ipcs
+        ]
+        lines = [
+            f"% protocol: {grid.protocol}",
+            rf"\begin{{tabular}}{{l{'r' * len(grid.columns)}}}",
+            r"\toprule",
+            " & ".join(["", *heads]) + r" \\",
+            " & ".join(["", *(_tex(student) for _, student in grid.columns)]) + r" \\",
+            r"\midrule",
+        ]
+        for label, results in grid.rows.items():
+            cells = [spread(results.get(c, ())).replace(" ± ", r" $\pm$ ") for c in grid.columns]
+            lines.append(" & ".join([_tex(label), *cells]) + r" \\")
+        tables.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}"]))
+    return "\n\n".join(tables) + "\n"
+
+
+def _tex(text: str) -> str:
+    return text.replace("_", r"\_").replace("&", r"\&").replace("%", r"\%")
+
+
+FIELDS = (
+    "method", "ipc", "protocol", "seed", "set", "student", "top1", "top5", "best_top1",
+    "top1_per_seed", "recover_seconds_per_image", "recover_peak_bytes", "label_bytes",
+    "intra_class_cosine",
+)  # fmt: skip
+
+
+def table_csv(entries: Sequence[Entry]) -> str:
+    """Every single result, one line each; unknown is empty."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(FIELDS)
+    for e in entries:
+        cost = (
+            _of(e.summary, "recover", "seconds_per_image"),
+            e.peak_bytes,
+            _of(e.summary, "relabel", "bytes"),
+            _of(e.summary, "analyse", "intra_class_cosine", "synthetic"),
+        )
+        for name, students in e.sets.items():
+            for student, result in students.items():
+                numbers = [result[key] for key in ("top1", "top5", "best_top1")]
+                numbers.append(" ".join(map(str, result["top1_per_seed"])))
+                writer.writerow([e.row, e.ipc, e.protocol, e.seed, name, student, *numbers, *cost])
+    return file.getvalue()
+
+
+# --- the figure -----------------------------------------------------------------------------
+
+
+@styled
+def accuracy_over_cost(entries: Sequence[Entry]) -> Figure:
+    """Accuracy over the seconds that recovering an image takes: a panel per protocol and IPC.
+
+    The first student's; methods without iterations stand at the left edge, controls are lines.
+    """
+    panels = list(dict.fromkeys((e.protocol, e.ipc) for e in entries))
+    figure = Figure(figsize=(5.2 * min(len(panels), 3), 4.2 * -(-len(panels) // 3)))
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots(-(-len(panels) // 3), min(len(panels), 3), squeeze=False).ravel()
+    rows = list(dict.fromkeys(e.row for e in entries))
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (protocol, ipc) in zip(axes, panels, strict=False):
+        mine = [e for e in entries if (e.protocol, e.ipc) == (protocol, ipc)]
+        student = next(iter(mine[0].sets[SYNTHETIC]))
+        axis.set_title(f"{protocol}, IPC {ipc}, {student}")
+        axis.set_xlabel("seconds per image")
+        axis.set_ylabel("top-1, %")
+        axis.set_xscale("log")
+        times = [_of(e.summary, "recover", "seconds_per_image") for e in mine]
+        least = min((t for t in times if t), default=1.0)
+        for row in dict.fromkeys(e.row for e in mine):
+            here = [e for e in mine if e.row == row]
+            top1 = _mean(e.sets[SYNTHETIC].get(student, {}).get("top1") for e in here)
+            time = _mean(_of(e.summary, "recover", "seconds_per_image") for e in here) or least
+            if top1 is None:
+                continue
+            colour = COLOURS[rows.index(row) % len(COLOURS)]
+            axis.plot(time, 100 * top1, "o", color=colour)
+            axis.annotate(
+                row, (time, 100 * top1), xytext=(5, 3), textcoords="offset points", fontsize=9,
+                color=INK,
+            )  # fmt: skip
+        for name in CONTROLS:
+            values = [e.sets.get(name, {}).get(student, {}).get("top1") for e in mine]
+            if protocol != OWN and (level := _mean(values)) is not None:
+                axis.axhline(100 * level, color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
+                axis.annotate(
+                    row_label(name), (1, 100 * level), xycoords=("axes fraction", "data"),
+                    ha="right", va="bottom", fontsize=8, color=QUIET,
+                )  # fmt: skip
+    return figure

@@ -1,0 +1,210 @@
+"""A comparison: every cell once, teachers shared, tables with their controls; and it continues."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import pathlib
+import signal
+import sys
+
+import pytest
+from helpers.command import snapshot
+
+from prism_jax import compare
+from prism_jax.analysis import comparison
+from prism_jax.analysis.comparison import Entry
+from prism_jax.main import parse
+
+ROOT = pathlib.Path(__file__).resolve().parent
+TINY = f"--config={ROOT / 'configs' / 'tiny_compare.py'}"
+TINY_IPC = "tests/configs/tiny_ipc.py"
+ONE = (TINY, "--config.seeds=(0,)", "--config.ipcs=(2,)")
+
+
+def run(*arguments) -> tuple[int, str, str]:
+    """The command in this process: (exit status, stdout, stderr)."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    environ, path = dict(os.environ), list(sys.path)
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            with contextlib.chdir(ROOT.parent):
+                status = compare.main(list(map(str, arguments)))
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        os.environ.clear()
+        os.environ.update(environ)
+        sys.path[:] = path
+    return status, out.getvalue(), err.getvalue()
+
+
+def config(*overrides):
+    return parse([TINY, *overrides], [])[0]
+
+
+def test_cells_and_their_experiments(monkeypatch):
+    monkeypatch.chdir(ROOT.parent)
+    c = config()
+    cells = compare.cells(c)
+    # Two seeds, two IPCs: two methods under two protocols, the controls under one.
+    assert len(cells) == len(set(cells)) == 2 * 2 * (2 * 2 + 1)
+    assert cells[0] == compare.Cell("prism", 1, 0, "own")
+    assert [cell[:3] for cell in cells if cell.protocol == "short"][:4] == [
+        ("random_real", 1, 0), ("prism", 1, 0), ("gvbsm", 1, 0), ("random_real", 2, 0),
+    ]  # fmt: skip
+    short = compare.experiment_of(c, compare.Cell("gvbsm", 2, 1, "short"))
+    assert (short.seed, short.validate.seeds, short.recover.ipc) == (1, (2, 3), 2)
+    assert short.recover.method == "gvbsm" and short.recover.iterations == 3
+    assert short.relabel.teachers == ("first",) and short.validate.controls == ()
+    own = compare.experiment_of(c, compare.Cell("gvbsm", 2, 1, "own"))
+    assert own.relabel.teachers == ("second",) and own.validate.controls == ("random_real",)
+    controls = compare.experiment_of(c, compare.Cell("random_real", 1, 0, "short"))
+    assert controls.validate.controls == ("random_real_hard", "full_real")
+    assert controls.recover.iterations == 0 and controls.recover.pool == ()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["digits", "digits:quick", "studies:crop", "studies:batch", "studies:selection",
+     "studies:crop,digits", "studies:selection,digits"],
+)  # fmt: skip
+def test_every_cell_of_the_shipped_comparisons_can_be_used(name, monkeypatch):
+    monkeypatch.chdir(ROOT.parent)
+    file, _, argument = name.partition(":")
+    path = f"configs/compare/{file}.py" + (f":{argument}" if argument else "")
+    c = parse([f"--config={path}"], problems := [])[0]
+    cells = [cell for cell in compare.cells(c) if cell.seed == 0]
+    experiments = {cell: compare.experiment_of(c, cell) for cell in cells}
+    assert not problems
+    assert len({compare._digest(e) for e in experiments.values()}) == len(cells)
+    # All share their teachers.
+    assert len({e.squeeze for e in compare._with_all_teachers(experiments).values()}) == 1
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One seed and one IPC of the tiny comparison, stopped once and continued."""
+    root = tmp_path_factory.mktemp("compare") / "run"
+    arguments = (*ONE, f"--workdir={root}")
+    run_cell, count = compare.Comparison._run, []
+
+    def stopping(self, cell, stop, provenance):
+        count.append(cell)
+        if len(count) == 3:
+            stop.signum = signal.SIGTERM
+        run_cell(self, cell, stop, provenance)
+
+    compare.Comparison._run = stopping
+    try:
+        status, _, err = run(*arguments)
+    finally:
+        compare.Comparison._run = run_cell
+    assert status == 128 + signal.SIGTERM and "Run the same command again" in err
+    status, out, err = run(*arguments)
+    assert status == 0, err
+    assert out.count("cell 1 of 3") == 1  # of five, two were finished
+    return root, out
+
+
+def test_every_cell_is_made_once_and_teachers_are_shared(finished):
+    root, _ = finished
+    cells = sorted(str(p.parent.relative_to(root / "cells")) for p in root.rglob("cell.json"))
+    assert len(cells) == 5 and "gvbsm/ipc2/seed0/short" in cells
+    weights = {p.read_bytes() for p in root.glob("cells/*/*/*/*/squeeze/first/weights.safetensors")}
+    weights.add((root / "teachers/squeeze/first/weights.safetensors").read_bytes())
+    assert len(weights) == 1
+    images = [
+        [p.read_bytes() for p in sorted((root / f"cells/prism/ipc2/seed0/{which}").rglob("*.png"))
+         if "recover/images" in str(p)]
+        for which in ("own", "short")
+    ]  # fmt: skip
+    assert len(images[0]) == 8 and images[0] == images[1]
+    assert list(root.glob("teachers/squeeze/*/statistics/conv-*/record.json"))
+    assert not list(root.glob("cells/gvbsm/**/shards"))
+
+    before = snapshot(root, "cells", "teachers")
+    status, out, _ = run(*ONE, f"--workdir={root}")
+    assert status == 0 and "cell 1" not in out
+    assert snapshot(root, "cells", "teachers") == before
+
+
+def test_the_tables_hold_every_method_and_its_controls(finished):
+    root, out = finished
+    table = (root / "table.md").read_text()
+    assert table in out
+    for row in ("prism", "gvbsm", "prism: random real, soft labels", "random real, hard labels",
+                "full real training set"):  # fmt: skip
+        assert f"\n| {row} |" in table
+    own, short = table.split("### Protocol: ")[1:]
+    assert own.startswith("own") and "full real" not in own
+    assert "random real, soft labels" in short and "prism:" not in short
+    lines = list(csv.DictReader(io.StringIO((root / "table.csv").read_text())))
+    assert len(lines) == 2 * 2 + 2 + 3  # own with a control each; short; the controls' sets
+    record = json.loads(
+        (root / "cells/prism/ipc2/seed0/own/validate/outside/0/record.json").read_text()
+    )
+    [line] = [x for x in lines if (x["method"], x["ipc"], x["protocol"], x["set"])
+              == ("prism", "2", "own", "synthetic")]  # fmt: skip
+    of_seeds = line["top1_per_seed"].split()
+    assert of_seeds[0] == str(record["top1"]) and len(of_seeds) == 2
+    assert int(line["recover_peak_bytes"]) > 1000
+    assert (root / "accuracy_over_cost.png").read_bytes().startswith(b"\x89PNG")
+    tex = (root / "table.tex").read_text()
+    assert tex.count(r"\toprule") == 2 and r"\multicolumn{1}{c}{IPC 2}" in tex
+
+
+def test_the_plan_says_what_is_finished(finished):
+    root, _ = finished
+    status, out, _ = run(TINY, f"--workdir={root}", "--plan")
+    assert status == 0
+    assert out.count("done ") == 5 and out.count("to do ") == 15  # IPC 1's and the second seed's
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    status, _, err = run(TINY, "--config.shared=recover.ipd=3", f"--workdir={tmp_path}")
+    assert status == 2 and "prism/ipc1/seed0/own" in err and "recover.ipd" in err
+    other = f"--config.rows.gvbsm=('{TINY_IPC}','squeeze.epochs=7')"
+    status, _, err = run(*ONE, other, f"--workdir={tmp_path}")
+    assert status == 2 and "gvbsm/ipc2/seed0/own trains its teachers differently" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- tables by hand -----------------------------------------------------------------------------
+
+
+def entry(row, seed, top1, *, ipc=1, protocol="single", control=None, **fields) -> Entry:
+    def result(value):
+        return {"net_a": {"top1": value, "top5": 1.0, "best_top1": value,
+                          "top1_per_seed": [value]}}  # fmt: skip
+
+    summary = {"validate": result(top1), "recover": {"seconds_per_image": 2.0 + seed}}
+    if control is not None:
+        summary["controls"] = {"random_real": result(control)}
+    return Entry(row, ipc, seed, protocol, summary, fields.get("peak", 10**6), "digest")
+
+
+def test_means_and_spreads_by_hand():
+    entries = [
+        entry("a", 0, 0.5), entry("a", 1, 0.6), entry("a", 2, 0.7),
+        entry("b", 0, 0.25), entry("a", 0, 0.9, protocol="own", control=0.8),
+        entry("a", 0, 0.4, ipc=10),
+    ]  # fmt: skip
+    single, own = comparison.grids(entries)
+    assert single.columns == [(1, "net_a"), (10, "net_a")]
+    assert comparison.spread(single.rows["a"][1, "net_a"]) == "60.0 ± 10.0"
+    assert comparison.spread(single.rows["b"][1, "net_a"]) == "25.0"
+    assert comparison.spread(single.rows["b"].get((10, "net_a"), ())) == "–"
+    assert own.rows["a: random real, soft labels"] == {(1, "net_a"): [0.8]}
+    text = comparison.markdown(entries)
+    assert "| a | 60.0 ± 10.0 | 40.0 |" in text and "over up to 3 seed(s) of images" in text
+    # Twin: the population's deviation would be 8.2.
+    assert "8.2" not in text
+    tex = comparison.latex(entries)
+    assert r"a & 60.0 $\pm$ 10.0 & 40.0 \\" in tex and r"net\_a" in tex
+    costs = {(row[0], row[1]): row for row in comparison.costs(entries)}
+    assert costs["a", "1"][2:4] == ["2.75 s", "1.00 MB"]
