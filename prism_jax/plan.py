@@ -184,7 +184,7 @@ def _random_pool(e: Experiment, names: tuple[str, ...]) -> TeacherPool:
         indices = e.network(name).class_indices
         teachers.append(describe(name, module, context.image_shape, class_indices=indices))
         image = np.zeros((1, *context.image_shape), np.float32)
-        variables.append(jax.jit(module.init)(jax.random.key(0), image))
+        variables.append({"batch_stats": {}, **jax.jit(module.init)(jax.random.key(0), image)})
     return TeacherPool(tuple(teachers), tuple(variables), context.normalisation)
 
 

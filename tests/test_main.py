@@ -184,6 +184,13 @@ def test_plan_writes_nothing():
         assert measured in out
 
 
+def test_plan_of_a_teacher_without_batch_norm():
+    """What is matched of it are its convolutions."""
+    pool = ("--config.recover.pool=first,outside", "--config.recover.match=bn,conv")
+    status, out, err = call(TINY, *pool, "--config.recover.count_no_bn=True", "--plan")
+    assert status == 0 and "an iteration" in out, err
+
+
 def test_a_workdir_that_is_a_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("other") / "file"
     path.write_text("mine")
