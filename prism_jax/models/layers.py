@@ -433,6 +433,26 @@ FORMS = {
 }
 
 
+def parameter(
+    module: nn.Module,
+    name: str,
+    init: nn.initializers.Initializer,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+) -> Array:
+    """``module.param``, without tracing ``init`` once more for a parameter that is there already.
+
+    Flax does that to compare the shapes: a seventh of what it takes to trace PRISM's pool
+    (measured).
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, init, shape, dtype)
+    value = module.get_variable("params", name)
+    if value.shape != shape:
+        raise ValueError(f"parameter {name} has shape {value.shape}; its layer needs {shape}")
+    return value
+
+
 class Conv(nn.Module):
     """2-D convolution with PyTorch's padding; params "kernel" (HWIO) and "bias".
 
@@ -464,7 +484,7 @@ class Conv(nn.Module):
             x_BHWC.shape[-1] // self.groups,
             self.features,
         )
-        kernel_HWIO = self.param("kernel", nn.initializers.he_normal(), shape, jnp.float32)
+        kernel_HWIO = parameter(self, "kernel", nn.initializers.he_normal(), shape, jnp.float32)
         y_BHWC = conv2d(
             x_BHWC.astype(self.dtype),
             kernel_HWIO.astype(self.dtype),
@@ -474,7 +494,7 @@ class Conv(nn.Module):
             flipped_HWOI=self._flipped(),
         )
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            bias = parameter(self, "bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y_BHWC = y_BHWC + bias.astype(self.dtype)
         return y_BHWC
 
@@ -503,10 +523,10 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        kernel = parameter(self, "kernel", self.kernel_init, shape, jnp.float32)
         y = x.astype(self.dtype) @ kernel.astype(self.dtype)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            bias = parameter(self, "bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y = y + bias.astype(self.dtype)
         return y
 
@@ -569,8 +589,8 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC: Array, train: bool = False) -> Array:
         shape = x_BHWC.shape[-1:]
-        scale_C = self.param("scale", nn.initializers.ones, shape, jnp.float32)
-        bias_C = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        scale_C = parameter(self, "scale", nn.initializers.ones, shape, jnp.float32)
+        bias_C = parameter(self, "bias", nn.initializers.zeros, shape, jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
 
@@ -665,8 +685,8 @@ class InstanceNorm(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC: Array, train: bool = False) -> Array:
         del train  # as BatchNorm is called; there is nothing to learn from a batch
-        scale_C = self.param("scale", nn.initializers.ones, x_BHWC.shape[-1:], jnp.float32)
-        bias_C = self.param("bias", nn.initializers.zeros, x_BHWC.shape[-1:], jnp.float32)
+        scale_C = parameter(self, "scale", nn.initializers.ones, x_BHWC.shape[-1:], jnp.float32)
+        bias_C = parameter(self, "bias", nn.initializers.zeros, x_BHWC.shape[-1:], jnp.float32)
         return (_normalise(x_BHWC, (1, 2), self.epsilon) * scale_C + bias_C).astype(self.dtype)
 
 
@@ -678,8 +698,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
+        scale = parameter(self, "scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        bias = parameter(self, "bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
         return (_normalise(x, -1, self.epsilon) * scale + bias).astype(self.dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 from collections.abc import Callable
@@ -359,9 +360,15 @@ def first_layers(
             called = isinstance(context.module, kind) and context.method_name == "__call__"
             if called and path is None:
                 found[kind] = context.module.path
+        if all(found.values()):
+            raise _Found
         return run(*args, **kwargs)
 
     images_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    with nn.intercept_methods(record):
+    with nn.intercept_methods(record), contextlib.suppress(_Found):
         jax.eval_shape(module.init, jax.random.key(0, impl="threefry2x32"), images_BHWC)
     return found
+
+
+class _Found(Exception):
+    """There is nothing left to look for: the rest of the network need not be traced."""

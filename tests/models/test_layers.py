@@ -459,3 +459,32 @@ def test_scaling():
     assert layers.scale_channels(116, 1.0) == 116
     assert [layers.scale_channels(64, w) for w in (0.01, 0.25, 0.5, 2)] == [8, 16, 32, 128]
     assert [layers.scale_blocks(4, d) for d in (0.01, 0.5, 1, 2)] == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(("read", "again"), [(layers.parameter, 0), (nn.Module.param, 1)])
+def test_a_parameter_that_is_there_is_not_initialised_again(read, again):
+    calls = []
+
+    def init(key, shape, dtype):
+        calls.append(key)
+        return jax.random.normal(key, shape, dtype)
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self):
+            return read(self, "weight", init, (3,), jnp.float32)
+
+    value, variables = Net().init_with_output(jax.random.key(0))
+    calls.clear()
+    np.testing.assert_array_equal(Net().apply(variables), value)
+    assert len(calls) == again
+
+
+def test_a_parameter_of_another_shape():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self):
+            return layers.parameter(self, "weight", nn.initializers.ones, (3,), jnp.float32)
+
+    with pytest.raises(ValueError, match=r"weight has shape \(2,\); its layer needs \(3,\)"):
+        Net().apply({"params": {"weight": jnp.ones(2)}})
