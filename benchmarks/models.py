@@ -66,14 +66,18 @@ def ours(name: str, size: int, batch: int, small_stem: bool):
 
 def peer(name: str, size: int, batch: int, small_stem: bool):
     """The torch side: a function of a number of iterations."""
-    objective = torch_peer.Objective(torch_peer.network(name, small_stem=small_stem))
+    net = torch_peer.calibrate(torch_peer.network(name, small_stem=small_stem), size)
+    teacher = torch_peer.Teacher(net).to(memory_format=torch.channels_last)
     images = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(batch)
 
     def iterate(count: int) -> None:
         x = images
         for _ in range(count):
-            x = x - 1e-3 * objective.gradient(x, labels)
+            x = x.detach().requires_grad_(True)
+            logits, alignment = teacher(x)
+            loss = torch.nn.functional.cross_entropy(logits, labels) + 0.01 * alignment
+            x = x - 1e-3 * torch.autograd.grad(loss, x)[0]
 
     return iterate
 

@@ -18,9 +18,10 @@ from torch import nn
 from prism_jax.models import ARCHITECTURES
 
 # torchvision's compiled operators are not needed, but it looks for them when imported.
-_library = torch.library.Library("torchvision", "DEF")
-_library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-_library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+if not hasattr(torch.ops.torchvision, "nms"):
+    _library = torch.library.Library("torchvision", "FRAGMENT")
+    _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import timm  # noqa: E402
 import torchvision.models as tv  # noqa: E402
