@@ -158,7 +158,8 @@ def initial_state(
     init = jax.jit(functools.partial(module.init, train=False), compiler_options=options)
     variables = init(rng.stream(rng.root(seed), "train/init"), images)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
-    opt_state = OPTIMISERS[recipe.optimiser](recipe).init(params)
+    # One program for all of its zeros: every shape is compiled apart otherwise.
+    opt_state = jax.jit(OPTIMISERS[recipe.optimiser](recipe).init)(params)
     state = TrainState(jnp.zeros((), jnp.int32), params, batch_stats, opt_state)
     if recipe.ema is not None:  # a copy: the step may reuse the memory of both
         state = state._replace(ema=jax.tree.map(jnp.copy, state.variables))

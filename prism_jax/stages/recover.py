@@ -213,13 +213,14 @@ def _optimise(context: Context, waiting: list[Unit]) -> None:
                     _enter_phase(engine, recipe, lane, at)
             counts = [_count(lane, config.recover.steps_per_dispatch) for lane in lanes]
             began = time.monotonic()
-            results = _dispatch(context, engine, lanes, counts)
+            results = jax.block_until_ready(_dispatch(context, engine, lanes, counts))
+            seconds = (time.monotonic() - began) / sum(map(bool, lanes))
             for at, (lane, count, result) in enumerate(zip(lanes, counts, results, strict=True)):
                 if lane is None:
                     continue
                 state, report = result
                 lane.state, lane.done = state, lane.done + count
-                lane.seconds += (time.monotonic() - began) / sum(map(bool, lanes))
+                lane.seconds += seconds
                 report = engine.fetch(report)
                 if count:
                     _check(context, lane, report, pool.names)
