@@ -135,7 +135,7 @@ def experiment_of(config: Any, cell: Cell) -> Any:
     students = tuple(range(first, first + config.student_seeds))
     overrides += [f"seed={cell.seed}", f"validate.seeds={students}"]
     if cell.row == config.controls:
-        overrides.append("validate.controls=random_real_hard,full_real")
+        overrides.append(f"validate.controls={','.join(config.control_sets)}")
     elif cell.protocol != OWN:
         overrides.append("validate.controls=()")
     last = dict(override.partition("=")[::2] for override in overrides)  # a list would grow
@@ -177,31 +177,29 @@ class Comparison:
         from prism_jax.main import provenance
 
         made_by = {"command": "python -m prism_jax.compare " + shlex.join(argv)}
-        self._teachers(stop, provenance(argv) | made_by)
+        with_teachers = _with_all_teachers(self.experiments)
         todo = [cell for cell in self.experiments if self.result(cell) is None]
         try:
             for number, cell in enumerate(todo, 1):
                 progress.say(f"cell {number} of {len(todo)}: {cell.name}")
+                self._squeeze(with_teachers[cell], stop, provenance(argv) | made_by)
                 self._run(cell, stop, provenance(argv) | made_by)
                 self.write_tables()
         finally:
             self.write_tables(figure=True)
         progress.say(f"\n{(self.root / 'table.md').read_text()}\n{self.root / 'table.md'}")
 
-    def _teachers(self, stop: Any, provenance: dict[str, Any]) -> None:
-        """Train or import every network that any cell asks for, once; measure statistics."""
+    def _squeeze(self, experiment: Any, stop: Any, provenance: dict[str, Any]) -> None:
+        """The networks that any cell asks for, and the statistics that this one does; once."""
         from prism_jax import pipeline
         from prism_jax.stages.context import Context
 
-        everything = _with_all_teachers(self.experiments).values()
-        for experiment in {(e.dataset, e.recover): e for e in everything}.values():
-            context = Context(
-                experiment, str(self.root / TEACHERS), stop=stop, provenance=provenance
-            )
-            try:
-                pipeline.RUNNERS["squeeze"](context)
-            finally:
-                context.lock.release()
+        root = str(self.root / TEACHERS)
+        context = Context(experiment, root, stop=stop, provenance=provenance)
+        try:
+            pipeline.RUNNERS["squeeze"](context)
+        finally:
+            context.lock.release()
 
     def _run(self, cell: Cell, stop: Any, provenance: dict[str, Any]) -> None:
         """One cell's pipeline, which begins with what others have made."""

@@ -23,6 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
         TINY, "recover.iterations=0", "recover.initialise=real_random", "recover.pool=()",
     )  # fmt: skip
     c.controls = "random_real"
+    c.control_sets = ("random_real_hard", "full_real")
     c.shared = ("squeeze.epochs=1", "recover.iterations=6")
     c.protocols = ConfigDict({"own": ("validate.controls=random_real",)}, sort_keys=False)
     c.protocols.short = ("relabel.teachers=first", "relabel.epochs=2", "validate.epochs=2")
