@@ -97,10 +97,13 @@ def whole(tmp_path_factory, reference):
     return run
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sre2l", "cda", "cvdd", "edc")]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("sre2l", "cda", "cvdd", "edc", "dwa", "dwa as released")
+]
 
 
-@pytest.mark.parametrize("name", ["gvbsm", "delt", "dwa", "dwa as released", "fadrm", *SLOW])
+@pytest.mark.parametrize("name", ["gvbsm", "delt", "fadrm", *SLOW])
 def test_stopped_and_continued_on_other_devices_is_the_same(
     name, whole, reference, tmp_path, monkeypatch
 ):
