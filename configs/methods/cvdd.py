@@ -16,7 +16,7 @@ groups in which the student trains ("batch-specific soft labels").
 
 The priors are the paper's; those of the digits are unset: equal votes. Its initial patches are a
 download whose making is not described; here they are RDED's, one to an image, of medium
-confidence. The label networks' dropout is off.
+confidence. The label networks' dropout is off; the small sets' teachers are trained as SRe2L's.
 """
 
 from ml_collections import ConfigDict
