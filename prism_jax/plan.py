@@ -17,6 +17,7 @@ from prism_jax.config import Experiment, batch_layout, budget_of
 from prism_jax.data.label_store import LabelPlan
 from prism_jax.data.sources import info_of, open_source
 from prism_jax.errors import UserError
+from prism_jax.models.import_torch import variable_shapes
 from prism_jax.stages.context import Context
 from prism_jax.teachers import TeacherPool, describe
 
@@ -138,7 +139,8 @@ def recover_bytes(e: Experiment) -> int | None:
     """What one image batch takes on a device in recover, as compiled; None without iterations."""
     if not e.recover.iterations:
         return None
-    pool, recipe = _with_blank_statistics(e, _random_pool(e, e.recover.pool)), _recipe(e)
+    pool = _with_blank_statistics(e, _random_pool(e, e.recover.pool, blank=True))
+    recipe = _recipe(e)
     engine = synthesis.engine(pool, recipe, devices=jax.local_devices()[:1], how=e.parallel.map)
     layout = batch_layout(e)
     lanes = [_random_lane(e, engine, pool, recipe, layout.slots * layout.classes)]
@@ -176,7 +178,8 @@ def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, s
     return rows
 
 
-def _random_pool(e: Experiment, names: tuple[str, ...]) -> TeacherPool:
+def _random_pool(e: Experiment, names: tuple[str, ...], *, blank: bool = False) -> TeacherPool:
+    """Teachers with random weights; with zeros, which cost no compilation, if ``blank``."""
     context = Context(e, "unused")
     teachers, variables = [], []
     for name in names:
@@ -184,7 +187,12 @@ def _random_pool(e: Experiment, names: tuple[str, ...]) -> TeacherPool:
         indices = e.network(name).class_indices
         teachers.append(describe(name, module, context.image_shape, class_indices=indices))
         image = np.zeros((1, *context.image_shape), np.float32)
-        variables.append({"batch_stats": {}, **jax.jit(module.init)(jax.random.key(0), image)})
+        if blank:
+            shapes = variable_shapes(module, context.image_shape)
+            drawn = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+        else:
+            drawn = jax.jit(module.init)(jax.random.key(0), image)
+        variables.append({"batch_stats": {}, **drawn})
     return TeacherPool(tuple(teachers), tuple(variables), context.normalisation)
 
 
