@@ -176,6 +176,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.parallel = ConfigDict()
     c.parallel.map = "shard_map"
+    c.parallel.recover_devices = 1  # that share an image batch
     c.parallel.train_devices = placeholder(int)  # unset: as many as share a batch
     c.parallel.deterministic = True
     return c

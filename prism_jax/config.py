@@ -244,12 +244,15 @@ class Analyse:
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """How work is shared by devices; changes no bit of recover and relabel.
+    """How work is shared by devices; changes no bit of recover and relabel, but for one field.
 
+    ``recover_devices`` share one image batch, with the statistics of the whole of it: for batches
+    that one device does not hold. More than one give other bits, and enter recover's fingerprint.
     A network is trained on ``train_devices`` of them, unset on as many as share its batches.
     """
 
     map: Literal["shard_map", "pmap"]
+    recover_devices: int
     train_devices: int | None
     deterministic: bool
 
@@ -474,7 +477,7 @@ def violations(e: Experiment) -> list[str]:
         "eval_every",
         "checkpoint_seconds",
     )
-    positive("parallel", "train_devices")
+    positive("parallel", "train_devices", "recover_devices")
     positive("analyse", "grid_classes", "grid_slots")
     not_negative("dataset", "workers", "cache_gigabytes")
     not_negative("recover", *combinations.NOT_NEGATIVE)
@@ -629,6 +632,8 @@ def violations(e: Experiment) -> list[str]:
             layout = batch_layout(e)
         except UserError as error:
             found.append(str(error))
+        else:
+            found += _spans(e, layout)
     found += combinations.refusals(e, layout)
     if e.recover.initialise == "folder" and not e.recover.initialise_from:
         found.append(
@@ -735,6 +740,26 @@ def _training_violations(e: Experiment) -> list[str]:
 
 def _repeated(values: Sequence[Any]) -> list[Any]:
     return sorted({value for value in values if values.count(value) > 1})
+
+
+def _spans(e: Experiment, layout: Layout) -> list[str]:
+    """What is wrong with an image batch that spans devices."""
+    span, size = e.parallel.recover_devices, layout.slots * layout.classes
+    if span < 2:
+        return []
+    found = []
+    if size % span:
+        allowed = [d for d in range(1, size + 1) if size % d == 0]
+        found.append(
+            f"parallel.recover_devices is {span}, among which the {size} images of a batch do not "
+            f"divide; these do: {', '.join(map(str, allowed))}"
+        )
+    if e.parallel.map == "pmap":
+        found.append(
+            "parallel.map is 'pmap', which gives every device a batch of its own; with "
+            f"parallel.recover_devices={span} leave it at 'shard_map'"
+        )
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

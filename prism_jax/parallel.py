@@ -1,7 +1,7 @@
 """Devices and processes: the only module that knows how many there are.
 
-Recover and relabel give every device work of its own (:class:`LaneMap`); a training spreads each
-batch over several (:class:`DataMesh`).
+Recover and relabel give every device work of its own (:class:`LaneMap`), or recover a batch to
+several (:class:`SpanMap`); a training spreads each batch over several (:class:`DataMesh`).
 
 A *lane* is one device working on one image batch of its own. Lanes share the teachers' weights
 and the program, and nothing else: the compiled step holds no collective, so lanes may run
@@ -134,6 +134,70 @@ class LaneMap:
         ]
 
 
+class SpanMap:
+    """As :class:`LaneMap`, but a lane is several devices that share one image batch.
+
+    Programs are written for the whole batch; XLA divides images among a lane's devices and adds
+    up what spans them, so that a BatchNorm's moments are those of the whole batch and a gradient
+    is that of the whole batch's loss. Each lane has a program of its own.
+    """
+
+    def __init__(
+        self,
+        function: Callable,
+        shared: PyTree,
+        *,
+        devices: Sequence[jax.Device],
+        span: int,
+        donate: Sequence[int] = (),
+    ):
+        """Map ``function`` as ``LaneMap`` does, ``span`` devices to a lane."""
+        assert len(devices) >= span > 1 and len(devices) % span == 0
+        groups = [devices[at : at + span] for at in range(0, len(devices), span)]
+        self._span = span
+        self._meshes = [Mesh(np.array(group), (ROWS,)) for group in groups]
+        self._shared = [jax.device_put(shared, NamedSharding(m, P())) for m in self._meshes]
+        self.traces = 0
+
+        def counted(*arguments):
+            self.traces += 1
+            return function(*arguments)
+
+        self._jit = jax.jit(counted, donate_argnums=tuple(2 + position for position in donate))
+
+    def __len__(self) -> int:
+        return len(self._meshes)
+
+    def place(self, tree: PyTree, lane: int) -> PyTree:
+        """A tree on one lane's devices: images divided, all else on each of them."""
+        return jax.tree.map(lambda x: jax.device_put(np.array(x), self._where(x, lane)), tree)
+
+    def _where(self, x: Any, lane: int) -> NamedSharding:
+        by_images = np.ndim(x) == 4 and np.shape(x)[0] % self._span == 0
+        return NamedSharding(self._meshes[lane], P(ROWS) if by_images else P())
+
+    @staticmethod
+    def fetch(lane_tree: PyTree) -> PyTree:
+        """A lane's tree as NumPy arrays."""
+        return jax.tree.map(np.array, jax.device_get(lane_tree))
+
+    def __call__(self, seed: int, lanes: Sequence[tuple[PyTree, ...]]) -> list[PyTree]:
+        """Run every lane once; see ``LaneMap``."""
+        assert len(lanes) == len(self), "one lane tuple per group of devices"
+        results = [
+            self._jit(s, np.uint32(seed), *a) for s, a in zip(self._shared, lanes, strict=True)
+        ]
+        # As `place` leaves them, so that the next call, or a resumed run's first, is one program.
+        return [
+            jax.tree.map(lambda x, at=at: jax.device_put(x, self._where(x, at)), result)
+            for at, result in enumerate(results)
+        ]
+
+    def compile(self, seed: int, lanes: Sequence[tuple[PyTree, ...]]) -> Any:
+        """The compiled program of the first lane."""
+        return self._jit.lower(self._shared[0], np.uint32(seed), *lanes[0]).compile()
+
+
 def _shard_map(function: Callable, mesh: Mesh, arity: int) -> Callable:
     def on_lane(shared, seed, *lane):
         inner = jax.tree.map(lambda x: x[0], lane)
@@ -205,9 +269,10 @@ def local_devices() -> int:
     return jax.local_device_count()
 
 
-def lane_devices(limit: int) -> list[jax.Device]:
-    """The local devices to use for ``limit`` independent batches."""
-    return jax.local_devices()[: max(1, limit)]
+def lane_devices(limit: int, span: int = 1) -> list[jax.Device]:
+    """The local devices to use for ``limit`` independent batches of ``span`` devices each."""
+    lanes = min(max(1, limit), jax.local_device_count() // span)
+    return jax.local_devices()[: lanes * span]
 
 
 # --- processes ------------------------------------------------------------------------------
@@ -338,5 +403,10 @@ def _store() -> Any:
 
 
 def process_share(items: Sequence[Any]) -> list[Any]:
-    """The items that this process works on: every process takes every n-th."""
-    return list(items)[jax.process_index() :: jax.process_count()]
+    """The items that this process works on."""
+    return share(items, jax.process_index(), jax.process_count())
+
+
+def share(items: Sequence[Any], process: int, processes: int) -> list[Any]:
+    """The items that fall to one of several processes: every process takes every n-th."""
+    return list(items)[process::processes]

@@ -34,12 +34,17 @@ def check(context: Context) -> None:
     Images that do not fit, more devices than there are, and a workdir that holds teachers or
     images of other settings.
     """
-    wanted, there = context.config.parallel.train_devices, parallel.local_devices()
-    if wanted and wanted > there:
-        raise UserError(
-            f"parallel.train_devices is {wanted}, but this process has {there} device(s); lower it "
-            f"or leave it unset, which means as many as share a batch"
-        )
+    limits = {
+        "train_devices": "leave it unset, which means as many as share a batch",
+        "recover_devices": "set it to 1, which gives every device a batch of its own",
+    }
+    for field, otherwise in limits.items():
+        wanted, there = getattr(context.config.parallel, field), parallel.local_devices()
+        if wanted and wanted > there:
+            raise UserError(
+                f"parallel.{field} is {wanted}, but this process has {there} device(s); lower it "
+                f"or {otherwise}"
+            )
     context.open("train")
     squeeze.pending(context)
     recover.pending(context)
@@ -155,7 +160,7 @@ def adopt(context: Context, source: epath.PathLike) -> list[str]:
 
     def take(relative: str, fields: dict, done: str) -> None:
         theirs, ours = source / relative, context.root / relative
-        if ours.exists() or not (theirs / done).exists() or not context.fits(theirs, fields):
+        if workdir.begun(ours) or not (theirs / done).exists() or not context.fits(theirs, fields):
             return
         context.acquire()
         workdir.copy_tree(theirs, ours)

@@ -560,17 +560,20 @@ def engine(
     *,
     devices: list[jax.Device] | None = None,
     how: str = "shard_map",
-) -> parallel.LaneMap:
-    """The chunk, compiled for one image batch per device.
+    span: int = 1,
+) -> parallel.LaneMap | parallel.SpanMap:
+    """The chunk, compiled for one image batch per device, or per ``span`` devices.
 
     Args:
       pool: the teachers; their weights are replicated and passed as arguments.
       recipe: the numbers; ``recipe.primary`` is an index into the pool.
       devices: one lane each; by default the first local device alone.
-      how: "shard_map" or "pmap".
+      how: "shard_map" or "pmap"; where a batch has one device.
+      span: devices that share a batch; statistics and gradients are those of the whole batch, up
+        to the order in which sums are added.
 
     Returns:
-      A ``parallel.LaneMap`` of lanes ``(unit, state, count)`` to ``(state, ChunkReport)``;
+      A map of lanes ``(unit, state, count)`` to ``(state, ChunkReport)``;
       ``state`` is donated.
     """
     if recipe.alpha_bn > 0 and not any(has_statistics(recipe, t) for t in pool.teachers):
@@ -584,7 +587,9 @@ def engine(
             recipe, pool.teachers, pool.normalisation, variables, seed, unit, state, count
         )
 
-    devices = devices or jax.local_devices()[:1]
+    devices = devices or jax.local_devices()[:span]
+    if span > 1:
+        return parallel.SpanMap(chunk, pool.variables, devices=devices, span=span, donate=(1,))
     return parallel.LaneMap(chunk, pool.variables, arity=3, devices=devices, how=how, donate=(1,))
 
 

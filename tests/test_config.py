@@ -150,6 +150,13 @@ REFUSED = {
         {"parallel__train_devices": 5, "validate__bn_group": 5}, "parallel.train_devices is 5",
         "squeeze.batch_size=64 can be shared by 1, 2, 4, 8",
     ),
+    "a batch that devices cannot share": (
+        {"parallel__recover_devices": 3}, "parallel.recover_devices is 3", "1, 2",
+    ),
+    "a span that is mapped": (
+        {"parallel__recover_devices": 2, "parallel__map": "pmap"}, "parallel.map is 'pmap'",
+        "shard_map",
+    ),
     "no device": ({"parallel__train_devices": 0}, "parallel.train_devices is 0", "positive"),
     "ema": ({"validate__ema": 1.0}, "validate.ema is 1.0", "between 0 and 1"),
     "momentum": ({"validate__momentum": 1.0}, "validate.momentum is 1.0", "[0, 1)"),

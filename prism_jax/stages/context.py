@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -48,6 +50,24 @@ class Interrupted(Exception):
     def __init__(self, signum: int, why: str | None = None):
         super().__init__(why or signal.Signals(signum).name)
         self.signum = signum
+
+
+@contextlib.contextmanager
+def enough_memory(remedy: str) -> Iterator[None]:
+    """Say what to do where a device's memory does not suffice.
+
+    Raises:
+      UserError: it does not.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"the device has not enough memory ({str(error).splitlines()[0]}). {remedy} What was "
+            f"finished stays where it is."
+        ) from error
 
 
 class StopSignal:
@@ -157,7 +177,7 @@ class Context:
                     f"warning: this workdir was begun with NPROC={before} and goes on with "
                     f"NPROC={now}; on a CPU other bits will follow."
                 )
-        workdir.write_json(
+        workdir.write_record(
             path, {"experiment": to_dict(self.config), "provenance": self.provenance}
         )
 
@@ -375,13 +395,15 @@ class Context:
 
     def recover_fields(self) -> dict[str, Any]:
         """What the synthetic images are made of."""
-        recover = self.config.recover
+        recover, span = self.config.recover, self.config.parallel.recover_devices
         fields = {
             "recover": fingerprint_fields("recover", recover),
             "seed": self.config.seed,
             "data": self.data_fields(self.initial_source),
             "teachers": self.pool_fields(recover.pool),
         }
+        if span > 1:
+            fields["devices_per_batch"] = span
         if recover.initialise in SCORING:
             fields["scorer"] = self.pool_fields([recover.scorer or recover.primary])
         if statistics := {t: found for t in recover.pool if (found := self.statistics_fields(t))}:

@@ -13,7 +13,8 @@ import dataclasses
 import itertools
 import time
 from collections import deque
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import flax
 import jax
@@ -30,9 +31,11 @@ from prism_jax.data.lazy import Images
 from prism_jax.data.metrics import MetricsWriter, gather, keep, own_file
 from prism_jax.errors import UserError
 from prism_jax.stages import statistics
-from prism_jax.stages.context import Context, LabelledSet
+from prism_jax.stages.context import Context, LabelledSet, enough_memory
 from prism_jax.teachers import TeacherPool
 from prism_jax.types import PyTree, SynthState, Unit
+
+T = TypeVar("T")
 
 DISPROPORTION = 10.0  # BN terms of two teachers further apart than this are warned of
 
@@ -95,7 +98,8 @@ def pending(context: Context) -> list[Unit]:
         )
     if (root / "manifest.json").exists():
         return []
-    return [unit for unit in units(context) if not _record(context, unit).exists()]
+    there = workdir.names(root / "units")
+    return [unit for unit in units(context) if _record(context, unit).name not in there]
 
 
 def is_done(context: Context) -> bool:
@@ -133,8 +137,15 @@ def run(context: Context) -> None:
         context.begin(root, context.recover_fields())
         _cut_metrics(context)
 
-    if mine := context.deal("recover", units(context), lambda: pending(context), prepare):
-        (_optimise if config.recover.iterations else _copy)(context, mine)
+    ordered = longest_first(units(context), lambda unit: _budget(context, unit))
+    if mine := context.deal("recover", ordered, lambda: pending(context), prepare):
+        # The whole of it: what does not fit is said when a result is fetched, not when it is asked.
+        with enough_memory(
+            f"Lower recover.batch_size (now {_batch_size(context)} images). It belongs "
+            f"to what the images are made from, so start in another workdir: --workdir=<new> "
+            f"--from={context.root}."
+        ):
+            (_optimise if config.recover.iterations else _copy)(context, mine)
     if not parallel.is_main():
         context.wait(lambda: is_done(context))
         return
@@ -194,8 +205,9 @@ def _optimise(context: Context, waiting: list[Unit]) -> None:
     pool = context.pool(config.recover.pool, config.recover.dtype)
     pool = statistics.with_targets(context, pool)
     check_sizes(context, pool, recipe)
-    devices = parallel.lane_devices(len(waiting))
-    engine = synthesis.engine(pool, recipe, devices=devices, how=config.parallel.map)
+    span = config.parallel.recover_devices
+    devices = parallel.lane_devices(len(waiting), span)
+    engine = synthesis.engine(pool, recipe, devices=devices, how=config.parallel.map, span=span)
     queue = deque(waiting)
     lanes: list[Lane | None] = [None] * len(engine)
     writer = MetricsWriter(own_file(root), tensorboard_dir=root / "tensorboard")
@@ -230,9 +242,11 @@ def _optimise(context: Context, waiting: list[Unit]) -> None:
                         warned = warned or _warn(context, report.first, pool.names)
                     bar.advance(count, loss=float(report.last.loss))
                 if lane.done >= lane.budget:
+                    writer.flush()
                     _finish(context, engine, recipe, pool, lane, report)
                     lanes[at] = None
                 elif lane.checkpoints.due or context.stop.requested:
+                    writer.flush()
                     _save(engine, lane)
             if context.stop.requested:
                 for lane in filter(None, lanes):
@@ -256,6 +270,7 @@ def _start(context: Context, engine, pool, recipe, unit: Unit, at: int) -> Lane:
     checkpoints = Checkpoints(
         folder(context) / "checkpoints" / unit.name,
         every_seconds=config.recover.checkpoint_seconds,
+        of={"unit": unit.name, **workdir.read_fingerprint(folder(context))},
     )
     start_terms, seconds = None, 0.0
     if restored := checkpoints.restore(state_after):
@@ -336,26 +351,28 @@ def _dispatch(context: Context, engine, lanes, counts) -> list:
         for at, (lane, count) in enumerate(zip(lanes, counts, strict=True)):
             placed = (lane.placed_unit, lane.state) if mine[at] else engine.place(copy, at)
             arguments.append((*placed, engine.place(np.int32(count if mine[at] else 0), at)))
-        try:
-            found = engine(context.config.seed, arguments)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise UserError(
-                f"the device has not enough memory for one image batch. Lower recover.batch_size "
-                f"(now {len(spare.placed_unit.labels_B[0])} images) and start in another workdir: "
-                f"--workdir=<new> --from={context.root}. Finished units stay where they are."
-            ) from error
+        found = engine(context.config.seed, arguments)
         results = [new if own else old for new, old, own in zip(found, results, mine, strict=True)]
     return results
 
 
+def longest_first(found: Iterable[T], budget: Callable[[T], int]) -> list[T]:
+    """The order of work: what takes longest begins first, so that devices end together.
+
+    Otherwise the order is kept. It changes no image: a unit knows nothing of when it is worked on.
+    """
+    return sorted(found, key=budget, reverse=True)
+
+
 def _count(lane: Lane | None, steps_per_dispatch: int) -> int:
-    """Iterations to the next multiple of ``steps_per_dispatch``, or to the end of the phase."""
     if lane is None:
         return 0
-    stop = lane.phases[lane.phase].stop
-    return min(steps_per_dispatch - lane.done % steps_per_dispatch, stop - lane.done)
+    return iterations_ahead(lane.done, lane.phases[lane.phase].stop, steps_per_dispatch)
+
+
+def iterations_ahead(done: int, stop: int, steps_per_dispatch: int) -> int:
+    """Iterations to the next multiple of ``steps_per_dispatch``, or to the end of the phase."""
+    return min(steps_per_dispatch - done % steps_per_dispatch, stop - done)
 
 
 def _save(engine, lane: Lane) -> None:
@@ -485,6 +502,11 @@ def _cut_metrics(context: Context) -> None:
 
 def _budget(context: Context, unit: Unit) -> int:
     return budget_of(context.config, unit.group * batch_layout(context.config).slots)
+
+
+def _batch_size(context: Context) -> int:
+    layout = batch_layout(context.config)
+    return layout.slots * layout.classes
 
 
 def _record(context: Context, unit: Unit) -> epath.Path:
