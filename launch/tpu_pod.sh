@@ -60,7 +60,7 @@ prepare() {
   run git -C "$root" archive --prefix=prism_jax/ --output="$archive" HEAD
   run "${tpu[@]}" scp --worker=all "$archive" "$TPU_NAME:prism_jax.tar.gz" "--zone=$TPU_ZONE"
   everywhere "tar xzf prism_jax.tar.gz && cd prism_jax && python3 -m venv .venv &&\
- .venv/bin/pip install --quiet --editable '.[tpu]'"
+ .venv/bin/pip install --quiet --editable '.[tpu,gcs]'"
 }
 
 archive=$(mktemp -d)/prism_jax.tar.gz

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import struct
 import tempfile
@@ -115,7 +116,8 @@ def shard_path(root: epath.PathLike, shard: int) -> epath.Path:
 
 def missing_shards(root: epath.PathLike, plan: LabelPlan) -> list[int]:
     """The shards that are still to be made."""
-    return [s for s in range(plan.num_shards) if not shard_path(root, s).exists()]
+    there = workdir.names(epath.Path(root))
+    return [s for s in range(plan.num_shards) if shard_path(root, s).name not in there]
 
 
 def write_shard(
@@ -131,14 +133,20 @@ def write_shard(
 
     Raises:
       UserError: logits that are not finite in the stored precision.
+      OSError: there is no room for it.
     """
     expected = ((e, b) for e in plan.epochs_of(shard) for b in range(plan.batches_per_epoch))
     with tempfile.TemporaryDirectory() as folder:
         local = os.path.join(folder, "shard")
-        with contextlib.closing(ArrayRecordWriter(local, "group_size:1,zstd:3")) as writer:
-            for coordinates, record in zip(expected, records, strict=True):
-                assert (record.epoch, record.batch) == coordinates, (record[:2], coordinates)
-                writer.write(_pack(record, plan))
+        try:
+            with contextlib.closing(ArrayRecordWriter(local, "group_size:1,zstd:3")) as writer:
+                for coordinates, record in zip(expected, records, strict=True):
+                    assert (record.epoch, record.batch) == coordinates, (record[:2], coordinates)
+                    writer.write(_pack(record, plan))
+        except RuntimeError as error:
+            if "write() failed" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, str(error).split(";")[0], local) from error
         workdir.write_bytes(shard_path(root, shard), epath.Path(local).read_bytes())
 
 
@@ -153,7 +161,7 @@ def check_shard(root: epath.PathLike, plan: LabelPlan, shard: int) -> None:
         raise DamagedFile(path, "is missing")
     wanted = len(plan.epochs_of(shard)) * plan.batches_per_epoch
     with _naming(path):
-        records = _open(os.fspath(path))
+        records = _open(os.fspath(workdir.local(path)))
         if len(records) != wanted:
             raise DamagedFile(path, f"is damaged: it has {len(records)} of {wanted} records")
         for at in range(wanted):
@@ -190,12 +198,12 @@ def write_manifest(
         "shards": sizes,
         "bytes": sum(sizes.values()),
     }
-    workdir.write_json(epath.Path(root) / MANIFEST, manifest)
+    workdir.write_record(epath.Path(root) / MANIFEST, manifest)
 
 
 def size_bytes(root: epath.PathLike) -> int:
     """Bytes of all shards and of the manifest on disk."""
-    shards = epath.Path(root).glob("labels-*.array_record")
+    shards = workdir.matching(epath.Path(root), "labels-*.array_record")
     return sum(path.stat().length for path in (*shards, epath.Path(root) / MANIFEST))
 
 
@@ -254,6 +262,9 @@ class LabelReader:
                 raise DamagedFile(
                     path, f"is damaged: it has {found} bytes, not {sizes.get(path.name)}"
                 )
+        if workdir.is_store(root):
+            self._records = _Downloaded(self._paths, self.plan.epochs_per_shard * self._per_epoch)
+            return
         # With the number of records stated, a file is opened only when it is first read.
         self._records = _open(
             [
@@ -300,6 +311,20 @@ class LabelReader:
         total = len(self) if epochs is None else epochs * self._per_epoch
         numbers = share_of(total, start, share)
         return read_batches(numbers, lambda number: self[int(number) % len(self)], threads=threads)
+
+
+class _Downloaded:
+    """The records of all shards, each shard copied from its object store when it is first read."""
+
+    def __init__(self, paths: Sequence[epath.Path], records_per_shard: int):
+        self._paths, self._per_shard = paths, records_per_shard
+        self._opened: dict[int, Sequence[bytes]] = {}
+
+    def __getitem__(self, number: int) -> bytes:
+        shard, at = divmod(number, self._per_shard)
+        if shard not in self._opened:  # two threads may both open it
+            self._opened[shard] = _open(os.fspath(workdir.local(self._paths[shard])))
+        return self._opened[shard][at]
 
 
 def _encoded(record: SoftLabels, coding: codec.Coding) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Metrics as JSON lines: one line per step, flushed at once, cut back when a run resumes.
 
 A process may die between any two bytes. A last line without its newline was never written: it
-is not read, and the next writer removes it.
+is not read, and the next writer removes it. Each line ends with the CRC-32 of the rest of it,
+``"crc"``, so that other bytes are never read as numbers.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,20 +24,28 @@ from prism_jax.data import workdir
 from prism_jax.errors import UserError
 
 NOT_FINITE = "not_finite"
+CRC = "crc"
+SECONDS_BETWEEN_UPLOADS = 30.0
+
+_CRC = re.compile(rb', "crc": "([0-9a-f]{8})"}$')
 
 
 class MetricsWriter:
     """Appends lines to a metrics file; opens nothing before the first one.
 
     Args:
-      path: the file; its folder is made when needed.
+      path: the file; its folder is made when needed. In an object store, lines wait up to
+        ``SECONDS_BETWEEN_UPLOADS`` unless ``flush`` is called: before every checkpoint.
       tensorboard_dir: also write the numbers as TensorBoard events into this folder, where the
         package tensorboardX is installed.
     """
 
     def __init__(self, path: epath.PathLike, tensorboard_dir: epath.PathLike | None = None):
         self._path = epath.Path(path)
-        self._tensorboard_dir = tensorboard_dir
+        self._store = workdir.is_store(path)
+        self._tensorboard_dir = None if self._store else tensorboard_dir
+        self._uploaded = 0.0
+        self._waiting = b""
         self._file: Any = None
         self._events: Any = None
 
@@ -55,11 +67,20 @@ class MetricsWriter:
         line = {"step": int(step), **_plain(values, "", not_finite)}
         if not_finite:
             line[NOT_FINITE] = not_finite
-        self._append(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n")
+        text = json.dumps(line, allow_nan=False, ensure_ascii=False)
+        self._append(f'{text[:-1]}, "{CRC}": "{zlib.crc32(text.encode()):08x}"}}\n')
         self._write_events(int(step), workdir.flatten(line))
+
+    def flush(self) -> None:
+        """Upload the lines that wait; in a file system none does."""
+        if self._waiting:
+            old = self._path.read_bytes() if self._path.exists() else b""
+            workdir.write_bytes(self._path, old[: old.rfind(b"\n") + 1] + self._waiting)
+            self._waiting, self._uploaded = b"", time.monotonic()
 
     def close(self) -> None:
         """Close the files that were opened."""
+        self.flush()
         if self._file:
             self._file.close()
         if self._events:
@@ -67,16 +88,18 @@ class MetricsWriter:
         self._file = self._events = None
 
     def _append(self, text: str) -> None:
-        if "://" in os.fspath(self._path):  # an object store cannot append
-            old = self._path.read_bytes() if self._path.exists() else b""
-            workdir.write_bytes(self._path, old + text.encode())
+        if self._store:  # which cannot append: the whole is uploaded, so not for every line
+            self._waiting += text.encode()
+            if time.monotonic() - self._uploaded >= SECONDS_BETWEEN_UPLOADS:
+                self.flush()
             return
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             truncate(self._path, lambda line: True)
             self._file = self._path.open("a", encoding="utf-8")
-        self._file.write(text)
-        self._file.flush()
+        with workdir.naming(self._path):
+            self._file.write(text)
+            self._file.flush()
 
     def _write_events(self, step: int, numbers: dict[str, Any]) -> None:
         if self._tensorboard_dir is None:
@@ -146,7 +169,7 @@ def own_file(folder: epath.PathLike) -> epath.Path:
 def gather(folder: epath.PathLike) -> None:
     """Put the other processes' lines behind those of metrics.jsonl; they have ended."""
     folder = epath.Path(folder)
-    others = sorted(folder.glob("metrics-*.jsonl"))
+    others = workdir.matching(folder, "metrics-*.jsonl")
     if not others:
         return
     path = folder / "metrics.jsonl"
@@ -168,13 +191,23 @@ def _parse(path: epath.Path) -> tuple[list[dict[str, Any]], bytes]:
     records = []
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            records.append(json.loads(line))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            records.append(_record(line))
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
             raise UserError(
                 f"line {number} of {path} is damaged ({error}); move the file away and run the "
                 f"same command again: its lines are redone or left out."
             ) from error
     return records, content
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    """A line's values; ValueError where they are not what was written."""
+    if found := _CRC.search(line):
+        if int(found[1], 16) != zlib.crc32(line[: found.start()] + b"}"):
+            raise ValueError("its checksum is not that of its content")
+    record = json.loads(line)
+    record.pop(CRC, None)
+    return record
 
 
 def _plain(value: Any, name: str, not_finite: dict[str, str]) -> Any:

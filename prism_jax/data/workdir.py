@@ -1,7 +1,10 @@
 """The working directory: the only door to a run's files.
 
-Everything is written whole (a temporary name, then a rename), so that *present means done*.
-Paths are ``etils.epath`` paths; nothing outside this module knows how a file becomes visible.
+Everything is written whole, so that *present means done*: in a file system under a temporary
+name and then renamed, in an object store (gs://) as one upload. An object store has no rename and
+no folders; what is renamed here as a whole is there copied so that ``fingerprint.json``, without
+which nothing in a folder counts, comes last, and deleted so that it goes first. Paths are
+``etils.epath`` paths; nothing outside this module knows how a file becomes visible.
 
     <workdir>/config.json                    what ran
     <workdir>/squeeze/<teacher>/             weights.safetensors record.json fingerprint.json
@@ -14,15 +17,22 @@ Paths are ``etils.epath`` paths; nothing outside this module knows how a file be
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import fnmatch
+import functools
 import hashlib
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -33,16 +43,42 @@ FINGERPRINT = "fingerprint.json"
 CHECKSUM = "checksum"
 
 
+def is_store(path: epath.PathLike) -> bool:
+    """Whether a path is in an object store."""
+    return "://" in os.fspath(path)
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The full path. Of gs:// it is the path itself, which ``epath`` would put in this folder."""
+    path = epath.Path(path)
+    return path if is_store(path) else path.absolute()
+
+
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
     """Write a file whole: readers see the old content or the new one, never a part."""
     path = epath.Path(path)
+    if is_store(path):
+        with naming(path):
+            path.write_bytes(data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        with naming(path):
+            temporary.write_bytes(data)
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def naming(path: epath.PathLike) -> Iterator[None]:
+    """Name the file in the error of a write that did not fit, which says no name itself."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
         raise
 
 
@@ -57,12 +93,19 @@ def write_json(path: epath.PathLike, value: Any) -> None:
 
 
 def read_json(path: epath.PathLike) -> Any:
-    """Read a JSON file.
+    """Read a JSON file, without its checksum where it has one.
 
     Raises:
-      UserError: the file is not JSON; it is named, and never taken for data.
+      UserError: the file is not JSON, or its checksum is not that of its content; it is named,
+        and never taken for data.
     """
-    path = epath.Path(path)
+    value = _parse(epath.Path(path))
+    if isinstance(value, dict) and CHECKSUM in value:
+        return read_record(path)
+    return value
+
+
+def _parse(path: epath.Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -72,8 +115,13 @@ def read_json(path: epath.PathLike) -> Any:
 
 
 def write_record(path: epath.PathLike, fields: dict[str, Any]) -> None:
-    """Write the record that makes a piece of work done: JSON that carries its own checksum."""
-    write_json(path, {**fields, CHECKSUM: digest(fields)})
+    """Write JSON that carries its own checksum: what makes work done, and all that is read back."""
+    write_json(path, with_checksum(fields))
+
+
+def with_checksum(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields and the digest of them."""
+    return {**fields, CHECKSUM: digest(fields)}
 
 
 def read_record(path: epath.PathLike) -> dict[str, Any]:
@@ -82,7 +130,7 @@ def read_record(path: epath.PathLike) -> dict[str, Any]:
     Raises:
       UserError: the file is not what was written; it is named, and never taken for data.
     """
-    fields = read_json(path)
+    fields = _parse(epath.Path(path))
     checksum = fields.pop(CHECKSUM, None) if isinstance(fields, dict) else None
     if checksum is None or checksum != digest(fields):
         raise UserError(
@@ -95,6 +143,10 @@ def read_record(path: epath.PathLike) -> dict[str, Any]:
 def remove(folder: epath.PathLike) -> None:
     """Delete a folder: it vanishes at once, so that no part of it is taken for the whole."""
     folder = epath.Path(folder)
+    if is_store(folder):
+        (folder / FINGERPRINT).unlink(missing_ok=True)
+        folder.rmtree()
+        return
     doomed = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.tmp"
     folder.rename(doomed)
     doomed.rmtree()
@@ -106,26 +158,81 @@ def set_aside(path: epath.PathLike) -> epath.Path:
     count = 1
     while (target := path.parent / f"{path.name}.set-aside-{count}").exists():
         count += 1
-    path.rename(target)
+    if not is_store(path):
+        path.rename(target)
+    elif path.is_dir():
+        copy_tree(path, target)
+        remove(path)
+    else:
+        path.copy(target)
+        path.unlink()
     return target
+
+
+def names(folder: epath.Path) -> set[str]:
+    """What is in a folder, asked for once: a question for every file takes long over a network."""
+    try:
+        return {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        return set()
+
+
+def matching(folder: epath.Path, pattern: str) -> list[epath.Path]:
+    """A folder's files of a kind, by name. ``glob`` would take signs of the folder's own path."""
+    return [folder / name for name in sorted(names(folder)) if fnmatch.fnmatchcase(name, pattern)]
+
+
+def begun(folder: epath.Path) -> bool:
+    """Whether there is a folder that a run may go on with."""
+    return ((folder / FINGERPRINT) if is_store(folder) else folder).exists()
 
 
 def copy_tree(source: epath.Path, target: epath.Path) -> None:
     """Copy a folder so that it appears whole under its final name."""
+    if is_store(target):
+        _copy(source, target, leave=FINGERPRINT)
+        if (source / FINGERPRINT).exists():
+            _copy(source / FINGERPRINT, target / FINGERPRINT)
+        return
     temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     target.parent.mkdir(parents=True, exist_ok=True)
     _copy(source, temporary)
     temporary.rename(target)
 
 
-def _copy(source: epath.Path, target: epath.Path) -> None:
+def _copy(source: epath.Path, target: epath.Path, leave: str | None = None) -> None:
     if source.is_dir():
         target.mkdir(parents=True, exist_ok=True)
         for child in source.iterdir():
-            if not child.name.startswith("."):
+            if not child.name.startswith(".") and child.name != leave:
                 _copy(child, target / child.name)
-    else:
+    elif is_store(source) == is_store(target):
         source.copy(target)
+    else:
+        target.write_bytes(source.read_bytes())
+
+
+@functools.cache
+def _downloads() -> tuple[epath.Path, threading.Lock]:
+    folder = tempfile.mkdtemp(prefix="prism_jax-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return epath.Path(folder), threading.Lock()
+
+
+def local(path: epath.PathLike) -> epath.Path:
+    """A file under a name that any library can open: of an object store, a copy for this process.
+
+    The object must not change afterwards; its copy is made once.
+    """
+    path = epath.Path(path)
+    if not is_store(path):
+        return path
+    folder, lock = _downloads()
+    copy = folder / digest(os.fspath(path))
+    with lock:
+        if not copy.exists():
+            write_bytes(copy, path.read_bytes())
+    return copy
 
 
 def digest(value: Any) -> str:
@@ -147,7 +254,7 @@ def flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def write_fingerprint(folder: epath.Path, fields: dict[str, Any]) -> None:
     """Record what a stage folder was made from."""
-    write_json(folder / FINGERPRINT, fields)
+    write_record(folder / FINGERPRINT, fields)
 
 
 def read_fingerprint(folder: epath.Path) -> dict[str, Any] | None:
@@ -172,6 +279,8 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 def sweep(root: epath.PathLike) -> None:
     """Delete the half-written files and folders that a killed run left behind."""
+    if is_store(root):
+        return
     for path in epath.Path(root).iterdir():
         left_behind = path.name.startswith(".") and path.name.endswith(".tmp")
         if path.is_dir():
@@ -190,6 +299,7 @@ class Lock:
 
     BEAT = 30.0
     SILENCE = 600.0
+    SETTLE = 2.0
 
     def __init__(self, root: epath.Path):
         self._path = epath.Path(root) / ".lock"
@@ -227,14 +337,15 @@ class Lock:
 
     def _create(self) -> bool:
         """Make the file, whole and only if there is none; returns whether there was none."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        if "://" in os.fspath(self._path):  # an object store has no links
+        if is_store(self._path):  # it has no links: of several who write, the last one holds it
             if self._path.exists():
                 return False
-            write_json(self._path, _me())
+            write_record(self._path, _me())
+            time.sleep(self.SETTLE)
             return _is_me(self._holder() or {})
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.parent / f".lock.{secrets.token_hex(4)}.tmp"
-        temporary.write_bytes(to_json(_me()).encode())
+        temporary.write_bytes(to_json(with_checksum(_me())).encode())
         try:
             os.link(temporary, self._path)
         except (FileExistsError, FileNotFoundError):  # the latter: swept by the one that is faster
@@ -251,7 +362,7 @@ class Lock:
                     # This machine slept, and another run took over: save nothing over its work.
                     print(f"error: {self._path} was taken over by another run", file=sys.stderr)
                     os.kill(os.getpid(), signal.SIGKILL)
-                write_json(self._path, _me())
+                write_record(self._path, _me())
             except (OSError, UserError):  # a full disk, a network's pause: the next beat may pass
                 continue
 

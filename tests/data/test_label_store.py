@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from prism_jax.core.codec import PRECISIONS
-from prism_jax.data import label_store
+from prism_jax.data import label_store, workdir
 from prism_jax.data.image_set import DamagedFile
 from prism_jax.data.label_store import (
     LabelPlan,
@@ -219,7 +219,7 @@ def test_a_record_is_its_rows_and_twelve_bytes(tmp_path):
 
 def test_a_store_of_another_format_is_refused(store):
     path = store / "manifest.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    workdir.write_record(path, {**workdir.read_json(path), "format": 2})
     with pytest.raises(UserError, match="are of format 2; this version reads format 1"):
         LabelReader(store)
 

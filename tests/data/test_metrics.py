@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 
 import numpy as np
 import pytest
@@ -23,11 +24,10 @@ def test_each_line_is_on_disk_before_the_next(tmp_path):
     writer = metrics.MetricsWriter(path)
     assert not path.parent.exists()  # nothing is opened before there is something to say
     writer.write(0, epoch=1, top1=np.float32(0.5), bn={"resnet18": np.ones(2, np.float64)})
-    assert path.read_text() == (
-        '{"step": 0, "epoch": 1, "top1": 0.5, "bn": {"resnet18": [1.0, 1.0]}}\n'
-    )
+    without = '{"step": 0, "epoch": 1, "top1": 0.5, "bn": {"resnet18": [1.0, 1.0]}}'
+    assert path.read_text() == (f'{without[:-1]}, "crc": "{zlib.crc32(without.encode()):08x}"}}\n')
     writer.write(np.int64(1), note="größer")
-    assert path.read_text().splitlines()[1] == '{"step": 1, "note": "größer"}'
+    assert path.read_text().splitlines()[1].startswith('{"step": 1, "note": "größer", "crc": "')
     writer.close()
     assert metrics.read_lines(path)[1] == {"step": 1, "note": "größer"}
 
@@ -47,6 +47,7 @@ def test_numbers_that_are_not_finite_become_null_and_are_named(tmp_path):
         "bn": {"a": [1.0, None]},
         "top1": 0.25,
         "not_finite": {"loss": "nan", "bn.a[1]": "-inf"},
+        "crc": line["crc"],
     }
     with pytest.raises(ValueError):  # the twin: what json writes by default
         json.loads(json.dumps({"loss": math.nan}), parse_constant=refuse)
@@ -67,6 +68,34 @@ def test_a_half_written_last_line_is_not_read_and_the_next_writer_removes_it(tmp
         file.write('{"step": 2}\n')
     with pytest.raises(UserError, match="line 3 of .*metrics.jsonl is damaged"):
         metrics.read_lines(path)
+
+
+def test_a_flipped_bit_is_never_read_as_a_number(tmp_path):
+    path, twins = tmp_path / "metrics.jsonl", 0
+    write_steps(path, range(3))
+    whole, right = path.read_bytes(), metrics.read_lines(path)
+    for at in range(len(whole) - 1):
+        for bit in (0, 4):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+            try:
+                read = metrics.read_lines(path)
+            except UserError as error:
+                assert "metrics.jsonl is damaged" in str(error)
+                try:  # the twin: what JSON alone notices
+                    twins += bool([json.loads(line) for line in path.read_bytes().splitlines()])
+                except ValueError:
+                    pass
+                continue
+            # What is not noticed hit the checksum itself.
+            numbers = [{k: line[k] for k in ("step", "loss")} for line in read]
+            assert numbers == right
+    assert twins > 50
+
+
+def test_lines_without_a_checksum_are_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "loss": 0.5}\n')
+    assert metrics.read_lines(path) == [{"step": 0, "loss": 0.5}]
 
 
 def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path):

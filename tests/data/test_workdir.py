@@ -52,9 +52,9 @@ def test_a_record_notices_every_flipped_bit(tmp_path):
         for bit in (0, 3):
             path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
             try:
-                workdir.read_json(path)
+                json.loads(path.read_bytes())
                 unnoticed_by_json += 1
-            except UserError:
+            except ValueError:
                 pass
             try:  # a flip in the white space between values changes nothing
                 assert workdir.read_record(path) == {**fields, "steps": [1, 2]}
