@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
+from etils import epath
 from ml_collections import config_flags
 
 from prism_jax.config import KINDS, STAGES
@@ -70,7 +71,9 @@ _WITH_VALUE = (
     "--workdir", "--from", "--stages", "--distributed", "--coordinator", "--processes", "--process",
 )  # fmt: skip
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
-_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
+_UNWRITABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR,
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,7 +120,7 @@ def _main(argv: list[str]) -> int:
 
     experiment = resolve(config, problems)
     workdir = given.workdir or f"runs/{experiment.name}"
-    if pathlib.Path(workdir).exists() and not pathlib.Path(workdir).is_dir():
+    if epath.Path(workdir).exists() and not epath.Path(workdir).is_dir():
         raise UserError(f"--workdir={workdir} is a file; name a folder, or one that is not there")
     if given.plan:
         from prism_jax import plan

@@ -1,12 +1,19 @@
-"""A run that is killed or stopped at any moment continues to the same bits."""
+"""A run that is killed or stopped at any moment continues to the same bits.
+
+Six kills are among the fast tests: one at start-up and one in every stage. The fifty of
+``make test-all`` are drawn from a seeded list of events (``helpers/dying.py``).
+"""
 
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 
+import numpy as np
 import pytest
 from helpers.command import TINY, assert_same, finished, reference, results, run, signal_when
+from helpers.dying import EVENTS
 
 __all__ = ["finished", "reference"]  # fixtures
 
@@ -17,13 +24,14 @@ DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
 
 # stage -> a path whose appearance says that the stage is in the middle of its work
 MOMENTS = {
+    "start-up": "config.json",
     "squeeze": "squeeze/second/checkpoints/[3-9]",
     "recover": "recover/checkpoints/*/[369]",
+    "relabel": "relabel/fingerprint.json",
     "validate": "validate/outside/0/checkpoints/[3-9]",
-    "summary": "analyse/fingerprint.json",
+    "analyse": "analyse/grid.png",
 }
 MORE_MOMENTS = {
-    "first write": "config.json",
     "teacher begun": "squeeze/first/fingerprint.json",
     "teacher written": "squeeze/outside/weights.safetensors",
     "recover begun": "recover/fingerprint.json",
@@ -32,13 +40,12 @@ MORE_MOMENTS = {
     "unit done": "recover/units/g00001_b00000.json",
     "all units done": "recover/units/g00001_b00001.json",
     "images done": "recover/manifest.json",
-    "relabel": "relabel/fingerprint.json",
     "labels written": "relabel/labels-00000.array_record",
     "control's labels": "controls/random_real/relabel/fingerprint.json",
     "student begun": "validate/outside/0/fingerprint.json",
     "student done": "validate/outside/0/record.json",
     "control's student": "controls/full_real/validate/outside/0/checkpoints/[3-9]",
-    "analyse": "analyse/grid.png",
+    "summary": "analyse/fingerprint.json",
     "page written": "report.html",
 }
 
@@ -97,6 +104,34 @@ def test_killed_once(tmp_path, reference, moment):
     assert killed.returncode == -signal.SIGKILL
     done = run(*command)
     assert done.returncode == 0, done.stderr
+    assert_same(root, reference)
+
+
+DYING = ("tests/helpers/dying.py",)
+KILLS_PER_RUN = 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_killed_five_times_at_drawn_events(tmp_path, reference, seed):
+    """Fifty kills in all; which event and which of its occurrences is drawn by the seed."""
+    root, command = tmp_path / "run", (TINY, f"--workdir={tmp_path / 'run'}", *OFTEN)
+    random = np.random.default_rng(seed)
+    names = list(EVENTS)
+    kills: list[str] = []
+    while len(kills) < KILLS_PER_RUN:
+        # Every event comes first in turn; later ones are drawn.
+        name = names[seed % len(names)] if not kills else str(random.choice(names))
+        number = int(random.integers(1, 9))
+        done = run(name, str(number), *command, command=DYING)
+        if done.returncode == 0:  # it happened less often than that
+            assert_same(root, reference)
+            shutil.rmtree(root)
+            continue
+        assert done.returncode == -signal.SIGKILL, f"{kills} {name} {number}: {done.stderr}"
+        kills.append(f"{name} {number}")
+    done = run(*command)
+    assert done.returncode == 0, f"{kills}: {done.stderr}"
     assert_same(root, reference)
 
 

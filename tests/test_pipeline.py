@@ -18,6 +18,7 @@ import pytest
 from helpers.command import TINY, assert_same, call, finished, reference, results, snapshot
 from PIL import Image
 
+from prism_jax.data import workdir
 from prism_jax.data.metrics import read_lines
 
 __all__ = ["finished", "reference"]  # fixtures
@@ -80,16 +81,16 @@ def test_what_a_person_deletes_of_the_end_is_made_again(finished, reference):
     shutil.rmtree(finished / "analyse")
     ok(finished)
     assert_same(finished, reference)
-    ours, theirs = (json.loads((p / "summary.json").read_text()) for p in (finished, reference))
+    ours, theirs = (workdir.read_json(p / "summary.json") for p in (finished, reference))
     del ours["command"], theirs["command"], ours["machine"], theirs["machine"]
     assert ours == theirs
 
 
 def test_a_summary_that_lags_behind_is_renewed(finished):
     path = finished / "summary.json"
-    lagging = json.loads(path.read_text())
+    lagging = workdir.read_json(path)
     lagging["validate"]["outside"]["top1"] = 0.0
-    path.write_text(json.dumps(lagging))
+    workdir.write_record(path, lagging)
     ok(finished)
     record = json.loads((finished / STUDENT / "record.json").read_text())
     assert json.loads(path.read_text())["validate"]["outside"]["top1"] == record["top1"]
@@ -226,8 +227,9 @@ def test_labels_of_changed_images_are_refused(finished):
     """The labels fit the settings and not the pixels: an image was exchanged, with its record."""
     shutil.rmtree(finished / STUDENT)
     manifest = finished / "relabel/manifest.json"
-    digest = json.loads(manifest.read_text())["images"]
-    manifest.write_text(manifest.read_text().replace(digest, digest[::-1]))
+    fields = workdir.read_json(manifest)
+    digest = fields["images"]
+    workdir.write_record(manifest, {**fields, "images": digest[::-1]})
     err = refused(finished)
     assert f"belong to images with digest {digest[::-1]}, not to these ({digest})" in err
     assert f"move {finished / 'relabel'} away" in err

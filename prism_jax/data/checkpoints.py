@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -29,11 +28,25 @@ class Checkpoints:
 
     Saving is asynchronous: the state is copied before :meth:`save` returns. An unfinished save
     leaves no checkpoint. A damaged one is named, set aside, and passed over for the one before:
-    each carries a digest of its content.
+    each carries a digest of its content. A whole one of other work is refused.
     """
 
-    def __init__(self, folder: epath.PathLike, *, every_seconds: float = 0.0):
-        self._folder = epath.Path(folder).absolute()
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        *,
+        every_seconds: float = 0.0,
+        of: dict[str, Any] | None = None,
+    ):
+        """Open nothing yet.
+
+        Args:
+          folder: of this piece of work alone.
+          every_seconds: the interval after which a save is ``due``.
+          of: what decides the work, in JSON values; it is saved, and compared before a restore.
+        """
+        self._folder = workdir.absolute(folder)
+        self._of = of
         self._every = every_seconds
         self._last = time.monotonic()
         self._manager: ocp.CheckpointManager | None = None
@@ -64,28 +77,35 @@ class Checkpoints:
         manager = self._open()
         if step not in manager.all_steps():
             leaves = [np.array(leaf) for leaf in jax.tree.leaves(jax.device_get(state))]
-            content = {"meta": meta or {}, "digest": _digest(leaves, meta or {})}
-            manager.save(step, args=orbax_files.Save(leaves, content))
+            saved = orbax_files.Save(leaves, {"of": self._of, **(meta or {})})
+            manager.save(step, args=saved)
         self._last = time.monotonic()
 
     def restore(
         self, like: PyTree | Callable[[int], PyTree]
     ) -> tuple[int, PyTree, dict[str, Any]] | None:
-        """The newest whole checkpoint with the shapes and dtypes of ``like``, or None.
+        """The newest whole checkpoint, or None; its leaves have the shapes and dtypes of ``like``.
 
         Args:
           like: a state, or a function from a step to one where shapes change with the steps.
 
         Returns:
           (step, state, meta) as they were saved.
+
+        Raises:
+          UserError: it is whole, but of other work; the differences are named.
         """
         if not self._folder.exists():
             return None
+        from prism_jax.data import orbax_files
+
         manager = self._open()
         for step in sorted(manager.all_steps(), reverse=True):
-            wanted, structure = jax.tree.flatten(like(step) if callable(like) else like)
+            wanted, structure = jax.tree_util.tree_flatten_with_path(
+                like(step) if callable(like) else like
+            )
             try:
-                leaves, meta = self._read(step, wanted)
+                leaves, meta = _checked(manager.restore(step, args=orbax_files.Restore()))
             except Exception:  # Orbax and msgpack raise many kinds; each means: not this one.
                 aside = workdir.set_aside(self._folder / str(step))
                 manager.reload()
@@ -94,17 +114,32 @@ class Checkpoints:
                     f"aside as {aside.name}, and the work since the one before it is redone."
                 )
                 continue
+            if lines := self._differences(leaves, meta.pop("of", None), wanted):
+                changed = "\n".join(f"  - {line}" for line in lines)
+                raise UserError(
+                    f"the checkpoint {self._folder / str(step)} belongs to other work, or to "
+                    f"another version of this program:\n{changed}\n"
+                    f"Nothing was changed. Either continue with what it was begun with, or move "
+                    f"{self._folder} away: this piece of work is then done from its beginning."
+                )
             return step, jax.tree.unflatten(structure, leaves), meta
         return None
 
-    def _read(self, step: int, wanted: Sequence[Any]) -> tuple[list[np.ndarray], dict[str, Any]]:
-        """One checkpoint's leaves and meta; raises where they are not what was saved."""
-        from prism_jax.data import orbax_files
-
-        leaves, meta = _checked(self._open().restore(step, args=orbax_files.Restore()))
-        if [(x.shape, x.dtype) for x in leaves] != [(np.shape(x), x.dtype) for x in wanted]:
-            raise ValueError("it has other shapes")
-        return leaves, meta
+    def _differences(
+        self, leaves: Sequence[np.ndarray], of: dict[str, Any] | None, wanted: Sequence[Any]
+    ) -> list[str]:
+        """What a checkpoint has, and what is wanted, as "name: found -> wanted" lines."""
+        if of is not None and self._of is not None:
+            if lines := workdir.differences(of, self._of):
+                return lines
+        if len(leaves) != len(wanted):
+            return [f"arrays: {len(leaves)} -> {len(wanted)}"]
+        pairs = [(jax.tree_util.keystr(p), x, y) for (p, y), x in zip(wanted, leaves, strict=True)]
+        return [
+            f"{name}: {x.dtype}{x.shape} -> {y.dtype}{np.shape(y)}"
+            for name, x, y in pairs
+            if (x.shape, x.dtype) != (np.shape(y), y.dtype)
+        ]
 
     def close(self) -> None:
         """Wait for a save in flight."""
@@ -151,17 +186,10 @@ def read_newest(
 
 def _checked(content: dict[str, Any]) -> tuple[list[np.ndarray], dict[str, Any]]:
     """A file's leaves and meta; raises where they are not what was saved."""
+    from prism_jax.data import orbax_files
+
     leaves = [content["leaves"][name] for name in sorted(content["leaves"])]
     stated = json.loads(content["meta"])
-    if stated["digest"] != _digest(leaves, stated["meta"]):
+    if stated["digest"] != orbax_files.digest(leaves, stated["meta"]):
         raise ValueError("its content is not what was saved")
     return leaves, stated["meta"]
-
-
-def _digest(leaves: Sequence[np.ndarray], meta: dict[str, Any]) -> str:
-    """SHA-256 of arrays, with their shapes and dtypes, and of the values beside them."""
-    sha = hashlib.sha256(workdir.digest(meta).encode())
-    for leaf in leaves:
-        sha.update(f"{leaf.dtype}{leaf.shape}".encode())
-        sha.update(leaf.tobytes())
-    return sha.hexdigest()

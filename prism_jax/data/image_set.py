@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from etils import epath
@@ -60,10 +61,17 @@ def write_images(
     """
     images = np.asarray(images_uint8_BHWC)
     assert images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] in (1, 3)
-    for image, cls, slot in zip(images, classes_B, slots_B, strict=True):
+
+    def write(image: np.ndarray, cls: int, slot: int) -> None:
         buffer = io.BytesIO()
         Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "PNG")
         workdir.write_bytes(image_path(root, cls, slot), buffer.getvalue())
+
+    # Devices wait for it: in threads, for packing takes long, and so do uploads.
+    paths = [tuple(x) for x in zip(classes_B, slots_B, strict=True)]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for done in [threads.submit(write, x, *p) for x, p in zip(images, paths, strict=True)]:
+            done.result()
 
 
 def through_jpeg(images_uint8_BHWC: np.ndarray, quality: int) -> np.ndarray:

@@ -204,7 +204,7 @@ def _read_orbax(folder: epath.Path) -> Found:
 
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.restore(item.absolute())
+            tree = checkpointer.restore(workdir.absolute(item))
     except Exception as error:  # Orbax raises many kinds
         raise UserError(
             f"the Orbax checkpoint {item} cannot be read ({type(error).__name__}: {error}); it is "

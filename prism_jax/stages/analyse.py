@@ -71,7 +71,7 @@ def run(context: Context, sets: Mapping[str, LabelledSet]) -> None:
         "distance_from_initial": diversity.distance(images, initial),
         "intra_class_cosine": _cosines(context, images, initial, labels),
     }
-    lines = read_lines(context.root / "recover" / "metrics.jsonl")
+    lines = _recover_lines(context)
     drawings = {
         "grid": figures.grid(
             initial, images, labels,
@@ -82,7 +82,7 @@ def run(context: Context, sets: Mapping[str, LabelledSet]) -> None:
             {
                 name: {
                     student: [
-                        read_lines(found.root / "validate" / student / str(seed) / "metrics.jsonl")
+                        _student_lines(context, found.root / "validate" / student / str(seed))
                         for seed in config.validate.seeds
                     ]
                     for student in config.validate.students
@@ -97,6 +97,33 @@ def run(context: Context, sets: Mapping[str, LabelledSet]) -> None:
         workdir.write_bytes(root / f"{name}.png", data)
     workdir.write_record(root / DIVERSITY, record)
     workdir.write_fingerprint(root, fields)
+
+
+def _recover_lines(context: Context) -> list[dict[str, Any]]:
+    """What recover logged; says so where the last lines of a finished unit are missing."""
+    path = context.root / "recover" / "metrics.jsonl"
+    lines, reached = read_lines(path), {}
+    for line in lines:
+        reached[line["unit"]] = max(line["step"], reached.get(line["unit"], 0))
+    units = workdir.read_record(context.root / "recover" / "manifest.json")["units"]
+    if short := [u["unit"] for u in units if reached.get(u["unit"], 0) < u["iterations"]]:
+        _say_short(context, path, f"{len(short)} of {len(units)} units")
+    return lines
+
+
+def _student_lines(context: Context, student: epath.Path) -> list[dict[str, Any]]:
+    """What a student's training logged; says so where a finished one's last line is missing."""
+    path = student / "metrics.jsonl"
+    lines = read_lines(path)
+    if (student / RECORD).exists():
+        epochs = workdir.read_record(student / RECORD)["epochs"]
+        if not lines or lines[-1]["epoch"] != epochs:
+            _say_short(context, path, "this student")
+    return lines
+
+
+def _say_short(context: Context, path: epath.Path, whose: str) -> None:
+    context.say(f"warning: {path} is cut short; the curves of {whose} lack their end")
 
 
 def initial_images(context: Context) -> Images:
@@ -189,9 +216,10 @@ def summarise(
     found["recover"] = _recover(context, provenance)
     done = (root / "relabel" / label_store.MANIFEST).exists()
     if done and context.fits(root / "relabel", context.relabel_fields(sets["synthetic"])):
+        timing = root / "relabel" / "timing.json"
         found["relabel"] = {
             "bytes": label_store.size_bytes(root / "relabel"),
-            "seconds": workdir.read_json(root / "relabel" / "timing.json")["seconds"],
+            "seconds": workdir.read_json(timing)["seconds"] if timing.exists() else None,
         }
     if students := _students(context, sets["synthetic"]):
         found["validate"] = students
@@ -297,13 +325,13 @@ def write_summary(
     if "analyse" in found:
         page = report.render(
             found,
-            figures={p.stem: p.read_bytes() for p in sorted(root.glob("*.png"))},
+            figures={p.stem: p.read_bytes() for p in workdir.matching(root, "*.png")},
             config=to_dict(context.config),
             notes=notes(context),
             class_names=context.open("train").class_names,
         )
         workdir.write_bytes(context.root / "report.html", page.encode())
-    workdir.write_json(context.root / "summary.json", found)
+    workdir.write_record(context.root / "summary.json", found)
 
 
 def notes(context: Context) -> list[str]:

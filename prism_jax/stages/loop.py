@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from prism_jax import progress
+from prism_jax.data import workdir
 from prism_jax.data.checkpoints import Checkpoints
 from prism_jax.data.metrics import MetricsWriter, truncate
 from prism_jax.data.pipeline import on_device
@@ -64,7 +65,11 @@ def train(
     """
     epochs = trainer.recipe.epochs
     total = epochs * per_epoch
-    checkpoints = Checkpoints(folder / "checkpoints", every_seconds=checkpoint_seconds)
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        every_seconds=checkpoint_seconds,
+        of=workdir.read_fingerprint(folder),
+    )
     state = trainer.start(context.image_shape)
     best, seconds = 0.0, 0.0
     losses: list[float | jax.Array] = []  # of the epoch so far
@@ -86,6 +91,7 @@ def train(
         so_far = [float(loss) for loss in jax.device_get(losses)]
         meta = {"best_top1": best, "seconds": elapsed(), "losses": so_far}
         meta["averaged"] = trainer.recipe.ema is not None  # for whoever imports the network
+        writer.flush()
         checkpoints.save(step, state, meta)
 
     result = None

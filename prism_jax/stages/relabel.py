@@ -22,7 +22,7 @@ from prism_jax.core.augment import Augment
 from prism_jax.data import image_set, label_store, workdir
 from prism_jax.errors import UserError
 from prism_jax.labelling import Labeller, LabelRecipe, OnlineLabels
-from prism_jax.stages.context import Context, LabelledSet
+from prism_jax.stages.context import Context, LabelledSet, enough_memory
 from prism_jax.types import SoftLabels
 
 DONE = label_store.MANIFEST
@@ -102,12 +102,15 @@ def run(context: Context, labelled: LabelledSet) -> None:
     )
     seconds = time.monotonic()
     if shards:
-        _label(context, labelled, shards)
+        with enough_memory(
+            f"Lower relabel.batch_size and validate.batch_size (now {plan.batch_size} images)."
+        ):
+            _label(context, labelled, shards)
     if not parallel.is_main():
         context.wait(lambda: is_done(context, labelled))
         return
     context.wait(lambda: not label_store.missing_shards(root, plan))
-    workdir.write_json(root / "timing.json", {"seconds": time.monotonic() - seconds})
+    workdir.write_record(root / "timing.json", {"seconds": time.monotonic() - seconds})
     view = dataclasses.asdict(recipe_of(context, plan.batch_size))
     label_store.write_manifest(
         root,

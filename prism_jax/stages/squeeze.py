@@ -17,7 +17,7 @@ from prism_jax.data import workdir
 from prism_jax.data.pipeline import batches, num_batches
 from prism_jax.data.weights import RECORD, WEIGHTS, load, pack_variables, sha256
 from prism_jax.errors import UserError
-from prism_jax.stages.context import Context, own_normalisation
+from prism_jax.stages.context import Context, enough_memory, own_normalisation
 from prism_jax.stages.loop import train
 from prism_jax.training import TrainBatch, Trainer, TrainRecipe, test
 from prism_jax.types import PyTree
@@ -38,7 +38,12 @@ def run(context: Context) -> None:
         folder = context.teacher_folder(name)
         context.begin(folder, context.teacher_fields(name))
         make = _import if context.config.network(name).checkpoint else _train
-        variables, record = make(context, name, folder)
+        with enough_memory(
+            f"Lower squeeze.batch_size (now {context.config.squeeze.batch_size} images). It "
+            f"belongs to what teachers are made from, so start in another workdir: "
+            f"--workdir=<new> --from={context.root}."
+        ):
+            variables, record = make(context, name, folder)
         data = pack_variables(jax.device_get(variables))
         workdir.write_bytes(folder / WEIGHTS, data)
         leaves = jax.tree.leaves(variables["params"])

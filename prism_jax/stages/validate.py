@@ -17,7 +17,7 @@ from prism_jax.data import workdir
 from prism_jax.data.label_store import LabelReader
 from prism_jax.data.pipeline import num_batches
 from prism_jax.labelling import OnlineLabels
-from prism_jax.stages.context import RECORD, Context, LabelledSet
+from prism_jax.stages.context import RECORD, Context, LabelledSet, enough_memory
 from prism_jax.stages.loop import train
 from prism_jax.training import TrainBatch, Trainer, TrainRecipe, hard_batches, soft_batches
 
@@ -55,8 +55,14 @@ def run(
       augment: the views and mixes; for soft labels, those they were made with.
       todo: which (student, seed).
     """
+    validate = context.config.validate
     for student, seed in todo:
-        _train(context, labelled, labels, augment, student, seed)
+        with enough_memory(
+            f"Raise validate.accumulate (now {validate.accumulate}): a batch is then worked on in "
+            f"smaller parts. Or lower validate.batch_size and relabel.batch_size (now "
+            f"{validate.batch_size} images)."
+        ):
+            _train(context, labelled, labels, augment, student, seed)
         context.stop.check()
 
 

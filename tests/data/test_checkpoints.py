@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from prism_jax.data.checkpoints import Checkpoints
+from prism_jax.errors import UserError
 
 
 def state_of(step: int) -> dict:
@@ -75,9 +76,46 @@ def test_nothing_is_restored_from_nothing(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_other_shapes_are_not_taken(folder, capsys):
-    like = {**state_of(0), "images": np.zeros((4, 8, 9, 1), np.float32)}
-    assert restore(folder, like) is None
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"images": np.zeros((4, 8, 9, 1), np.float32)},
+            r"images.*: float32\(4, 8, 8, 1\) -> float32\(4, 8, 9, 1\)",
+        ),
+        ({"half": np.zeros(5, np.float32)}, r"half.*: bfloat16\(5,\) -> float32\(5,\)"),
+        ({"more": np.zeros(1, np.float32)}, r"arrays: 6 -> 7"),
+    ],
+)
+def test_other_shapes_are_refused_and_named(folder, change, said):
+    before = sorted(p.name for p in folder.iterdir())
+    with pytest.raises(UserError, match=said) as refused:
+        restore(folder, {**state_of(0), **change})
+    assert f"move {folder} away" in str(refused.value)
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_a_checkpoint_of_other_work_is_refused_and_the_difference_named(tmp_path):
+    """Its arrays fit: only what it says of itself tells."""
+    mine = {"recover": {"bits_version": 2, "first_layer": "bn"}, "teachers": {"a": "1f"}}
+    checkpoints = Checkpoints(tmp_path / "unit", of=mine)
+    checkpoints.save(3, state_of(3), {"seconds": 1.0})
+    checkpoints.close()
+    for key, value, line in (
+        ("recover", {"bits_version": 3, "first_layer": "bn"}, "recover.bits_version: 2 -> 3"),
+        ("teachers", {"a": "1f", "b": "2e"}, 'teachers.b: (absent) -> "2e"'),
+    ):
+        other = Checkpoints(tmp_path / "unit", of={**mine, key: value})
+        with pytest.raises(UserError, match="belongs to other work") as refused:
+            other.restore(state_of(0))
+        other.close()
+        assert f"  - {line}\n" in str(refused.value)
+    again = Checkpoints(tmp_path / "unit", of=mine)
+    step, state, meta = again.restore(state_of(0))
+    again.close()
+    assert step == 3 and same(state, state_of(3)) and meta == {"seconds": 1.0}
+    # Twin: who does not say what is wanted is given it.
+    assert restore(tmp_path / "unit")[0] == 3
 
 
 def test_a_cut_newest_is_passed_over_and_set_aside(folder, capsys):

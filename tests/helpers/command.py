@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -36,18 +36,23 @@ def environment(**more: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def start(*arguments: str, **environ: str) -> subprocess.Popen:
-    """``python -m prism_jax.main ...`` in the background."""
+COMMAND = ("-m", "prism_jax.main")
+
+
+def start(*arguments: str, command: Sequence[str] = COMMAND, **environ: str) -> subprocess.Popen:
+    """``python -m prism_jax.main ...``, or another command of Python, in the background."""
     return subprocess.Popen(
-        [sys.executable, "-m", "prism_jax.main", *map(str, arguments)],
+        [sys.executable, *command, *map(str, arguments)],
         cwd=ROOT, env=environment(**environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
 
 
-def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess:
+def run(
+    *arguments: str, command: Sequence[str] = COMMAND, **environ: str
+) -> subprocess.CompletedProcess:
     """The same, to its end."""
-    process = start(*arguments, **environ)
+    process = start(*arguments, command=command, **environ)
     out, err = process.communicate(timeout=TIMEOUT)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
