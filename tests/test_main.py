@@ -254,3 +254,18 @@ def test_what_takes_long_to_import_is_imported_where_it_is_used(module, found):
         text=True, check=True,
     )  # fmt: skip
     assert LATE & set(json.loads(done.stdout)) == found
+
+
+@pytest.mark.parametrize(("libc", "told"), [("glibc", {-1, -3, -8}), ("", set())])
+def test_glibc_alone_is_told_to_keep_freed_memory(monkeypatch, libc, told):
+    options = set()
+
+    class Library:
+        @staticmethod
+        def mallopt(option, value):
+            options.add(option)
+
+    monkeypatch.setattr(main.platform, "libc_ver", lambda: (libc, ""))
+    monkeypatch.setattr(main.ctypes, "CDLL", lambda name: Library)
+    main.keep_freed_memory()
+    assert options == told
