@@ -381,10 +381,11 @@ def drop_alike(net: nn.Module) -> None:
 
 def network(case: parity.Case) -> nn.Module:
     """Build the reference in float64 with the case's weights; nothing in it is random."""
-    net = NETWORKS[case.architecture](case).double()
+    net = NETWORKS[case.architecture](case)
     family = ARCHITECTURES[case.architecture].family
     if case.stem == "small" and family in SMALL_STEMS:
-        SMALL_STEMS[family](net.double())
+        SMALL_STEMS[family](net)
+    net.double()  # with the layers that the small stem put in
     if case.width < 1:
         narrow(net, {n: leaf.torch_shape for n, leaf in parity.leaves_of(case).items()})
     drop_alike(net)
