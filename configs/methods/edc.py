@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.recover.learning_rate = 0.05
     c.recover.roll = 0
     c.recover.crop_min = 0.08 if at.dataset == "cifar10" else 0.5
-    c.recover.initialise = "real_random" if small else "mosaic_shuffled"
+    c.recover.initialise = "mosaic_shuffled" if at.dataset == "imagenet" else "real_random"
     c.relabel.crop_min = 0.08 if at.dataset == "cifar10" else 0.5
     c.relabel.ensemble = "mean"
     c.validate.loss, c.validate.ce_weight = "mse_gt", 0.025

@@ -24,7 +24,7 @@ from configs.methods import recipes
 
 def get_config(arg: str = "") -> ConfigDict:
     c, at = recipes.begin("rded", arg, datasets=recipes.DATASETS)
-    factor = 1 if at.dataset in recipes.SMALL else 2
+    factor = 2 if at.dataset == "imagenet" else 1
     c.recover.iterations = 0
     c.recover.pool = ()
     c.recover.batch_order = "class_major"
