@@ -86,7 +86,7 @@ def whole(tmp_path_factory, reference):
         context = context_of(tmp_path_factory.mktemp("whole") / "run", name)
         prepare(context, reference)
         devices = recover.parallel.lane_devices
-        recover.parallel.lane_devices = lambda limit: devices(1)
+        recover.parallel.lane_devices = lambda limit, span: devices(1)
         try:
             recover.run(context)
         finally:
