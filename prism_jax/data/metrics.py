@@ -202,11 +202,13 @@ def _parse(path: epath.Path) -> tuple[list[dict[str, Any]], bytes]:
 
 def _record(line: bytes) -> dict[str, Any]:
     """A line's values; ValueError where they are not what was written."""
-    if found := _CRC.search(line):
-        if int(found[1], 16) != zlib.crc32(line[: found.start()] + b"}"):
-            raise ValueError("its checksum is not that of its content")
+    found = _CRC.search(line)
+    if not found:
+        raise ValueError("it has no checksum")
+    if int(found[1], 16) != zlib.crc32(line[: found.start()] + b"}"):
+        raise ValueError("its checksum is not that of its content")
     record = json.loads(line)
-    record.pop(CRC, None)
+    del record[CRC]
     return record
 
 

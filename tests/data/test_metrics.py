@@ -73,29 +73,24 @@ def test_a_half_written_last_line_is_not_read_and_the_next_writer_removes_it(tmp
 def test_a_flipped_bit_is_never_read_as_a_number(tmp_path):
     path, twins = tmp_path / "metrics.jsonl", 0
     write_steps(path, range(3))
-    whole, right = path.read_bytes(), metrics.read_lines(path)
+    whole = path.read_bytes()
     for at in range(len(whole) - 1):
         for bit in (0, 4):
             path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
-            try:
-                read = metrics.read_lines(path)
-            except UserError as error:
-                assert "metrics.jsonl is damaged" in str(error)
-                try:  # the twin: what JSON alone notices
-                    twins += bool([json.loads(line) for line in path.read_bytes().splitlines()])
-                except ValueError:
-                    pass
-                continue
-            # What is not noticed hit the checksum itself.
-            numbers = [{k: line[k] for k in ("step", "loss")} for line in read]
-            assert numbers == right
+            with pytest.raises(UserError, match="metrics.jsonl is damaged"):
+                metrics.read_lines(path)
+            try:  # the twin: what JSON alone notices
+                twins += bool([json.loads(line) for line in path.read_bytes().splitlines()])
+            except ValueError:
+                pass
     assert twins > 50
 
 
-def test_lines_without_a_checksum_are_read(tmp_path):
+def test_a_line_without_a_checksum_is_refused(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0, "loss": 0.5}\n')
-    assert metrics.read_lines(path) == [{"step": 0, "loss": 0.5}]
+    with pytest.raises(UserError, match="line 1 of .*metrics.jsonl is damaged"):
+        metrics.read_lines(path)
 
 
 def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path):
