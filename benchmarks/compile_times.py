@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
-import pathlib
 import platform
 import time
 
@@ -21,6 +19,7 @@ os.environ.setdefault("NPROC", str(os.cpu_count()))
 
 import jax
 import jax.numpy as jnp
+import measuring
 from jax import lax
 
 from prism_jax import parallel
@@ -147,11 +146,7 @@ def main() -> None:
                 continue
             print(table({**found, "rows": found["rows"][-1:]}).splitlines()[-1], flush=True)
     print(table(found))
-    if arguments.out:
-        out = pathlib.Path(arguments.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
-        out.with_suffix(".md").write_text(table(found))
+    measuring.save(found, table(found), arguments.out)
 
 
 if __name__ == "__main__":

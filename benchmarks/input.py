@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
-import json
 import os
 import pathlib
 import platform
@@ -29,6 +28,7 @@ from collections.abc import Callable, Iterator
 os.environ.setdefault("NPROC", str(os.cpu_count()))
 
 import jax
+import measuring
 import numpy as np
 import PIL
 import torch
@@ -349,11 +349,7 @@ def main() -> None:
             found["validation"].append(row)
             print(row, flush=True)
     print(report(found))
-    if arguments.out:
-        out = pathlib.Path(arguments.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
-        out.with_suffix(".md").write_text(report(found))
+    measuring.save(found, report(found), arguments.out)
 
 
 if __name__ == "__main__":

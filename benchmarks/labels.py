@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import io
 import itertools
-import json
 import os
 import pathlib
 import platform
@@ -28,6 +27,7 @@ from collections.abc import Iterable
 os.environ.setdefault("NPROC", str(os.cpu_count()))
 
 import jax
+import measuring
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from numpy.lib.recfunctions import repack_fields
@@ -365,11 +365,7 @@ def main() -> None:
         "online": measure_students(pool, images, records, arguments.student, arguments.steps),
     }
     print(report(found))
-    if arguments.out:
-        out = pathlib.Path(arguments.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
-        out.with_suffix(".md").write_text(report(found))
+    measuring.save(found, report(found), arguments.out)
 
 
 if __name__ == "__main__":

@@ -303,10 +303,15 @@ def images_table(rows: Sequence[Mapping[str, Any]], what: str) -> str:
 
 
 def write(found: Mapping[str, Any], table: str, out: str | None) -> None:
-    """Print a table; with ``out`` also write it and everything found."""
+    """Print a table under what it was measured on; with ``out`` also write it."""
     where = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
     text = f"{where}.\n\n{table}\n"
     print(text)
+    save(found, text, out)
+
+
+def save(found: Mapping[str, Any], text: str, out: str | None) -> None:
+    """Write OUT.json, everything found, and OUT.md, the same for a reader; without OUT nothing."""
     if out:
         path = pathlib.Path(out)
         path.parent.mkdir(parents=True, exist_ok=True)

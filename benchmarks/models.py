@@ -10,9 +10,7 @@ channels-last. Rounds are interleaved; the table shows medians and their ratio.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import pathlib
 import platform
 import statistics
 import time
@@ -21,6 +19,7 @@ os.environ.setdefault("NPROC", str(os.cpu_count()))
 
 import jax
 import jax.numpy as jnp
+import measuring
 import numpy as np
 import torch
 import torch_peer
@@ -165,11 +164,7 @@ def main() -> None:
                 flush=True,
             )
     print(table(found))
-    if arguments.out:
-        out = pathlib.Path(arguments.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
-        out.with_suffix(".md").write_text(table(found))
+    measuring.save(found, table(found), arguments.out)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ entropy + BN alignment, with its cosine.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pathlib
 import platform
@@ -23,6 +22,7 @@ os.environ.setdefault("NPROC", str(os.cpu_count()))
 
 import jax
 import jax.numpy as jnp
+import measuring
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -170,11 +170,7 @@ def main() -> None:
             found["rows"].append({"architecture": name, "weights": source, "dtype": dtype, **row})
             print(table({**found, "rows": found["rows"][-1:]}).splitlines()[-1], flush=True)
     print(table(found))
-    if arguments.out:
-        out = pathlib.Path(arguments.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
-        out.with_suffix(".md").write_text(table(found))
+    measuring.save(found, table(found), arguments.out)
 
 
 if __name__ == "__main__":
