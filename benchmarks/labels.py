@@ -35,10 +35,10 @@ from PIL import Image
 
 from prism_jax.core.augment import Augment
 from prism_jax.core.codec import Coding, decode, encode
-from prism_jax.data import label_store
+from prism_jax.data import label_store, weights
 from prism_jax.labelling import VIEWS, Labeller, LabelRecipe, OnlineLabels
 from prism_jax.main import commit
-from prism_jax.models import build, import_torch
+from prism_jax.models import build
 from prism_jax.teachers import TeacherPool
 from prism_jax.training import Trainer, TrainRecipe, soft_batches
 from prism_jax.types import Normalisation, SoftLabels
@@ -86,7 +86,7 @@ def teacher(data: pathlib.Path) -> TeacherPool:
     """MobileNetV2."""
     file = data / "weights" / "mobilenet_v2_tfslim.safetensors"
     shape = (SIZE, SIZE, 3)
-    variables = import_torch.load_checkpoint(str(file), "mobilenet_v2", CLASSES, image_shape=shape)
+    variables = weights.load(str(file), "mobilenet_v2", CLASSES, image_shape=shape)
     module = build("mobilenet_v2", CLASSES)
     return TeacherPool.of({"m": (module, variables)}, image_shape=shape, normalisation=PIXELS)
 

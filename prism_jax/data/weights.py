@@ -62,7 +62,7 @@ def load(
     Args:
       path: see the module.
       architecture, num_classes, image_shape, width, depth, stem: as for
-        ``import_torch.load_checkpoint``.
+        ``import_torch.fit``.
 
     Returns:
       Float32 NumPy arrays: "params" and "batch_stats".

@@ -29,7 +29,7 @@ from etils import epath
 
 from prism_jax.errors import UserError
 from prism_jax.models.layouts import rename
-from prism_jax.models.registry import ARCHITECTURES, build, check_image_size, lookup
+from prism_jax.models.registry import ARCHITECTURES, build, check_image_size
 from prism_jax.types import PyTree
 
 LEAVES = {
@@ -49,45 +49,6 @@ class Leaf(NamedTuple):
     torch_shape: tuple[int, ...]
 
 
-def load_checkpoint(
-    path: str,
-    architecture: str,
-    num_classes: int,
-    *,
-    image_shape: tuple[int, int, int],
-    width: float = 1.0,
-    depth: float = 1.0,
-    stem: str = "imagenet",
-) -> PyTree:
-    """Load a PyTorch or safetensors file as the variables of an architecture.
-
-    Args:
-      path: ``.pth`` (also ``.pt``, ``.th``; either format of ``torch.save``) or
-        ``.safetensors``. A hash in its name, as in ``resnet18-f37072fd.pth``, is checked.
-      architecture: a key of ``ARCHITECTURES``.
-      num_classes, width, depth, stem: as for ``build``.
-      image_shape: (height, width, channels) of the images it will read.
-
-    Returns:
-      Float32 NumPy arrays: "params" and "batch_stats" (empty without BatchNorm).
-
-    Raises:
-      UserError: the file is missing, damaged, not the one its name promises, holds more than
-        tensors, or does not fit; everything that does not fit is told at once.
-    """
-    tensors = rename(read_checkpoint(path), lookup(architecture).weights)
-    return fit(
-        tensors,
-        path,
-        architecture,
-        num_classes,
-        image_shape=image_shape,
-        width=width,
-        depth=depth,
-        stem=stem,
-    )
-
-
 def fit(
     tensors: dict[str, np.ndarray],
     path: str,
@@ -99,11 +60,20 @@ def fit(
     depth: float = 1.0,
     stem: str = "imagenet",
 ) -> PyTree:
-    """Lay out a file's tensors as the variables of an architecture; see :func:`load_checkpoint`.
+    """Lay out a file's tensors as the variables of an architecture.
 
     Args:
       tensors: by our names, in PyTorch's layout.
       path: where they are from, for messages.
+      architecture: a key of ``ARCHITECTURES``.
+      num_classes, width, depth, stem: as for ``build``.
+      image_shape: (height, width, channels) of the images it will read.
+
+    Returns:
+      Float32 NumPy arrays: "params" and "batch_stats" (empty without BatchNorm).
+
+    Raises:
+      UserError: they do not fit; everything that does not is told at once.
     """
     check_image_size(architecture, min(image_shape[:2]), stem)
     module = build(architecture, num_classes, width=width, depth=depth, stem=stem)
@@ -278,7 +248,8 @@ def read_checkpoint(path: str) -> dict[str, np.ndarray]:
     """Read the tensors of a weight file.
 
     Args:
-      path: see :func:`load_checkpoint`.
+      path: ``.pth`` (also ``.pt``, ``.th``; either format of ``torch.save``) or
+        ``.safetensors``. A hash in its name, as in ``resnet18-f37072fd.pth``, is checked.
 
     Returns:
       Tensors by name, of the file's dtypes, out of ``state_dict``-like wrappers.

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from prism_jax.data import weights
 from prism_jax.errors import UserError
 from prism_jax.models import build, import_torch
 
@@ -37,9 +38,7 @@ def network():
 
 
 def load(path, architecture="convnet_d1_bn", classes=10, shape=SHAPE, width=0.0625):
-    return import_torch.load_checkpoint(
-        str(path), architecture, classes, image_shape=shape, width=width
-    )
+    return weights.load(str(path), architecture, classes, image_shape=shape, width=width)
 
 
 def fake_torch(monkeypatch):

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from prism_jax.models import ARCHITECTURES, build, import_torch, layouts
+from prism_jax.data import weights
+from prism_jax.models import ARCHITECTURES, build, layouts
 
 
 def names(architecture, *given):
@@ -168,7 +169,7 @@ def test_a_timm_checkpoint_is_the_same_network(theirs, tmp_path):
         return np.asarray(jax.jit(build(ours, 1000).apply)(variables, images))
 
     path, shape = str(tmp_path / "timm.pth"), images.shape[1:]
-    variables = import_torch.load_checkpoint(path, ours, 1000, image_shape=shape)
+    variables = weights.load(path, ours, 1000, image_shape=shape)
     scale = np.std(wanted)
     assert scale > 0
     np.testing.assert_allclose(logits(variables) / scale, wanted / scale, rtol=0, atol=2e-3)

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prism_jax.models import build, import_torch
+from prism_jax.data import weights
+from prism_jax.models import build
 
 BESIDE = pathlib.Path(__file__).parents[2].parent / "shared" / "data"
 DATA = pathlib.Path(os.environ.get("PRISM_JAX_SHARED_DATA", BESIDE))
@@ -44,7 +45,7 @@ def test_cifar_resnets(architecture, file, expected):
         images, labels = data["test_images"], data["test_labels"]
     assert images.shape == (1017, 32, 32, 3)
     images = (images / 255 - IMAGENET[0]) / IMAGENET[1]
-    variables = import_torch.load_checkpoint(
+    variables = weights.load(
         str(DATA / "weights" / file), architecture, 10, image_shape=(32, 32, 3)
     )
     module = build(architecture, 10)
@@ -70,7 +71,7 @@ def test_mobilenet_v2_on_one_image_per_class():
             left, top = ((size - side) // 2 for size in image.size)
             image = image.crop((left, top, left + side, top + side))
             images.append(np.asarray(image.resize((225, 225), Image.Resampling.BICUBIC)))
-    variables = import_torch.load_checkpoint(
+    variables = weights.load(
         str(DATA / "weights" / "mobilenet_v2_tfslim.safetensors"),
         "mobilenet_v2",
         1000,
