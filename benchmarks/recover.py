@@ -173,7 +173,7 @@ def main() -> None:
         released = given.side == "reference"
         side = our_side(spec) if given.side == "ours" else their_side(spec, released=released)
         return measuring.serve(side)
-    rows = []
+    machine, rows = measuring.machine(), []  # its load before ours
     for pool in given.pools.split(","):
         for shape in (given.shapes or SHAPES[given.device]).split(","):
             batch, size = map(int, shape.split("x"))
@@ -194,7 +194,7 @@ def main() -> None:
             )  # fmt: skip
             rows.append(spec | row)
             print(f"{pool} {shape}:", json.dumps(row["ratios"]), flush=True)
-    measuring.write({"machine": measuring.machine(), "rows": rows}, table(rows), given.out)
+    measuring.write({"machine": machine, "rows": rows}, table(rows), given.out)
 
 
 if __name__ == "__main__":

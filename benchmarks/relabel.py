@@ -86,7 +86,7 @@ def main() -> None:
     if given.side:
         spec = json.loads(given.spec)
         return measuring.serve(our_side(spec) if given.side == "ours" else their_side(spec))
-    rows = []
+    machine, rows = measuring.machine(), []  # its load before ours
     for teachers in TEACHERS:
         for shape in (given.shapes or SHAPES[given.device]).split(","):
             batch, size = map(int, shape.split("x"))
@@ -102,7 +102,7 @@ def main() -> None:
             rows.append(spec | row)
             print(f"{teachers} {shape}:", json.dumps(row["ratios"]), flush=True)
     table = measuring.images_table(rows, "teachers")
-    measuring.write({"machine": measuring.machine(), "rows": rows}, table, given.out)
+    measuring.write({"machine": machine, "rows": rows}, table, given.out)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def main() -> None:
     if given.side:
         spec = json.loads(given.spec)
         return measuring.serve(our_side(spec) if given.side == "ours" else their_side(spec))
-    rows = []
+    machine, rows = measuring.machine(), []  # its load before ours
     for shape in (given.shapes or SHAPES[given.device]).split(","):
         batch, size = map(int, shape.split("x"))
         spec = {
@@ -158,7 +158,7 @@ def main() -> None:
         rows.append(spec | row)
         print(f"{shape}:", json.dumps(row["ratios"]), flush=True)
     table = measuring.images_table(rows, "network")
-    measuring.write({"machine": measuring.machine(), "rows": rows}, table, given.out)
+    measuring.write({"machine": machine, "rows": rows}, table, given.out)
 
 
 if __name__ == "__main__":
