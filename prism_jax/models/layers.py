@@ -737,11 +737,13 @@ def conv_norm(
     activation: Callable[[Array], Array] | None = None,
     train: bool,
     dtype: jnp.dtype,
+    momentum: float = MOMENTUM,
 ) -> Array:
     """Add to the calling module a convolution that keeps the map, its BatchNorm, an activation.
 
     Args:
       names: of the convolution and of the BatchNorm.
+      momentum: of the BatchNorm's running statistics.
     """
     x_BHWC = Conv(
         features,
@@ -753,7 +755,7 @@ def conv_norm(
         dtype=dtype,
         name=names[0],
     )(x_BHWC)
-    x_BHWC = BatchNorm(dtype=dtype, name=names[1])(x_BHWC, train)
+    x_BHWC = BatchNorm(momentum=momentum, dtype=dtype, name=names[1])(x_BHWC, train)
     return x_BHWC if activation is None else activation(x_BHWC)
 
 

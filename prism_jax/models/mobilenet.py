@@ -104,16 +104,12 @@ class MnasNet(nn.Module):
     @nn.compact
     def __call__(self, images_BHWC: Array, train: bool = False) -> Array:
         small = self.stem == "small"
-        momentum = layers.MOMENTUM if small else 3e-4
-
-        def conv_norm(x, features, kernel=1, stride=1, groups=1, *, names, activation=None):
-            padding = (kernel - 1) // 2
-            conv = layers.Conv(
-                features, kernel, stride, padding, groups, False, self.dtype, name=names[0]
-            )
-            norm = layers.BatchNorm(momentum=momentum, dtype=self.dtype, name=names[1])
-            x = norm(conv(x), train)
-            return x if activation is None else activation(x)
+        conv_norm = functools.partial(
+            layers.conv_norm,
+            train=train,
+            dtype=self.dtype,
+            momentum=layers.MOMENTUM if small else 3e-4,
+        )
 
         def scaled(channels: int) -> int:
             return layers.scale_channels(round_up(channels * self.alpha), self.width)
