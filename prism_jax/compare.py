@@ -57,22 +57,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit status, as ``prism_jax.main`` gives it.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or any(a in ("--help", "-h", "-help") for a in argv):
-        print(HELP, end="")
-        return 0
+    from prism_jax.main import guarded
+
+    return guarded(_main, argv, HELP)
+
+
+def _main(argv: list[str]) -> int:
     from prism_jax.main import parse, prepare_environment
 
-    try:
-        problems: list[str] = []
-        config, given = parse(argv, problems)
-        prepare_environment(config, problems)
+    problems: list[str] = []
+    config, given = parse(argv, problems)
+    if problems:
+        raise UserError("; ".join(problems))
+    # The comparison's own config does not say how its cells use devices.
+    for cell in cells(config)[:1]:
+        prepare_environment(_parsed(config, cell, problems), problems)
         if problems:
-            raise UserError("; ".join(problems))
-        return _compare(config, given.workdir or f"runs/{config.name}", given.plan, argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+            raise UserError(f"{cell.name}: {'; '.join(problems)}")
+    return _compare(config, given.workdir or f"runs/{config.name}", given.plan, argv)
 
 
 def _compare(config: Any, root: str, plan: bool, argv: Sequence[str]) -> int:
@@ -127,6 +129,17 @@ def experiment_of(config: Any, cell: Cell) -> Any:
       UserError: it cannot be used; the cell is named.
     """
     from prism_jax.config import resolve
+
+    problems: list[str] = []
+    parsed = _parsed(config, cell, problems)
+    try:
+        return resolve(parsed, problems)
+    except UserError as error:
+        raise UserError(f"{cell.name}: {error}") from error
+
+
+def _parsed(config: Any, cell: Cell, problems: list[str]) -> Any:
+    """The fields of one cell's experiment, not yet checked."""
     from prism_jax.main import parse
 
     file, *own = config.rows[cell.row]
@@ -139,14 +152,10 @@ def experiment_of(config: Any, cell: Cell) -> Any:
     elif cell.protocol != OWN:
         overrides.append("validate.controls=()")
     last = dict(override.partition("=")[::2] for override in overrides)  # a list would grow
-    problems: list[str] = []
+    argument = ",".join(filter(None, (config.argument, f"ipc{cell.ipc}")))
+    flags = [f"--config={file}:{argument}", *(f"--config.{k}={v}" for k, v in last.items())]
     try:
-        argument = ",".join(filter(None, (config.argument, f"ipc{cell.ipc}")))
-        parsed, _ = parse(
-            [f"--config={file}:{argument}", *(f"--config.{k}={v}" for k, v in last.items())],
-            problems,
-        )
-        return resolve(parsed, problems)
+        return parse(flags, problems)[0]
     except UserError as error:
         raise UserError(f"{cell.name}: {error}") from error
 
@@ -255,7 +264,7 @@ class Comparison:
         from prism_jax.data import workdir
 
         found = [
-            comparison.Entry(cell.row, cell.ipc, cell.seed, cell.protocol, **result)
+            comparison.Entry(*cell, summary=result["summary"], peak_bytes=result["peak_bytes"])
             for cell in self.experiments
             if (result := self.result(cell)) is not None
         ]

@@ -19,7 +19,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
@@ -82,12 +82,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit status.
     """
+    return guarded(_main, argv, HELP)
+
+
+def guarded(run: Callable[[list[str]], int], argv: Sequence[str] | None, help_text: str) -> int:
+    """Run a command; what a person can mend is one message, never a traceback.
+
+    Args:
+      run: the command: flags to exit status.
+      argv: the flags; None: those of this process.
+      help_text: what ``--help``, or no flag at all, prints.
+
+    Returns:
+      The exit status.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or any(a in ("--help", "-h", "-help") for a in argv):
-        print(HELP, end="")
+        print(help_text, end="")
         return 0
     try:
-        return _main(argv)
+        return run(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

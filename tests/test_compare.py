@@ -185,7 +185,7 @@ def entry(row, seed, top1, *, ipc=1, protocol="single", control=None, **fields) 
     summary = {"validate": result(top1), "recover": {"seconds_per_image": 2.0 + seed}}
     if control is not None:
         summary["controls"] = {"random_real": result(control)}
-    return Entry(row, ipc, seed, protocol, summary, fields.get("peak", 10**6), "digest")
+    return Entry(row, ipc, seed, protocol, summary, fields.get("peak", 10**6))
 
 
 def test_means_and_spreads_by_hand():

@@ -22,9 +22,9 @@ from prism_jax.analysis.summary import (
     seconds,
     size,
 )
+from prism_jax.config import CONTROLS
 
 OWN = "own"
-CONTROLS = ("random_real", "random_real_hard", "full_real")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,6 @@ class Entry:
     Attributes:
       summary: of its working directory.
       peak_bytes: of one image batch in recover, as compiled; None: not known, or no iterations.
-      experiment: digest of its settings.
     """
 
     row: str
@@ -43,7 +42,6 @@ class Entry:
     protocol: str
     summary: dict[str, Any]
     peak_bytes: int | None
-    experiment: str
 
     @property
     def sets(self) -> dict[str, dict[str, Any]]:
