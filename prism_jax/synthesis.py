@@ -128,7 +128,7 @@ class UnitBatch(NamedTuple):
     """What makes one image batch itself: its coordinates, its budget and its labels.
 
     Attributes:
-      before: iterations of all batches before it, in the order in which they are worked on.
+      before: iterations of all batches before it in the set's order, whenever they run.
       weights: the primary's parameters where they are perturbed for this batch (DWA).
       probes_BHWC: what the perturbation left in the images' first gradient, where that counts.
     """

@@ -120,7 +120,7 @@ def test_killed_five_times_at_drawn_events(tmp_path, reference, seed):
     names = list(EVENTS)
     kills: list[str] = []
     while len(kills) < KILLS_PER_RUN:
-        # Every event comes first in turn; later ones are drawn.
+        # The first ten events come first once each; the others are drawn.
         name = names[seed % len(names)] if not kills else str(random.choice(names))
         number = int(random.integers(1, 9))
         done = run(name, str(number), *command, command=DYING)

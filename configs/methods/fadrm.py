@@ -45,12 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.recover.inject = 0.5
     c.relabel.teachers = c.recover.pool
     c.relabel.ensemble = "mean"
-    zeta = {
-        "imagenet": {1: 2.0, 10: 2.0},
-        "tiny_imagenet": {1: 2.0, 50: 2.0},
-        "cifar100": {10: 2.0},
-    }
-    recipes.batch_specific_labels(c, at, zeta=zeta.get(at.dataset, {}))
+    recipes.batch_specific_labels(c, at, zeta=cvdd.ZETA.get(at.dataset, {}))
     if at.dataset == "cifar100":
         c.relabel.epochs = c.validate.epochs = 1000
     if at.official:

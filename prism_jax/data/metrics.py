@@ -1,8 +1,8 @@
-"""Metrics as JSON lines: one line per step, flushed at once, cut back when a run resumes.
+"""Metrics as JSON lines: one line per step, cut back when a run resumes.
 
-A process may die between any two bytes. A last line without its newline was never written: it
-is not read, and the next writer removes it. Each line ends with the CRC-32 of the rest of it,
-``"crc"``, so that other bytes are never read as numbers.
+On a file system a line is flushed at once. A process may die between any two bytes. A last line
+without its newline was never written: it is not read, and the next writer removes it. Each line
+ends with the CRC-32 of the rest of it, ``"crc"``, so that other bytes are never read as numbers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class MetricsWriter:
       path: the file; its folder is made when needed. In an object store, lines wait up to
         ``SECONDS_BETWEEN_UPLOADS`` unless ``flush`` is called: before every checkpoint.
       tensorboard_dir: also write the numbers as TensorBoard events into this folder, where the
-        package tensorboardX is installed.
+        package tensorboardX is installed; not in an object store.
     """
 
     def __init__(self, path: epath.PathLike, tensorboard_dir: epath.PathLike | None = None):

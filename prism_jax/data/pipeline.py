@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import cloudpickle
 import jax
@@ -27,9 +27,6 @@ import numpy as np
 from prism_jax import rng
 from prism_jax.data.sources import ImageSource
 from prism_jax.errors import UserError
-
-if TYPE_CHECKING:  # it takes a second to import: not before batches are read
-    pass
 
 T = TypeVar("T")
 

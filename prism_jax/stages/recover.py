@@ -45,7 +45,7 @@ def folder(context: Context) -> epath.Path:
 
 
 def units(context: Context) -> list[Unit]:
-    """All units, in the order they are worked on."""
+    """All units, in the set's order; they are worked on ``longest_first``."""
     layout = batch_layout(context.config)
     groups, blocks = range(layout.groups), range(layout.blocks)
     if context.config.recover.batch_order == "ipc_major":
@@ -303,7 +303,7 @@ def _batch(context: Context, unit: Unit) -> tuple[synthesis.UnitBatch, np.ndarra
 
 
 def _iterations_before(context: Context, unit: Unit) -> int:
-    """Iterations of all units that are worked on before one."""
+    """Iterations of all units before one in the set's order, whenever they are worked on."""
     before = itertools.takewhile(lambda other: other != unit, units(context))
     return sum(_budget(context, other) for other in before)
 

@@ -36,7 +36,7 @@ def decode(
     image_size: int | None,
     resize_ratio: float,
 ) -> np.ndarray:
-    """Decode an image file to a square.
+    """Decode an image file, to a square where ``image_size`` says so.
 
     Palette, CMYK, grey, transparent and 16-bit images are converted as Pillow converts them;
     the EXIF orientation is not applied (torchvision's ImageFolder does neither more nor less).
@@ -50,7 +50,7 @@ def decode(
         it is left as it is.
 
     Returns:
-      uint8 (image_size, image_size, channels).
+      uint8 (image_size, image_size, channels), without ``image_size`` (H, W, channels).
 
     Raises:
       DamagedFile: the bytes are not a whole image.
@@ -87,7 +87,7 @@ def fast_jpeg(data: bytes) -> np.ndarray | None:
 
 
 def square(image: Image.Image, channels: int, size: int | None, resize_ratio: float) -> np.ndarray:
-    """Convert, resize and crop an opened image: see :func:`decode`."""
+    """Convert an opened image; resize and crop it unless ``size`` is None: see :func:`decode`."""
     image = image.convert("L" if channels == 1 else "RGB")
     if size is not None and image.size != (size, size):
         width, height = image.size
