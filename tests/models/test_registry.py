@@ -184,7 +184,7 @@ def test_the_first_batch_norm_is_the_first_to_run():
 
 # Ten suffice for the others. Without convolutions nearness has to be learnt too: 66 % after ten.
 EPOCHS = {"vit_tiny_patch16_224": 30}
-# A quarter of these widths is a handful of channels; each floor is a little below what was measured.
+# At a quarter of their width some have few channels: floors a little below what was measured.
 FLOORS = {
     "resnet20": 0.85, "wrn_16_2": 0.85, "mobilenet_v2": 0.85, "shufflenet_v2_x0_5": 0.75,
     "efficientnet_b0": 0.9, "mnasnet1_3": 0.9, "vit_tiny_patch16_224": 0.85,
