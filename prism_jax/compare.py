@@ -110,11 +110,11 @@ def _compare(config: Any, root: str, plan: bool, argv: Sequence[str]) -> int:
 def cells(config: Any) -> list[Cell]:
     """All cells, in the order in which they are worked on: early tables are comparable.
 
-    Seed by seed and protocol by protocol, everything; the controls first.
+    Protocol by protocol and seed by seed, everything; the controls first.
     """
     found = []
-    for seed in config.seeds:
-        for protocol in config.protocols:
+    for protocol in config.protocols:
+        for seed in config.seeds:
             for ipc in config.ipcs:
                 for row in sorted(config.rows, key=lambda row: row != config.controls):
                     if row != config.controls or protocol != OWN:
