@@ -143,7 +143,8 @@ def _parsed(config: Any, cell: Cell, problems: list[str]) -> Any:
     from prism_jax.main import parse
 
     file, *own = config.rows[cell.row]
-    overrides = [*config.shared, *own, *config.protocols[cell.protocol]]
+    data = (f"dataset.{field}={value}" for field, value in config.get("dataset", {}).items())
+    overrides = [*data, *config.shared, *own, *config.protocols[cell.protocol]]
     first = cell.seed * config.student_seeds
     students = tuple(range(first, first + config.student_seeds))
     overrides += [f"seed={cell.seed}", f"validate.seeds={students}"]

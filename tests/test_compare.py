@@ -50,6 +50,9 @@ def config(*overrides):
 def test_cells_and_their_experiments(monkeypatch):
     monkeypatch.chdir(ROOT.parent)
     c = config()
+    with c.unlocked():
+        c.dataset = {"image_size": 16}
+    assert compare.experiment_of(c, compare.Cell("prism", 1, 0, "own")).dataset.image_size == 16
     cells = compare.cells(c)
     # Two seeds, two IPCs: two methods under two protocols, the controls under one.
     assert len(cells) == len(set(cells)) == 2 * 2 * (2 * 2 + 1)
@@ -70,7 +73,7 @@ def test_cells_and_their_experiments(monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["digits", "digits:quick", "studies:crop", "studies:batch", "studies:selection",
+    ["digits", "digits:quick", "cifar10", "studies:crop", "studies:batch", "studies:selection",
      "studies:crop,digits", "studies:selection,digits"],
 )  # fmt: skip
 def test_every_cell_of_the_shipped_comparisons_can_be_used(name, monkeypatch):
