@@ -14,7 +14,7 @@ import dataclasses
 import pathlib
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from prism_jax.errors import UserError
@@ -186,32 +186,36 @@ class Comparison:
         from prism_jax import progress
         from prism_jax.main import provenance
 
-        made_by = {"command": "python -m prism_jax.compare " + shlex.join(argv)}
+        command = {"command": "python -m prism_jax.compare " + shlex.join(argv)}
+
+        def made_by() -> dict[str, Any]:  # memory grows while a cell is made
+            return provenance(argv) | command
+
         with_teachers = _with_all_teachers(self.experiments)
         todo = [cell for cell in self.experiments if self.result(cell) is None]
         try:
             for number, cell in enumerate(todo, 1):
                 progress.say(f"cell {number} of {len(todo)}: {cell.name}")
-                self._squeeze(with_teachers[cell], stop, provenance(argv) | made_by)
-                self._run(cell, stop, provenance(argv) | made_by)
+                self._squeeze(with_teachers[cell], stop, made_by)
+                self._run(cell, stop, made_by)
                 self.write_tables()
         finally:
             self.write_tables(figure=True)
         progress.say(f"\n{(self.root / 'table.md').read_text()}\n{self.root / 'table.md'}")
 
-    def _squeeze(self, experiment: Any, stop: Any, provenance: dict[str, Any]) -> None:
+    def _squeeze(self, experiment: Any, stop: Any, made_by: Callable[[], dict[str, Any]]) -> None:
         """The networks that any cell asks for, and the statistics that this one does; once."""
         from prism_jax import pipeline
         from prism_jax.stages.context import Context
 
         root = str(self.root / TEACHERS)
-        context = Context(experiment, root, stop=stop, provenance=provenance)
+        context = Context(experiment, root, stop=stop, provenance=made_by())
         try:
             pipeline.RUNNERS["squeeze"](context)
         finally:
             context.lock.release()
 
-    def _run(self, cell: Cell, stop: Any, provenance: dict[str, Any]) -> None:
+    def _run(self, cell: Cell, stop: Any, made_by: Callable[[], dict[str, Any]]) -> None:
         """One cell's pipeline, which begins with what others have made."""
         from prism_jax import pipeline
         from prism_jax.config import STAGES
@@ -220,7 +224,7 @@ class Comparison:
         from prism_jax.stages.context import Context
 
         experiment, root = self.experiments[cell], self.folder(cell)
-        context = Context(experiment, str(root), stop=stop, provenance=provenance)
+        context = Context(experiment, str(root), stop=stop, provenance=made_by())
         try:
             pipeline.adopt(context, self.root / TEACHERS)
             others = list(self._with_equal_images(cell))
@@ -233,7 +237,7 @@ class Comparison:
             pipeline.run(context, STAGES[:-1] if analysed else STAGES)
             sets = {found.name: found for found in pipeline.sets(context)}
             if not analyse.is_summarised(context, sets):
-                analyse.write_summary(context, sets, provenance)
+                analyse.write_summary(context, sets, made_by())
             record = {
                 "experiment": _digest(experiment),
                 "peak_bytes": self._peak_bytes(cell),

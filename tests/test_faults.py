@@ -173,7 +173,7 @@ def rewrite_weights(folder, change) -> None:
     """A teacher whose weights are others, and whose record says so."""
     path = folder / weights.WEIGHTS
     variables = weights.unpack_variables(path.read_bytes())
-    data = weights.pack_variables(change(variables))
+    data = weights.pack(change(variables))
     path.write_bytes(data)
     record = workdir.read_record(folder / weights.RECORD)
     workdir.write_record(folder / weights.RECORD, {**record, "sha256": weights.sha256(data)})

@@ -126,16 +126,20 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def pack_variables(variables: PyTree) -> bytes:
-    """Variables as one safetensors file: "params/conv1/kernel" and so on."""
-    flat = traverse_util.flatten_dict(variables, sep="/")
+def pack(tree: PyTree) -> bytes:
+    """Arrays as one safetensors file: "params/conv1/kernel" and so on."""
+    flat = traverse_util.flatten_dict(tree, sep="/")
     return safetensors.save({name: np.ascontiguousarray(leaf) for name, leaf in flat.items()})
 
 
+def unpack(data: bytes) -> PyTree:
+    """The inverse of :func:`pack`."""
+    return traverse_util.unflatten_dict(safetensors.load(data), sep="/")
+
+
 def unpack_variables(data: bytes) -> PyTree:
-    """The inverse of :func:`pack_variables`."""
-    variables = traverse_util.unflatten_dict(safetensors.load(data), sep="/")
-    return {"params": {}, "batch_stats": {}, **variables}
+    """A network's packed variables: a group of them that is empty has left no trace."""
+    return {"params": {}, "batch_stats": {}, **unpack(data)}
 
 
 def _read_teacher(folder: epath.Path) -> Found:

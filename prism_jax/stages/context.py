@@ -33,7 +33,7 @@ from prism_jax.data import weights, workdir
 from prism_jax.data.datasets import DatasetInfo
 from prism_jax.data.exchange import ImageSet, existing_folder
 from prism_jax.data.lazy import Images, LazyImages, OneByOne, hold
-from prism_jax.data.sources import ImageSource, info_of, open_source
+from prism_jax.data.sources import ImageSource, Subset, info_of, open_source
 from prism_jax.data.weights import RECORD, WEIGHTS, sha256, unpack_variables
 from prism_jax.errors import UserError
 from prism_jax.initialise import INITIALISERS, SCORING, Patches, Start, scorer
@@ -281,7 +281,7 @@ class Context:
                     f"dataset.num_classes is {dataset.num_classes}, but {dataset.name} at "
                     f"{dataset.path or dataset.source} has {source.num_classes} classes"
                 )
-            source = FirstClasses(source, dataset.num_classes)
+            source = first_classes(source, dataset.num_classes)
         return source
 
     @functools.cached_property
@@ -548,30 +548,15 @@ class Context:
         progress.say(text)
 
 
-class FirstClasses:
+def first_classes(source: ImageSource, count: int) -> ImageSource:
     """A source restricted to its first classes (``:smoke`` runs, small studies)."""
-
-    def __init__(self, source: ImageSource, num_classes: int):
-        self._source = source
-        self._at = np.flatnonzero(source.labels_N < num_classes)
-        self.labels_N = source.labels_N[self._at]
-        self.num_classes = num_classes
-        names, indices = source.class_names, source.imagenet_indices
-        self.class_names = None if names is None else names[:num_classes]
-        self.imagenet_indices = None if indices is None else indices[:num_classes]
-        self.left_out = source.left_out
-
-    def __len__(self) -> int:
-        return len(self._at)
-
-    def image(self, index: int) -> np.ndarray:
-        return self._source.image(int(self._at[index]))
-
-    def original(self, index: int) -> np.ndarray:
-        return self._source.original(int(self._at[index]))
-
-    def describe(self) -> dict[str, Any]:
-        return {**self._source.describe(), "first_classes": self.num_classes}
+    at = np.flatnonzero(source.labels_N < count)
+    found = Subset(source, at, described={"first_classes": count})
+    names, indices = source.class_names, source.imagenet_indices
+    found.num_classes = count
+    found.class_names = None if names is None else names[:count]
+    found.imagenet_indices = None if indices is None else indices[:count]
+    return found
 
 
 def own_normalisation(of: Network | Dataset) -> Normalisation | None:

@@ -15,7 +15,7 @@ from prism_jax import parallel
 from prism_jax.core.augment import Augment
 from prism_jax.data import workdir
 from prism_jax.data.pipeline import batches, num_batches
-from prism_jax.data.weights import RECORD, WEIGHTS, load, pack_variables, sha256
+from prism_jax.data.weights import RECORD, WEIGHTS, load, pack, sha256
 from prism_jax.errors import UserError
 from prism_jax.stages.context import Context, enough_memory, own_normalisation
 from prism_jax.stages.loop import train
@@ -44,7 +44,7 @@ def run(context: Context) -> None:
             f"--workdir=<new> --from={context.root}."
         ):
             variables, record = make(context, name, folder)
-        data = pack_variables(jax.device_get(variables))
+        data = pack(jax.device_get(variables))
         workdir.write_bytes(folder / WEIGHTS, data)
         leaves = jax.tree.leaves(variables["params"])
         record |= {

@@ -20,13 +20,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from flax import traverse_util
-from safetensors import numpy as safetensors
 
 from prism_jax import measuring, parallel, progress
-from prism_jax.data import workdir
+from prism_jax.data import weights, workdir
 from prism_jax.data.pipeline import Batch, batches, num_batches
-from prism_jax.data.sources import ImageSource
+from prism_jax.data.sources import ImageSource, Subset
 from prism_jax.errors import UserError
 from prism_jax.measuring import Measurer
 from prism_jax.stages.context import RECORD, Context, sha256
@@ -81,7 +79,7 @@ def run(context: Context) -> None:
             measurer = _measurer(context, teacher, kind)
             for part in group:
                 tree = _measure(context, measurer, kind, part.shard)
-                workdir.write_bytes(_shard_file(context, part), _pack(tree))
+                workdir.write_bytes(_shard_file(context, part), weights.pack(tree))
                 bar.advance(1)
                 context.stop.check()
     if not parallel.is_main():
@@ -113,7 +111,7 @@ def with_targets(context: Context, pool: TeacherPool) -> TeacherPool:
                 f"and run the same command again to redo it."
             )
         name = {"conv": measuring.CONV, "class": measuring.CLASSES}[kind]
-        variables[at] = {**variables[at], name: _unpack(data)}
+        variables[at] = {**variables[at], name: weights.unpack(data)}
     return dataclasses.replace(pool, variables=tuple(variables))
 
 
@@ -165,7 +163,7 @@ def _measure(context: Context, measurer: Measurer, kind: str, shard: int) -> PyT
     classes = range(shard * CLASSES, min((shard + 1) * CLASSES, context.config.dataset.num_classes))
     means = []
     for cls in classes:
-        members = _OfClass(source, cls)
+        members = Subset(source, np.flatnonzero(source.labels_N == cls))
         if not len(members):
             raise UserError(f"class {cls} has no training images, and so no statistics")
         found = _batches(context, members, shuffle=False)
@@ -173,21 +171,7 @@ def _measure(context: Context, measurer: Measurer, kind: str, shard: int) -> PyT
     return jax.tree.map(lambda *x: np.stack(x), *means)
 
 
-class _OfClass:
-    """The images of one class, in the source's order."""
-
-    def __init__(self, source: ImageSource, cls: int):
-        self._source, self._at = source, np.flatnonzero(source.labels_N == cls)
-        self.labels_N = source.labels_N[self._at]
-
-    def __len__(self) -> int:
-        return len(self._at)
-
-    def image(self, index: int) -> np.ndarray:
-        return self._source.image(int(self._at[index]))
-
-
-def _batches(context: Context, source: ImageSource | _OfClass, **options: Any) -> Iterator[Batch]:
+def _batches(context: Context, source: ImageSource, **options: Any) -> Iterator[Batch]:
     squeeze = context.config.squeeze
     return batches(
         source, batch_size=squeeze.batch_size, epochs=1, seed=squeeze.seed, name=ORDER,
@@ -200,21 +184,12 @@ def _put_together(context: Context, teacher: str, kind: str) -> None:
     if (root / RECORD).exists():
         return
     parts = [Part(teacher, kind, shard) for shard in range(_shards(context, kind))]
-    shards = [_unpack(_shard_file(context, part).read_bytes()) for part in parts]
+    shards = [weights.unpack(_shard_file(context, part).read_bytes()) for part in parts]
     if kind == "conv":
         tree = measuring.mean([(int(shard["count"][0]), shard["sum"]) for shard in shards])
     else:
         tree = jax.tree.map(lambda *x: np.concatenate(x), *shards)
-    data = _pack(tree)
+    data = weights.pack(tree)
     workdir.write_bytes(root / FILE, data)
     workdir.write_record(root / RECORD, {"sha256": sha256(data)})
     workdir.remove(root / "shards")
-
-
-def _pack(tree: PyTree) -> bytes:
-    flat = traverse_util.flatten_dict(tree, sep="/")
-    return safetensors.save({name: np.ascontiguousarray(x) for name, x in flat.items()})
-
-
-def _unpack(data: bytes) -> PyTree:
-    return traverse_util.unflatten_dict(safetensors.load(data), sep="/")

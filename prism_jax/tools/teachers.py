@@ -45,7 +45,7 @@ from prism_jax.core import pixels
 from prism_jax.data import workdir
 from prism_jax.data.datasets import DATASETS, DatasetInfo
 from prism_jax.data.sources import SOURCES, ImageSource, info_of, open_source
-from prism_jax.data.weights import RECORD, WEIGHTS, pack_variables, sha256
+from prism_jax.data.weights import RECORD, WEIGHTS, pack, sha256
 from prism_jax.data.weights import read as read_weights
 from prism_jax.errors import UserError
 from prism_jax.main import prepare_environment
@@ -334,7 +334,7 @@ def import_command(options: argparse.Namespace) -> None:
 
 def _write(options, weights: Weights, normalisation: Normalisation | None) -> None:
     """Write weights and record in the format of squeeze's; the record comes last."""
-    data, folder = pack_variables(weights.variables), epath.Path(options.out)
+    data, folder = pack(weights.variables), epath.Path(options.out)
     if (folder / RECORD).exists() and workdir.read_record(folder / RECORD)["sha256"] != sha256(
         data
     ):

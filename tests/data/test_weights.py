@@ -34,7 +34,7 @@ def as_file(folder, variables):
 
 
 def as_teacher(folder, variables, **stated):
-    data = weights.pack_variables(variables)
+    data = weights.pack(variables)
     workdir.write_bytes(folder / weights.WEIGHTS, data)
     record = {"source": "train", "sha256": weights.sha256(data), **FORM, "depth": 1.0, **stated}
     workdir.write_record(folder / weights.RECORD, record)

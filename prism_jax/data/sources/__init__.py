@@ -15,7 +15,7 @@ from etils import epath
 
 from prism_jax.data.datasets import TFDS, DatasetInfo, dataset_info, imagenet_positions
 from prism_jax.data.sources.arrays import ArraySource, open_cifar, open_idx, open_npz, open_sklearn
-from prism_jax.data.sources.base import ImageSource
+from prism_jax.data.sources.base import ImageSource, Subset
 from prism_jax.data.sources.damaged import without_damaged
 from prism_jax.data.sources.decoding import EncodedSource, decode
 from prism_jax.data.sources.files import EXTENSIONS, class_order, open_folder, open_tar
@@ -28,6 +28,7 @@ __all__ = [
     "ArraySource",
     "EncodedSource",
     "ImageSource",
+    "Subset",
     "class_order",
     "decode",
     "info_of",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,6 +46,45 @@ class ImageSource(Protocol):
         Where the data lies is no part of it.
         """
         ...
+
+
+class Subset:
+    """The images of a source at some positions, in their order; a source of its own.
+
+    Attributes: those of ``ImageSource``, which begin as the source's.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        at_M: np.ndarray,
+        *,
+        labels_N: np.ndarray | None = None,
+        described: Mapping[str, Any] | None = None,
+    ):
+        """Read nothing yet.
+
+        Args:
+          at_M: the positions.
+          labels_N: of all images of the source, where it does not give them itself.
+          described: what tells this subset from the source and from its other subsets.
+        """
+        self._source, self._at, self._described = source, at_M, dict(described or {})
+        self.labels_N = (source.labels_N if labels_N is None else labels_N)[at_M]
+        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.imagenet_indices, self.left_out = source.imagenet_indices, source.left_out
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def image(self, index: int) -> np.ndarray:
+        return self._source.image(int(self._at[index]))
+
+    def original(self, index: int) -> np.ndarray:
+        return self._source.original(int(self._at[index]))
+
+    def describe(self) -> dict[str, Any]:
+        return {**self._source.describe(), **self._described}
 
 
 def existing(path: str | None, expected: str, exists: Callable[[str], bool]) -> str:

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 
 from prism_jax import progress
 from prism_jax.data.image_set import DamagedFile
-from prism_jax.data.sources.base import ImageSource, cached
+from prism_jax.data.sources.base import ImageSource, Subset, cached
 from prism_jax.data.sources.decoding import EncodedSource
 from prism_jax.errors import UserError
 
@@ -47,33 +46,13 @@ def without_damaged(source: ImageSource, *, threads: int) -> ImageSource:
     if len(damaged) > _NAMED:
         progress.say(f"... and {len(damaged) - _NAMED} more")
     progress.say(f"{len(damaged)} of {len(source)} images are damaged and left out")
-    return Readable(source, damaged)
-
-
-class Readable:
-    """A source without some of its images."""
-
-    def __init__(self, source: EncodedSource, damaged_M: np.ndarray):
-        self._source, self._damaged = source, damaged_M
-        self._at = np.delete(np.arange(len(source)), damaged_M)
-        self.labels_N = source.all_labels_N[self._at]
-        self.num_classes, self.class_names = source.num_classes, source.class_names
-        self.imagenet_indices = source.imagenet_indices
-        self.left_out = len(damaged_M)
-
-    def __len__(self) -> int:
-        return len(self._at)
-
-    def image(self, index: int) -> np.ndarray:
-        return self._source.image(int(self._at[index]))
-
-    def original(self, index: int) -> np.ndarray:
-        return self._source.original(int(self._at[index]))
-
-    def describe(self) -> dict[str, Any]:
-        digest = hashlib.sha256(self._damaged.astype("<i8").tobytes()).hexdigest()
-        left_out = {"count": self.left_out, "digest": digest}
-        return {**self._source.describe(), "count": len(self), "left_out": left_out}
+    readable = np.delete(np.arange(len(source)), damaged)
+    digest = hashlib.sha256(damaged.astype("<i8").tobytes()).hexdigest()
+    left_out = {"count": len(damaged), "digest": digest}
+    described = {"count": len(readable), "left_out": left_out}
+    found = Subset(source, readable, labels_N=source.all_labels_N, described=described)
+    found.left_out = len(damaged)
+    return found
 
 
 def _look_through(source: EncodedSource, threads: int) -> np.ndarray:
