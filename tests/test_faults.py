@@ -364,6 +364,7 @@ FAST = {
     "relabel/manifest.json": ("empty", "refused"),
     "relabel/timing.json": ("cut", "refused"),
     f"{STUDENT}/metrics.jsonl": ("empty", "said"),
+    "analyse/diversity.json": ("cut", "refused"),
     "summary.json": ("cut", "refused"),
     ".lock": ("empty", "refused"),
 }

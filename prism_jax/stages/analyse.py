@@ -51,7 +51,8 @@ def fields_of(context: Context, sets: Mapping[str, LabelledSet]) -> dict[str, An
 
 
 def is_done(context: Context, sets: Mapping[str, LabelledSet]) -> bool:
-    return context.fits(folder(context), fields_of(context, sets))
+    root = folder(context)
+    return (root / DIVERSITY).exists() and context.fits(root, fields_of(context, sets))
 
 
 def run(context: Context, sets: Mapping[str, LabelledSet]) -> None:
