@@ -3,7 +3,7 @@
     python -m prism_jax.compare --config=configs/compare/cifar10.py
 
 What `digits.py:quick` compares, on natural images in colour: its narrow networks, its hundred
-iterations, its protocol `single`, and mirrored views. Teachers learn the training images for ten
+iterations, its protocol `single`, and mirrored views. Teachers learn the training images for five
 epochs. The papers' own recipes take days without a GPU: `configs/methods/*.py:cifar10`.
 
 Three students of every kind train on each set: the spread is theirs, not that of other images.
@@ -26,7 +26,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.dataset = ConfigDict(
         dict(name="cifar10", source="cifar", path="data/cifar-10-batches-py", image_size=32)
     )
-    c.shared = (*c.shared, *(f"{stage}.flip=True" for stage in ("squeeze", "recover", "relabel")))
+    flips = (f"{stage}.flip=True" for stage in ("squeeze", "recover", "relabel"))
+    c.shared = (*c.shared, "squeeze.epochs=5", *flips)
     c.rows.fadrm = (*c.rows.fadrm, "recover.phase_sizes=(28, 32, 28, 32)")
     del c.protocols["own"]
     return c
