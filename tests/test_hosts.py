@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import signal
 import socket
 import subprocess
@@ -60,20 +61,31 @@ def test_two_processes_make_what_one_makes(tmp_path, reference):
     assert "report.html" in first and "report.html" not in second
 
 
+def kill_on(count: int, moment: str, root: pathlib.Path, *command: str) -> None:
+    """Start so many processes and kill all of them once a file is there."""
+    processes = start_all(count, *command)
+    wait_for(root, moment, processes)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    assert {status for status, *_ in end_all(processes)} == {-signal.SIGKILL}
+    assert not (root / "summary.json").exists()
+
+
 def test_killed_on_three_hosts_continues_on_two_and_ends_on_one(tmp_path, reference):
     root, command = tmp_path / "run", (TINY, f"--workdir={tmp_path / 'run'}", *OFTEN)
-    for count, moment in (
-        (3, "recover/checkpoints/*/[3-9]"),
-        (2, "validate/*/0/checkpoints/[3-9]"),
-    ):
-        processes = start_all(count, *command)
-        wait_for(root, moment, processes)
-        for process in processes:
-            process.send_signal(signal.SIGKILL)
-        assert {status for status, *_ in end_all(processes)} == {-signal.SIGKILL}
-        assert not (root / "summary.json").exists()
+    kill_on(3, "recover/checkpoints/*/[3-9]", root, *command)
+    kill_on(2, "validate/*/0/checkpoints/[3-9]", root, *command)
     done = run(*command)
     assert done.returncode == 0, done.stderr
+    assert_same(root, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_killed_on_four_hosts_continues_on_any_number(tmp_path, reference, count):
+    root, command = tmp_path / "run", (TINY, f"--workdir={tmp_path / 'run'}", *OFTEN)
+    kill_on(4, "recover/checkpoints/*/[3-9]", root, *command)
+    assert_done(end_all(start_all(count, *command)))
     assert_same(root, reference)
 
 
