@@ -36,6 +36,7 @@ class Measurer:
         normalisation: Normalisation,
         *,
         per_image: bool,
+        batch_size: int,
         patch: int,
         crop_min: float,
         flip: bool,
@@ -49,11 +50,13 @@ class Measurer:
         Args:
           per_image: every image is a batch of its own (EDC), and BatchNorms' inputs are measured
             beside convolutions'; otherwise a batch is one (G-VBSM), and only those are.
+          batch_size: of the batches; where every image is one, shorter batches are padded to it,
+            so that one program serves classes of all sizes.
           patch: side of the patches.
           crop_min, crop_pad, flip: the views, one per image, as in training.
           seed: of the views.
         """
-        self._seed = seed
+        self._seed, self._padded = seed, batch_size if per_image else None
 
         def of_batch(variables, images_BHWC):
             return _statistics(
@@ -70,8 +73,7 @@ class Measurer:
             images_BHWC = views.apply_view(images_BHWC, view)
             if not per_image:
                 return of_batch(variables, images_BHWC)
-            each = jax.vmap(of_batch, in_axes=(None, 0))(variables, images_BHWC[:, None])
-            return jax.tree.map(lambda x: jnp.mean(x, 0), each)
+            return jax.vmap(of_batch, in_axes=(None, 0))(variables, images_BHWC[:, None])
 
         devices = devices or jax.local_devices()[:1]
         self._map = parallel.LaneMap(measure, variables, arity=3, devices=devices, how=how)
@@ -92,7 +94,8 @@ class Measurer:
     def _measure(self, batches: Iterable[Batch], group: int) -> Iterator[tuple[int, PyTree]]:
         waiting: list[Batch] = []
         for batch in batches:
-            if waiting and len(waiting[0].images_BHWC) != len(batch.images_BHWC):
+            other_size = waiting and len(waiting[0].images_BHWC) != len(batch.images_BHWC)
+            if other_size and self._padded is None:
                 yield from self._run(waiting, group)
                 waiting = []
             waiting.append(batch)
@@ -105,14 +108,20 @@ class Measurer:
     def _run(self, batches: list[Batch], group: int) -> Iterator[tuple[int, PyTree]]:
         """One batch per device; idle ones repeat the first."""
         lanes = [
-            tuple(
-                self._map.place(value, lane)
-                for value in (np.int32(group), np.int32(batch.number), batch.images_BHWC)
-            )
+            tuple(self._map.place(value, lane) for value in self._lane(batch, group))
             for lane, batch in enumerate((batches * len(self._map))[: len(self._map)])
         ]
-        for batch, found in zip(batches, self._map(self._seed, lanes), strict=False):
-            yield len(batch.images_BHWC), self._map.fetch(found)
+        for batch, lane in zip(batches, self._map(self._seed, lanes), strict=False):
+            count, found = len(batch.images_BHWC), self._map.fetch(lane)
+            if self._padded is not None:
+                found = jax.tree.map(lambda x, n=count: x[:n].mean(0, dtype=np.float64), found)
+            yield count, found
+
+    def _lane(self, batch: Batch, group: int) -> tuple[np.ndarray, ...]:
+        images_BHWC = batch.images_BHWC
+        if self._padded is not None:
+            images_BHWC = images_BHWC[np.resize(np.arange(len(images_BHWC)), self._padded)]
+        return np.int32(group), np.int32(batch.number), images_BHWC
 
 
 def _statistics(

@@ -22,7 +22,14 @@ VARIABLES = random_variables(MODULE, SHAPE, 0)
 
 
 def measurer(per_image, **fields):
-    fields = {"patch": PATCH, "crop_min": 0.5, "flip": True, "seed": SEED, **fields}
+    fields = {
+        "batch_size": SIZE,
+        "patch": PATCH,
+        "crop_min": 0.5,
+        "flip": True,
+        "seed": SEED,
+        **fields,
+    }
     teacher = describe("a", MODULE, SHAPE)
     return measuring.Measurer(teacher, VARIABLES, COLOUR, per_image=per_image, **fields)
 
@@ -61,19 +68,19 @@ def numpy_statistics(x, patches):
     return found
 
 
-def seen(batch, group):
-    """A batch as it is shown: normalised, one view per image."""
+def seen(batch, group, size):
+    """A batch as it is shown: normalised, one view per image, drawn for so many."""
     key = rng.stream(rng.root(SEED), measuring.VIEWS, group, batch.number)
-    view = views.sample_view(
-        key, SHAPE[:2], crop_scale=(0.5, 1.0), flip=True, roll=0, batch=len(batch.images_BHWC)
-    )
-    return views.apply_view(pixels.normalise(batch.images_BHWC, COLOUR), view)
+    view = views.sample_view(key, SHAPE[:2], crop_scale=(0.5, 1.0), flip=True, roll=0, batch=size)
+    images = np.resize(batch.images_BHWC, (size, *SHAPE))
+    shown = views.apply_view(pixels.normalise(images, COLOUR), view)
+    return shown[: len(batch.images_BHWC)]
 
 
 def expected(found_batches, group, per_image):
     total = {}
     for batch in found_batches:
-        images = seen(batch, group)
+        images = seen(batch, group, SIZE if per_image else len(batch.images_BHWC))
         parts = [images[i : i + 1] for i in range(len(images))] if per_image else [images]
         for part in parts:
             for name, x in layers_of(part).items():
@@ -87,7 +94,9 @@ def expected(found_batches, group, per_image):
 def test_means_over_the_set_against_numpy(per_image):
     found_batches = read()
     assert [len(b.images_BHWC) for b in found_batches] == [6, 6, 5]
-    found = measuring.mean([measurer(per_image).total(found_batches, group=3)])
+    measuring_all = measurer(per_image)
+    found = measuring.mean([measuring_all.total(found_batches, group=3)])
+    assert measuring_all._map.traces == (1 if per_image else 2)  # one program for all sizes, or not
     for (name, stat), value in expected(found_batches, 3, per_image).items():
         kind = "conv" if name.startswith("conv") else "bn"
         if kind == "bn" and not per_image:

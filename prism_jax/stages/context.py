@@ -391,7 +391,10 @@ class Context:
             "data": self.data_fields(self.open("train")),
             "bits_version": BITS_VERSION,
         }
-        return {kind: {"kind": kind, **fields} for kind in kinds}
+        found = {kind: {"kind": kind, **fields} for kind in kinds}
+        if "class" in found:
+            found["class"]["views"] = "of whole batches"  # those of a short one were its own before
+        return found
 
     def recover_fields(self) -> dict[str, Any]:
         """What the synthetic images are made of."""

@@ -142,6 +142,7 @@ def _measurer(context: Context, teacher: str, kind: str) -> Measurer:
         pool.variables[0],
         context.normalisation,
         per_image=kind == "class",
+        batch_size=squeeze.batch_size,
         patch=context.config.recover.statistic_patch,
         crop_min=squeeze.crop_min,
         crop_pad=squeeze.crop_pad,
