@@ -227,6 +227,7 @@ class Validate:
     warmup_epochs: int
     warmup_start: float
     ema: float | None
+    ema_statistics: bool
     dtype: Dtype
     eval_every: int
     controls: tuple[str, ...]
@@ -276,6 +277,11 @@ class Experiment:
     def network(self, name: str) -> Network:
         """The definition of a named network; an unlisted name is the architecture itself."""
         return self.networks.get(name, Network(architecture=name))
+
+    @property
+    def label_parts(self) -> int:
+        """Parts of a batch that share no BatchNorm group when labels are made in groups."""
+        return self.validate.accumulate if self.relabel.bn_group else 1
 
 
 # Fields that change no bits, or that only say where the same bits come from: they enter no
@@ -696,6 +702,11 @@ def _training_violations(e: Experiment) -> list[str]:
         )
     if v.ema is not None and not 0 < v.ema < 1:
         found.append(f"validate.ema is {v.ema}; it must be between 0 and 1, or unset")
+    if v.ema is None and not v.ema_statistics:
+        found.append(
+            "validate.ema_statistics is False, which has no part where validate.ema is unset; set "
+            "validate.ema, or leave it True"
+        )
 
     if v.batch_size <= 0 or v.accumulate <= 0:
         return found  # said above

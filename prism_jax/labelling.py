@@ -37,6 +37,8 @@ class LabelRecipe:
       teacher_mode: whose statistics BatchNorm uses: "eval", the running ones, or "train", those
         of the batch.
       bn_group: with "train", images per group that is normalised by itself; None: the batch.
+      parts: with ``bn_group``, of the batch, none of which shares a group with another: a student's
+        ``accumulate``. It matters where an epoch's last batch is short.
     """
 
     augment: Augment
@@ -46,6 +48,7 @@ class LabelRecipe:
     prior_temperature: float = 10.0
     teacher_mode: str = "eval"
     bn_group: int | None = None
+    parts: int = 1
 
 
 class Labeller:
@@ -71,7 +74,7 @@ class Labeller:
             images_BHWC, _ = augment(key, images_uint8_BHWC, recipe.augment, pool.normalisation)
             statistics = contextlib.nullcontext()
             if recipe.teacher_mode == "train":
-                statistics = batch_statistics(len(images_BHWC), recipe.bn_group)
+                statistics = batch_statistics(len(images_BHWC), recipe.bn_group, recipe.parts)
             with statistics:
                 logits = [
                     teacher.read(

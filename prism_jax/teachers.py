@@ -161,18 +161,18 @@ def describe(
 
 
 @contextlib.contextmanager
-def batch_statistics(batch: int, group: int | None = None) -> Iterator[None]:
+def batch_statistics(batch: int, group: int | None = None, parts: int = 1) -> Iterator[None]:
     """Let BatchNorms normalise with the statistics of the batch, not with the running ones.
 
     Nothing else changes: running statistics stay, dropout stays off.
 
     Args:
       batch: images in the batch.
-      group: images that are normalised together, divided as a student's are (``core.batching``);
-        None: all of them.
+      group: images that are normalised together; None: all of a part.
+      parts: into which the batch divides first, as a student's does (``core.batching``).
     """
-    (whole,) = batching.passes(batch, bn_group=group)
-    part = layers.BatchPart(whole.groups, 0, batch)
+    passes = batching.passes(batch, accumulate=parts, bn_group=group)
+    part = layers.BatchPart(tuple(g for one in passes for g in one.groups), 0, batch)
 
     def intercept(call, arguments, keywords, context):
         if isinstance(context.module, layers.BatchNorm) and context.method_name == "__call__":

@@ -14,6 +14,7 @@ from helpers.networks import GREY, Mirror, small_pool
 
 import prism_jax
 from prism_jax import rng
+from prism_jax.core import batching
 from prism_jax.core.augment import Augment, augment
 from prism_jax.data import label_store
 from prism_jax.data.label_store import LabelPlan
@@ -122,6 +123,16 @@ def test_teachers_in_train_mode_use_the_statistics_of_their_group(group, sizes):
     still = dataclasses.replace(recipe, teacher_mode="eval", bn_group=None)
     evaluated = next(Labeller(alone(), still).epoch(images(), 2, seed=3)).logits_BK
     assert np.abs(found - evaluated).max() > 0.05
+
+
+def test_a_short_batch_divides_as_the_students_does():
+    """Five images in two parts of groups of at most five: three and two, not five."""
+    recipe = LabelRecipe(HOW, "mean", BATCH, teacher_mode="train", bn_group=5, parts=2)
+    found = next(Labeller(alone(), recipe).epoch(images(), 2, seed=3)).logits_BK
+    groups = [g for p in batching.passes(5, accumulate=2, bn_group=5) for g in p.groups]
+    assert groups == [3, 2]
+    np.testing.assert_allclose(found, by_groups(groups), rtol=1e-4, atol=1e-4)
+    assert np.abs(found - by_groups([5])).max() > 0.05
 
 
 def test_dropout_stays_off_and_running_statistics_stay():

@@ -415,11 +415,13 @@ class Context:
 
     def relabel_fields(self, labelled: LabelledSet) -> dict[str, Any]:
         """What soft labels are made of."""
+        parts = self.config.label_parts
         return {
             "relabel": fingerprint_fields("relabel", self.config.relabel),
             "seed": self.config.seed,
             "images": workdir.digest(labelled.fields),
             "teachers": self.pool_fields(self.config.relabel.teachers),
+            **({"parts": parts} if parts > 1 else {}),
         }
 
     def validate_fields(self, labelled: LabelledSet, student: str, seed: int) -> dict[str, Any]:

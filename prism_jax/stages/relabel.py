@@ -49,6 +49,7 @@ def recipe_of(context: Context, batch_size: int) -> LabelRecipe:
         relabel.prior_temperature,
         relabel.teacher_mode,
         relabel.bn_group,
+        context.config.label_parts,
     )
 
 
