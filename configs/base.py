@@ -164,6 +164,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.validate.warmup_epochs = 0
     c.validate.warmup_start = 0.01
     c.validate.ema = placeholder(float)  # decay of the average that is tested
+    c.validate.ema_statistics = True  # of BatchNorms' running statistics too
     c.validate.dtype = "float32"
     c.validate.eval_every = 10
     c.validate.controls = ("random_real", "random_real_hard", "full_real")
@@ -219,14 +220,14 @@ def official(c: ConfigDict) -> ConfigDict:
     """The preset `prism_official`: what the released code does where it differs.
 
     AlexNet, which has no BatchNorm, is in the pool and counts in the mean; iterations fall from
-    4000 to 500 with the slot; four networks label; pixels are truncated.
+    4000 to 500 with the slot; four networks label; pixels are truncated and pass through JPEG.
     """
     c.preset = "prism_official"
     c.squeeze.teachers = (*POOL, "alexnet")
     c.recover.pool = (*POOL, "alexnet")
     c.recover.count_no_bn = True
     c.recover.budget = "mod8"
-    c.recover.rounding = "truncate"
+    c.recover.rounding, c.recover.jpeg_quality = "truncate", 75
     c.relabel.teachers = ("resnet18", "mobilenet_v2", "alexnet", "shufflenet_v2_x0_5")
     c.relabel.ensemble = "norm_mean"
     return c

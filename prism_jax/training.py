@@ -50,7 +50,7 @@ class TrainRecipe:
     stream the labels were made with. The learning rate is constant within an epoch; ``zeta``,
     ``milestones`` and ``gamma`` are values of the schedules that take them. ``accumulate`` and
     ``bn_group`` divide the batch, see ``core.batching``. ``ema`` is the decay of the average of
-    weights and running statistics that is tested in their place.
+    weights and, with ``ema_statistics``, of running statistics that is tested in their place.
     """
 
     views: str
@@ -74,6 +74,7 @@ class TrainRecipe:
     warmup: int = 0
     warmup_start: float = 0.01
     ema: float | None = None
+    ema_statistics: bool = True
 
 
 def adamw(recipe: TrainRecipe) -> optax.GradientTransformation:
@@ -232,6 +233,8 @@ def train_step(
     if recipe.ema is not None:
         new = {"params": params, "batch_stats": batch_stats}
         ema = jax.tree.map(lambda e, x: recipe.ema * e + (1.0 - recipe.ema) * x, ema, new)
+        if not recipe.ema_statistics:
+            ema["batch_stats"] = batch_stats
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema), loss
 
 

@@ -381,6 +381,19 @@ def test_the_average_is_of_weights_and_of_statistics_and_is_what_is_tested():
     assert not np.array_equal(tested, plain.test(bare, pixels, labels).per_class_K)
 
 
+def test_an_average_of_weights_alone_has_the_last_statistics():
+    recipe = TrainRecipe("train/view", PLAIN, learning_rate=0.05, ema=0.8, ema_statistics=False)
+    trainer, state = norm_student(recipe)
+    both, other = norm_student(dataclasses.replace(recipe, ema_statistics=True))
+    state, other = (s._replace(ema=jax.tree.map(np.array, s._raw)) for s in (state, other))
+    for t in range(3):
+        state, _ = trainer.step(state, TrainBatch(0, t, *a_set(8, t)))
+        other, _ = both.step(other, TrainBatch(0, t, *a_set(8, t)))
+    assert apart(state.variables["batch_stats"], state.batch_stats) == 0
+    assert apart(state.variables["params"], other.variables["params"]) == 0
+    assert apart(other.variables["batch_stats"], state.batch_stats) > 1e-2  # the twin
+
+
 def test_an_average_begins_at_the_first_weights():
     trainer = Trainer(NoNorm(CLASSES), TrainRecipe("", PLAIN, ema=0.9), GREY, view_seed=0, seed=3)
     state = trainer.start(SHAPE)

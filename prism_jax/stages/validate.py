@@ -106,6 +106,7 @@ def recipe_of(context: Context, augment: Augment, loss: str, epochs: int) -> Tra
         warmup=min(validate.warmup_epochs, epochs - 1),  # full_real may have fewer epochs
         warmup_start=validate.warmup_start,
         ema=validate.ema,
+        ema_statistics=validate.ema_statistics,
     )
 
 
