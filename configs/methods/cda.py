@@ -8,8 +8,9 @@ Paper: arXiv 2311.18838, TMLR 2024. Reports, ResNet-18: ImageNet-1K IPC 50 / 100
 
 SRe2L whose smallest crop falls from the whole image to 8 % along a cosine. With
 --config.recover.crop_milestone=0 it is SRe2L, bit for bit. Students have batch 128, as the paper
-says; the repository points to SRe2L's scripts, which have 1024 (:official). ImageNet-21K, for
-which the paper also has a recipe, is no data set of this package.
+says; the repository points to SRe2L's scripts, which have 1024 (:official). Labels, students and
+teachers of Tiny-ImageNet are those of sre2l.py. ImageNet-21K, for which the paper also has a
+recipe, is no data set of this package.
 
 Mended here, and how to bring it back:
   pixels truncated, JPEG at quality 75   :official

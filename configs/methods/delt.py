@@ -13,8 +13,14 @@ and one cosine, so that late images see its tail only.
 
 Mended here, and how to bring it back:
   pixels truncated, JPEG at quality 75   :official
+  students see every batch twice, once for nothing but BatchNorm's running statistics: here once,
+                                         not brought back
+  CIFAR-10's images are clipped with another standard deviation than its teacher's: one here
   --round-lr-reset has no effect: there is none
-RandAugment of the labelled images is optional there and left out here.
+Left out: RandAugment of the labelled images, which all released runs on ImageNet have, so this is
+not quite the paper's protocol; Tiny-ImageNet's resize to 72 and crop to 64 pixels. The code has
+scripts for ImageNet only: the small sets have its numbers. ResNet-101 is trained there in batches
+of half the size.
 """
 
 from ml_collections import ConfigDict

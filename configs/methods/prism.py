@@ -42,6 +42,8 @@ def prism(c: ConfigDict, at: recipes.At) -> ConfigDict:
     if at.dataset in recipes.SMALL:
         c.recover.iterations = own.recover.iterations
         c.recover.crop_min, c.recover.flip = own.recover.crop_min, own.recover.flip
+    if at.dataset == "tiny_imagenet":
+        c.recover.roll = 9
     if at.dataset != "digits":
         flip, epochs = c.relabel.flip, own.relabel.epochs
         c.relabel, c.validate = own.relabel, own.validate
@@ -51,7 +53,7 @@ def prism(c: ConfigDict, at: recipes.At) -> ConfigDict:
         c.validate.controls = ("random_real", "random_real_hard")
     c.validate.loss, c.validate.ce_weight = own.validate.loss, own.validate.ce_weight
     c.validate.schedule = own.validate.schedule
-    if at.ipc == 1:
+    if at.dataset == "digits" and at.ipc == 1:
         # One slot is one draw per seed: with probability 1/8 the primary alone.
         c.recover.granularity = "per_iteration"
         c.validate.accumulate = 1

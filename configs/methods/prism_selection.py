@@ -1,5 +1,7 @@
 """PRISM's study of which teachers to draw: appendix C of its supplement.
 
+Paper: arXiv 2511.09905, TMLR 2026.
+
     python -m prism_jax.main --config=configs/methods/prism_selection.py:imagenet
 
 A pool of its own, no soft labels, 90 epochs of SGD at batch 256 with a linear learning rate. By
@@ -9,7 +11,8 @@ default the subset is drawn as in the main runs, once per IPC index ("pre-distil
     k teachers  --config.recover.subset_probability=1.0 --config.recover.subset_others=K
     intra       --config.recover.granularity=per_iteration
 
-The appendix does not state IPC and iterations; those of the main runs are taken.
+The appendix does not state IPC, iterations, weight decay and the smallest crop; those of the main
+runs and PyTorch's usual 1e-4 are taken.
 """
 
 from ml_collections import ConfigDict
