@@ -189,6 +189,8 @@ def test_a_shard_is_copied_once(store):
     assert len(copies) == 1 and copies.pop().read_bytes() == b"content"
     assert store.calls["open rb"] == 1
     assert workdir.local(__file__) == epath.Path(__file__)  # what is local is not copied
+    workdir.write_bytes(path, b"changed")  # as long, and as old as the clock can tell
+    assert workdir.local(path).read_bytes() == b"changed"
 
 
 def test_a_folder_that_is_copied_counts_only_when_all_of_it_is_there(store, tmp_path, monkeypatch):

@@ -60,6 +60,7 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
     if is_store(path):
         with naming(path):
             path.write_bytes(data)
+        _forget(path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
@@ -222,17 +223,28 @@ def _downloads() -> tuple[epath.Path, threading.Lock]:
 def local(path: epath.PathLike) -> epath.Path:
     """A file under a name that any library can open: of an object store, a copy for this process.
 
-    The object must not change afterwards; its copy is made once.
+    The copy is made once for each time that the object is written.
     """
     path = epath.Path(path)
     if not is_store(path):
         return path
     folder, lock = _downloads()
-    copy = folder / digest(os.fspath(path))
+    found = path.stat()
+    copy = folder / f"{digest(os.fspath(path))}-{digest([found.length, found.mtime])}"
     with lock:
         if not copy.exists():
             write_bytes(copy, path.read_bytes())
     return copy
+
+
+def _forget(path: epath.Path) -> None:
+    """Remove the copies of an object that was written anew; whoever has one open keeps it."""
+    if not _downloads.cache_info().currsize:
+        return
+    folder, lock = _downloads()
+    with lock:
+        for copy in folder.glob(f"{digest(os.fspath(path))}-*"):
+            copy.unlink()
 
 
 def digest(value: Any) -> str:
