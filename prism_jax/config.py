@@ -279,6 +279,11 @@ class Experiment:
         return self.networks.get(name, Network(architecture=name))
 
     @property
+    def soft_labels(self) -> bool:
+        """Whether students learn from soft labels: cross entropy alone does not read them."""
+        return self.validate.loss != "ce"
+
+    @property
     def label_parts(self) -> int:
         """Parts of a batch that share no BatchNorm group when labels are made in groups."""
         return self.validate.accumulate if self.relabel.bn_group else 1

@@ -93,8 +93,14 @@ def show(experiment: Experiment, workdir: str, *, measure: bool) -> None:
         relabel.top_k,
     )
     online = relabel.mode == "online"
-    label_bytes = 0 if online else relabel.epochs * labels.epoch_bytes
-    batches = relabel.epochs * labels.batches_per_epoch
+    batches = relabel.epochs * labels.batches_per_epoch if experiment.soft_labels else 0
+    label_bytes = 0 if online or not batches else relabel.epochs * labels.epoch_bytes
+    labelling = (
+        f"{relabel.epochs} epochs, {batches:,} batches by {', '.join(relabel.teachers)}"
+        + (", while every student trains" if online else "")
+        if batches
+        else "no soft labels: validate.loss is ce"
+    )
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(style="dim")
     rows = {
@@ -107,8 +113,7 @@ def show(experiment: Experiment, workdir: str, *, measure: bool) -> None:
         or "none",
         "recover": f"{layout.groups * layout.blocks:,} units of {layout.slots * layout.classes} "
         f"images, {iterations:,} iterations in all",
-        "relabel": f"{relabel.epochs} epochs, {batches:,} batches by {', '.join(relabel.teachers)}"
-        + (", while every student trains" if online else ""),
+        "relabel": labelling,
         "validate": f"{len(experiment.validate.students)} students x "
         f"{len(experiment.validate.seeds)} seeds x {1 + len(experiment.validate.controls)} sets",
         "disk": f"at most {megabytes(image_bytes)} of images, "
@@ -129,6 +134,8 @@ def megabytes(count: float) -> str:
 def _measured(e: Experiment, batch: int, iterations: int, label_batches: int) -> dict[str, str]:
     """Hours of recover and relabel on this machine, and recover's memory."""
     rows = _measured_recover(e, batch, iterations) if iterations else {}
+    if not label_batches:
+        return rows
     label_batch = min(e.relabel.batch_size, e.recover.ipc * e.dataset.num_classes)
     per_batch = _time_labels(e, label_batch)
     hours = label_batches * per_batch / len(jax.local_devices()) / 3600

@@ -296,6 +296,18 @@ def test_a_smaller_pool_adopts_its_teachers(tmp_path, reference):
     assert not (root / "recover").exists() and not (root / "validate").exists()
 
 
+def test_students_of_hard_labels_need_no_soft_ones(tmp_path, reference):
+    hard = ("--config.validate.loss=ce", "--config.validate.controls=random_real_hard")
+    root = tmp_path / "run"
+    out = ok(root, f"--from={reference}", *hard)
+    assert "relabel" not in out and not list(root.glob("**/relabel"))
+    found = json.loads((root / "summary.json").read_text())
+    assert "relabel" not in found and found["validate"]["outside"]["top1"] > 0
+    status, out, err = call(TINY, *hard, "--plan")
+    assert status == 0 and "no soft labels: validate.loss is ce" in out and "takes" in out, err
+    assert "relabel takes" not in out
+
+
 def test_everything_that_fits_is_adopted(tmp_path, reference):
     before, root = snapshot(reference), tmp_path / "copy"
     out = ok(root, f"--from={reference}", "--config.validate.seeds=(0, 1)")

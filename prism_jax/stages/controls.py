@@ -23,17 +23,18 @@ def labelled_set(context: Context, name: str) -> LabelledSet:
     config, source = context.config, context.open("train")
     root = context.root / "controls" / name
     fields = {"data": context.data_fields(source)}
+    soft = SOFT[name] and context.config.soft_labels
     if name == "full_real":
         fields["epochs"] = config.validate.epochs, config.recover.ipc, config.squeeze.epochs
         labels = np.asarray(source.labels_N, np.int32)
-        return LabelledSet(name, root, lambda: context.read(source), labels, fields, SOFT[name])
+        return LabelledSet(name, root, lambda: context.read(source), labels, fields, soft)
     classes, slots = _order(context)
     fields |= {"ipc": config.recover.ipc, "seed": config.seed, "classes": int(classes.max()) + 1}
 
     def read() -> Images:
         return context.read(source, random_positions(source, classes, slots, config.seed))
 
-    return LabelledSet(name, root, read, classes, fields, SOFT[name])
+    return LabelledSet(name, root, read, classes, fields, soft)
 
 
 def write(context: Context, labelled: LabelledSet) -> None:

@@ -124,7 +124,8 @@ def synthetic_set(context: Context) -> LabelledSet:
         np.arange(context.config.dataset.num_classes, dtype=np.int32), context.config.recover.ipc
     )
     fields = context.recover_fields()
-    return LabelledSet("synthetic", context.root, lambda: images, labels, fields, True)
+    soft = context.config.soft_labels
+    return LabelledSet("synthetic", context.root, lambda: images, labels, fields, soft)
 
 
 def run(context: Context) -> None:
