@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from prism_jax.analysis.figures import COLOURS, INK, QUIET, styled
+from prism_jax.analysis.figures import COLOURS, QUIET, styled
 from prism_jax.analysis.summary import (
     SYNTHETIC,
     UNKNOWN,
@@ -238,17 +238,21 @@ def table_csv(entries: Sequence[Entry]) -> str:
 # --- the figure -----------------------------------------------------------------------------
 
 
+MARKERS = "osD^v"  # one for every time that the colours come again
+
+
 @styled
 def accuracy_over_cost(entries: Sequence[Entry]) -> Figure:
     """Accuracy over the seconds that recovering an image takes: a panel per protocol and IPC.
 
-    The first student's; methods without iterations stand at the left edge, controls are lines.
+    The first student's, with the standard deviation over seeds; a method whose time is not known
+    stands at the left edge, controls are lines.
     """
     panels = list(dict.fromkeys((e.protocol, e.ipc) for e in entries))
     figure = Figure(figsize=(5.2 * min(len(panels), 3), 4.2 * -(-len(panels) // 3)))
     figure.set_layout_engine("constrained")
     axes = figure.subplots(-(-len(panels) // 3), min(len(panels), 3), squeeze=False).ravel()
-    rows = list(dict.fromkeys(e.row for e in entries))
+    rows, handles = list(dict.fromkeys(e.row for e in entries)), {}
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     for axis, (protocol, ipc) in zip(axes, panels, strict=False):
@@ -266,12 +270,14 @@ def accuracy_over_cost(entries: Sequence[Entry]) -> Figure:
             time = _mean(_of(e.summary, "recover", "seconds_per_image") for e in here) or least
             if top1 is None:
                 continue
-            colour = COLOURS[rows.index(row) % len(COLOURS)]
-            axis.plot(time, 100 * top1, "o", color=colour)
-            axis.annotate(
-                row, (time, 100 * top1), xytext=(5, 3), textcoords="offset points", fontsize=9,
-                color=INK,
+            number = rows.index(row)
+            values = [100 * v for e in here for v in _top1_per_seed(e, student)]
+            (points, *_) = axis.errorbar(
+                time, 100 * top1, statistics.stdev(values) if len(values) > 1 else None,
+                fmt=MARKERS[number // len(COLOURS) % len(MARKERS)],
+                color=COLOURS[number % len(COLOURS)], elinewidth=1, label=row,
             )  # fmt: skip
+            handles[row] = points
         for name in CONTROLS:
             values = [e.sets.get(name, {}).get(student, {}).get("top1") for e in mine]
             if protocol != OWN and (level := _mean(values)) is not None:
@@ -280,4 +286,13 @@ def accuracy_over_cost(entries: Sequence[Entry]) -> Figure:
                     row_label(name), (1, 100 * level), xycoords=("axes fraction", "data"),
                     ha="right", va="bottom", fontsize=8, color=QUIET,
                 )  # fmt: skip
+    figure.legend(
+        [handles[row] for row in rows if row in handles],
+        [row_label(row) for row in rows if row in handles],
+        loc="outside right upper", fontsize=9, frameon=False,
+    )  # fmt: skip
     return figure
+
+
+def _top1_per_seed(entry: Entry, student: str) -> list[float]:
+    return entry.sets[SYNTHETIC].get(student, {}).get("top1_per_seed", [])
