@@ -22,16 +22,9 @@ VARIABLES = random_variables(MODULE, SHAPE, 0)
 
 
 def measurer(per_image, **fields):
-    fields = {
-        "batch_size": SIZE,
-        "patch": PATCH,
-        "crop_min": 0.5,
-        "flip": True,
-        "seed": SEED,
-        **fields,
-    }
+    given = {"batch_size": SIZE, "patch": PATCH, "crop_min": 0.5, "flip": True, "seed": SEED}
     teacher = describe("a", MODULE, SHAPE)
-    return measuring.Measurer(teacher, VARIABLES, COLOUR, per_image=per_image, **fields)
+    return measuring.Measurer(teacher, VARIABLES, COLOUR, per_image=per_image, **given | fields)
 
 
 def read(**fields):
