@@ -256,7 +256,7 @@ def test_what_takes_long_to_import_is_imported_where_it_is_used(module, found):
     assert LATE & set(json.loads(done.stdout)) == found
 
 
-@pytest.mark.parametrize(("libc", "told"), [("glibc", {-1, -3, -8}), ("", set())])
+@pytest.mark.parametrize(("libc", "told"), [("glibc", {-1, -3}), ("", set())])
 def test_glibc_alone_is_told_to_keep_freed_memory(monkeypatch, libc, told):
     options = set()
 
