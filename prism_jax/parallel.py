@@ -88,7 +88,7 @@ class LaneMap:
         The leaves are copied, so that donating them cannot take the caller's arrays.
         """
         sharding = SingleDeviceSharding(self.devices[lane])
-        return jax.tree.map(lambda x: jax.device_put(np.array(x)[None], sharding), tree)
+        return arrived(jax.tree.map(lambda x: jax.device_put(np.array(x)[None], sharding), tree))
 
     @staticmethod
     def fetch(lane_tree: PyTree) -> PyTree:
@@ -170,7 +170,9 @@ class SpanMap:
 
     def place(self, tree: PyTree, lane: int) -> PyTree:
         """A tree on one lane's devices: images divided, all else on each of them."""
-        return jax.tree.map(lambda x: jax.device_put(np.array(x), self._where(x, lane)), tree)
+        return arrived(
+            jax.tree.map(lambda x: jax.device_put(np.array(x), self._where(x, lane)), tree)
+        )
 
     def _where(self, x: Any, lane: int) -> NamedSharding:
         by_images = np.ndim(x) == 4 and np.shape(x)[0] % self._span == 0
@@ -239,12 +241,15 @@ class DataMesh:
     def put(self, x: np.ndarray) -> jax.Array:
         """An array of a batch: its rows divided, or all of it on every device where they do not."""
         if self.count == 1:
-            return jax.device_put(x)
-        return jax.device_put(x, self._by_rows if self.divides(np.shape(x)) else self._everywhere)
+            return arrived(jax.device_put(x))
+        where = self._by_rows if self.divides(np.shape(x)) else self._everywhere
+        return arrived(jax.device_put(x, where))
 
     def spread(self, tree: PyTree) -> PyTree:
         """A batch where the program reads it."""
-        return tree if self.count == 1 else jax.tree.map(self.put, tree)
+        if self.count > 1:
+            return jax.tree.map(self.put, tree)
+        return jax.tree.map(lambda x: self.put(x) if isinstance(x, np.ndarray) else x, tree)
 
     def divides(self, shape: tuple[int, ...]) -> bool:
         """Whether an array's rows can be divided equally."""
@@ -262,6 +267,15 @@ def data_mesh(count: int = 1) -> DataMesh:
     """The first local devices; always the same object, so that programs are compiled once."""
     assert 1 <= count <= jax.local_device_count(), count
     return DataMesh(tuple(jax.local_devices()[:count]))
+
+
+def arrived(tree: PyTree) -> PyTree:
+    """Arrays just sent to a device; on a CPU they are there when this returns.
+
+    A CPU's program whose arguments are there runs in the calling thread, which keeps the memory of
+    its temporaries from call to call (``main.prepare_environment``); others run elsewhere.
+    """
+    return jax.block_until_ready(tree) if jax.default_backend() == "cpu" else tree
 
 
 def local_devices() -> int:
