@@ -85,6 +85,9 @@ def our_side(spec: dict):
 
         def facts(self) -> dict:
             """Forward and input gradient, of the primary and of half of the others."""
+            if spec["profile"]:
+                with jax.profiler.trace(spec["profile"]):
+                    self.run(max(2, len(self._pool)))
             modules = [teacher.module for teacher in self._pool.teachers]
             works = [ours.count_work(m, (spec["size"], spec["size"], 3)) for m in modules]
             shares = [1.0] + [0.5] * (len(works) - 1)
@@ -167,6 +170,7 @@ def main() -> None:
     parser.add_argument("--shapes", help="batch x side, comma-separated")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), help="of ours")
     parser.add_argument("--deterministic", choices=("on", "off"), default="on", help="of ours")
+    parser.add_argument("--profile", help="a folder for a trace of ours, for TensorBoard or xprof")
     given = parser.parse_args()
     if given.side:
         spec = json.loads(given.spec)
@@ -187,6 +191,7 @@ def main() -> None:
                 "roll": size // 7,  # 32 of 224 pixels
                 "precision": given.precision or measuring.PRECISION[given.device],
                 "deterministic": given.deterministic == "on",
+                "profile": given.profile,
             }
             row = measuring.compare(
                 __file__, SIDES, spec, threads=given.threads, rounds=given.rounds,
