@@ -557,6 +557,12 @@ def violations(e: Experiment) -> list[str]:
         one_of("validate.controls", control, CONTROLS)
     for control in _repeated(e.validate.controls):
         found.append(f"validate.controls names {control} twice")
+    if "random_real" in e.validate.controls and not e.soft_labels:
+        others = ",".join(c for c in e.validate.controls if c != "random_real") or "()"
+        found.append(
+            "validate.controls names random_real, whose labels are soft, and with "
+            f"validate.loss='ce' no set has such; leave it out: --config.validate.controls={others}"
+        )
 
     used = {
         "squeeze.teachers": e.squeeze.teachers,

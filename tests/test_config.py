@@ -173,6 +173,10 @@ REFUSED = {
     ),
     "warm-up": ({"validate__warmup_epochs": 150}, "validate.warmup_epochs is 150", "below"),
     "control": ({"validate__controls": ("random",)}, "validate.controls", "random_real"),
+    "soft labels that are not made": (
+        {"validate__loss": "ce"}, "random_real, whose labels are soft",
+        "--config.validate.controls=random_real_hard,full_real",
+    ),
     "damaged": ({"dataset__damaged": "ignore"}, "dataset.damaged is 'ignore'", "skip, stop"),
     "no thread": ({"dataset__threads": 0}, "dataset.threads is 0", "must be positive"),
     "workers": ({"dataset__workers": -1}, "dataset.workers is -1", "zero or positive"),
