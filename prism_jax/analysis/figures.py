@@ -184,7 +184,8 @@ def student_curves(
         {"epoch": int, "top1": fraction}; other keys are ignored.
 
     Returns:
-      PNG bytes. Lines are means over seeds, bands run from the least to the greatest.
+      PNG bytes. Lines are means over seeds, bands run from the least to the greatest. The full
+      real set, whose epochs are longer and fewer, is the level that its students end at.
     """
     students = list(dict.fromkeys(name for by_student in curves.values() for name in by_student))
     columns = min(3, len(students))
@@ -195,14 +196,13 @@ def student_curves(
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
     handles = {}
     for axes, student in zip(panels.flat, students, strict=False):
-        for name, by_student in curves.items():
-            accuracies = collections.defaultdict(list)
-            for seed_lines in by_student.get(student, ()):
-                for line in seed_lines:
-                    if line.get("top1") is not None:
-                        accuracies[line["epoch"]].append(100 * line["top1"])
+        series = {name: _accuracies(by.get(student, ())) for name, by in curves.items()}
+        epochs = [epoch for of_set in series.values() for epoch in of_set]
+        if full := series.get("full_real"):
+            series["full_real"] = dict.fromkeys((min(epochs), max(epochs)), full[max(full)])
+        for name, of_set in series.items():
             style = SET_STYLES.get(name, {"color": COLOURS[3]})
-            if line := _mean_and_range(axes, accuracies, label=row_label(name), **style):
+            if line := _mean_and_range(axes, of_set, label=row_label(name), **style):
                 handles[row_label(name)] = line
         axes.set(title=student, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -215,6 +215,15 @@ def student_curves(
         handles.values(), handles.keys(), loc="outside lower center", ncols=2 if columns < 2 else 4
     )
     return figure
+
+
+def _accuracies(seeds: Sequence[Sequence[Mapping[str, Any]]]) -> dict[int, list[float]]:
+    """Per epoch the accuracies of all seeds that were tested after it, in per cent."""
+    found = collections.defaultdict(list)
+    for line in itertools.chain.from_iterable(seeds):
+        if line.get("top1") is not None:
+            found[line["epoch"]].append(100 * line["top1"])
+    return found
 
 
 def _mean_and_range(

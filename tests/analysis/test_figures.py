@@ -102,3 +102,14 @@ def test_student_curves_draw_any_number_of_students(students):
         "something new": {},
     }
     assert pixels(figures.student_curves(curves)).std() > 5
+
+
+def test_the_full_real_set_is_the_level_it_ends_at():
+    def drawn(*top1s):
+        lines = [{"epoch": 5 - e, "top1": x} for e, x in enumerate(reversed(top1s))]
+        synthetic = [{"epoch": e, "top1": e / 100} for e in range(50)]
+        return figures.student_curves(
+            {"synthetic": {"a": [synthetic]}, "full_real": {"a": [lines]}}
+        )
+
+    assert drawn(0.3, 0.9) == drawn(0.9) != drawn(0.9, 0.3)
