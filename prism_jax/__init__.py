@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "TeacherPool": "prism_jax.teachers",
-    "synthesise": "prism_jax.course",
+    "synthesise": "prism_jax.synthesis.course",
     "relabel": "prism_jax.labelling",
     "fit": "prism_jax.training",
     "Normalisation": "prism_jax.types",

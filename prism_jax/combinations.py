@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from prism_jax import initialise, sampling
 from prism_jax.core import priors, schedules
 from prism_jax.models import ARCHITECTURES
-from prism_jax.synthesis import KINDS, METHODS
+from prism_jax.synthesis import KINDS, METHODS, sampling
+from prism_jax.synthesis.start import INITIALISERS, SCORING
 
 if TYPE_CHECKING:
     from prism_jax.config import Experiment, Layout
@@ -24,7 +24,7 @@ def choices() -> dict[str, list[str]]:
         "budget": list(schedules.BUDGETS),
         "schedule": list(schedules.SCHEDULES),
         "crop_curriculum": ["constant", *schedules.CURRICULA],
-        "initialise": list(initialise.INITIALISERS),
+        "initialise": list(INITIALISERS),
         "match": list(KINDS),
     }
 
@@ -150,13 +150,13 @@ def refusals(e: Experiment, layout: Layout | None) -> Iterator[str]:
             yield f"recover.{field} is True, but recover.perturb_rho=0 perturbs nothing; unset it"
 
     # --- initial images ---
-    if r.initialise in initialise.SCORING and (r.scorer or r.primary) not in e.squeeze.teachers:
+    if r.initialise in SCORING and (r.scorer or r.primary) not in e.squeeze.teachers:
         yield (
             f"recover.initialise is {r.initialise!r}, which asks recover.scorer (unset: the "
             f"primary), {r.scorer or r.primary!r}; it is not in squeeze.teachers "
             f"({', '.join(e.squeeze.teachers)})"
         )
-    if r.scorer and r.initialise not in initialise.SCORING:
+    if r.scorer and r.initialise not in SCORING:
         yield (
             f"recover.scorer is {r.scorer!r}, but recover.initialise={r.initialise!r} asks nobody; "
             f"unset it"

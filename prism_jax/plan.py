@@ -12,13 +12,14 @@ import numpy as np
 from etils import epath
 from rich.table import Table
 
-from prism_jax import labelling, measuring, parallel, progress, synthesis
+from prism_jax import labelling, parallel, progress, synthesis
 from prism_jax.config import Experiment, batch_layout, budget_of
 from prism_jax.data.label_store import LabelPlan
 from prism_jax.data.sources import info_of, open_source
 from prism_jax.errors import UserError
 from prism_jax.models.import_torch import variable_shapes
 from prism_jax.stages.context import Context
+from prism_jax.synthesis import measuring
 from prism_jax.teachers import TeacherPool, describe
 
 DISPATCHES = 3

@@ -36,8 +36,8 @@ from prism_jax.data.lazy import Images, LazyImages, OneByOne, hold
 from prism_jax.data.sources import ImageSource, Subset, info_of, open_source
 from prism_jax.data.weights import RECORD, WEIGHTS, sha256, unpack_variables
 from prism_jax.errors import UserError
-from prism_jax.initialise import INITIALISERS, SCORING, Patches, Start, scorer
 from prism_jax.models import build
+from prism_jax.synthesis.start import INITIALISERS, SCORING, Patches, Start, scorer
 from prism_jax.teachers import TeacherPool, describe
 from prism_jax.types import Normalisation, PyTree
 

@@ -12,8 +12,8 @@ import numpy as np
 from prism_jax import parallel
 from prism_jax.data import image_set
 from prism_jax.data.lazy import Images, chunks
-from prism_jax.initialise import random_positions
 from prism_jax.stages.context import Context, LabelledSet
+from prism_jax.synthesis.start import random_positions
 
 SOFT = {"random_real": True, "random_real_hard": False, "full_real": False}
 

@@ -21,10 +21,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from prism_jax import course, parallel, progress, synthesis
+from prism_jax import parallel, progress, synthesis
 from prism_jax.config import Layout, batch_layout, budget_of
 from prism_jax.core import pixels
-from prism_jax.course import Phase
 from prism_jax.data import image_set, workdir
 from prism_jax.data.checkpoints import Checkpoints
 from prism_jax.data.lazy import Images
@@ -32,6 +31,8 @@ from prism_jax.data.metrics import MetricsWriter, gather, keep, own_file
 from prism_jax.errors import UserError
 from prism_jax.stages import statistics
 from prism_jax.stages.context import Context, LabelledSet, enough_memory
+from prism_jax.synthesis import course
+from prism_jax.synthesis.course import Phase
 from prism_jax.teachers import TeacherPool
 from prism_jax.types import PyTree, SynthState, Unit
 

@@ -21,13 +21,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from prism_jax import measuring, parallel, progress
+from prism_jax import parallel, progress
 from prism_jax.data import weights, workdir
 from prism_jax.data.pipeline import Batch, batches, num_batches
 from prism_jax.data.sources import ImageSource, Subset
 from prism_jax.errors import UserError
-from prism_jax.measuring import Measurer
 from prism_jax.stages.context import RECORD, Context, sha256
+from prism_jax.synthesis import measuring
+from prism_jax.synthesis.measuring import Measurer
 from prism_jax.teachers import TeacherPool
 from prism_jax.types import PyTree
 

@@ -12,7 +12,8 @@ import pytest
 from helpers.networks import GREY, NoNorm, random_variables, small_pool
 from helpers.running import make_unit
 
-from prism_jax import rng, sampling, synthesis
+from prism_jax import rng, synthesis
+from prism_jax.synthesis import sampling
 from prism_jax.teachers import TeacherPool
 
 DRAWS = 4000

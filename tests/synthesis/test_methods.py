@@ -12,8 +12,9 @@ from helpers import by_torch
 from helpers.networks import COLOUR, small_pool
 from helpers.running import make_unit
 
-from prism_jax import course, rng, synthesis
+from prism_jax import rng, synthesis
 from prism_jax.core import statistics
+from prism_jax.synthesis import course
 
 torch = pytest.importorskip("torch", reason="compares with PyTorch, which is not installed")
 

@@ -20,16 +20,9 @@ from prism_jax import rng
 from prism_jax.core import losses, pixels, schedules, views
 from prism_jax.core.perturbation import ascend
 from prism_jax.errors import UserError
-from prism_jax.synthesis import (
-    ChunkReport,
-    Recipe,
-    UnitBatch,
-    engine,
-    explain_failure,
-    image_optimiser,
-    initial_state,
-    view_of,
-)
+from prism_jax.synthesis.lanes import engine, explain_failure
+from prism_jax.synthesis.recipe import ChunkReport, Recipe, UnitBatch
+from prism_jax.synthesis.step import image_optimiser, initial_state, view_of
 from prism_jax.teachers import Teacher, TeacherPool
 from prism_jax.types import Array, Normalisation, SynthState
 

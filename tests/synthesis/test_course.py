@@ -12,8 +12,9 @@ from helpers import by_hand
 from helpers.networks import COLOUR, small_pool
 from helpers.running import advance, begin, images_of, make_unit
 
-from prism_jax import course, rng, synthesis
+from prism_jax import rng, synthesis
 from prism_jax.core.views import resize
+from prism_jax.synthesis import course
 
 SHAPE, SEED = (8, 8, 3), 5
 UNITS = [make_unit(slot, 0, 30) for slot in range(2)]

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from helpers.networks import COLOUR, TwoConvs, random_variables
 
-from prism_jax import measuring, rng
+from prism_jax import rng
 from prism_jax.core import pixels, views
 from prism_jax.data.pipeline import batches
 from prism_jax.data.sources import ArraySource
+from prism_jax.synthesis import measuring
 from prism_jax.teachers import describe
 
 SHAPE, SIZE, PATCH, SEED = (8, 8, 3), 6, 4, 5

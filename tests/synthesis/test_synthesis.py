@@ -15,10 +15,11 @@ from helpers.networks import COLOUR, GREY, NoNorm, TwoConvs, random_variables, s
 from helpers.running import advance, begin, images_of, make_unit
 
 import prism_jax
-from prism_jax import rng, sampling, synthesis
+from prism_jax import rng, synthesis
 from prism_jax.core import statistics, views
 from prism_jax.errors import UserError
 from prism_jax.models import layers
+from prism_jax.synthesis import sampling
 from prism_jax.teachers import TeacherPool
 from prism_jax.types import Draw
 

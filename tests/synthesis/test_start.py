@@ -9,11 +9,12 @@ import pytest
 from helpers.networks import COLOUR, TwoConvs, random_variables
 from PIL import Image
 
-from prism_jax import initialise, rng
+from prism_jax import rng
 from prism_jax.core import pixels
 from prism_jax.data.sources import ArraySource
 from prism_jax.errors import UserError
-from prism_jax.initialise import INITIALISERS, Box, Patches, Start
+from prism_jax.synthesis import start as initialise
+from prism_jax.synthesis.start import INITIALISERS, Box, Patches, Start
 from prism_jax.teachers import describe
 
 SIZE, CLASSES, PER_CLASS, IPC = 8, 3, 24, 4

@@ -1,0 +1,83 @@
+"""The first engine: pixels optimised against a pool of teachers.
+
+recipe.py     a method's numbers, and the records that are handed about
+objective.py  one teacher's energy: logits, statistics and their targets, terms beside them
+sampling.py   who supervises an iteration
+step.py       the heart: one iteration, and the loop around it
+lanes.py      the loop compiled for devices
+course.py     a batch from its initial images to its pixels
+start.py      initial images
+measuring.py  statistics of real images, for methods that match more than BatchNorm keeps
+"""
+
+from prism_jax.synthesis.lanes import drawn_share, engine, explain_failure
+from prism_jax.synthesis.objective import (
+    alignment_scales,
+    alignment_weights,
+    class_targets,
+    first_layer,
+    has_statistics,
+    misalignment,
+    no_terms,
+    not_read,
+    prior_terms,
+    statistic_targets,
+    teacher_gradient,
+    total,
+)
+from prism_jax.synthesis.recipe import (
+    FLATNESS_MOMENTUM,
+    KINDS,
+    METHODS,
+    ChunkReport,
+    Memory,
+    Recipe,
+    Shown,
+    Supervision,
+    Terms,
+    UnitBatch,
+)
+from prism_jax.synthesis.step import (
+    draw_teachers,
+    image_optimiser,
+    initial_state,
+    select,
+    synthesis_chunk,
+    synthesis_step,
+    view_of,
+)
+
+__all__ = [
+    "ChunkReport",
+    "FLATNESS_MOMENTUM",
+    "KINDS",
+    "METHODS",
+    "Memory",
+    "Recipe",
+    "Shown",
+    "Supervision",
+    "Terms",
+    "UnitBatch",
+    "alignment_scales",
+    "alignment_weights",
+    "class_targets",
+    "draw_teachers",
+    "drawn_share",
+    "engine",
+    "explain_failure",
+    "first_layer",
+    "has_statistics",
+    "image_optimiser",
+    "initial_state",
+    "misalignment",
+    "no_terms",
+    "not_read",
+    "prior_terms",
+    "select",
+    "statistic_targets",
+    "synthesis_chunk",
+    "synthesis_step",
+    "teacher_gradient",
+    "total",
+    "view_of",
+]

@@ -1,0 +1,80 @@
+"""The step compiled for devices, and what is said of its results."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prism_jax import parallel, rng
+from prism_jax.errors import UserError
+from prism_jax.synthesis.objective import has_statistics
+from prism_jax.synthesis.recipe import Recipe, Terms, UnitBatch
+from prism_jax.synthesis.step import draw_teachers, synthesis_chunk
+from prism_jax.teachers import Teacher, TeacherPool
+
+
+def engine(
+    pool: TeacherPool,
+    recipe: Recipe,
+    *,
+    devices: list[jax.Device] | None = None,
+    how: str = "shard_map",
+    span: int = 1,
+) -> parallel.LaneMap | parallel.SpanMap:
+    """The chunk, compiled for one image batch per device, or per ``span`` devices.
+
+    Args:
+      pool: the teachers; their weights are replicated and passed as arguments.
+      recipe: the numbers; ``recipe.primary`` is an index into the pool.
+      devices: one lane each; by default the first local device alone.
+      how: "shard_map" or "pmap"; where a batch has one device.
+      span: devices that share a batch; statistics and gradients are those of the whole batch, up
+        to the order in which sums are added.
+
+    Returns:
+      A map of lanes ``(unit, state, count)`` to ``(state, ChunkReport)``;
+      ``state`` is donated.
+    """
+    if recipe.alpha_bn > 0 and not any(has_statistics(recipe, t) for t in pool.teachers):
+        raise UserError(
+            f"no teacher of the pool ({', '.join(pool.names)}) has BatchNorm, so there are no "
+            f"statistics to align; add one that has, or set alpha_bn=0"
+        )
+
+    def chunk(variables, seed, unit, state, count):
+        return synthesis_chunk(
+            recipe, pool.teachers, pool.normalisation, variables, seed, unit, state, count
+        )
+
+    devices = devices or jax.local_devices()[:span]
+    if span > 1:
+        return parallel.SpanMap(chunk, pool.variables, devices=devices, span=span, donate=(1,))
+    return parallel.LaneMap(chunk, pool.variables, arity=3, devices=devices, how=how, donate=(1,))
+
+
+def drawn_share(
+    recipe: Recipe, teachers: tuple[Teacher, ...], seed: int, unit: UnitBatch
+) -> np.ndarray:
+    """The share of a unit's iterations in which each teacher's statistics counted, (T,)."""
+
+    def drawn(step):
+        draw = draw_teachers(recipe, teachers, rng.root(np.uint32(seed)), unit, step)
+        return draw.statistic_weights_T > 0
+
+    steps = jnp.arange(int(unit.budget), dtype=jnp.int32)
+    return np.asarray(jax.jit(jax.vmap(drawn))(steps)).mean(0)
+
+
+def explain_failure(failed: Terms, names: tuple[str, ...]) -> str | None:
+    """The step, term and teacher of a loss that was not finite; None where all were finite."""
+    if failed.step < 0:
+        return None
+    for term, values, weights in (
+        ("cross entropy", failed.ce_T, failed.draw.logit_weights_T),
+        ("BN alignment", failed.bn_T, failed.draw.statistic_weights_T),
+    ):
+        for name, value, weight in zip(names, values, weights, strict=True):
+            if weight > 0 and not np.isfinite(value):
+                return f"the {term} of teacher {name} is {float(value)} at step {int(failed.step)}"
+    return f"the weighted loss is {float(failed.loss)} at step {int(failed.step)}"
