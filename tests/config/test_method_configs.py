@@ -13,7 +13,7 @@ from configs.methods import recipes
 from prism_jax import plan, synthesis
 from prism_jax.config import Experiment, resolve
 
-FOLDER = pathlib.Path(__file__).resolve().parents[1] / "configs" / "methods"
+FOLDER = pathlib.Path(__file__).resolve().parents[2] / "configs" / "methods"
 METHODS = sorted(p.stem for p in FOLDER.glob("*.py") if "def get_config" in p.read_text())
 IPCS = (1, 10, 50)
 

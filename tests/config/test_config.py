@@ -16,10 +16,11 @@ from configs.digits import config as digits
 from prism_jax import config as configs
 from prism_jax.config import Layout, batch_layout, budget_of, resolve
 from prism_jax.errors import UserError
+from prism_jax.stages import fingerprints
 
 FILES = sorted(
     path.stem
-    for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")
+    for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py")
     if "def get_config" in path.read_text()
 )
 
@@ -314,7 +315,7 @@ def test_fields_that_change_no_bits_enter_no_fingerprint():
     e = resolve(digits(10))
 
     def fields(**recover):
-        return configs.fingerprint_fields("recover", dataclasses.replace(e.recover, **recover))
+        return fingerprints.section("recover", dataclasses.replace(e.recover, **recover))
 
     assert fields(steps_per_dispatch=1, checkpoint_seconds=1.0, initialise_from="x") == fields()
     for other in ({"iterations": 1}, {"pool": ("resnet18",)}, {"granularity": "per_batch"}):

@@ -1,49 +1,104 @@
-"""Settings of recover that have no meaning together, each refused by its name."""
+"""Rules of ``recover``: its numbers, its words, and settings that have no meaning together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from prism_jax.config.layout import Layout, batch_layout
+from prism_jax.config.rules.common import not_negative, one_of, positive, share
+from prism_jax.config.sections import Experiment
 from prism_jax.core import priors, schedules
+from prism_jax.errors import UserError
 from prism_jax.models import ARCHITECTURES
 from prism_jax.synthesis import KINDS, METHODS, sampling
 from prism_jax.synthesis.start import INITIALISERS, SCORING
 
-if TYPE_CHECKING:
-    from prism_jax.config import Experiment, Layout
+# The allowed values of fields that name a row of a table.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "method": tuple(METHODS),
+    "logits_by": tuple(sampling.SAMPLERS),
+    "statistics_by": tuple(sampling.SAMPLERS),
+    "committee": tuple(sampling.COMMITTEES),
+    "budget": tuple(schedules.BUDGETS),
+    "schedule": tuple(schedules.SCHEDULES),
+    "crop_curriculum": ("constant", *schedules.CURRICULA),
+    "initialise": tuple(INITIALISERS),
+    "match": tuple(KINDS),
+}
 
 
-def choices() -> dict[str, list[str]]:
-    """The allowed values of recover's fields that name a row of a table."""
-    return {
-        "method": list(METHODS),
-        "logits_by": list(sampling.SAMPLERS),
-        "statistics_by": list(sampling.SAMPLERS),
-        "committee": list(sampling.COMMITTEES),
-        "budget": list(schedules.BUDGETS),
-        "schedule": list(schedules.SCHEDULES),
-        "crop_curriculum": ["constant", *schedules.CURRICULA],
-        "initialise": list(INITIALISERS),
-        "match": list(KINDS),
-    }
+def violations(e: Experiment) -> Iterator[str]:
+    """What is wrong with the section, one line each."""
+    yield from _numbers(e)
+    for name, allowed in CHOICES.items():
+        values = getattr(e.recover, name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if value is not None:
+                yield from one_of(f"recover.{name}", value, allowed)
+    if e.recover.pool and e.recover.primary not in e.recover.pool:
+        yield (
+            f"recover.primary is {e.recover.primary!r}, which is not in recover.pool "
+            f"({', '.join(e.recover.pool)}); name one of the pool"
+        )
+    layout, why = layout_of(e)
+    if why:
+        yield why
+    if e.recover.method in METHODS:
+        yield from _supervision(e)
+        yield from _statistics(e)
+        yield from _course(e, layout)
+        yield from _terms(e, layout)
+        yield from _start(e)
 
 
-def refusals(e: Experiment, layout: Layout | None) -> Iterator[str]:
-    """Why settings of recover cannot be used together, one line each.
-
-    Args:
-      layout: how the set divides into batches; None where that is wrong already.
-    """
+def _numbers(e: Experiment) -> Iterator[str]:
     r = e.recover
-    method = METHODS.get(r.method)
-    if method is None:
-        return
-    logits, statistics = r.logits_by or method.logits, r.statistics_by or method.statistics
-    convolutions = not {"conv", "patch"}.isdisjoint(r.match)
-    phases = r.budget == "early_late" or bool(r.phase_sizes)
+    yield from positive(
+        e, "recover", "ipc", "learning_rate", "batch_size", "slots_per_batch",
+        "steps_per_dispatch", "checkpoint_seconds", "first_bn_multiplier", "statistic_patch",
+        "rounds", "prior_temperature", "patch_factor", "patch_images", "patch_crops",
+    )  # fmt: skip
+    yield from not_negative(
+        e, "recover", "iterations", "alpha_bn", "roll", "variance_weight", *priors.PRIORS,
+        "flatness", "perturb_rho", "perturb_steps", "subset_others", "crop_pad",
+    )  # fmt: skip
+    yield from share(e, "recover", "crop_min", low="(")
+    yield from share(e, "recover", "ema", "drop", high=")")
+    yield from share(e, "recover", "class_share", "inject", "crop_milestone", "subset_probability")
+    for i, beta in enumerate(r.betas):
+        if not 0 <= beta < 1:
+            yield f"recover.betas[{i}] is {beta}; it must be in [0, 1)"
+    if r.jpeg_quality is not None and not 1 <= r.jpeg_quality <= 95:
+        yield f"recover.jpeg_quality is {r.jpeg_quality}; it must be in [1, 95]"
 
-    # --- who supervises ---
+
+def layout_of(e: Experiment) -> tuple[Layout | None, str | None]:
+    """How the set divides into batches, or why it does not; neither where a number is wrong."""
+    r = e.recover
+    sizes = r.ipc, e.dataset.num_classes, r.slots_per_batch, r.batch_size
+    if any(size is not None and size <= 0 for size in sizes) or r.budget not in schedules.BUDGETS:
+        return None, None
+    try:
+        return batch_layout(e), None
+    except UserError as error:
+        return None, str(error)
+
+
+def _supervised_by(e: Experiment) -> tuple[str, str]:
+    """The samplers of logits and of statistics."""
+    method = METHODS[e.recover.method]
+    return (
+        e.recover.logits_by or method.logits,
+        e.recover.statistics_by or method.statistics,
+    )
+
+
+def _convolutions(e: Experiment) -> bool:
+    return not {"conv", "patch"}.isdisjoint(e.recover.match)
+
+
+def _supervision(e: Experiment) -> Iterator[str]:
+    r, (logits, statistics) = e.recover, _supervised_by(e)
     if "committee" not in (logits, statistics):
         if r.priors is not None:
             yield f"recover.priors is {r.priors}, but no committee votes; set logits_by or unset it"
@@ -67,7 +122,9 @@ def refusals(e: Experiment, layout: Layout | None) -> Iterator[str]:
     if r.round_robin_restarts and "round_robin" not in (logits, statistics):
         yield "recover.round_robin_restarts is True, but nobody takes turns; unset it"
 
-    # --- statistics ---
+
+def _statistics(e: Experiment) -> Iterator[str]:
+    r, convolutions = e.recover, _convolutions(e)
     if not r.match:
         yield "recover.match is empty; name one of bn, conv, patch, or set recover.alpha_bn=0"
     if r.first_layer == "conv" and not convolutions:
@@ -94,7 +151,10 @@ def refusals(e: Experiment, layout: Layout | None) -> Iterator[str]:
                     f"the mean as the released code does"
                 )
 
-    # --- views, phases, perturbation ---
+
+def _course(e: Experiment, layout: Layout | None) -> Iterator[str]:
+    """Views, and phases of other sizes or of more and more images."""
+    r = e.recover
     if r.crop_pad is not None and r.crop_curriculum != "constant":
         yield (
             f"recover.crop_pad shifts images, and recover.crop_curriculum={r.crop_curriculum!r} "
@@ -125,6 +185,12 @@ def refusals(e: Experiment, layout: Layout | None) -> Iterator[str]:
             yield "recover.match names patches, whose number changes with recover.phase_sizes"
     elif r.inject:
         yield f"recover.inject is {r.inject}, but without recover.phase_sizes there is one phase"
+
+
+def _terms(e: Experiment, layout: Layout | None) -> Iterator[str]:
+    """Terms beside logits and statistics, and the perturbation of the primary."""
+    r, (logits, _) = e.recover, _supervised_by(e)
+    phases = r.budget == "early_late" or bool(r.phase_sizes)
     if r.densification:
         if layout is not None and (layout.slots == 1 or r.batch_order != "class_major"):
             yield (
@@ -149,7 +215,10 @@ def refusals(e: Experiment, layout: Layout | None) -> Iterator[str]:
         if getattr(r, field) and not perturbs:
             yield f"recover.{field} is True, but recover.perturb_rho=0 perturbs nothing; unset it"
 
-    # --- initial images ---
+
+def _start(e: Experiment) -> Iterator[str]:
+    """Initial images."""
+    r = e.recover
     if r.initialise in SCORING and (r.scorer or r.primary) not in e.squeeze.teachers:
         yield (
             f"recover.initialise is {r.initialise!r}, which asks recover.scorer (unset: the "
@@ -163,15 +232,13 @@ def refusals(e: Experiment, layout: Layout | None) -> Iterator[str]:
         )
     if r.initialise == "mosaic_shuffled" and e.dataset.image_size % 2:
         yield "recover.initialise='mosaic_shuffled' needs an even dataset.image_size"
-
-
-NOT_NEGATIVE = (
-    "iterations", "alpha_bn", "roll", "variance_weight", *priors.PRIORS, "flatness", "perturb_rho",
-    "perturb_steps", "subset_others",
-)  # fmt: skip
-SHARES = ("class_share", "drop", "inject", "crop_milestone", "subset_probability")
-POSITIVE = (
-    "ipc", "learning_rate", "batch_size", "slots_per_batch", "steps_per_dispatch",
-    "checkpoint_seconds", "first_bn_multiplier", "statistic_patch", "rounds", "prior_temperature",
-    "patch_factor", "patch_images", "patch_crops",
-)  # fmt: skip
+    if r.initialise == "folder" and not r.initialise_from:
+        yield (
+            "recover.initialise is 'folder'; name the folder of images with "
+            "recover.initialise_from=DIR"
+        )
+    if r.initialise_from and r.initialise != "folder":
+        yield (
+            f"recover.initialise_from names {r.initialise_from}, but recover.initialise is "
+            f"{r.initialise!r}, which reads no folder; set recover.initialise=folder"
+        )

@@ -1,0 +1,58 @@
+"""What an experiment is, how a config becomes one, and what is refused.
+
+sections.py  the experiment as frozen dataclasses, one per stage
+resolve.py   the one way in, from a ConfigDict
+rules/       what may not be, one module per section
+layout.py    how a set divides into image batches
+"""
+
+from prism_jax.config.layout import (
+    Layout,
+    batch_layout,
+    bn_group_of,
+    budget_of,
+    members,
+    unit_budget,
+    units,
+)
+from prism_jax.config.resolve import KINDS, resolve
+from prism_jax.config.sections import (
+    CONTROLS,
+    STAGES,
+    Analyse,
+    Dataset,
+    Dtype,
+    Experiment,
+    Network,
+    Parallel,
+    Recover,
+    Relabel,
+    Squeeze,
+    Validate,
+    to_dict,
+)
+
+__all__ = [
+    "CONTROLS",
+    "KINDS",
+    "STAGES",
+    "Analyse",
+    "Dataset",
+    "Dtype",
+    "Experiment",
+    "Layout",
+    "Network",
+    "Parallel",
+    "Recover",
+    "Relabel",
+    "Squeeze",
+    "Validate",
+    "batch_layout",
+    "bn_group_of",
+    "budget_of",
+    "members",
+    "resolve",
+    "to_dict",
+    "unit_budget",
+    "units",
+]

@@ -1,0 +1,118 @@
+"""The one way in: from ConfigDict to an experiment.
+
+``ml_collections`` is the language of ``configs/``; past :func:`resolve` nothing knows it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal, get_args, get_origin
+
+from prism_jax.config.sections import Experiment
+from prism_jax.errors import UserError
+
+# What a person calls the types of fields.
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    bool: "True or False",
+    tuple: "a list of values",
+}
+
+
+def resolve(config: Any, problems: Sequence[str] = ()) -> Experiment:
+    """Turn a config into an experiment.
+
+    Args:
+      config: an ``ml_collections.ConfigDict`` (or nested dicts) with the fields above.
+      problems: what is known to be wrong already, to be said in the same message.
+
+    Returns:
+      The experiment, checked.
+
+    Raises:
+      UserError: one message with every violation.
+    """
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    found: list[str] = []
+    experiment = _build(Experiment, values, "", found)
+    if not found:
+        from prism_jax.config import rules  # reads the tables of the whole package
+
+        found = rules.violations(experiment)
+    found = [*problems, *found]
+    if len(found) == 1:
+        raise UserError(found[0])
+    if found:
+        lines = "\n".join(f"  - {problem}" for problem in found)
+        raise UserError(f"{len(found)} things cannot be used:\n{lines}")
+    return experiment
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
+    hints = typing.get_type_hints(cls)
+    built = {}
+    for field in dataclasses.fields(cls):
+        name = f"{prefix}{field.name}"
+        if field.name in values:
+            built[field.name] = _convert(hints[field.name], values[field.name], name, problems)
+        elif field.default is dataclasses.MISSING:
+            problems.append(f"{name} is missing")
+    for key in values.keys() - hints.keys():
+        near = difflib.get_close_matches(str(key), list(hints), n=1)
+        meant = f"; did you mean {prefix}{near[0]}?" if near else ""
+        problems.append(f"{prefix}{key} is no field of the config{meant}")
+    return None if problems else cls(**built)
+
+
+def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
+    """One value as its declared type, or a line in ``problems``."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, dict):
+            return _build(hint, value, f"{name}.", problems)
+    elif origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        kinds = [a for a in arguments if a is not type(None)]
+        words = [a for a in kinds if get_origin(a) is Literal]
+        kind = words[0] if words and isinstance(value, str) else kinds[0]
+        return _convert(kind, value, name, problems)
+    elif origin is Literal:
+        return _convert(str, value, name, problems)  # which strings: violations()
+    elif origin is tuple:
+        if arguments[0] is str:  # "a,b" is ("a", "b"), also as the one value of a flag
+            value = (value,) if isinstance(value, str) else value
+            if all(isinstance(v, str) for v in value):
+                value = [part.strip() for v in value for part in v.split(",") if part.strip()]
+        if isinstance(value, (list, tuple)):
+            if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+                problems.append(f"{name} is {value!r}; it needs {len(arguments)} values")
+                return None
+            return tuple(
+                _convert(arguments[0], v, f"{name}[{i}]", problems) for i, v in enumerate(value)
+            )
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {k: _convert(arguments[1], v, f"{name}.{k}", problems) for k, v in value.items()}
+    elif hint is bool:
+        if isinstance(value, bool):
+            return value
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif hint is float:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and math.isfinite(value):
+            return float(value)
+    elif isinstance(value, hint):
+        return value
+    what = KINDS.get(origin or hint, "a group of fields")
+    problems.append(f"{name} is {value!r}; it must be {what}")
+    return None

@@ -1,0 +1,34 @@
+"""What may not be, as far as it can be known without the data: one module per section.
+
+A rule is a line for a person: what was given, what is allowed, what to do.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from prism_jax.config.rules import dataset, networks, parallel, recover, relabel, squeeze, validate
+from prism_jax.config.rules.common import literals, positive
+from prism_jax.config.sections import Experiment
+
+
+def violations(e: Experiment) -> list[str]:
+    """Everything wrong with an experiment."""
+    if e.seed < 0:
+        seed = [f"seed is {e.seed}; it must be zero or positive"]
+    else:
+        seed = []
+    return list(
+        itertools.chain(
+            seed,
+            literals(e),
+            dataset.violations(e),
+            squeeze.violations(e),
+            networks.violations(e),
+            recover.violations(e),
+            relabel.violations(e),
+            validate.violations(e),
+            positive(e, "analyse", "grid_classes", "grid_slots"),
+            parallel.violations(e),
+        )
+    )

@@ -1,0 +1,60 @@
+"""The kinds of rules that many fields share; each yields one line per field that breaks it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, get_args, get_origin
+
+from prism_jax.config.sections import Experiment
+
+
+def positive(e: Experiment, section: str, *names: str) -> Iterator[str]:
+    """Fields that are above zero, or unset."""
+    for name in names:
+        value = getattr(getattr(e, section), name)
+        if value is not None and not value > 0:
+            yield f"{section}.{name} is {value}; it must be positive"
+
+
+def not_negative(e: Experiment, section: str, *names: str) -> Iterator[str]:
+    """Fields that are zero or more, or unset."""
+    for name in names:
+        value = getattr(getattr(e, section), name)
+        if value is not None and value < 0:
+            yield f"{section}.{name} is {value}; it must be zero or positive"
+
+
+def share(e: Experiment, section: str, *names: str, low: str = "[", high: str = "]"):
+    """Fields between 0 and 1; the brackets say whether an end belongs to them."""
+    for name in names:
+        value = getattr(getattr(e, section), name)
+        above = value >= 0 if low == "[" else value > 0
+        if not (above and (value <= 1 if high == "]" else value < 1)):
+            yield f"{section}.{name} is {value}; it must be in {low}0, 1{high}"
+
+
+def one_of(name: str, value: str, table: Iterable[str]) -> Iterator[str]:
+    """A name of a row of a table."""
+    if value not in (allowed := list(table)):
+        near = difflib.get_close_matches(value, allowed, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        yield f"{name} is {value!r}{meant}; allowed: {', '.join(sorted(allowed))}"
+
+
+def literals(e: Experiment) -> Iterator[str]:
+    """Every field whose type lists its words."""
+    groups: dict[str, Any] = {f.name: getattr(e, f.name) for f in dataclasses.fields(e)}
+    groups |= {f"networks.{name}": network for name, network in e.networks.items()}
+    for name, group in groups.items():
+        hints = typing.get_type_hints(type(group)) if dataclasses.is_dataclass(group) else {}
+        for field, hint in hints.items():
+            if get_origin(hint) is Literal:
+                yield from one_of(f"{name}.{field}", getattr(group, field), get_args(hint))
+
+
+def repeated(values: Sequence[Any]) -> list[Any]:
+    """Values that are there more than once."""
+    return sorted({value for value in values if values.count(value) > 1})

@@ -1,0 +1,58 @@
+"""Rules of ``networks``, and of every field that names some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prism_jax.config.rules.common import one_of, repeated
+from prism_jax.config.sections import Experiment
+from prism_jax.models import ARCHITECTURES
+
+
+def violations(e: Experiment) -> Iterator[str]:
+    """What is wrong with networks and with who is named where, one line each."""
+    used = {
+        "squeeze.teachers": e.squeeze.teachers,
+        "recover.pool": e.recover.pool,
+        "relabel.teachers": e.relabel.teachers,
+        "validate.students": e.validate.students,
+        "analyse.network": (e.analyse.network,) if e.analyse.network else (),
+    }
+    optional = {"analyse.network", "squeeze.teachers"}
+    if not e.recover.iterations:
+        optional.add("recover.pool")
+    for field, names in used.items():
+        if not names and field not in optional:
+            yield f"{field} is empty; it needs at least one network"
+        for name in repeated(names):
+            yield f"{field} names {name} twice"
+    for name in dict.fromkeys(n for names in used.values() for n in names):
+        where = next(field for field, names in used.items() if name in names)
+        yield from _readable(e, where, name)
+    for name, network in e.networks.items():
+        for field in ("width", "depth"):
+            value = getattr(network, field)
+            if not value > 0:
+                yield f"networks.{name}.{field} is {value}; it must be positive"
+    for field in ("recover.pool", "relabel.teachers", "analyse.network"):
+        for name in used[field]:
+            if name not in e.squeeze.teachers:
+                yield (
+                    f"{field} names {name}, which squeeze.teachers does not; a network that "
+                    f"supervises must be trained or imported there "
+                    f"(squeeze.teachers: {', '.join(e.squeeze.teachers)})"
+                )
+
+
+def _readable(e: Experiment, where: str, name: str) -> Iterator[str]:
+    """Whether a network exists and reads images of this size."""
+    network = e.network(name)
+    yield from one_of(f"{where}: the architecture of {name}", network.architecture, ARCHITECTURES)
+    if network.architecture in ARCHITECTURES:
+        smallest = ARCHITECTURES[network.architecture].min_image_size.get(network.stem, 1)
+        if e.dataset.image_size < smallest:
+            yield (
+                f"dataset.image_size is {e.dataset.image_size}, and {name} "
+                f"({network.architecture} with the {network.stem} stem) needs {smallest} or "
+                f"more; enlarge the images, set networks.{name}.stem='small', or leave it out"
+            )

@@ -1,0 +1,19 @@
+"""Rules of ``squeeze``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prism_jax import training
+from prism_jax.config.rules.common import not_negative, one_of, positive, share
+from prism_jax.config.sections import Experiment
+from prism_jax.core import schedules
+
+
+def violations(e: Experiment) -> Iterator[str]:
+    """What is wrong with the section, one line each."""
+    yield from positive(e, "squeeze", "epochs", "batch_size", "learning_rate")
+    yield from not_negative(e, "squeeze", "weight_decay", "seed", "crop_pad")
+    yield from share(e, "squeeze", "crop_min", low="(")
+    yield from one_of("squeeze.optimiser", e.squeeze.optimiser, training.OPTIMISERS)
+    yield from one_of("squeeze.schedule", e.squeeze.schedule, schedules.SCHEDULES)

@@ -1,0 +1,115 @@
+"""Rules of ``validate``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prism_jax import training
+from prism_jax.config.rules.common import not_negative, one_of, positive, repeated
+from prism_jax.config.sections import CONTROLS, Experiment
+from prism_jax.core import losses, schedules
+
+
+def violations(e: Experiment) -> Iterator[str]:
+    """What is wrong with the section, one line each."""
+    v = e.validate
+    yield from positive(
+        e, "validate", "epochs", "batch_size", "accumulate", "learning_rate", "temperature",
+        "gamma", "warmup_start", "eval_every", "checkpoint_seconds",
+    )  # fmt: skip
+    yield from not_negative(e, "validate", "weight_decay", "ce_weight")
+    if not v.seeds or min(v.seeds) < 0 or repeated(v.seeds):
+        yield (
+            f"validate.seeds is {v.seeds}; it must be one or more different numbers, "
+            f"zero or positive"
+        )
+    yield from one_of("validate.loss", v.loss, losses.STUDENT_LOSSES)
+    yield from one_of("validate.optimiser", v.optimiser, training.OPTIMISERS)
+    yield from one_of("validate.schedule", v.schedule, schedules.SCHEDULES)
+    yield from _controls(e)
+    yield from _schedule(e)
+    if not 0 <= v.momentum < 1:
+        yield f"validate.momentum is {v.momentum}; it must be in [0, 1)"
+    if v.nesterov and (v.optimiser != "sgd" or not v.momentum):
+        yield (
+            f"validate.nesterov needs validate.optimiser='sgd' with momentum, not "
+            f"{v.optimiser!r} with {v.momentum}"
+        )
+    if v.ema is not None and not 0 < v.ema < 1:
+        yield f"validate.ema is {v.ema}; it must be between 0 and 1, or unset"
+    if v.ema is None and not v.ema_statistics:
+        yield (
+            "validate.ema_statistics is False, which has no part where validate.ema is unset; set "
+            "validate.ema, or leave it True"
+        )
+    if v.batch_size > 0 and v.accumulate > 0:
+        yield from batch(e)
+
+
+def _controls(e: Experiment) -> Iterator[str]:
+    v = e.validate
+    for control in v.controls:
+        yield from one_of("validate.controls", control, CONTROLS)
+    for control in repeated(v.controls):
+        yield f"validate.controls names {control} twice"
+    if "random_real" in v.controls and not e.soft_labels:
+        others = ",".join(c for c in v.controls if c != "random_real") or "()"
+        yield (
+            "validate.controls names random_real, whose labels are soft, and with "
+            f"validate.loss='ce' no set has such; leave it out: --config.validate.controls={others}"
+        )
+
+
+def _schedule(e: Experiment) -> Iterator[str]:
+    v = e.validate
+    if v.schedule in schedules.SCHEDULES:
+        takes = schedules.values_of(v.schedule)
+        for name in ("zeta", "milestones", "gamma"):
+            if getattr(v, name) is not None and name not in takes:
+                yield (
+                    f"validate.{name} is {getattr(v, name)}, but the schedule {v.schedule} has "
+                    f"none; leave it unset, or choose another validate.schedule"
+                )
+    if v.schedule == "multistep" and not v.milestones:
+        yield (
+            "validate.schedule is 'multistep'; validate.milestones must say at which fractions of "
+            "the run, such as (0.8, 0.9)"
+        )
+    marks = (0.0, *(v.milestones or ()), 1.0)
+    if any(after <= before for before, after in zip(marks, marks[1:], strict=False)):
+        yield (
+            f"validate.milestones is {v.milestones}; it must be rising fractions of the run, "
+            f"between 0 and 1"
+        )
+    if v.zeta is not None and v.zeta < 1:
+        yield f"validate.zeta is {v.zeta}; it must be 1 or more runs"
+    if not 0 <= v.warmup_epochs < v.epochs:
+        yield (
+            f"validate.warmup_epochs is {v.warmup_epochs}; it must be zero or positive, and below "
+            f"validate.epochs={v.epochs}"
+        )
+
+
+def batch(e: Experiment) -> Iterator[str]:
+    """How a batch divides into parts and BatchNorm groups."""
+    v = e.validate
+    part, rest = divmod(v.batch_size, v.accumulate)
+    if rest:
+        yield (
+            f"validate.batch_size {v.batch_size} does not divide into "
+            f"validate.accumulate={v.accumulate} equal parts"
+        )
+    elif isinstance(v.bn_group, str) and v.bn_group != "all":
+        yield f"validate.bn_group is {v.bn_group!r}; it must be a number of images, 'all', or unset"
+    elif v.bn_group == "all" and v.accumulate > 1:
+        yield (
+            f"validate.bn_group is 'all', one BatchNorm group over the whole batch, which "
+            f"validate.accumulate={v.accumulate} parts, one after the other, cannot share; set "
+            f"validate.accumulate=1, or a group of at most {part} images"
+        )
+    elif isinstance(v.bn_group, int) and (v.bn_group <= 0 or part % v.bn_group):
+        allowed = [g for g in range(1, part + 1) if part % g == 0]
+        yield (
+            f"validate.bn_group is {v.bn_group}; batch_size / accumulate = {part} images must be "
+            f"whole groups: {', '.join(map(str, allowed))}"
+        )
