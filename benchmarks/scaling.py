@@ -30,8 +30,12 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from prism_jax.data.label_store import LabelPlan  # noqa: E402
-from prism_jax.parallel import HEARTBEAT_SECONDS, share  # noqa: E402
-from prism_jax.stages.recover import iterations_ahead, longest_first  # noqa: E402
+from prism_jax.parallel import (  # noqa: E402
+    HEARTBEAT_SECONDS,
+    longest_first,  # noqa: E402
+    share,
+)
+from prism_jax.stages.makers.optimise import iterations_ahead  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,7 +79,7 @@ def _main(argv: list[str]) -> int:
 
 def _compare(config: Any, root: str, plan: bool, argv: Sequence[str]) -> int:
     from prism_jax import parallel, progress
-    from prism_jax.stages.context import Interrupted, StopSignal
+    from prism_jax.stages.coordination import Interrupted, StopSignal
 
     if not parallel.is_main():
         raise UserError("a comparison runs in one process; its cells use all of its devices")
@@ -213,7 +213,7 @@ class Comparison:
         try:
             pipeline.RUNNERS["squeeze"](context)
         finally:
-            context.lock.release()
+            context.work.lock.release()
 
     def _run(self, cell: Cell, stop: Any, made_by: Callable[[], dict[str, Any]]) -> None:
         """One cell's pipeline, which begins with what others have made."""
@@ -245,7 +245,7 @@ class Comparison:
             }
             workdir.write_record(root / "cell.json", record)
         finally:
-            context.lock.release()
+            context.work.lock.release()
 
     def _peak_bytes(self, cell: Cell) -> int | None:
         """Of recover, as compiled: the same for every seed and protocol."""
@@ -313,8 +313,9 @@ def _with_all_teachers(experiments: dict[Cell, Any]) -> dict[Cell, Any]:
 
 def _digest(experiment: Any) -> str:
     """What decides a cell's numbers."""
-    from prism_jax.config import BITS_VERSION, to_dict
+    from prism_jax.config import to_dict
     from prism_jax.data import workdir
+    from prism_jax.stages.fingerprints import BITS_VERSION
 
     return workdir.digest({"bits_version": BITS_VERSION, **to_dict(experiment)})
 

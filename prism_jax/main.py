@@ -130,7 +130,8 @@ def _main(argv: list[str]) -> int:
 
     from prism_jax import parallel
     from prism_jax.config import resolve
-    from prism_jax.stages.context import Context, Interrupted, StopSignal
+    from prism_jax.stages.context import Context
+    from prism_jax.stages.coordination import Interrupted, StopSignal
 
     experiment = resolve(config, problems)
     workdir = given.workdir or f"runs/{experiment.name}"
@@ -160,7 +161,7 @@ def _main(argv: list[str]) -> int:
         parallel.say_stopped(str(error) or type(error).__name__)
         raise
     finally:
-        context.lock.release()
+        context.work.lock.release()
     return 0
 
 
@@ -170,7 +171,7 @@ def _run(context: Any, stages: Sequence[str], argv: Sequence[str], source: str |
     pipeline.check(context)
     if source:
         pipeline.check_source(context, source)
-        context.first("adopt", lambda: _adopt(context, source))
+        context.work.first("adopt", lambda: _adopt(context, source))
     pipeline.run(context, stages)
     # Once more: the peak of memory is known only now.
     pipeline.summarise(context, provenance(argv))

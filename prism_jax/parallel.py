@@ -14,10 +14,11 @@ collectives: where a stage begins, the main process tells the others what is mis
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -26,6 +27,8 @@ from jax.sharding import PartitionSpec as P
 
 from prism_jax.errors import UserError
 from prism_jax.types import PyTree
+
+T = TypeVar("T")
 
 AXIS = "lane"
 ROWS = "rows"
@@ -278,6 +281,24 @@ def arrived(tree: PyTree) -> PyTree:
     return jax.block_until_ready(tree) if jax.default_backend() == "cpu" else tree
 
 
+@contextlib.contextmanager
+def enough_memory(remedy: str) -> Iterator[None]:
+    """Say what to do where a device's memory does not suffice.
+
+    Raises:
+      UserError: it does not.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"the device has not enough memory ({str(error).splitlines()[0]}). {remedy} What was "
+            f"finished stays where it is."
+        ) from error
+
+
 def local_devices() -> int:
     """How many devices this process has."""
     return jax.local_device_count()
@@ -424,3 +445,12 @@ def process_share(items: Sequence[Any]) -> list[Any]:
 def share(items: Sequence[Any], process: int, processes: int) -> list[Any]:
     """The items that fall to one of several processes: every process takes every n-th."""
     return list(items)[process::processes]
+
+
+def longest_first(items: Iterable[T], length: Callable[[T], int]) -> list[T]:
+    """The order of work: what takes longest begins first, so that devices end together.
+
+    Otherwise the order is kept. It must change no result: a piece of work knows nothing of when it
+    is worked on.
+    """
+    return sorted(items, key=length, reverse=True)

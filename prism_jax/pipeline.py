@@ -10,9 +10,19 @@ from etils import epath
 from prism_jax import parallel
 from prism_jax.config import STAGES
 from prism_jax.data import workdir
+from prism_jax.data.weights import RECORD
 from prism_jax.errors import UserError
-from prism_jax.stages import analyse, controls, recover, relabel, squeeze, statistics, validate
-from prism_jax.stages.context import RECORD, Context, LabelledSet
+from prism_jax.stages import (
+    analyse,
+    controls,
+    fingerprints,
+    recover,
+    relabel,
+    squeeze,
+    statistics,
+    validate,
+)
+from prism_jax.stages.context import Context, LabelledSet
 
 
 def run(context: Context, stages: Sequence[str] = STAGES) -> None:
@@ -45,7 +55,7 @@ def check(context: Context) -> None:
                 f"parallel.{field} is {wanted}, but this process has {there} device(s); lower it "
                 f"or {otherwise}"
             )
-    context.open("train")
+    context.inputs.open("train")
     squeeze.pending(context)
     recover.pending(context)
 
@@ -85,20 +95,22 @@ def _validate(context: Context) -> None:
         if labelled.soft and validate.pending(context, labelled):
             with relabel.setting_aside(context, labelled):
                 labels[labelled.name] = relabel.open_labels(context, labelled)
-    pairs, augment = validate.students(context), relabel.augment_of(context)
-    mine = context.deal("validate", [(s.name, *pair) for s in found for pair in pairs], missing)
+    pairs, augment = validate.students(context), relabel.augment_of(context.config)
+    mine = context.work.deal(
+        "validate", [(s.name, *pair) for s in found for pair in pairs], missing
+    )
     for labelled in found:
         if todo := [pair for pair in pairs if (labelled.name, *pair) in mine]:
             with relabel.setting_aside(context, labelled):
                 validate.run(context, labelled, labels.get(labelled.name), augment, todo)
-    context.wait(lambda: not missing())
+    context.work.wait(lambda: not missing())
 
 
 def _analyse(context: Context) -> None:
     labelled = {found.name: found for found in sets(context)}
     if parallel.is_main() and not analyse.is_done(context, labelled):
         analyse.run(context, labelled)
-    context.wait(lambda: analyse.is_done(context, labelled))
+    context.work.wait(lambda: analyse.is_done(context, labelled))
 
 
 RUNNERS: dict[str, Callable[[Context], None]] = {
@@ -160,15 +172,15 @@ def adopt(context: Context, source: epath.PathLike) -> list[str]:
 
     def take(relative: str, fields: dict, done: str) -> None:
         theirs, ours = source / relative, context.root / relative
-        if workdir.begun(ours) or not (theirs / done).exists() or not context.fits(theirs, fields):
+        if workdir.begun(ours) or not (theirs / done).exists() or not workdir.fits(theirs, fields):
             return
-        context.acquire()
+        context.work.acquire()
         workdir.copy_tree(theirs, ours)
         adopted.append(relative)
 
     for name in context.config.squeeze.teachers:
-        take(f"squeeze/{name}", context.teacher_fields(name), RECORD)
-    take("recover", context.recover_fields(), "manifest.json")
+        take(f"squeeze/{name}", fingerprints.teacher(context, name), RECORD)
+    take("recover", fingerprints.recover(context), "manifest.json")
     if recover.is_done(context):  # not so while a run that was stopped in recover goes on
         _adopt_set(context, recover.synthetic_set(context), take)
     for name in context.config.validate.controls:
@@ -179,8 +191,8 @@ def adopt(context: Context, source: epath.PathLike) -> list[str]:
 def _adopt_set(context: Context, labelled: LabelledSet, take: Callable) -> None:
     base = "" if labelled.name == "synthetic" else f"controls/{labelled.name}/"
     if labelled.soft:
-        take(f"{base}relabel", context.relabel_fields(labelled), relabel.DONE)
+        take(f"{base}relabel", fingerprints.relabel(context, labelled), relabel.DONE)
     for student in context.config.validate.students:
         for seed in context.config.validate.seeds:
-            fields = context.validate_fields(labelled, student, seed)
+            fields = fingerprints.validate(context, labelled, student, seed)
             take(f"{base}validate/{student}/{seed}", fields, RECORD)

@@ -18,7 +18,10 @@ from prism_jax.data.label_store import LabelPlan
 from prism_jax.data.sources import info_of, open_source
 from prism_jax.errors import UserError
 from prism_jax.models.import_torch import variable_shapes
+from prism_jax.stages import relabel
 from prism_jax.stages.context import Context
+from prism_jax.stages.inputs import Inputs
+from prism_jax.stages.makers import optimise
 from prism_jax.synthesis import measuring
 from prism_jax.teachers import TeacherPool, describe
 
@@ -45,7 +48,7 @@ def missing(experiment: Experiment, workdir: str) -> list[str]:
         lines += _unknown_outputs(Context(experiment, workdir))
     if experiment.recover.initialise == "folder":
         try:
-            Context(experiment, workdir).initial_source  # noqa: B018
+            Inputs(experiment).start  # noqa: B018
         except UserError as error:
             if not any(str(error) in line for line in lines):
                 lines.append(f"images to start from: {error}")
@@ -64,7 +67,7 @@ def _unknown_outputs(context: Context) -> list[str]:
     lines = []
     for name in context.config.squeeze.teachers:
         try:
-            context.class_indices(name)
+            context.networks.class_indices(name)
         except UserError as error:
             lines.append(f"teacher {name}: {error}")
     return lines
@@ -148,7 +151,7 @@ def recover_bytes(e: Experiment) -> int | None:
     if not e.recover.iterations:
         return None
     pool = _with_blank_statistics(e, _random_pool(e, e.recover.pool, blank=True))
-    recipe = _recipe(e)
+    recipe = optimise.recipe_of(e)
     engine = synthesis.engine(pool, recipe, devices=jax.local_devices()[:1], how=e.parallel.map)
     layout = batch_layout(e)
     lanes = [_random_lane(e, engine, pool, recipe, layout.slots * layout.classes)]
@@ -159,7 +162,7 @@ def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, s
     """Hours and the peak memory of recover."""
     device = jax.local_devices()[0]
     pool = _with_blank_statistics(e, _random_pool(e, e.recover.pool))
-    recipe = _recipe(e)
+    recipe = optimise.recipe_of(e)
     engine = synthesis.engine(pool, recipe, devices=[device], how=e.parallel.map)
     available = _memory(device)
     rows, size = {}, batch
@@ -191,24 +194,24 @@ def _random_pool(e: Experiment, names: tuple[str, ...], *, blank: bool = False) 
     context = Context(e, "unused")
     teachers, variables = [], []
     for name in names:
-        module = context.build(name)
+        module = context.networks.build(name)
         indices = e.network(name).class_indices
-        teachers.append(describe(name, module, context.image_shape, class_indices=indices))
-        image = np.zeros((1, *context.image_shape), np.float32)
+        teachers.append(describe(name, module, context.inputs.image_shape, class_indices=indices))
+        image = np.zeros((1, *context.inputs.image_shape), np.float32)
         if blank:
-            shapes = variable_shapes(module, context.image_shape)
+            shapes = variable_shapes(module, context.inputs.image_shape)
             drawn = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
         else:
             drawn = jax.jit(module.init)(jax.random.key(0), image)
         variables.append({"batch_stats": {}, **drawn})
-    return TeacherPool(tuple(teachers), tuple(variables), context.normalisation)
+    return TeacherPool(tuple(teachers), tuple(variables), context.inputs.normalisation)
 
 
 def _with_blank_statistics(e: Experiment, pool: TeacherPool) -> TeacherPool:
     """The pool with zeros for those statistics of real images that recover matches."""
     if not e.recover.class_share and {"conv", "patch"}.isdisjoint(e.recover.match):
         return pool
-    shape, patch = Context(e, "unused").image_shape, e.recover.statistic_patch
+    shape, patch = Inputs(e).image_shape, e.recover.statistic_patch
     classes = e.dataset.num_classes if e.recover.class_share else 0
     variables = [
         v | measuring.blank(teacher, v, shape, patch=patch, num_classes=classes)
@@ -217,14 +220,8 @@ def _with_blank_statistics(e: Experiment, pool: TeacherPool) -> TeacherPool:
     return dataclasses.replace(pool, variables=tuple(variables))
 
 
-def _recipe(e: Experiment) -> synthesis.Recipe:
-    from prism_jax.stages.recover import recipe_of
-
-    return recipe_of(Context(e, "unused"))
-
-
 def _random_lane(e: Experiment, engine: parallel.LaneMap, pool, recipe, size: int) -> tuple:
-    shape = Context(e, "unused").image_shape
+    shape = Inputs(e).image_shape
     images = np.random.default_rng(0).standard_normal((size, *shape), np.float32)
     labels = np.arange(size, dtype=np.int32) % e.dataset.num_classes
     # In the middle of a unit: a step at its ends reads every teacher.
@@ -250,12 +247,9 @@ def _time(function) -> float:
 
 
 def _time_labels(e: Experiment, size: int) -> float:
-    from prism_jax.stages.relabel import recipe_of
-
-    context = Context(e, "unused")
     pool = _random_pool(e, e.relabel.teachers)
-    labeller = labelling.Labeller(pool, recipe_of(context, size))
-    shape = context.image_shape
+    labeller = labelling.Labeller(pool, relabel.recipe_of(e, size))
+    shape = Inputs(e).image_shape
     images = np.random.default_rng(0).integers(0, 256, (size, *shape), np.uint8)
     return _time(lambda: list(labeller.epoch(images, 0, seed=0)))
 

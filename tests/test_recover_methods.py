@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 from helpers.command import TINY, call, reference
 
-from prism_jax import pipeline
-from prism_jax.config import resolve
+from prism_jax import parallel, pipeline
+from prism_jax.config import resolve, units
 from prism_jax.data import image_set
 from prism_jax.main import parse
 from prism_jax.stages import recover, squeeze, statistics
-from prism_jax.stages.context import Context, Interrupted
+from prism_jax.stages.context import Context
+from prism_jax.stages.coordination import Interrupted
+from prism_jax.stages.makers import optimise
+from prism_jax.stages.makers.start import initial_images
 
 __all__ = ["reference"]  # a fixture
 
@@ -67,14 +70,14 @@ def images_of(context: Context) -> np.ndarray:
 
 def stopping_after(dispatches: int, context: Context, monkeypatch) -> None:
     """Ask a run to stop after so many dispatches."""
-    dispatch, count = recover._dispatch, iter(range(dispatches, -1, -1))
+    dispatch, count = optimise._dispatch, iter(range(dispatches, -1, -1))
 
     def counted(*arguments):
         if next(count, 0) <= 1:
             context.stop.signum = signal.SIGTERM
         return dispatch(*arguments)
 
-    monkeypatch.setattr(recover, "_dispatch", counted)
+    monkeypatch.setattr(optimise, "_dispatch", counted)
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +88,13 @@ def whole(tmp_path_factory, reference):
     def run(name):
         context = context_of(tmp_path_factory.mktemp("whole") / "run", name)
         prepare(context, reference)
-        devices = recover.parallel.lane_devices
-        recover.parallel.lane_devices = lambda limit, span: devices(1)
+        devices = parallel.lane_devices
+        parallel.lane_devices = lambda limit, span: devices(1)
         try:
             recover.run(context)
         finally:
-            recover.parallel.lane_devices = devices
-        context.lock.release()
+            parallel.lane_devices = devices
+        context.work.lock.release()
         return images_of(context)
 
     return run
@@ -113,20 +116,20 @@ def test_stopped_and_continued_on_other_devices_is_the_same(
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stopping_after(4, context, patch)
         recover.run(context)
-    context.lock.release()
+    context.work.lock.release()
     going = sorted(p.name for p in (tmp_path / "run/recover/checkpoints").iterdir())
-    assert going == [unit.name for unit in recover.units(context)][: len(going)] and going
+    assert going == [unit.name for unit in units(context.config)][: len(going)] and going
 
     again = context_of(tmp_path / "run", name)
     starts = []
-    place = recover._start
+    place = optimise._start
 
     def noting(*arguments):
         lane = place(*arguments)
         starts.append(lane.done)
         return lane
 
-    monkeypatch.setattr(recover, "_start", noting)
+    monkeypatch.setattr(optimise, "_start", noting)
     recover.run(again)
     again.lock.release()
     assert max(starts) == 8
@@ -139,19 +142,19 @@ def test_lanes_in_different_phases_run_apart(whole, reference, tmp_path, monkeyp
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stopping_after(4, context, patch)
         recover.run(context)
-    context.lock.release()
+    context.work.lock.release()
     first = next((tmp_path / "run/recover/checkpoints").iterdir())
     for step in first.iterdir():
         step.rename(step.parent / f".{step.name}")  # one unit begins anew, the other goes on
 
     again, shapes = context_of(tmp_path / "run", "delt"), []
-    dispatch = recover._dispatch
+    dispatch = optimise._dispatch
 
     def noting(context, engine, lanes, counts):
         shapes.append({lane.shape for lane in lanes if lane})
         return dispatch(context, engine, lanes, counts)
 
-    monkeypatch.setattr(recover, "_dispatch", noting)
+    monkeypatch.setattr(optimise, "_dispatch", noting)
     recover.run(again)
     again.lock.release()
     assert {(2, 8), (4, 8)} in shapes
@@ -164,7 +167,7 @@ def test_lanes_in_different_phases_run_apart(whole, reference, tmp_path, monkeyp
 def drawn_by_iteration(context: Context) -> list[list[str]]:
     """Who supervised statistics, in the order in which the batches were worked on."""
     lines = (context.root / "recover/metrics.jsonl").read_text().splitlines()
-    order = {unit.name: at for at, unit in enumerate(recover.units(context))}
+    order = {unit.name: at for at, unit in enumerate(units(context.config))}
     lines = sorted(map(json.loads, lines), key=lambda x: (order[x["unit"]], x["step"]))
     return [line["drawn"] for line in lines]
 
@@ -181,7 +184,7 @@ def test_round_robin_goes_on_over_batches_and_resumes_in_order(
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stopping_after(2, context, patch)
         recover.run(context)
-    context.lock.release()
+    context.work.lock.release()
     again = context_of(tmp_path / "run", "fadrm")
     recover.run(again)
     again.lock.release()
@@ -194,10 +197,10 @@ def test_rded_is_its_mosaics_and_runs_no_iteration(reference, tmp_path, monkeypa
     prepare(context, reference)
     monkeypatch.setattr(recover, "_optimise", None)
     recover.run(context)
-    context.lock.release()
+    context.work.lock.release()
     classes, slots = np.repeat(np.arange(4), 2), np.tile(np.arange(2), 4)
     expected = recover.pixels.to_uint8(
-        context.initial_images(classes, slots), context.normalisation
+        initial_images(context, classes, slots), context.inputs.normalisation
     )
     np.testing.assert_array_equal(images_of(context), expected)
 
@@ -230,7 +233,7 @@ def test_statistics_are_made_once_resumed_by_shard_and_shared(reference, tmp_pat
     monkeypatch.setattr(statistics, "_measure", stopping)
     with pytest.raises(Interrupted):
         statistics.run(context)
-    context.lock.release()
+    context.work.lock.release()
     assert not statistics.is_done(context) and len(made) == 4
     again = context_of(tmp_path / "run", "edc")
     made[:] = [None] * 9  # past the one at which it stopped
@@ -264,13 +267,13 @@ def test_missing_and_damaged_statistics_are_said(reference, tmp_path):
     pipeline.adopt(context, reference)
     with pytest.raises(Exception, match="run the squeeze stage first"):
         recover.run(context)
-    context.lock.release()
+    context.work.lock.release()
     statistics.run(context)
-    context.lock.release()
+    context.work.lock.release()
     path = statistics.folder(context, "first", "conv") / statistics.FILE
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(Exception, match=f"{path} is damaged"):
-        statistics.with_targets(context, context.pool(("first", "second")))
+        statistics.with_targets(context, context.networks.pool(("first", "second")))
 
 
 def test_phases_of_a_size_that_a_teacher_cannot_read_are_refused(reference, tmp_path):

@@ -10,7 +10,8 @@ import pytest
 from helpers.command import ROOT
 
 from prism_jax import parallel
-from prism_jax.stages.recover import iterations_ahead, longest_first
+from prism_jax.parallel import longest_first
+from prism_jax.stages.makers.optimise import iterations_ahead
 
 spec = importlib.util.spec_from_file_location("scaling", ROOT / "benchmarks" / "scaling.py")
 scaling = importlib.util.module_from_spec(spec)

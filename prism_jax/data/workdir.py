@@ -289,6 +289,12 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     return lines
 
 
+def fits(folder: epath.Path, fields: dict[str, Any]) -> bool:
+    """Whether what a folder holds was made from these fields."""
+    found = read_fingerprint(folder)
+    return found is not None and not differences(found, fields)
+
+
 def sweep(root: epath.PathLike) -> None:
     """Delete the half-written files and folders that a killed run left behind."""
     if is_store(root):

@@ -22,7 +22,11 @@ from prism_jax.core import pixels
 from prism_jax.data import label_store, workdir
 from prism_jax.data.lazy import Images, LazyImages
 from prism_jax.data.metrics import read_lines
-from prism_jax.stages.context import RECORD, Context, LabelledSet, own_normalisation
+from prism_jax.data.weights import RECORD
+from prism_jax.stages import fingerprints
+from prism_jax.stages.context import Context, LabelledSet
+from prism_jax.stages.inputs import own_normalisation
+from prism_jax.stages.makers import start
 from prism_jax.teachers import embed
 
 DIVERSITY = "diversity.json"
@@ -36,7 +40,9 @@ def fields_of(context: Context, sets: Mapping[str, LabelledSet]) -> dict[str, An
     """What the analysis is made of: everything before it."""
     config = context.config
     students = {
-        f"{name}/{student}/{seed}": workdir.digest(context.validate_fields(found, student, seed))
+        f"{name}/{student}/{seed}": workdir.digest(
+            fingerprints.validate(context, found, student, seed)
+        )
         for name, found in sets.items()
         for student in config.validate.students
         for seed in config.validate.seeds
@@ -46,13 +52,13 @@ def fields_of(context: Context, sets: Mapping[str, LabelledSet]) -> dict[str, An
         "analyse": to_dict(config)["analyse"],
         "images": workdir.digest(sets["synthetic"].fields),
         "students": students,
-        "network": workdir.digest(context.teacher_fields(network)) if network else None,
+        "network": workdir.digest(fingerprints.teacher(context, network)) if network else None,
     }
 
 
 def is_done(context: Context, sets: Mapping[str, LabelledSet]) -> bool:
     root = folder(context)
-    return (root / DIVERSITY).exists() and context.fits(root, fields_of(context, sets))
+    return (root / DIVERSITY).exists() and workdir.fits(root, fields_of(context, sets))
 
 
 def run(context: Context, sets: Mapping[str, LabelledSet]) -> None:
@@ -61,7 +67,7 @@ def run(context: Context, sets: Mapping[str, LabelledSet]) -> None:
 
     root, config = folder(context), context.config
     fields = fields_of(context, sets)
-    context.acquire()
+    context.work.acquire()
     if root.exists():
         workdir.remove(root)
     synthetic = sets["synthetic"]
@@ -77,7 +83,7 @@ def run(context: Context, sets: Mapping[str, LabelledSet]) -> None:
         "grid": figures.grid(
             initial, images, labels,
             classes=config.analyse.grid_classes, slots=config.analyse.grid_slots,
-            class_names=context.info.class_names,
+            class_names=context.inputs.info.class_names,
         ),
         "students": figures.student_curves(
             {
@@ -133,10 +139,12 @@ def initial_images(context: Context) -> Images:
     ipc, classes = config.recover.ipc, config.dataset.num_classes
 
     def read(positions: np.ndarray) -> np.ndarray:
-        images = context.initial_images(*np.divmod(positions.astype(np.int32), np.int32(ipc)))
-        return np.asarray(pixels.to_uint8(images, context.normalisation))
+        images = start.initial_images(
+            context, *np.divmod(positions.astype(np.int32), np.int32(ipc))
+        )
+        return np.asarray(pixels.to_uint8(images, context.inputs.normalisation))
 
-    return context.hold(LazyImages(read, (classes * ipc, *context.image_shape)))
+    return context.inputs.hold(LazyImages(read, (classes * ipc, *context.inputs.image_shape)))
 
 
 def _cosines(context, images, initial, labels) -> dict[str, float | None]:
@@ -144,19 +152,19 @@ def _cosines(context, images, initial, labels) -> dict[str, float | None]:
     name = context.config.analyse.network
     if name is None:
         return dict.fromkeys(("synthetic", "initial", "real"))
-    module, variables = context.build(name), context.load_variables(name)
+    module, variables = context.networks.build(name), context.networks.load(name)
     own = own_normalisation(context.config.network(name))
 
     @jax.jit
     def read(images_uint8_BHWC):
-        normalised = pixels.normalise(images_uint8_BHWC, own or context.normalisation)
+        normalised = pixels.normalise(images_uint8_BHWC, own or context.inputs.normalisation)
         return embed(module, variables, normalised)
 
     def cosine(images_uint8, labels_N) -> float | None:
         found = diversity.embeddings(read, images_uint8, batch_size=100)
         return diversity.intra_class_cosine(found, labels_N)
 
-    real_images, real_labels = context.test_set()
+    real_images, real_labels = context.inputs.test_set()
     return {
         "synthetic": cosine(images, labels),
         "initial": cosine(initial, labels),
@@ -200,12 +208,12 @@ def summarise(
             "name": config.dataset.name,
             "num_classes": config.dataset.num_classes,
             "image_size": config.dataset.image_size,
-            "train_images": len(context.open("train")),
-            "test_images": len(context.open("test")),
-            "left_out": {split: context.open(split).left_out for split in ("train", "test")},
+            "train_images": len(context.inputs.open("train")),
+            "test_images": len(context.inputs.open("test")),
+            "left_out": {split: context.inputs.open(split).left_out for split in ("train", "test")},
         },
     }
-    teachers = {name: context.teacher_folder(name) / RECORD for name in config.recover.pool}
+    teachers = {name: context.networks.folder(name) / RECORD for name in config.recover.pool}
     if all(path.exists() for path in teachers.values()):
         found["teachers"] = {
             name: {key: record[key] for key in ("top1", "params", "batch_norms")}
@@ -216,7 +224,7 @@ def summarise(
         return found
     found["recover"] = _recover(context, provenance)
     done = (root / "relabel" / label_store.MANIFEST).exists()
-    if done and context.fits(root / "relabel", context.relabel_fields(sets["synthetic"])):
+    if done and workdir.fits(root / "relabel", fingerprints.relabel(context, sets["synthetic"])):
         timing = root / "relabel" / "timing.json"
         found["relabel"] = {
             "bytes": label_store.size_bytes(root / "relabel"),
@@ -296,8 +304,8 @@ def _students(context: Context, labelled: LabelledSet) -> dict[str, Any]:
         records = []
         for seed in context.config.validate.seeds:
             path = labelled.root / "validate" / student / str(seed)
-            fields = context.validate_fields(labelled, student, seed)
-            if (path / RECORD).exists() and context.fits(path, fields):
+            fields = fingerprints.validate(context, labelled, student, seed)
+            if (path / RECORD).exists() and workdir.fits(path, fields):
                 records.append(workdir.read_record(path / RECORD))
         if len(records) == len(context.config.validate.seeds):
             found[student] = summary.over_seeds(records)
@@ -322,14 +330,14 @@ def write_summary(
     """Write the page, where the analysis is there, and then summary.json."""
     found = summarise(context, sets, provenance)
     root = folder(context)
-    context.acquire()
+    context.work.acquire()
     if "analyse" in found:
         page = report.render(
             found,
             figures={p.stem: p.read_bytes() for p in workdir.matching(root, "*.png")},
             config=to_dict(context.config),
             notes=notes(context),
-            class_names=context.open("train").class_names,
+            class_names=context.inputs.open("train").class_names,
         )
         workdir.write_bytes(context.root / "report.html", page.encode())
     workdir.write_record(context.root / "summary.json", found)

@@ -20,19 +20,19 @@ SOFT = {"random_real": True, "random_real_hard": False, "full_real": False}
 
 def labelled_set(context: Context, name: str) -> LabelledSet:
     """The images of one control."""
-    config, source = context.config, context.open("train")
+    config, source = context.config, context.inputs.open("train")
     root = context.root / "controls" / name
-    fields = {"data": context.data_fields(source)}
+    fields = {"data": context.inputs.fields(source)}
     soft = SOFT[name] and context.config.soft_labels
     if name == "full_real":
         fields["epochs"] = config.validate.epochs, config.recover.ipc, config.squeeze.epochs
         labels = np.asarray(source.labels_N, np.int32)
-        return LabelledSet(name, root, lambda: context.read(source), labels, fields, soft)
+        return LabelledSet(name, root, lambda: context.inputs.read(source), labels, fields, soft)
     classes, slots = _order(context)
     fields |= {"ipc": config.recover.ipc, "seed": config.seed, "classes": int(classes.max()) + 1}
 
     def read() -> Images:
-        return context.read(source, random_positions(source, classes, slots, config.seed))
+        return context.inputs.read(source, random_positions(source, classes, slots, config.seed))
 
     return LabelledSet(name, root, read, classes, fields, soft)
 
@@ -43,7 +43,7 @@ def write(context: Context, labelled: LabelledSet) -> None:
     last = image_set.image_path(folder, classes[-1], slots[-1])
     if labelled.name == "full_real" or last.exists() or not parallel.is_main():
         return
-    context.acquire()
+    context.work.acquire()
     for part in chunks(len(classes)):
         images = labelled.images_uint8_NHWC[part]
         image_set.write_images(folder, images, classes[part], slots[part])

@@ -70,7 +70,7 @@ def train(
         every_seconds=checkpoint_seconds,
         of=workdir.read_fingerprint(folder),
     )
-    state = trainer.start(context.image_shape)
+    state = trainer.start(context.inputs.image_shape)
     best, seconds = 0.0, 0.0
     losses: list[float | jax.Array] = []  # of the epoch so far
     if restored := checkpoints.restore(jax.device_get(state)):
@@ -81,7 +81,7 @@ def train(
     metrics = folder / "metrics.jsonl"
     truncate(metrics, lambda line: line["step"] <= done)
     writer = MetricsWriter(metrics, tensorboard_dir=folder / "tensorboard")
-    images, labels = context.test_set()
+    images, labels = context.inputs.test_set()
     started = time.monotonic()
 
     def elapsed() -> float:

@@ -18,11 +18,14 @@ from collections.abc import Iterator
 from etils import epath
 
 from prism_jax import parallel, progress
+from prism_jax.config import Experiment
 from prism_jax.core.augment import Augment
 from prism_jax.data import image_set, label_store, workdir
 from prism_jax.errors import UserError
 from prism_jax.labelling import Labeller, LabelRecipe, OnlineLabels
-from prism_jax.stages.context import Context, LabelledSet, enough_memory
+from prism_jax.parallel import enough_memory
+from prism_jax.stages import fingerprints
+from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.types import SoftLabels
 
 DONE = label_store.MANIFEST
@@ -32,24 +35,24 @@ def folder(labelled: LabelledSet) -> epath.Path:
     return labelled.root / "relabel"
 
 
-def augment_of(context: Context) -> Augment:
+def augment_of(config: Experiment) -> Augment:
     """The distribution of views and mixes, which students replay."""
-    relabel = context.config.relabel
+    relabel = config.relabel
     return Augment(**{f.name: getattr(relabel, f.name) for f in dataclasses.fields(Augment)})
 
 
-def recipe_of(context: Context, batch_size: int) -> LabelRecipe:
+def recipe_of(config: Experiment, batch_size: int) -> LabelRecipe:
     """What decides the logits."""
-    relabel = context.config.relabel
+    relabel = config.relabel
     return LabelRecipe(
-        augment_of(context),
+        augment_of(config),
         relabel.ensemble,
         batch_size,
         relabel.priors,
         relabel.prior_temperature,
         relabel.teacher_mode,
         relabel.bn_group,
-        context.config.label_parts,
+        config.label_parts,
     )
 
 
@@ -69,7 +72,7 @@ def plan_of(context: Context, labelled: LabelledSet) -> label_store.LabelPlan:
 def pending(context: Context, labelled: LabelledSet) -> list[int]:
     """Shards that are not there yet; labels of other settings count as none."""
     root, plan = folder(labelled), plan_of(context, labelled)
-    if not context.fits(root, context.relabel_fields(labelled)):
+    if not workdir.fits(root, fingerprints.relabel(context, labelled)):
         return list(range(plan.num_shards))
     return label_store.missing_shards(root, plan)
 
@@ -84,8 +87,8 @@ def is_done(context: Context, labelled: LabelledSet) -> bool:
 def labeller_of(context: Context, plan: label_store.LabelPlan) -> Labeller:
     """The teachers, ready to label whole batches on every device."""
     return Labeller(
-        context.pool(context.config.relabel.teachers, context.config.relabel.dtype),
-        recipe_of(context, plan.batch_size),
+        context.networks.pool(context.config.relabel.teachers, context.config.relabel.dtype),
+        recipe_of(context.config, plan.batch_size),
         devices=parallel.lane_devices(plan.batches_per_epoch),
         how=context.config.parallel.map,
     )
@@ -95,11 +98,11 @@ def run(context: Context, labelled: LabelledSet) -> None:
     """Label every epoch that is missing, then write the manifest."""
     root, config = folder(labelled), context.config
     plan = plan_of(context, labelled)
-    shards = context.deal(
+    shards = context.work.deal(
         f"relabel {labelled.name}",
         range(plan.num_shards),
         lambda: pending(context, labelled),
-        lambda: context.begin(root, context.relabel_fields(labelled)),
+        lambda: context.work.begin(root, fingerprints.relabel(context, labelled)),
     )
     seconds = time.monotonic()
     if shards:
@@ -108,16 +111,16 @@ def run(context: Context, labelled: LabelledSet) -> None:
         ):
             _label(context, labelled, shards)
     if not parallel.is_main():
-        context.wait(lambda: is_done(context, labelled))
+        context.work.wait(lambda: is_done(context, labelled))
         return
-    context.wait(lambda: not label_store.missing_shards(root, plan))
+    context.work.wait(lambda: not label_store.missing_shards(root, plan))
     workdir.write_record(root / "timing.json", {"seconds": time.monotonic() - seconds})
-    view = dataclasses.asdict(recipe_of(context, plan.batch_size))
+    view = dataclasses.asdict(recipe_of(context.config, plan.batch_size))
     label_store.write_manifest(
         root,
         plan,
         images=image_set.digest(labelled.images_uint8_NHWC),
-        teachers=context.weights_digests(config.relabel.teachers),
+        teachers=context.networks.digests(config.relabel.teachers),
         view={**view.pop("augment"), **view, "seed": config.seed},
     )
 
@@ -147,7 +150,7 @@ def setting_aside(context: Context, labelled: LabelledSet) -> Iterator[None]:
     except image_set.DamagedFile as error:
         if error.path.parent != folder(labelled) or not error.path.exists():
             raise
-        context.acquire()
+        context.work.acquire()
         workdir.set_aside(error.path)
         again = "Run the same command again to redo it; what was there is set aside."
         raise image_set.DamagedFile(error.path, error.problem, again) from error

@@ -17,7 +17,10 @@ from prism_jax.data import workdir
 from prism_jax.data.pipeline import batches, num_batches
 from prism_jax.data.weights import RECORD, WEIGHTS, load, pack, sha256
 from prism_jax.errors import UserError
-from prism_jax.stages.context import Context, enough_memory, own_normalisation
+from prism_jax.parallel import enough_memory
+from prism_jax.stages import fingerprints
+from prism_jax.stages.context import Context
+from prism_jax.stages.inputs import own_normalisation
 from prism_jax.stages.loop import train
 from prism_jax.training import TrainBatch, Trainer, TrainRecipe, test
 from prism_jax.types import PyTree
@@ -34,9 +37,11 @@ def pending(context: Context) -> list[str]:
 
 def run(context: Context) -> None:
     """Make every teacher that is missing; each is one process' work."""
-    for name in context.deal("squeeze", context.config.squeeze.teachers, lambda: pending(context)):
-        folder = context.teacher_folder(name)
-        context.begin(folder, context.teacher_fields(name))
+    for name in context.work.deal(
+        "squeeze", context.config.squeeze.teachers, lambda: pending(context)
+    ):
+        folder = context.networks.folder(name)
+        context.work.begin(folder, fingerprints.teacher(context, name))
         make = _import if context.config.network(name).checkpoint else _train
         with enough_memory(
             f"Lower squeeze.batch_size (now {context.config.squeeze.batch_size} images). It "
@@ -58,15 +63,15 @@ def run(context: Context) -> None:
         workdir.write_record(folder / RECORD, record)
         context.say(f"teacher {name}: top-1 {record['top1']:.1%} on the real test images")
         context.stop.check()
-    context.wait(lambda: not pending(context))
+    context.work.wait(lambda: not pending(context))
 
 
 def _is_done(context: Context, name: str) -> bool:
-    folder = context.teacher_folder(name)
+    folder = context.networks.folder(name)
     found = workdir.read_fingerprint(folder)
     if found is None:
         return False
-    if lines := workdir.differences(found, context.teacher_fields(name)):
+    if lines := workdir.differences(found, fingerprints.teacher(context, name)):
         raise UserError(refusal(f"teacher {name}", folder, lines))
     return (folder / RECORD).exists()
 
@@ -83,7 +88,7 @@ def refusal(what: str, folder: epath.Path, lines: list[str]) -> str:
 
 def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dict[str, Any]]:
     squeeze, dataset = context.config.squeeze, context.config.dataset
-    source = context.open("train")
+    source = context.inputs.open("train")
     recipe = TrainRecipe(
         views=f"squeeze/view/{name}",
         augment=Augment(squeeze.crop_min, squeeze.flip, crop_pad=squeeze.crop_pad),
@@ -95,9 +100,9 @@ def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dic
         schedule=squeeze.schedule,
     )
     trainer = Trainer(
-        context.build(name, dtype=squeeze.dtype),
+        context.networks.build(name, dtype=squeeze.dtype),
         recipe,
-        context.normalisation,
+        context.inputs.normalisation,
         view_seed=squeeze.seed,
         seed=squeeze.seed,
         devices=context.train_devices(squeeze.batch_size),
@@ -134,24 +139,24 @@ def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dic
 def _import(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dict[str, Any]]:
     network = context.config.network(name)
     context.say(f"importing {name} from {network.checkpoint}")
-    module = context.build(name)
+    module = context.networks.build(name)
     variables = load(
         network.checkpoint,
         network.architecture,
         module.num_classes,
-        image_shape=context.image_shape,
+        image_shape=context.inputs.image_shape,
         width=network.width,
         depth=network.depth,
         stem=network.stem,
     )
-    images, labels = context.test_set()
+    images, labels = context.inputs.test_set()
     result = test(
         module,
         variables,
         images,
         labels,
-        own_normalisation(network) or context.normalisation,
-        class_indices=context.class_indices(name),
+        own_normalisation(network) or context.inputs.normalisation,
+        class_indices=context.networks.class_indices(name),
         mesh=parallel.data_mesh(context.train_devices(context.config.squeeze.batch_size)),
     )
     return variables, {

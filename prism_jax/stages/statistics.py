@@ -25,8 +25,10 @@ from prism_jax import parallel, progress
 from prism_jax.data import weights, workdir
 from prism_jax.data.pipeline import Batch, batches, num_batches
 from prism_jax.data.sources import ImageSource, Subset
+from prism_jax.data.weights import RECORD, sha256
 from prism_jax.errors import UserError
-from prism_jax.stages.context import RECORD, Context, sha256
+from prism_jax.stages import fingerprints
+from prism_jax.stages.context import Context
 from prism_jax.synthesis import measuring
 from prism_jax.synthesis.measuring import Measurer
 from prism_jax.teachers import TeacherPool
@@ -47,8 +49,8 @@ class Part(NamedTuple):
 
 
 def folder(context: Context, teacher: str, kind: str) -> epath.Path:
-    name = f"{kind}-{workdir.digest(context.statistics_fields(teacher)[kind])}"
-    return context.teacher_folder(teacher) / "statistics" / name
+    name = f"{kind}-{workdir.digest(fingerprints.statistics(context, teacher)[kind])}"
+    return context.networks.folder(teacher) / "statistics" / name
 
 
 def is_done(context: Context) -> bool:
@@ -64,7 +66,9 @@ def run(context: Context) -> None:
 
     def prepare() -> None:
         for teacher, kind in needed:
-            context.begin(folder(context, teacher, kind), context.statistics_fields(teacher)[kind])
+            context.work.begin(
+                folder(context, teacher, kind), fingerprints.statistics(context, teacher)[kind]
+            )
 
     def missing() -> list[Part]:
         return [
@@ -74,7 +78,7 @@ def run(context: Context) -> None:
             and not _shard_file(context, part).exists()
         ]
 
-    mine = context.deal("statistics", parts, missing, prepare)
+    mine = context.work.deal("statistics", parts, missing, prepare)
     with progress.task("statistics", len(mine), unit="shard") as bar:
         for (teacher, kind), group in itertools.groupby(mine, lambda part: part[:2]):
             measurer = _measurer(context, teacher, kind)
@@ -84,9 +88,9 @@ def run(context: Context) -> None:
                 bar.advance(1)
                 context.stop.check()
     if not parallel.is_main():
-        context.wait(lambda: is_done(context))
+        context.work.wait(lambda: is_done(context))
         return
-    context.wait(lambda: not missing())
+    context.work.wait(lambda: not missing())
     for teacher, kind in needed:
         _put_together(context, teacher, kind)
 
@@ -118,7 +122,11 @@ def with_targets(context: Context, pool: TeacherPool) -> TeacherPool:
 
 def _needed(context: Context) -> list[tuple[str, str]]:
     """(teacher, kind) pairs, in the order they are worked on."""
-    return [(t, kind) for t in context.config.recover.pool for kind in context.statistics_fields(t)]
+    return [
+        (t, kind)
+        for t in context.config.recover.pool
+        for kind in fingerprints.statistics(context, t)
+    ]
 
 
 # --- one shard ------------------------------------------------------------------------------
@@ -127,7 +135,7 @@ def _needed(context: Context) -> list[tuple[str, str]]:
 def _shards(context: Context, kind: str) -> int:
     if kind == "class":
         return num_batches(context.config.dataset.num_classes, CLASSES)
-    count = num_batches(len(context.open("train")), context.config.squeeze.batch_size)
+    count = num_batches(len(context.inputs.open("train")), context.config.squeeze.batch_size)
     return num_batches(count, BATCHES)
 
 
@@ -137,11 +145,11 @@ def _shard_file(context: Context, part: Part) -> epath.Path:
 
 
 def _measurer(context: Context, teacher: str, kind: str) -> Measurer:
-    pool, squeeze = context.pool([teacher]), context.config.squeeze
+    pool, squeeze = context.networks.pool([teacher]), context.config.squeeze
     return Measurer(
         pool.teachers[0],
         pool.variables[0],
-        context.normalisation,
+        context.inputs.normalisation,
         per_image=kind == "class",
         batch_size=squeeze.batch_size,
         patch=context.config.recover.statistic_patch,
@@ -156,7 +164,7 @@ def _measurer(context: Context, teacher: str, kind: str) -> Measurer:
 
 def _measure(context: Context, measurer: Measurer, kind: str, shard: int) -> PyTree:
     """A shard's content: the sum over its batches, or the means of its classes."""
-    source = context.open("train")
+    source = context.inputs.open("train")
     if kind == "conv":
         start = shard * BATCHES
         found = itertools.islice(_batches(context, source, start=start), BATCHES)

@@ -16,8 +16,11 @@ from prism_jax.core.augment import Augment
 from prism_jax.data import workdir
 from prism_jax.data.label_store import LabelReader
 from prism_jax.data.pipeline import num_batches
+from prism_jax.data.weights import RECORD
 from prism_jax.labelling import OnlineLabels
-from prism_jax.stages.context import RECORD, Context, LabelledSet, enough_memory
+from prism_jax.parallel import enough_memory
+from prism_jax.stages import fingerprints
+from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.stages.loop import train
 from prism_jax.training import TrainBatch, Trainer, TrainRecipe, hard_batches, soft_batches
 
@@ -112,8 +115,8 @@ def recipe_of(context: Context, augment: Augment, loss: str, epochs: int) -> Tra
 
 def _is_done(context: Context, labelled: LabelledSet, student: str, seed: int) -> bool:
     root = folder(labelled, student, seed)
-    fields = context.validate_fields(labelled, student, seed)
-    return (root / RECORD).exists() and context.fits(root, fields)
+    fields = fingerprints.validate(context, labelled, student, seed)
+    return (root / RECORD).exists() and workdir.fits(root, fields)
 
 
 def _train(
@@ -125,7 +128,7 @@ def _train(
     seed: int,
 ) -> None:
     validate, root = context.config.validate, folder(labelled, student, seed)
-    context.begin(root, context.validate_fields(labelled, student, seed))
+    context.work.begin(root, fingerprints.validate(context, labelled, student, seed))
     images, targets = labelled.images_uint8_NHWC, labelled.labels_N
     epochs, size = epochs_of(context, labelled), min(validate.batch_size, len(targets))
     recipe = recipe_of(context, augment, "ce" if labels is None else validate.loss, epochs)
@@ -149,9 +152,9 @@ def _train(
     trained = train(
         context,
         Trainer(
-            context.build(student, student=True, dtype=context.config.validate.dtype),
+            context.networks.build(student, student=True, dtype=context.config.validate.dtype),
             recipe,
-            context.normalisation,
+            context.inputs.normalisation,
             view_seed=context.config.seed,
             seed=seed,
             devices=devices,

@@ -42,23 +42,23 @@ def context(path, *, network=None, **dataset) -> Context:
 def test_a_head_of_imagenet_is_cut_to_the_classes_of_the_folders(tmp_path):
     wnids = ("n01443537", "n02102040", "n15075141")
     root = write_tree(tmp_path / "a", classes=wnids)
-    assert context(root, num_classes=3).class_indices("big") == (1, 217, 999)
-    assert context(root).class_indices("big") == (1, 217)  # the first two of them
+    assert context(root, num_classes=3).networks.class_indices("big") == (1, 217, 999)
+    assert context(root).networks.class_indices("big") == (1, 217)  # the first two of them
     background = Network("resnet18", head_classes=1001)
-    assert context(root, network=background).class_indices("big") == (2, 218)
+    assert context(root, network=background).networks.class_indices("big") == (2, 218)
     stated = Network("resnet18", head_classes=1000, class_indices=(7, 8))
-    assert context(root, network=stated).class_indices("big") == (7, 8)
+    assert context(root, network=stated).networks.class_indices("big") == (7, 8)
     own = Network("resnet18", head_classes=2)
-    assert context(root, network=own).class_indices("big") is None
+    assert context(root, network=own).networks.class_indices("big") is None
 
 
 def test_classes_that_nobody_knows_have_to_be_stated(tmp_path):
     unknown = context(write_tree(tmp_path / "a", classes=("cat", "dog")))
     with pytest.raises(UserError, match="head of 1000 classes.*networks.big.class_indices"):
-        unknown.class_indices("big")
+        unknown.networks.class_indices("big")
     root = write_tree(tmp_path / "b", classes=("n01443537", "n02102040"))
     with pytest.raises(UserError, match="head of 21843 classes"):
-        context(root, network=Network("resnet18", head_classes=21843)).class_indices("big")
+        context(root, network=Network("resnet18", head_classes=21843)).networks.class_indices("big")
 
 
 def test_what_is_missing_is_said_before_any_work(tmp_path):
@@ -75,12 +75,12 @@ def test_a_stated_normalisation_is_used_and_enters_what_the_data_is(tmp_path):
     root = write_tree(tmp_path)
     plain = context(root)
     stated = context(root, mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.5))
-    assert plain.normalisation.mean == (0.485, 0.456, 0.406)
-    assert stated.normalisation.std == (0.5, 0.25, 0.5)
-    fields = [c.data_fields(c.open("train")) for c in (plain, stated)]
-    assert fields[0] != fields[1] and fields[0] == plain.open("train").describe()
+    assert plain.inputs.normalisation.mean == (0.485, 0.456, 0.406)
+    assert stated.inputs.normalisation.std == (0.5, 0.25, 0.5)
+    fields = [c.inputs.fields(c.inputs.open("train")) for c in (plain, stated)]
+    assert fields[0] != fields[1] and fields[0] == plain.inputs.open("train").describe()
     with pytest.raises(UserError, match="dataset.mean has 1 numbers; imagenet has 3 channels"):
-        _ = context(root, mean=(0.5,), std=(0.5,)).normalisation
+        _ = context(root, mean=(0.5,), std=(0.5,)).inputs.normalisation
 
 
 def test_the_summary_counts_what_is_left_out(tmp_path):

@@ -1,0 +1,168 @@
+"""Working on one directory: its lock, what falls to which process, and the request to stop."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from prism_jax import parallel, progress
+from prism_jax.config import Experiment, to_dict
+from prism_jax.data import workdir
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; everything so far is saved."""
+
+    def __init__(self, signum: int, why: str | None = None):
+        super().__init__(why or signal.Signals(signum).name)
+        self.signum = signum
+
+
+class StopSignal:
+    """Turns SIGINT and SIGTERM into a request that the running stage honours after saving.
+
+    Where another process of the run has stopped or failed, this one is asked to stop too: what
+    it waits for would never come.
+    """
+
+    SECONDS_BETWEEN_QUESTIONS = 2.0
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._elsewhere: str | None = None
+        self._asked = 0.0
+
+    def install(self) -> None:
+        """Catch both signals from now on; a second one ends the process at once."""
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._request)
+
+    def _request(self, signum: int, frame: Any) -> None:
+        if self.signum is not None:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+        self.signum = signum
+
+    @property
+    def requested(self) -> bool:
+        if self.signum is None:
+            now = time.monotonic()
+            if now - self._asked >= self.SECONDS_BETWEEN_QUESTIONS:
+                self._asked, self._elsewhere = now, parallel.stopped_elsewhere()
+        return self.signum is not None or self._elsewhere is not None
+
+    def check(self) -> None:
+        """Raise ``Interrupted`` where a stop was requested; call it only when all is saved."""
+        if self.requested:
+            raise Interrupted(self.signum or signal.SIGTERM, self._elsewhere)
+
+
+class Work:
+    """The work on one directory, shared by the processes of a run.
+
+    The main process holds the lock, for all of them, and says who does what.
+    """
+
+    def __init__(
+        self,
+        root: epath.Path,
+        config: Experiment,
+        stop: StopSignal,
+        provenance: Mapping[str, Any],
+    ):
+        """Write nothing yet; see ``Context`` for the arguments."""
+        self.lock = workdir.Lock(root)
+        self._root, self._config, self._stop = root, config, stop
+        self._provenance = provenance
+
+    def acquire(self) -> None:
+        """Take the workdir's lock before the first write, and record what runs: config.json.
+
+        Of several processes the main one does, for all of them: see ``deal``.
+        """
+        if self.lock.held or not parallel.is_main():
+            return
+        self.lock.acquire()
+        path = self._root / "config.json"
+        if path.exists() and self._provenance:
+            before = workdir.read_json(path)["provenance"].get("machine", {}).get("nproc")
+            now = self._provenance["machine"]["nproc"]
+            if before not in (None, now):
+                progress.say(
+                    f"warning: this workdir was begun with NPROC={before} and goes on with "
+                    f"NPROC={now}; on a CPU other bits will follow."
+                )
+        workdir.write_record(
+            path, {"experiment": to_dict(self._config), "provenance": self._provenance}
+        )
+
+    def begin(self, folder: epath.Path, fields: dict[str, Any]) -> None:
+        """Take the workdir's lock and record what a folder is about to be made from.
+
+        What was made there from other settings is deleted (squeeze and recover refuse before it
+        comes to that); what does not say what it was made from is set aside.
+        """
+        self.acquire()
+        found = workdir.read_fingerprint(folder)
+        if found is not None:
+            if not workdir.differences(found, fields):
+                return
+            progress.say(f"{folder} was made from other settings; it is made again")
+            workdir.remove(folder)
+        elif folder.exists():
+            aside = workdir.set_aside(folder)
+            progress.say(
+                f"warning: {folder} has no {workdir.FINGERPRINT}; it is set aside as {aside}"
+            )
+        workdir.write_fingerprint(folder, fields)
+
+    def deal(
+        self,
+        name: str,
+        items: Sequence[Any],
+        pending: Callable[[], Sequence[Any]],
+        prepare: Callable[[], None] = lambda: None,
+    ) -> list[Any]:
+        """The missing pieces of work that fall to this process.
+
+        A process calls it where a stage begins, unless the others have already done all of it.
+        The main process takes the lock, prepares the folders and says what is missing.
+
+        Args:
+          name: of the stage and what it is about; used once in a run.
+          items: everything the stage makes, in the order it is worked on.
+          pending: which of them are missing.
+          prepare: what comes before the work; only the main process runs it.
+        """
+        if parallel.is_main():
+            self.acquire()
+            prepare()
+            left = pending()
+            missing = [i for i, item in enumerate(items) if item in left]
+            parallel.tell(name, json.dumps(missing))
+        else:
+            while (told := parallel.told(name)) is None:
+                self._stop.check()
+            missing = json.loads(told)
+        return parallel.process_share([items[i] for i in missing])
+
+    def first(self, name: str, work: Callable[[], None]) -> None:
+        """Run something on the main process alone, before any process goes on."""
+        self.deal(name, (), lambda: (), work)
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        """Wait until the other processes have written what is missing to the working directory.
+
+        Raises:
+          Interrupted: a stop was requested.
+        """
+        seconds = 0.05
+        while not done():
+            self._stop.check()
+            time.sleep(seconds)
+            seconds = min(2 * seconds, 5.0)

@@ -1,0 +1,134 @@
+"""What decides the bits of each folder of a working directory.
+
+A fingerprint is a dict of JSON values: the fields of the sections that count, and in place of
+everything made before, a digest of its own fingerprint. Two folders with equal fingerprints hold
+the same. Nothing here writes, and nothing but the run's settings and its data decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from prism_jax.core.augment import Augment
+from prism_jax.data import weights, workdir
+from prism_jax.stages.context import Context, LabelledSet
+from prism_jax.synthesis.start import SCORING
+
+# Fields that change no bits, or that only say where the same bits come from.
+NEUTRAL = {
+    "recover": ("initialise_from", "steps_per_dispatch", "checkpoint_seconds"),
+    "relabel": ("mode",),
+    "validate": ("students", "seeds", "controls", "checkpoint_seconds"),
+    "squeeze": ("teachers", "seed"),
+}
+
+# Raised when a change of code changes the bits that the same settings give, so that a workdir
+# begun before it is not continued after it.
+BITS_VERSION = 2
+
+
+def section(name: str, values: Any) -> dict[str, Any]:
+    """A section's fields that decide bits, as JSON values, and the code's version."""
+    fields = json.loads(json.dumps(dataclasses.asdict(values)))
+    kept = {k: v for k, v in fields.items() if k not in NEUTRAL.get(name, ())}
+    return {**kept, "bits_version": BITS_VERSION}
+
+
+def teacher(context: Context, name: str) -> dict[str, Any]:
+    """What a teacher is made of: its network and either its training or its checkpoint."""
+    network = context.config.network(name)
+    fields = {"network": dataclasses.asdict(network)}
+    if network.checkpoint:
+        fields["network"]["checkpoint"] = _weights_digest(network.checkpoint)
+    else:
+        fields["squeeze"] = section("squeeze", context.config.squeeze)
+        fields["squeeze"]["seed"] = context.config.squeeze.seed
+        fields["data"] = context.inputs.fields(context.inputs.open("train"))
+    return fields
+
+
+def pool(context: Context, names: Sequence[str]) -> dict[str, str]:
+    """Teachers by the digest of what they are made of."""
+    return {name: workdir.digest(teacher(context, name)) for name in names}
+
+
+def statistics(context: Context, name: str) -> dict[str, dict[str, Any]]:
+    """What those statistics of real images are made of that recover matches, by kind."""
+    recover, squeeze = context.config.recover, context.config.squeeze
+    kinds = []
+    if recover.iterations and recover.alpha_bn:
+        kinds += ["conv"] if {"conv", "patch"} & set(recover.match) else []
+        kinds += ["class"] if recover.class_share else []
+    if not kinds:
+        return {}
+    views = ("batch_size", "crop_min", "crop_pad", "flip")
+    fields = {view: getattr(squeeze, view) for view in views}
+    fields |= {
+        "seed": squeeze.seed,
+        "patch": recover.statistic_patch,
+        "teacher": workdir.digest(teacher(context, name)),
+        "data": context.inputs.fields(context.inputs.open("train")),
+        "bits_version": BITS_VERSION,
+    }
+    found = {kind: {"kind": kind, **fields} for kind in kinds}
+    if "class" in found:
+        found["class"]["views"] = "of whole batches"  # those of a short one were its own before
+    return found
+
+
+def recover(context: Context) -> dict[str, Any]:
+    """What the synthetic images are made of."""
+    settings, span = context.config.recover, context.config.parallel.recover_devices
+    fields = {
+        "recover": section("recover", settings),
+        "seed": context.config.seed,
+        "data": context.inputs.fields(context.inputs.start),
+        "teachers": pool(context, settings.pool),
+    }
+    if span > 1:
+        fields["devices_per_batch"] = span
+    if settings.initialise in SCORING:
+        fields["scorer"] = pool(context, [settings.scorer or settings.primary])
+    if matched := {t: found for t in settings.pool if (found := statistics(context, t))}:
+        fields["statistics"] = workdir.digest(matched)
+    return fields
+
+
+def relabel(context: Context, labelled: LabelledSet) -> dict[str, Any]:
+    """What soft labels are made of."""
+    parts = context.config.label_parts
+    return {
+        "relabel": section("relabel", context.config.relabel),
+        "seed": context.config.seed,
+        "images": workdir.digest(labelled.fields),
+        "teachers": pool(context, context.config.relabel.teachers),
+        **({"parts": parts} if parts > 1 else {}),
+    }
+
+
+def validate(context: Context, labelled: LabelledSet, student: str, seed: int) -> dict[str, Any]:
+    """What a trained student is made of."""
+    fields = {
+        "validate": section("validate", context.config.validate),
+        "network": dataclasses.asdict(context.config.network(student).untrained()),
+        "student_seed": seed,
+        "seed": context.config.seed,
+        "images": workdir.digest(labelled.fields),
+        "test": context.inputs.fields(context.inputs.open("test")),
+    }
+    if labelled.soft:
+        fields["labels"] = workdir.digest(relabel(context, labelled))
+    else:
+        views = ["batch_size", *(field.name for field in dataclasses.fields(Augment))]
+        fields["views"] = {name: getattr(context.config.relabel, name) for name in views}
+        fields["validate"]["loss"] = "ce"
+    return fields
+
+
+@functools.cache
+def _weights_digest(path: str) -> str:
+    return weights.digest(path)

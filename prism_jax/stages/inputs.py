@@ -1,0 +1,124 @@
+"""The real images of a run: opened on first use, in memory where they fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+
+from prism_jax.config import Dataset, Experiment, Network
+from prism_jax.data.datasets import DatasetInfo
+from prism_jax.data.exchange import ImageSet, existing_folder
+from prism_jax.data.lazy import Images, LazyImages, OneByOne, hold
+from prism_jax.data.sources import ImageSource, Subset, info_of, open_source
+from prism_jax.errors import UserError
+from prism_jax.types import Normalisation
+
+
+class Inputs:
+    """The data that an experiment names."""
+
+    def __init__(self, config: Experiment):
+        """Open nothing yet."""
+        self.config = config
+
+    @functools.cached_property
+    def info(self) -> DatasetInfo:
+        return info_of(self.config.dataset.name, self.config.dataset.path)
+
+    @property
+    def normalisation(self) -> Normalisation:
+        own = own_normalisation(self.config.dataset)
+        if own and len(own.mean) != self.info.channels:
+            raise UserError(
+                f"dataset.mean has {len(own.mean)} numbers; {self.info.name} has "
+                f"{self.info.channels} channels"
+            )
+        return own or self.info.normalisation
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        size = self.config.dataset.image_size
+        return size, size, self.info.channels
+
+    def open(self, split: str) -> ImageSource:
+        """The real images of a split ("train", "test"), opened on first use."""
+        return self._open(split)
+
+    @functools.cache  # noqa: B019 - a context lives as long as the run
+    def _open(self, split: str) -> ImageSource:
+        dataset = self.config.dataset
+        source = open_source(
+            name=dataset.name,
+            source=dataset.source,
+            path=dataset.path,
+            split=split,
+            image_size=dataset.image_size,
+            damaged=dataset.damaged,
+            threads=dataset.threads,
+        )
+        if source.num_classes != dataset.num_classes:
+            if dataset.num_classes > source.num_classes:
+                raise UserError(
+                    f"dataset.num_classes is {dataset.num_classes}, but {dataset.name} at "
+                    f"{dataset.path or dataset.source} has {source.num_classes} classes"
+                )
+            source = first_classes(source, dataset.num_classes)
+        return source
+
+    @functools.cached_property
+    def start(self) -> ImageSource:
+        """Where recover starts: the training images, or the folder that the config names."""
+        recover = self.config.recover
+        if recover.initialise != "folder":
+            return self.open("train")
+        return ImageSet(
+            existing_folder(recover.initialise_from),
+            self.info,
+            self.open("train"),
+            ipc=recover.ipc,
+            image_size=self.config.dataset.image_size,
+        )
+
+    def hold(self, images: LazyImages) -> Images:
+        """Images in memory, where they take less than ``dataset.cache_gigabytes``."""
+        return hold(images, limit_bytes=1e9 * self.config.dataset.cache_gigabytes)
+
+    def read(self, source: ImageSource, positions: np.ndarray | None = None) -> Images:
+        """The images of a source at some positions, by default all: read now, or as needed."""
+        positions = np.arange(len(source)) if positions is None else np.asarray(positions)
+        one_by_one = OneByOne(source.image, threads=self.config.dataset.threads)
+        return self.hold(
+            LazyImages(lambda at: one_by_one(positions[at]), (len(positions), *self.image_shape))
+        )
+
+    @functools.cache  # noqa: B019
+    def test_set(self) -> tuple[Images, np.ndarray]:
+        """The real test images, uint8 NHWC, and their labels."""
+        source = self.open("test")
+        return self.read(source), source.labels_N
+
+    def fields(self, source: ImageSource) -> dict[str, Any]:
+        """What images are and how they are normalised, for fingerprints."""
+        own = own_normalisation(self.config.dataset)
+        return source.describe() | ({"normalisation": dataclasses.asdict(own)} if own else {})
+
+
+def first_classes(source: ImageSource, count: int) -> ImageSource:
+    """A source restricted to its first classes (``:smoke`` runs, small studies)."""
+    at = np.flatnonzero(source.labels_N < count)
+    found = Subset(source, at, described={"first_classes": count})
+    names, indices = source.class_names, source.imagenet_indices
+    found.num_classes = count
+    found.class_names = None if names is None else names[:count]
+    found.imagenet_indices = None if indices is None else indices[:count]
+    return found
+
+
+def own_normalisation(of: Network | Dataset) -> Normalisation | None:
+    """The normalisation that the config states for imported weights or the data set, if any."""
+    if of.mean is None or of.std is None:
+        return None
+    return Normalisation(of.mean, of.std)

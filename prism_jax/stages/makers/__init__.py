@@ -1,0 +1,37 @@
+"""Makers: who makes the images of recover's units.
+
+A maker prepares what a run that was stopped has left, on the main process alone, and then yields
+units as they are finished. It writes no image: units, folders, the manifest, resuming and damage
+are recover's, whoever makes the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from etils import epath
+
+from prism_jax.config import Experiment
+from prism_jax.stages.context import Context
+from prism_jax.stages.makers import copy, optimise
+from prism_jax.stages.makers.made import Made
+from prism_jax.types import Unit
+
+
+class Maker(NamedTuple):
+    """One way to make images; ``root`` is recover's folder."""
+
+    prepare: Callable[[Context, epath.Path], None]
+    make: Callable[[Context, epath.Path, list[Unit]], Iterator[Made]]
+
+
+MAKERS = {
+    "optimise": Maker(optimise.prepare, optimise.make),
+    "copy": Maker(copy.prepare, copy.make),
+}
+
+
+def maker_of(config: Experiment) -> Maker:
+    """Who makes the images of an experiment."""
+    return MAKERS["optimise" if config.recover.iterations else "copy"]

@@ -1,0 +1,28 @@
+"""Without iterations the initial images are the set; no teacher is needed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from etils import epath
+
+from prism_jax.config import members
+from prism_jax.stages.context import Context
+from prism_jax.stages.makers.made import Made
+from prism_jax.stages.makers.start import initial_images
+from prism_jax.types import Unit
+
+
+def prepare(context: Context, root: epath.Path) -> None:
+    """Nothing comes before."""
+
+
+def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Made]:
+    """Read the initial images of units."""
+    for unit in waiting:
+        started = time.monotonic()
+        images_BHWC = initial_images(context, *members(context.config, unit))
+        # Not recover.rounding: nearest gives back the very pixels that were read.
+        yield Made(unit, images_BHWC, "nearest", time.monotonic() - started, {})
+        context.stop.check()

@@ -1,0 +1,337 @@
+"""Optimise the pixels of units against the teachers, on every device at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+from etils import epath
+
+from prism_jax import parallel, progress, synthesis
+from prism_jax.config import Experiment, batch_layout, members, unit_budget, units
+from prism_jax.data import workdir
+from prism_jax.data.checkpoints import Checkpoints
+from prism_jax.data.metrics import MetricsWriter, gather, keep, own_file
+from prism_jax.errors import UserError
+from prism_jax.stages import statistics
+from prism_jax.stages.context import Context
+from prism_jax.stages.makers.made import Made, record_path
+from prism_jax.stages.makers.start import initial_images
+from prism_jax.synthesis import course
+from prism_jax.synthesis.course import Phase
+from prism_jax.teachers import TeacherPool
+from prism_jax.types import PyTree, SynthState, Unit
+
+DISPROPORTION = 10.0  # BN terms of two teachers further apart than this are warned of
+
+
+def recipe_of(config: Experiment) -> synthesis.Recipe:
+    """The engine's numbers."""
+    recover = config.recover
+    names = {field.name for field in dataclasses.fields(synthesis.Recipe)}
+    numbers = {k: v for k, v in dataclasses.asdict(recover).items() if k in names}
+    numbers["primary"] = recover.pool.index(recover.primary)
+    if recover.statistic_primary:
+        numbers["statistic_primary"] = recover.pool.index(recover.statistic_primary)
+    if recover.budget != "early_late":
+        numbers["rounds"] = 1
+    return synthesis.Recipe(**numbers, slots=batch_layout(config).slots)
+
+
+def prepare(context: Context, root: epath.Path) -> None:
+    """Drop the lines of iterations that a resumed unit will do again; the others' stay."""
+    gather(root)
+    reached = {}
+    for unit in units(context.config):
+        if record_path(root, unit).exists():
+            reached[unit.name] = np.inf
+        else:
+            steps = root / "checkpoints" / unit.name
+            names = [p.name for p in steps.iterdir()] if steps.exists() else []
+            reached[unit.name] = max((int(n) for n in names if n.isdecimal()), default=0)
+    keep(root / "metrics.jsonl", lambda line: line["step"] <= reached.get(line["unit"], 0))
+
+
+# --- the lanes ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Lane:
+    """A unit in flight on one device.
+
+    ``phase`` is that of ``phases`` whose shape the images have; ``start_BHWC`` are the initial
+    images, at the shape of the last.
+    """
+
+    unit: Unit
+    budget: int
+    done: int
+    placed_unit: PyTree
+    state: PyTree
+    checkpoints: Checkpoints
+    start_terms: dict[str, Any] | None
+    seconds: float
+    start_BHWC: np.ndarray
+    phases: tuple[Phase, ...]
+    phase: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Images and their side: lanes that differ in it run apart."""
+        now = self.phases[self.phase]
+        return now.images, now.size
+
+
+def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Made]:
+    """Optimise units, on every device at once; a unit's checkpoint is kept until it is taken."""
+    config = context.config
+    recipe = recipe_of(config)
+    pool = context.networks.pool(config.recover.pool, config.recover.dtype)
+    pool = statistics.with_targets(context, pool)
+    check_sizes(context, pool, recipe)
+    span = config.parallel.recover_devices
+    devices = parallel.lane_devices(len(waiting), span)
+    engine = synthesis.engine(pool, recipe, devices=devices, how=config.parallel.map, span=span)
+    queue = deque(waiting)
+    lanes: list[Lane | None] = [None] * len(engine)
+    writer = MetricsWriter(own_file(root), tensorboard_dir=root / "tensorboard")
+    total = sum(unit_budget(config, unit) for unit in queue)
+    warned = False
+
+    with progress.task("recover", total, unit="iteration") as bar:
+        while queue or any(lanes):
+            for at, lane in enumerate(lanes):
+                if lane is None and queue:
+                    lanes[at] = lane = _start(
+                        context, root, engine, pool, recipe, queue.popleft(), at
+                    )
+                    bar.advance(lane.done)
+            for at, lane in enumerate(lanes):
+                if lane is not None:
+                    _enter_phase(engine, recipe, lane, at)
+            counts = [_count(lane, config.recover.steps_per_dispatch) for lane in lanes]
+            began = time.monotonic()
+            results = jax.block_until_ready(_dispatch(context, engine, lanes, counts))
+            seconds = (time.monotonic() - began) / sum(map(bool, lanes))
+            for at, (lane, count, result) in enumerate(zip(lanes, counts, results, strict=True)):
+                if lane is None:
+                    continue
+                state, report = result
+                lane.state, lane.done = state, lane.done + count
+                lane.seconds += seconds
+                report = engine.fetch(report)
+                if count:
+                    _check(context, lane, report, pool.names)
+                    writer.write(lane.done, **_line(lane, report.last, pool.names))
+                    if report.first.step == 0:
+                        lane.start_terms = terms(report.first, pool.names)
+                        warned = warned or _warn(context, report.first, pool.names)
+                    bar.advance(count, loss=float(report.last.loss))
+                if lane.done >= lane.budget:
+                    writer.flush()
+                    yield _finished(context, engine, recipe, pool, lane, report)
+                    lane.checkpoints.delete()
+                    lanes[at] = None
+                elif lane.checkpoints.due or context.stop.requested:
+                    writer.flush()
+                    _save(engine, lane)
+            if context.stop.requested:
+                for lane in filter(None, lanes):
+                    lane.checkpoints.close()
+                context.stop.check()
+    writer.close()
+
+
+def _start(context: Context, root: epath.Path, engine, pool, recipe, unit: Unit, at: int) -> Lane:
+    """Put a unit on a lane: from its checkpoint, or from its initial images."""
+    config, budget = context.config, unit_budget(context.config, unit)
+    batch, start_BHWC = _batch(context, unit)
+    phases = course.phases_of(recipe, budget, start_BHWC)
+
+    def state_after(step: int) -> SynthState:
+        state = course.begin(pool, recipe, phases[0], start_BHWC)
+        for phase in phases[1 : course.phase_after(phases, step) + 1]:
+            state = course.enter(recipe, phase, state, start_BHWC)
+        return jax.device_get(state)
+
+    checkpoints = Checkpoints(
+        root / "checkpoints" / unit.name,
+        every_seconds=config.recover.checkpoint_seconds,
+        of={"unit": unit.name, **workdir.read_fingerprint(root)},
+    )
+    start_terms, seconds = None, 0.0
+    if restored := checkpoints.restore(state_after):
+        _, state, meta = restored
+        start_terms, seconds = meta["start_terms"], meta["seconds"]
+        context.say(f"recover: unit {unit.name} continues after iteration {int(state.step)}")
+    else:
+        state = state_after(0)
+    batches = [(batch, start_BHWC)]
+    if config.recover.perturb_accumulates:
+        earlier = [unit._replace(block=block) for block in range(unit.block)]
+        batches = [_batch(context, u) for u in earlier] + batches
+    batch = jax.device_get(course.prepare(pool, recipe, batches, config.seed))
+    done = int(state.step)
+    return Lane(
+        unit, budget, done, engine.place(batch, at), engine.place(state, at), checkpoints,
+        start_terms, seconds, start_BHWC, phases, course.phase_after(phases, done),
+    )  # fmt: skip
+
+
+def _batch(context: Context, unit: Unit) -> tuple[synthesis.UnitBatch, np.ndarray]:
+    """A unit's coordinates and labels, and its initial images."""
+    classes, slots = members(context.config, unit)
+    restarts = context.config.recover.round_robin_restarts
+    before = 0 if restarts else _iterations_before(context, unit)
+    budget = unit_budget(context.config, unit)
+    batch = synthesis.UnitBatch(
+        np.int32(slots[0]), np.int32(unit.block), np.int32(budget), classes, np.int32(before)
+    )
+    return batch, initial_images(context, classes, slots)
+
+
+def _iterations_before(context: Context, unit: Unit) -> int:
+    """Iterations of all units before one in the set's order, whenever they are worked on."""
+    before = itertools.takewhile(lambda other: other != unit, units(context.config))
+    return sum(unit_budget(context.config, other) for other in before)
+
+
+def _enter_phase(engine, recipe, lane: Lane, at: int) -> None:
+    """Give a lane's images the shape of the phase that its next iteration is in."""
+    while lane.done >= lane.phases[lane.phase].stop and lane.phase + 1 < len(lane.phases):
+        lane.phase += 1
+        state = course.enter(
+            recipe, lane.phases[lane.phase], engine.fetch(lane.state), lane.start_BHWC
+        )
+        lane.state = engine.place(jax.device_get(state), at)
+
+
+def check_sizes(context: Context, pool: TeacherPool, recipe: synthesis.Recipe) -> None:
+    """Refuse phases of a size that a teacher cannot read.
+
+    Raises:
+      UserError: such a teacher, whose weights belong to one size.
+    """
+    for size in sorted(set(recipe.phase_sizes)):
+        images = jax.ShapeDtypeStruct((1, size, size, context.inputs.image_shape[2]), np.float32)
+        for teacher, variables in zip(pool.teachers, pool.variables, strict=True):
+            try:
+                jax.eval_shape(teacher.module.apply, variables, images)
+            except (flax.errors.FlaxError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"teacher {teacher.name} does not read images of {size} px, which "
+                    f"recover.phase_sizes asks for: its weights belong to one size; leave it out "
+                    f"or unset recover.phase_sizes"
+                ) from error
+
+
+def _dispatch(context: Context, engine, lanes, counts) -> list:
+    """Run every lane that has a unit; one call of the engine per shape of images.
+
+    A lane without a unit, or with one of another shape, runs zero iterations of a copy.
+    """
+    results: list = [None] * len(lanes)
+    for shape in dict.fromkeys(lane.shape for lane in lanes if lane):
+        mine = [lane is not None and lane.shape == shape for lane in lanes]
+        spare = lanes[mine.index(True)]
+        copy = None if all(mine) else engine.fetch((spare.placed_unit, spare.state))
+        arguments = []
+        for at, (lane, count) in enumerate(zip(lanes, counts, strict=True)):
+            placed = (lane.placed_unit, lane.state) if mine[at] else engine.place(copy, at)
+            arguments.append((*placed, engine.place(np.int32(count if mine[at] else 0), at)))
+        found = engine(context.config.seed, arguments)
+        results = [new if own else old for new, old, own in zip(found, results, mine, strict=True)]
+    return results
+
+
+def _count(lane: Lane | None, steps_per_dispatch: int) -> int:
+    if lane is None:
+        return 0
+    return iterations_ahead(lane.done, lane.phases[lane.phase].stop, steps_per_dispatch)
+
+
+def iterations_ahead(done: int, stop: int, steps_per_dispatch: int) -> int:
+    """Iterations to the next multiple of ``steps_per_dispatch``, or to the end of the phase."""
+    return min(steps_per_dispatch - done % steps_per_dispatch, stop - done)
+
+
+def _save(engine, lane: Lane) -> None:
+    meta = {"start_terms": lane.start_terms, "seconds": lane.seconds}
+    lane.checkpoints.save(lane.done, engine.fetch(lane.state), meta)
+
+
+def _finished(context: Context, engine, recipe, pool, lane: Lane, report) -> Made:
+    """A finished unit, and what its teachers did."""
+    config = context.config
+    images = engine.fetch(lane.state).images_BHWC
+    drawn = synthesis.drawn_share(
+        recipe, pool.teachers, config.seed, engine.fetch(lane.placed_unit)
+    )
+    facts = {
+        "drawn": dict(zip(pool.names, map(float, drawn), strict=True)),
+        "terms": {"start": lane.start_terms, "end": terms(report.last, pool.names)},
+    }
+    return Made(lane.unit, images, config.recover.rounding, lane.seconds, facts)
+
+
+# --- what is said and logged ----------------------------------------------------------------
+
+
+def terms(found: synthesis.Terms, names: tuple[str, ...]) -> dict[str, Any]:
+    """One iteration's unweighted terms: per teacher (None: it was not read), or one number."""
+
+    def by_name(values: np.ndarray) -> dict[str, float | None] | float:
+        if not np.ndim(values):
+            return float(values)
+        return {
+            name: None if np.isnan(v) else float(v) for name, v in zip(names, values, strict=True)
+        }
+
+    values = {"ce": found.ce_T, "bn": found.bn_T, **found.others}
+    return {name: by_name(value) for name, value in values.items()}
+
+
+def _line(lane: Lane, last: synthesis.Terms, names: tuple[str, ...]) -> dict[str, Any]:
+    drawn = [n for n, w in zip(names, last.draw.statistic_weights_T, strict=True) if w > 0]
+    return {
+        "unit": lane.unit.name,
+        "loss": float(last.loss),
+        "drawn": drawn,
+        **terms(last, names),
+    }
+
+
+def _check(context: Context, lane: Lane, report, names: tuple[str, ...]) -> None:
+    if reason := synthesis.explain_failure(report.failed, names):
+        raise UserError(
+            f"recover stopped at unit {lane.unit.name}: {reason}. Finished units stay. Lower "
+            f"recover.learning_rate or recover.alpha_bn, or leave that teacher out, in another "
+            f"workdir: --workdir=<new> --from={context.root}"
+        )
+
+
+def _warn(context: Context, first: synthesis.Terms, names: tuple[str, ...]) -> bool:
+    """Say so where one teacher's BN term dwarfs another's; returns whether it was said."""
+    recover = context.config.recover
+    if recover.alpha_bn == 0 or recover.alignment_scale != "none":
+        return False
+    sizes = {n: float(v) for n, v in zip(names, first.bn_T, strict=True) if v > 0}
+    if not sizes:
+        return False
+    small, large = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
+    ratio = sizes[large] / sizes[small]
+    if ratio <= DISPROPORTION:
+        return False
+    context.say(
+        f"warning: the BN term of {large} ({sizes[large]:.3g}) is {ratio:.0f} times that of "
+        f"{small} ({sizes[small]:.3g}); where both are drawn, {large} decides. If that is not "
+        f"meant, set recover.alignment_scale, or leave one of them out of recover.pool."
+    )
+    return True
