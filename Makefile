@@ -15,13 +15,14 @@ RESULTS := $(foreach c,$(RESULTS_CONFIGS),$(foreach s,$(RESULTS_SEEDS),runs/resu
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo results test test-all lint format clean
+.PHONY: help demo results test test-all golden lint format clean
 
 help:
 	@echo "make demo      distil scikit-learn's digits on the CPU: PRISM, then SRe2L beside it"
 	@echo "make results   the runs behind the README's tables (resumable)"
 	@echo "make test      the fast tests"
 	@echo "make test-all  every test"
+	@echo "make golden    the resolved configs, written anew after a change that is meant"
 	@echo "make lint      what CI checks; 'make format' repairs most of it"
 	@echo "make clean     remove .venv and caches; runs/ is kept"
 
@@ -43,6 +44,9 @@ test: $(VENV)/.installed-test
 
 test-all: $(VENV)/.installed-test
 	$(PYTEST) -m ""
+
+golden: $(VENV)/.installed-test
+	$(BIN)/python tests/config/make_golden.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -87,7 +87,7 @@ class Recover:
     """Optimising pixels: one field or more per axis in which methods differ.
 
     What a field means stands beside its default in ``configs/base.py``; what may not be combined,
-    in ``combinations``.
+    in ``config.rules``.
     """
 
     method: str
