@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from prism_jax.analysis.figures import COLOURS, QUIET, styled
-from prism_jax.analysis.summary import (
+from prism_jax.analysis.words import (
     SYNTHETIC,
     UNKNOWN,
     number,

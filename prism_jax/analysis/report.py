@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from prism_jax.analysis import summary as summaries
+from prism_jax.analysis import words
 
 CAPTIONS = {
     "grid": (
@@ -57,8 +57,8 @@ def render(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "accuracy": summaries.accuracy,
-        "more": summaries.more,
+        "accuracy": words.accuracy,
+        "more": words.more,
         "value": _value,
     }
     order = [name for name in CAPTIONS if name in figures]
@@ -66,13 +66,13 @@ def render(
     return environment.from_string(template).render(
         summary=summary,
         headline=headline(summary),
-        students=summaries.students(summary),
-        rows=summaries.accuracy_rows(summary),
-        spread=summaries.spread_note(summary),
-        protocol=summaries.protocol(summary),
-        classes=summaries.class_rows(summary, class_names),
-        teachers=summaries.teacher_rows(summary),
-        facts=summaries.facts(summary),
+        students=words.students(summary),
+        rows=words.accuracy_rows(summary),
+        spread=words.spread_note(summary),
+        protocol=words.protocol(summary),
+        classes=words.class_rows(summary, class_names),
+        teachers=words.teacher_rows(summary),
+        facts=words.facts(summary),
         figures=[_figure(name, figures[name]) for name in order],
         environment=_environment(summary),
         sections=_sections(config),
@@ -82,18 +82,18 @@ def render(
 
 def headline(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The numbers at the top, each with what it is."""
-    names = summaries.students(summary)
-    entries = {row.name: row.entries for row in summaries.accuracy_rows(summary)}
+    names = words.students(summary)
+    entries = {row.name: row.entries for row in words.accuracy_rows(summary)}
 
-    def top1(row: str, student: int, words: str) -> tuple[str, str]:
-        text = summaries.accuracy(entries[row][student])
-        unit = "" if text == summaries.UNKNOWN else " %"
-        return text + unit, f"top-1 of {names[student]}, {words}"
+    def top1(row: str, student: int, what: str) -> tuple[str, str]:
+        text = words.accuracy(entries[row][student])
+        unit = "" if text == words.UNKNOWN else " %"
+        return text + unit, f"top-1 of {names[student]}, {what}"
 
-    found = [top1(summaries.SYNTHETIC, i, "synthetic set") for i in range(len(names[:2]))]
+    found = [top1(words.SYNTHETIC, i, "synthetic set") for i in range(len(names[:2]))]
     if names and "random_real" in entries:
         found.append(top1("random_real", 0, "as many random real images"))
-    if "images" in (facts := summaries.facts(summary)):
+    if "images" in (facts := words.facts(summary)):
         images, _, per_class = facts["images"].partition(" ")
         found.append((images, f"synthetic images, {per_class.strip('()')}"))
     return found
@@ -123,7 +123,7 @@ def _sections(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _value(value: Any) -> str:
     """A value as a person writes it."""
     if value is None:
-        return summaries.UNKNOWN
+        return words.UNKNOWN
     if isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value):
         return ", ".join(str(item) for item in value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

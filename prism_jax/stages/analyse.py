@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from prism_jax import progress
-from prism_jax.analysis import diversity, report, summary
+from prism_jax.analysis import diversity, report, summary, tables
 from prism_jax.config import bn_group_of, to_dict
 from prism_jax.core import pixels
 from prism_jax.data import label_store, workdir
@@ -366,6 +366,6 @@ def show_summary(context: Context) -> None:
     if not path.exists():
         return
     progress.say("")
-    progress.say(summary.table(workdir.read_json(path)))
+    progress.say(tables.table(workdir.read_json(path)))
     page = context.root / "report.html"
     progress.say(f"\n{page if page.exists() else path}")

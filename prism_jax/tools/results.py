@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from prism_jax.analysis import summary
+from prism_jax.analysis import summary, tables
 from prism_jax.data import workdir
 from prism_jax.errors import UserError
 
@@ -33,14 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(HELP, end="")
         return 0
     try:
-        print(tables(argv))
+        print(compared(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def tables(folders: Sequence[str]) -> str:
+def compared(folders: Sequence[str]) -> str:
     """The Markdown tables of runs.
 
     Raises:
@@ -55,7 +55,7 @@ def tables(folders: Sequence[str]) -> str:
         summary.validate(found)
         by_config.setdefault(found["config"], []).append(found)
     merged = [summary.merge(runs) for runs in by_config.values()]
-    return summary.markdown(merged) + "\n" + summary.markdown_teachers(merged)
+    return tables.markdown(merged) + "\n" + tables.markdown_teachers(merged)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import math
 import pytest
 
 from prism_jax.analysis import summary as summaries
+from prism_jax.analysis import tables, words
 from prism_jax.errors import UserError
 
 
@@ -120,7 +121,7 @@ def test_over_seeds_by_hand():
 
 
 def test_the_table_word_for_word(summary):
-    assert summaries.text(summary) == (
+    assert tables.text(summary) == (
         "digits_ipc10, preset prism, method prism, IPC 10\n"
         "\n"
         "top-1 on real test images, %    resnet18     convnet\n"
@@ -150,7 +151,7 @@ def test_the_table_word_for_word(summary):
 def test_tables_of_an_unfinished_run_say_nothing_of_stages_that_did_not_run(summary):
     for stage in ("recover", "relabel", "validate", "controls", "analyse"):
         del summary[stage]
-    text = summaries.text(summary)
+    text = tables.text(summary)
     assert "resnet18" in text and "98.6" in text
     for absent in ("synthetic", "soft labels", "per image", "cosine", "0.0", "None"):
         assert absent not in text
@@ -161,7 +162,7 @@ def test_unknown_is_a_dash_and_never_zero(summary):
     put(None, "recover", "seconds_per_image")(summary)
     put(None, "analyse", "intra_class_cosine", "real")(summary)
     put(None, "relabel", "bytes")(summary)
-    text = summaries.text(summary)
+    text = tables.text(summary)
     assert "None" not in text
     assert "– per image" in text and "real –" in text and "– on disk" in text
 
@@ -180,47 +181,46 @@ def test_the_protocol_is_said_and_what_does_not_matter_is_not(summary):
         "mse_gt + 0.1 cross entropy; adamw at 0.001, cos2; 300 epochs in batches of 50; "
         "BatchNorm over 25 images"
     )
-    assert summaries.protocol(summary) == text
-    assert text in summaries.text(summary)
+    assert words.protocol(summary) == text
+    assert text in tables.text(summary)
     summary["protocol"] |= {"loss": "kl", "temperature": 20.0, "ce_weight": 0.0, "bn_group": 50}
     assert (
-        summaries.protocol(summary)
-        == "kl (T = 20); adamw at 0.001, cos2; 300 epochs in batches of 50"
+        words.protocol(summary) == "kl (T = 20); adamw at 0.001, cos2; 300 epochs in batches of 50"
     )
     summary["protocol"]["ema"] = 0.99
-    assert summaries.protocol(summary).endswith("; weights and statistics averaged (0.99)")
+    assert words.protocol(summary).endswith("; weights and statistics averaged (0.99)")
     del summary["protocol"]
-    assert summaries.protocol(summary) == ""
+    assert words.protocol(summary) == ""
 
 
 def test_last_best_and_top5_are_told_apart(summary):
     entry = summary["validate"]["resnet18"]
-    assert summaries.accuracy(entry) == "94.0 ± 1.0"
-    assert summaries.more(entry) == "best 95.0, top-5 99.0"
-    assert summaries.more({"top1": 0.5, "top5": 0.75}) == "top-5 75.0"
-    assert summaries.more(None) == summaries.more({"top1": None}) == ""
-    assert "resnet18 95.0, convnet 91.0" in summaries.text(summary)
+    assert words.accuracy(entry) == "94.0 ± 1.0"
+    assert words.more(entry) == "best 95.0, top-5 99.0"
+    assert words.more({"top1": 0.5, "top5": 0.75}) == "top-5 75.0"
+    assert words.more(None) == words.more({"top1": None}) == ""
+    assert "resnet18 95.0, convnet 91.0" in tables.text(summary)
 
 
 def test_classes_are_listed_or_the_extremes_of_many(summary):
-    rows = summaries.class_rows(summary, ["zero", "one"])
+    rows = words.class_rows(summary, ["zero", "one"])
     assert rows == [("zero", ("94.0", "90.0")), ("one", ("50.0", "50.0"))]
     many = [(37 * c % 100) / 100 for c in range(100)]  # every accuracy once
     many[13] = None
     summary["validate"] = {"a": {"top1": 0.5, "per_class": many}}
-    rows = summaries.class_rows(summary)
+    rows = words.class_rows(summary)
     order = sorted((x, c) for c, x in enumerate(many) if x is not None)
     assert [r.name for r in rows] == [f"class {c}" for _, c in order[:10] + order[-10:]]
     summary["validate"]["b"] = {"top1": 0.5, "per_class": None}
-    assert summaries.class_rows(summary) == summaries.class_rows({}) == []
+    assert words.class_rows(summary) == words.class_rows({}) == []
 
 
 def test_the_spread_is_said(summary):
-    assert "over 3 student seeds" in summaries.spread_note(summary)
+    assert "over 3 student seeds" in words.spread_note(summary)
     one = {**summary, "controls": {}, "validate": {"resnet18": {"top1": 0.5, "top1_std": None}}}
-    assert summaries.spread_note(one) == "one student seed, no spread"
-    assert "±" not in summaries.text(one)
-    assert summaries.spread_note({}) == "no student was trained"
+    assert words.spread_note(one) == "one student seed, no spread"
+    assert "±" not in tables.text(one)
+    assert words.spread_note({}) == "no student was trained"
 
 
 def test_markdown_compares_runs_and_repeats_no_shared_control(summary):
@@ -228,7 +228,7 @@ def test_markdown_compares_runs_and_repeats_no_shared_control(summary):
     other |= {"config": "digits_sre2l_ipc10", "method": "sre2l"}
     other["validate"]["resnet18"] |= {"top1": 0.915, "top1_std": 0.004}
     del other["validate"]["convnet"]
-    found = summaries.markdown([summary, other]).splitlines()
+    found = tables.markdown([summary, other]).splitlines()
     assert found[:8] == [
         "| IPC | trained on | resnet18 | convnet |",
         "|:--|:--|--:|--:|",
@@ -243,7 +243,7 @@ def test_markdown_compares_runs_and_repeats_no_shared_control(summary):
     assert found[-1] == "| `digits_sre2l_ipc10` | 10 | 0.964 s | 3.06 MB | 0.812 | 0.775 | 0.768 |"
 
     other["controls"]["random_real"]["resnet18"]["top1"] = 0.8  # no longer shared
-    found = summaries.markdown([summary, other])
+    found = tables.markdown([summary, other])
     assert "random real, soft labels (`digits_ipc10`) | 91.0" in found
     assert "random real, soft labels (`digits_sre2l_ipc10`) | 80.0" in found
 
@@ -254,7 +254,7 @@ def test_markdown_compares_runs_and_repeats_no_shared_control(summary):
      (2e16, "20000 TB"), (None, "–")],
 )  # fmt: skip
 def test_sizes(value, text):
-    assert summaries.size(value) == text
+    assert words.size(value) == text
 
 
 @pytest.mark.parametrize(
@@ -263,4 +263,4 @@ def test_sizes(value, text):
      (4321.9, "4322"), (None, "–")],
 )  # fmt: skip
 def test_numbers_have_three_digits(value, text):
-    assert summaries.number(value) == text
+    assert words.number(value) == text
