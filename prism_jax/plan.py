@@ -13,7 +13,8 @@ from etils import epath
 from rich.table import Table
 
 from prism_jax import labelling, parallel, progress, synthesis
-from prism_jax.config import Experiment, batch_layout, budget_of
+from prism_jax.config import Experiment, Layout, batch_layout, budget_of
+from prism_jax.config.layout import LEAST_IMAGES
 from prism_jax.data.label_store import LabelPlan
 from prism_jax.data.sources import info_of, open_source
 from prism_jax.errors import UserError
@@ -115,8 +116,9 @@ def show(experiment: Experiment, workdir: str, *, measure: bool) -> None:
             f"{name} (primary)" if name == recover.primary else name for name in recover.pool
         )
         or "none",
-        "recover": f"{layout.groups * layout.blocks:,} units of {layout.slots * layout.classes} "
-        f"images, {iterations:,} iterations in all",
+        "recover": f"{layout.groups * layout.blocks:,} units of "
+        f"{' or '.join(map(str, layout.sizes))} images, {iterations:,} iterations in all"
+        f"{_few(experiment, layout)}",
         "relabel": labelling,
         "validate": f"{len(experiment.validate.students)} students x "
         f"{len(experiment.validate.seeds)} seeds x {1 + len(experiment.validate.controls)} sets",
@@ -124,10 +126,20 @@ def show(experiment: Experiment, workdir: str, *, measure: bool) -> None:
         f"{megabytes(label_bytes)} of soft labels",
     }
     if measure:
-        rows |= _measured(experiment, layout.slots * layout.classes, iterations, batches)
+        rows |= _measured(experiment, layout.size, iterations, batches)
     for name, value in rows.items():
         table.add_row(name, value)
     progress.say(table)
+
+
+def _few(e: Experiment, layout: Layout) -> str:
+    """What is to be said of batches that are too small for statistics."""
+    if min(layout.sizes) >= LEAST_IMAGES or not (e.recover.iterations and e.recover.alpha_bn):
+        return ""
+    return (
+        f"; statistics of {min(layout.sizes)} image(s) say little: put {LEAST_IMAGES} or more in a "
+        f"batch (recover.batch_size, recover.slots_per_batch)"
+    )
 
 
 def megabytes(count: float) -> str:
@@ -154,7 +166,7 @@ def recover_bytes(e: Experiment) -> int | None:
     recipe = optimise.recipe_of(e)
     engine = synthesis.engine(pool, recipe, devices=jax.local_devices()[:1], how=e.parallel.map)
     layout = batch_layout(e)
-    lanes = [_random_lane(e, engine, pool, recipe, layout.slots * layout.classes)]
+    lanes = [_random_lane(e, engine, pool, recipe, layout.size)]
     return _total(engine.compile(0, lanes).memory_analysis())
 
 

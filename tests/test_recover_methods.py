@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import signal
 
 import jax
@@ -13,7 +14,7 @@ from helpers.command import TINY, call, reference
 
 from prism_jax import parallel, pipeline
 from prism_jax.config import resolve, units
-from prism_jax.data import image_set
+from prism_jax.data import image_set, workdir
 from prism_jax.main import parse
 from prism_jax.stages import recover, squeeze, statistics
 from prism_jax.stages.context import Context
@@ -280,3 +281,32 @@ def test_phases_of_a_size_that_a_teacher_cannot_read_are_refused(reference, tmp_
     arguments = ("--config.recover.phase_sizes=(4,8)", f"--from={reference}", "--stages=recover")
     status, _, err = call(TINY, f"--workdir={tmp_path / 'run'}", *arguments)
     assert status == 2 and "teacher first does not read images of 4 px" in err
+
+
+# --- classes that do not divide -----------------------------------------------------------------
+
+
+def test_blocks_of_two_sizes_are_the_same_on_any_devices(tmp_path, monkeypatch):
+    """Five classes in batches of at most three: blocks of three and two."""
+    fields = ("dataset.num_classes=5", "recover.batch_size=3", "recover.iterations=2",
+              "squeeze.epochs=1")  # fmt: skip
+    problems: list[str] = []
+    config, _ = parse([TINY, *(f"--config.{f}" for f in fields)], problems)
+    find, found = parallel.lane_devices, []
+    for devices in (1, 8):
+        context = Context(resolve(config, problems), tmp_path / str(devices))
+        monkeypatch.setattr(
+            parallel, "lane_devices", lambda limit, span=1, n=devices: find(min(limit, n))
+        )
+        if found:
+            shutil.copytree(tmp_path / "1" / "squeeze", context.root / "squeeze")
+        else:
+            squeeze.run(context)
+        recover.run(context)
+        context.work.lock.release()
+        found.append(images_of(context))
+        units = sorted((context.root / "recover" / "units").iterdir())
+        blocks = [workdir.read_record(unit)["classes"] for unit in units]
+        assert blocks == [[0, 2], [3, 4], [0, 2], [3, 4]]
+    assert len(found[0]) == 10
+    np.testing.assert_array_equal(*found)

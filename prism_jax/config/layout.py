@@ -13,15 +13,40 @@ from prism_jax.config.sections import Experiment, Validate
 from prism_jax.errors import UserError
 from prism_jax.types import Unit
 
+MOST_CLASSES = 100  # of a batch, where nobody states its size
+LEAST_CLASSES = 32  # fewer say little of a statistic: then blocks may be of two sizes
+LEAST_IMAGES = 10  # of a batch, below which the plan says that statistics mean little
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the set divides into image batches: (slot groups) x (blocks of classes)."""
+    """How the set divides into image batches: (slot groups) x (blocks of classes).
+
+    ``classes`` are those of the largest block. Where ``total`` classes do not divide, the last
+    blocks have one class less.
+    """
 
     slots: int
     classes: int
     groups: int
     blocks: int
+    total: int
+
+    @property
+    def uneven(self) -> bool:
+        """Whether blocks have two sizes."""
+        return self.classes * self.blocks != self.total
+
+    def block(self, number: int) -> range:
+        """The classes of a block."""
+        least, more = divmod(self.total, self.blocks)
+        start = number * least + min(number, more)
+        return range(start, start + least + (number < more))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Images in a batch, for every size that there is, the largest first."""
+        return (self.size, self.size - self.slots) if self.uneven else (self.size,)
 
     @property
     def size(self) -> int:
@@ -32,10 +57,12 @@ class Layout:
 def batch_layout(e: Experiment) -> Layout:
     """Slots and classes per batch, and how many groups and blocks that makes.
 
-    ``batch_size = slots x classes``. Unset, it means all classes, at most 100.
+    ``batch_size = slots x classes``. Unset, it means all classes, at most ``MOST_CLASSES``, in
+    equal blocks; where those would have fewer than ``LEAST_CLASSES``, in blocks that differ by one
+    class. A stated size that does not divide is the most that a batch holds.
 
     Raises:
-      UserError: a stated size that does not divide.
+      UserError: a stated size that holds no whole number of slots.
     """
     ipc, classes_total = e.recover.ipc, e.dataset.num_classes
     slots = e.recover.slots_per_batch or (ipc if e.recover.batch_order == "class_major" else 1)
@@ -44,24 +71,29 @@ def batch_layout(e: Experiment) -> Layout:
             f"recover.slots_per_batch is {slots}, which does not divide recover.ipc={ipc}"
         )
     if e.recover.batch_size is None:
-        classes = max(c for c in range(1, 101) if classes_total % c == 0 and c <= classes_total)
+        most = min(MOST_CLASSES, classes_total)
+        classes = max(c for c in range(1, most + 1) if classes_total % c == 0)
+        if classes < min(LEAST_CLASSES, classes_total):
+            classes = most
     else:
         classes, rest = divmod(e.recover.batch_size, slots)
-        if rest or not classes or classes_total % classes:
-            allowed = [slots * c for c in range(1, classes_total + 1) if classes_total % c == 0]
-            near = sorted(sorted(allowed, key=lambda a: abs(a - e.recover.batch_size))[:5])
+        if rest or not classes or classes > classes_total:
+            below = max(1, min(classes, classes_total))
+            near = sorted({slots * below, slots * min(below + 1, classes_total)})
             raise UserError(
                 f"recover.batch_size is {e.recover.batch_size}, which does not divide into "
-                f"{slots} slot(s) x an equal share of {classes_total} classes; near it these do: "
+                f"{slots} slot(s) x some of {classes_total} classes; near it these do: "
                 f"{', '.join(map(str, near))}"
             )
+    blocks = -(-classes_total // classes)
+    classes = -(-classes_total // blocks)
     budgets = {budget_of(e, slot) for slot in range(slots)} if slots > 1 else set()
     if len(budgets) > 1:
         raise UserError(
             f"recover.budget {e.recover.budget!r} gives the slots of one batch different "
             f"iterations {sorted(budgets)}; use recover.slots_per_batch=1 or budget='constant'"
         )
-    return Layout(slots, classes, ipc // slots, classes_total // classes)
+    return Layout(slots, classes, ipc // slots, blocks, classes_total)
 
 
 def budget_of(e: Experiment, slot: int) -> int:
@@ -94,9 +126,7 @@ def members(e: Experiment, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
     """Classes and slots (int32, B) of a unit's images, in batch order."""
     layout, recover = batch_layout(e), e.recover
     slots = np.arange(unit.group * layout.slots, (unit.group + 1) * layout.slots, dtype=np.int32)
-    classes = np.arange(
-        unit.block * layout.classes, (unit.block + 1) * layout.classes, dtype=np.int32
-    )
+    classes = np.array(layout.block(unit.block), np.int32)
     if recover.batch_order == "ipc_major" or recover.budget == "early_late":
         return np.tile(classes, len(slots)), np.repeat(slots, len(classes))
     return np.repeat(classes, len(slots)), np.tile(slots, len(classes))

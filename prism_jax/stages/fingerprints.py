@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from prism_jax.config import batch_layout
 from prism_jax.core.augment import Augment
 from prism_jax.data import weights, workdir
 from prism_jax.stages.context import Context, LabelledSet
@@ -91,6 +92,8 @@ def recover(context: Context) -> dict[str, Any]:
     }
     if span > 1:
         fields["devices_per_batch"] = span
+    if (layout := batch_layout(context.config)).uneven:
+        fields["blocks"] = layout.blocks
     if settings.initialise in SCORING:
         fields["scorer"] = pool(context, [settings.scorer or settings.primary])
     if matched := {t: found for t in settings.pool if (found := statistics(context, t))}:

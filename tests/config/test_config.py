@@ -122,7 +122,7 @@ REFUSED = {
     "all of ten": ({"relabel__top_k": 10}, "relabel.top_k is 10", "smaller", "unset to keep all"),
     "none of ten": ({"relabel__top_k": 0}, "relabel.top_k is 0", "must be positive"),
     "mode": ({"relabel__mode": "live"}, "relabel.mode is 'live'", "online, store"),
-    "batch": ({"recover__batch_size": 3}, "recover.batch_size is 3", "1, 2, 5, 10"),
+    "batch": ({"recover__batch_size": 30}, "recover.batch_size is 30", "near it these do: 10"),
     "slots": ({"recover__slots_per_batch": 3}, "recover.slots_per_batch is 3", "recover.ipc=10"),
     "budgets": (
         {"recover__slots_per_batch": 2, "recover__budget": "mod8"}, "[438, 500]", "constant",
@@ -228,7 +228,7 @@ def test_a_missing_field_is_named():
         (
             {
                 "recover__iterations": -5, "recover__primary": "nobody", "relabel__crop_min": 0.0,
-                "validate__loss": "l1", "recover__batch_size": 4, "validate__students": ("vgg99",),
+                "validate__loss": "l1", "recover__batch_size": 40, "validate__students": ("vgg99",),
             },
             ["recover.iterations", "recover.primary", "relabel.crop_min", "validate.loss",
              "recover.batch_size", "vgg99"],
@@ -274,29 +274,38 @@ def layout(classes: int, ipc: int, **recover) -> Layout:
 @pytest.mark.parametrize(
     ("classes", "ipc", "recover", "expected"),
     [
-        (10, 10, {}, Layout(slots=1, classes=10, groups=10, blocks=1)),
-        (10, 10, {"slots_per_batch": 5}, Layout(5, 10, 2, 1)),
-        (10, 10, {"batch_size": 5}, Layout(1, 5, 10, 2)),
-        (10, 10, {"batch_size": 10, "slots_per_batch": 5}, Layout(5, 2, 2, 5)),
-        (10, 4, {"batch_order": "class_major"}, Layout(4, 10, 1, 1)),
-        (10, 4, {"batch_order": "class_major", "batch_size": 8}, Layout(4, 2, 1, 5)),
-        (1000, 10, {"batch_size": 100}, Layout(1, 100, 10, 10)),
-        (1000, 10, {}, Layout(1, 100, 10, 10)),
-        (200, 1, {}, Layout(1, 100, 1, 2)),
-        (102, 1, {}, Layout(1, 51, 1, 2)),  # at most 100, in equal blocks
-        (97, 1, {}, Layout(1, 97, 1, 1)),
+        (10, 10, {}, Layout(slots=1, classes=10, groups=10, blocks=1, total=10)),
+        (10, 10, {"slots_per_batch": 5}, Layout(5, 10, 2, 1, 10)),
+        (10, 10, {"batch_size": 5}, Layout(1, 5, 10, 2, 10)),
+        (10, 10, {"batch_size": 10, "slots_per_batch": 5}, Layout(5, 2, 2, 5, 10)),
+        (10, 4, {"batch_order": "class_major"}, Layout(4, 10, 1, 1, 10)),
+        (10, 4, {"batch_order": "class_major", "batch_size": 8}, Layout(4, 2, 1, 5, 10)),
+        (10, 10, {"batch_size": 3}, Layout(1, 3, 10, 4, 10)),  # 3, 3, 2 and 2 classes
+        (1000, 10, {"batch_size": 100}, Layout(1, 100, 10, 10, 1000)),
+        (1000, 10, {}, Layout(1, 100, 10, 10, 1000)),
+        (200, 1, {}, Layout(1, 100, 1, 2, 200)),
+        (102, 1, {}, Layout(1, 51, 1, 2, 102)),  # at most 100, in equal blocks
+        (97, 1, {}, Layout(1, 97, 1, 1, 97)),
+        # Equal blocks would hold one class: 51 and 50; 86, 86 and 85; 100 and three of 99.
+        (101, 1, {}, Layout(1, 51, 1, 2, 101)),
+        (257, 1, {}, Layout(1, 86, 1, 3, 257)),
+        (397, 1, {}, Layout(1, 100, 1, 4, 397)),
+        (1001, 1, {"batch_size": 100}, Layout(1, 91, 1, 11, 1001)),
     ],
 )
 def test_the_layout_of_batches(classes, ipc, recover, expected):
     found = layout(classes, ipc, **recover)
     assert found == expected
     assert found.slots * found.groups == ipc
-    assert found.classes * found.blocks == classes
+    blocks = [list(found.block(i)) for i in range(found.blocks)]
+    assert sum(blocks, []) == list(range(classes))
+    assert {found.slots * len(block) for block in blocks} == set(found.sizes)
+    assert max(found.sizes) - min(found.sizes) <= found.slots
 
 
 @pytest.mark.parametrize(
     "recover",
-    [{"batch_size": 3}, {"slots_per_batch": 4}, {"batch_size": 5, "slots_per_batch": 2}],
+    [{"batch_size": 11}, {"slots_per_batch": 4}, {"batch_size": 5, "slots_per_batch": 2}],
 )
 def test_a_batch_that_does_not_divide_is_refused(recover):
     with pytest.raises(UserError, match="does not divide"):

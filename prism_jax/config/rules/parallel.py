@@ -28,12 +28,12 @@ def _spans(e: Experiment) -> Iterator[str]:
     layout, _ = recover.layout_of(e)
     if layout is None:
         return  # recover's rules say why
-    size = layout.slots * layout.classes
-    if size % span:
-        allowed = [d for d in range(1, size + 1) if size % d == 0]
+    if any(size % span for size in layout.sizes):
+        allowed = [d for d in range(1, layout.size + 1) if not any(n % d for n in layout.sizes)]
         yield (
-            f"parallel.recover_devices is {span}, among which the {size} images of a batch do not "
-            f"divide; these do: {', '.join(map(str, allowed))}"
+            f"parallel.recover_devices is {span}, among which the "
+            f"{' or '.join(map(str, layout.sizes))} images of a batch do not divide; these do: "
+            f"{', '.join(map(str, allowed))}"
         )
     if e.parallel.map == "pmap":
         yield (
