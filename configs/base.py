@@ -99,6 +99,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # Initial images; a scorer (unset: the primary) chooses those of "mosaic" and "real_median".
     c.recover.initialise = "real"
     c.recover.initialise_from = placeholder(str)
+    c.recover.short_classes = "refuse"  # "repeat": with fewer than ipc images, one comes again
     c.recover.scorer = placeholder(str)
     c.recover.patch_factor = 2  # patches per side of a mosaic
     c.recover.patch_images = 300  # real images of a class that are looked at

@@ -23,6 +23,7 @@ from prism_jax.stages import (
     validate,
 )
 from prism_jax.stages.context import Context, LabelledSet
+from prism_jax.stages.makers import start
 
 
 def run(context: Context, stages: Sequence[str] = STAGES) -> None:
@@ -41,8 +42,8 @@ def run(context: Context, stages: Sequence[str] = STAGES) -> None:
 def check(context: Context) -> None:
     """Refuse, before any work, what cannot be run here.
 
-    Images that do not fit, more devices than there are, and a workdir that holds teachers or
-    images of other settings.
+    Images that do not fit or are too few, more devices than there are, and a workdir that holds
+    teachers or images of other settings.
     """
     limits = {
         "train_devices": "leave it unset, which means as many as share a batch",
@@ -55,7 +56,7 @@ def check(context: Context) -> None:
                 f"parallel.{field} is {wanted}, but this process has {there} device(s); lower it "
                 f"or {otherwise}"
             )
-    context.inputs.open("train")
+    start.check(context)
     squeeze.pending(context)
     recover.pending(context)
 

@@ -119,6 +119,16 @@ def test_sets_that_memory_does_not_hold_give_the_same(finished, reference):
     assert_same(finished, reference)
 
 
+def test_classes_with_too_few_images_are_refused_before_any_work(tmp_path):
+    for classes in ("initialise=real", "initialise=noise"):  # then the control asks for them
+        status, _, err = call(
+            TINY, f"--workdir={tmp_path / 'run'}", "--config.recover.ipc=400",
+            "--config.recover.slots_per_batch=1", f"--config.recover.{classes}",
+        )  # fmt: skip
+        assert status == 2 and "recover.short_classes=repeat" in err and "class 0 has" in err
+        assert not (tmp_path / "run").exists()
+
+
 # --- changed settings -----------------------------------------------------------------------
 
 

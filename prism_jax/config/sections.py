@@ -141,6 +141,7 @@ class Recover:
     # where images start, and what they go through
     initialise: str
     initialise_from: str | None
+    short_classes: Literal["refuse", "repeat"]
     scorer: str | None
     patch_factor: int
     patch_images: int

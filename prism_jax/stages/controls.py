@@ -32,7 +32,9 @@ def labelled_set(context: Context, name: str) -> LabelledSet:
     fields |= {"ipc": config.recover.ipc, "seed": config.seed, "classes": int(classes.max()) + 1}
 
     def read() -> Images:
-        return context.inputs.read(source, random_positions(source, classes, slots, config.seed))
+        repeat = config.recover.short_classes == "repeat"
+        at = random_positions(source, classes, slots, config.seed, repeat=repeat)
+        return context.inputs.read(source, at)
 
     return LabelledSet(name, root, read, classes, fields, soft)
 

@@ -27,6 +27,10 @@ NEUTRAL = {
     "squeeze": ("teachers", "seed"),
 }
 
+# Fields that came later, with the value that means what was before: then they are left out, and
+# older work keeps its fingerprint.
+LATER: dict[str, dict[str, Any]] = {"recover": {"short_classes": "refuse"}}
+
 # Raised when a change of code changes the bits that the same settings give, so that a workdir
 # begun before it is not continued after it.
 BITS_VERSION = 2
@@ -35,7 +39,12 @@ BITS_VERSION = 2
 def section(name: str, values: Any) -> dict[str, Any]:
     """A section's fields that decide bits, as JSON values, and the code's version."""
     fields = json.loads(json.dumps(dataclasses.asdict(values)))
-    kept = {k: v for k, v in fields.items() if k not in NEUTRAL.get(name, ())}
+    later = LATER.get(name, {})
+    kept = {
+        k: v
+        for k, v in fields.items()
+        if k not in NEUTRAL.get(name, ()) and not (k in later and v == later[k])
+    }
     return {**kept, "bits_version": BITS_VERSION}
 
 

@@ -54,6 +54,7 @@ class Start:
       seed: of the experiment.
       ipc: images of each class that will be asked for in all.
       flip: whether a mirrored image still belongs to its class.
+      repeat: whether a class with fewer images than are asked for gives some again, in turn.
       patches, scorer: for the initialisers that look for good real images.
     """
 
@@ -63,6 +64,7 @@ class Start:
     seed: int
     ipc: int = 1
     flip: bool = False
+    repeat: bool = False
     patches: Patches = Patches()
     scorer: Scorer | None = None
     # What was found per class: whichever slots are asked for, a class is scored once.
@@ -88,19 +90,19 @@ def noise(start: Start, classes_B: np.ndarray, slots_B: np.ndarray) -> np.ndarra
 
 def real(start: Start, classes_B: np.ndarray, slots_B: np.ndarray) -> np.ndarray:
     """The slot-th training image of each class, in the source's order (PRISM, section 1.2)."""
-    at = slot_positions(start.source, classes_B, slots_B)
+    at = slot_positions(start.source, classes_B, slots_B, repeat=start.repeat)
     return start.normalise(read_images(start.source, at))
 
 
 def real_random(start: Start, classes_B: np.ndarray, slots_B: np.ndarray) -> np.ndarray:
     """Random training images of each class, without repetition within a class."""
-    at = random_positions(start.source, classes_B, slots_B, start.seed)
+    at = random_positions(start.source, classes_B, slots_B, start.seed, repeat=start.repeat)
     return start.normalise(read_images(start.source, at))
 
 
 def real_squashed(start: Start, classes_B: np.ndarray, slots_B: np.ndarray) -> np.ndarray:
     """The slot-th training image of each class, its sides resized apart to a square (DWA)."""
-    at = slot_positions(start.source, classes_B, slots_B)
+    at = slot_positions(start.source, classes_B, slots_B, repeat=start.repeat)
     originals = [start.source.original(i) for i in at]
     return start.normalise([cut(x, Box(0, 0, *x.shape[:2]), start.shape[0]) for x in originals])
 
@@ -116,8 +118,9 @@ def real_median(start: Start, classes_B: np.ndarray, slots_B: np.ndarray) -> np.
         at = np.flatnonzero(start.source.labels_N == cls)
         scores = start.scorer(read_images(start.source, at.tolist()), cls)
         order = at[np.argsort(scores, kind="stable")]
-        _enough({cls: order}, np.array([start.ipc - 1]))
-        return [int(order[i]) for i in middle_out(len(order), start.ipc)]
+        _enough({cls: order}, np.array([start.ipc - 1]), start.repeat)
+        ranks = middle_out(len(order), start.ipc)
+        return [int(order[i]) for i in np.resize(ranks, start.ipc)]
 
     at = [_found(start, int(c), rank)[int(s)] for c, s in zip(classes_B, slots_B, strict=True)]
     return start.normalise(read_images(start.source, at))
@@ -230,7 +233,7 @@ def _rank_patches(start: Start, cls: int) -> list[tuple[int, Box]]:
     members = np.flatnonzero(start.source.labels_N == cls)
     members = draw.permutation(members)[: patches.images]
     needed = start.ipc * patches.factor**2
-    if len(members) < needed:
+    if not len(members) or (len(members) < needed and not start.repeat):
         raise UserError(
             f"mosaics of {patches.factor} x {patches.factor} patches at recover.ipc={start.ipc} "
             f"need {needed} images of every class, but class {cls} has {len(members)} to look at "
@@ -249,7 +252,7 @@ def _rank_patches(start: Start, cls: int) -> list[tuple[int, Box]]:
     order = np.argsort(-scores.max(1), kind="stable")
     if patches.choice == "median":
         order = order[middle_out(len(order), needed)]
-    return [(int(members[i]), boxes[i][best[i]]) for i in order[:needed]]
+    return [(int(members[i]), boxes[i][best[i]]) for i in np.resize(order, needed)]
 
 
 def centred(images_BHWC: np.ndarray, size: int) -> np.ndarray:
@@ -292,24 +295,34 @@ def _found(start: Start, cls: int, find: Callable[[int], list]) -> list:
 # --- positions ------------------------------------------------------------------------------
 
 
-def slot_positions(source: ImageSource, classes_B: np.ndarray, slots_B: np.ndarray) -> list[int]:
+def slot_positions(
+    source: ImageSource, classes_B: np.ndarray, slots_B: np.ndarray, *, repeat: bool = False
+) -> list[int]:
     """Position in the source of the slot-th image of each class.
+
+    Args:
+      repeat: a class with too few images begins again.
 
     Raises:
       UserError: a class has too few images.
     """
     members = {int(c): np.flatnonzero(source.labels_N == c) for c in np.unique(classes_B)}
-    _enough(members, slots_B)
-    return [int(members[int(c)][int(s)]) for c, s in zip(classes_B, slots_B, strict=True)]
+    return _picked(members, classes_B, slots_B, repeat)
 
 
 def random_positions(
-    source: ImageSource, classes_B: np.ndarray, slots_B: np.ndarray, seed: int
+    source: ImageSource,
+    classes_B: np.ndarray,
+    slots_B: np.ndarray,
+    seed: int,
+    *,
+    repeat: bool = False,
 ) -> list[int]:
     """Position of the slot-th image of each class, after shuffling the class.
 
     The order of a class is the stream "random_real" of (seed, class): whichever slots are
-    asked for, and in whatever batches, the same images come.
+    asked for, and in whatever batches, the same images come. With ``repeat`` a class with too few
+    images begins again.
 
     Raises:
       UserError: a class has too few images.
@@ -320,16 +333,41 @@ def random_positions(
         )
         for c in np.unique(classes_B)
     }
-    _enough(members, slots_B)
-    return [int(members[int(c)][int(s)]) for c, s in zip(classes_B, slots_B, strict=True)]
+    return _picked(members, classes_B, slots_B, repeat)
 
 
-def _enough(members: dict[int, np.ndarray], slots_B: np.ndarray) -> None:
-    needed = int(slots_B.max()) + 1
-    short = {c: len(at) for c, at in members.items() if len(at) < needed}
-    if short:
-        some = ", ".join(f"class {c} has {n}" for c, n in list(short.items())[:5])
-        raise UserError(
-            f"recover.ipc={needed} needs {needed} training images of every class, but {some}; "
-            f"lower recover.ipc or use recover.initialise=noise"
-        )
+def _picked(
+    members: dict[int, np.ndarray], classes_B: np.ndarray, slots_B: np.ndarray, repeat: bool
+) -> list[int]:
+    """The slot-th of each class' positions."""
+    _enough(members, slots_B, repeat)
+    return [
+        int(members[int(c)][int(s) % len(members[int(c)])])
+        for c, s in zip(classes_B, slots_B, strict=True)
+    ]
+
+
+def _enough(members: dict[int, np.ndarray], slots_B: np.ndarray, repeat: bool) -> None:
+    needed = 1 if repeat else int(slots_B.max()) + 1
+    if short := {c: len(at) for c, at in members.items() if len(at) < needed}:
+        raise UserError(too_few(short, needed))
+
+
+def needed_images(initialise: str, ipc: int, patches: Patches) -> int:
+    """Training images of a class that an initialiser asks for."""
+    if initialise in ("noise", "folder"):
+        return 0
+    return ipc * patches.factor**2 if initialise in ("mosaic", "mosaic_shuffled") else ipc
+
+
+def too_few(short: dict[int, int], needed: int) -> str:
+    """What to say of classes with fewer images than are needed, by class."""
+    some = ", ".join(f"class {c} has {n}" for c, n in sorted(short.items())[:5])
+    more = f" and {len(short) - 5} more have too few" if len(short) > 5 else ""
+    if not min(short.values()):
+        return f"{some}{more}: a class without training images cannot be distilled; leave it out"
+    return (
+        f"{needed} training images of every class are asked for, but {some}{more}; lower "
+        f"recover.ipc, or let such classes give images more than once with "
+        f"recover.short_classes=repeat"
+    )

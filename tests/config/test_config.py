@@ -320,6 +320,14 @@ def test_budgets():
     assert [budget_of(e, slot) for slot in range(10)] == mod8
 
 
+def test_a_later_field_enters_a_fingerprint_only_where_it_means_something_new():
+    e = resolve(digits(10))
+    fields = fingerprints.section("recover", e.recover)
+    assert "short_classes" not in fields
+    other = dataclasses.replace(e.recover, short_classes="repeat")
+    assert fingerprints.section("recover", other) == {**fields, "short_classes": "repeat"}
+
+
 def test_fields_that_change_no_bits_enter_no_fingerprint():
     e = resolve(digits(10))
 

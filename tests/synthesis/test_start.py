@@ -199,11 +199,33 @@ def test_boxes_are_squares_inside_with_a_uniform_area():
 def test_too_few_images_are_said_with_the_way_out():
     with pytest.raises(UserError, match="2 x 2 patches at recover.ipc=7 need 28 images"):
         INITIALISERS["mosaic"](start(ipc=7), *ALL)
-    with pytest.raises(UserError, match="recover.ipc=25 needs 25 training images"):
+    with pytest.raises(UserError, match="25 training images of every class are asked for"):
         INITIALISERS["real_median"](start(ipc=25), *ALL)
 
 
 # --- the scorer -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in INITIALISERS if n not in ("noise", "folder")])
+def test_a_short_class_begins_again_where_that_is_asked_for(name):
+    ipc = 2 * PER_CLASS
+    patches = Patches(factor=2, images=PER_CLASS, crops=1)
+    given = start(ipc=ipc, patches=patches, scorer=brightness, repeat=True, flip=False)
+    slots = np.arange(ipc)
+    images = INITIALISERS[name](given, np.ones(ipc, np.int32), slots)
+    assert len(images) == ipc
+    if name != "mosaic_shuffled":  # which shuffles every slot its own way
+        np.testing.assert_array_equal(images[:PER_CLASS], images[PER_CLASS:])
+    with pytest.raises(UserError, match="recover.short_classes=repeat|patch_images"):
+        INITIALISERS[name](
+            dataclasses.replace(given, repeat=False, found={}), np.ones(ipc, np.int32), slots
+        )
+
+
+def test_a_class_without_images_is_never_made_up():
+    given = start(ipc=1, patches=Patches(1, 5, 1), scorer=brightness, repeat=True)
+    with pytest.raises(UserError, match="without training images"):
+        initialise.real(given, np.array([CLASSES]), np.array([0]))
 
 
 def test_a_scorer_is_the_log_probability_of_images_in_the_middle():

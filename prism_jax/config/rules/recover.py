@@ -11,7 +11,7 @@ from prism_jax.core import priors, schedules
 from prism_jax.errors import UserError
 from prism_jax.models import ARCHITECTURES
 from prism_jax.synthesis import KINDS, METHODS, sampling
-from prism_jax.synthesis.start import INITIALISERS, SCORING
+from prism_jax.synthesis.start import INITIALISERS, SCORING, Patches, needed_images
 
 # The allowed values of fields that name a row of a table.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -229,6 +229,14 @@ def _start(e: Experiment) -> Iterator[str]:
         yield (
             f"recover.scorer is {r.scorer!r}, but recover.initialise={r.initialise!r} asks nobody; "
             f"unset it"
+        )
+    mosaics = r.initialise in ("mosaic", "mosaic_shuffled")
+    needed = needed_images(r.initialise, r.ipc, Patches(r.patch_factor))
+    if mosaics and r.patch_images < needed and r.short_classes == "refuse":
+        yield (
+            f"recover.patch_images is {r.patch_images}, and mosaics of {r.patch_factor} x "
+            f"{r.patch_factor} patches at recover.ipc={r.ipc} are made of {needed} images of every "
+            f"class; raise it, or lower recover.ipc or recover.patch_factor"
         )
     if r.initialise == "mosaic_shuffled" and e.dataset.image_size % 2:
         yield "recover.initialise='mosaic_shuffled' needs an even dataset.image_size"

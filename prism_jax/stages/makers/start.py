@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
+from prism_jax.config import Experiment
+from prism_jax.errors import UserError
 from prism_jax.stages.context import Context
-from prism_jax.synthesis.start import INITIALISERS, SCORING, Patches, Start, scorer
+from prism_jax.synthesis.start import (
+    INITIALISERS,
+    SCORING,
+    Patches,
+    Start,
+    needed_images,
+    scorer,
+    too_few,
+)
 
 
 def initial_images(context: Context, classes_B: np.ndarray, slots_B: np.ndarray) -> np.ndarray:
@@ -30,8 +40,33 @@ def _start(context: Context) -> Start:
         context.config.seed,
         ipc=recover.ipc,
         flip=recover.flip,
-        patches=Patches(
-            recover.patch_factor, recover.patch_images, recover.patch_crops, recover.patch_choice
-        ),
+        repeat=recover.short_classes == "repeat",
+        patches=_patches(context.config),
         scorer=found,
+    )
+
+
+def check(context: Context) -> None:
+    """Refuse, before any work, what classes have too few training images for.
+
+    Raises:
+      UserError: fewer than the initial images or a control of as many real images ask for.
+    """
+    config = context.config
+    recover, controls = config.recover, {"random_real", "random_real_hard"}
+    needed = needed_images(recover.initialise, recover.ipc, _patches(config))
+    if not controls.isdisjoint(config.validate.controls):
+        needed = max(needed, recover.ipc)
+    if recover.short_classes == "repeat":
+        needed = min(needed, 1)
+    labels_N = context.inputs.open("train").labels_N
+    counts_K = np.bincount(labels_N, minlength=config.dataset.num_classes)
+    if short := {c: int(n) for c, n in enumerate(counts_K) if n < needed}:
+        raise UserError(too_few(short, needed))
+
+
+def _patches(config: Experiment) -> Patches:
+    recover = config.recover
+    return Patches(
+        recover.patch_factor, recover.patch_images, recover.patch_crops, recover.patch_choice
     )
