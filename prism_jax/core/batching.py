@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+LEAST = 2  # images of a BatchNorm group
+
 
 class Pass(NamedTuple):
     """One forward pass: the rows ``start`` to ``stop`` of the batch.
@@ -39,21 +41,49 @@ def passes(
     """Divide a batch.
 
     Args:
-      size: images in it. Where the numbers do not divide (the ragged last batch of an epoch),
-        parts and groups are as equal as can be, and no group is larger than ``bn_group``.
+      size: images in it. Where the numbers do not divide (the ragged last batch of an epoch, a
+        set smaller than a batch), parts and groups are as equal as can be, and no group is larger
+        than ``bn_group``, but to spare an image a group of its own: its variance is zero.
       accumulate: parts.
       bn_group: images per group; None means a part.
       devices: that share each pass; a number for which ``fits`` holds.
     """
     together = 1 if devices == 1 else _parts_together(accumulate, devices)
     found, start = [], 0
-    parts = _equal(size, min(accumulate, size))
+    parts = _equal(size, min(accumulate, max(size // LEAST, 1)))
     for first in range(0, len(parts), together):
         mine = parts[first : first + together]
-        groups = [g for p in mine for g in _equal(p, -(-p // (bn_group or p)))]
+        groups = [g for p in mine for g in _groups(p, bn_group or p)]
         found.append(Pass(start, start + sum(mine), tuple(mine), tuple(groups)))
         start += sum(mine)
     return tuple(found)
+
+
+def _groups(part: int, most: int) -> list[int]:
+    if most < LEAST:  # groups of one image were asked for
+        return _equal(part, part)
+    return _equal(part, min(-(-part // most), max(part // LEAST, 1)))
+
+
+def spares(size: int, *, accumulate: int = 1, bn_group: int | None = None) -> bool:
+    """Whether a batch divides otherwise than equally, lest an image be a group of its own."""
+    asked = [
+        g for p in _equal(size, min(accumulate, size)) for g in _equal(p, -(-p // (bn_group or p)))
+    ]
+    found = passes(size, accumulate=accumulate, bn_group=bn_group)
+    return asked != [g for one in found for g in one.groups]
+
+
+def sizes(count: int, batch: int) -> tuple[int, ...]:
+    """Images in the batches of an epoch, for every size that there is, the largest first.
+
+    Args:
+      count: images of the set.
+      batch: of a full batch; a smaller set is one.
+    """
+    size = min(batch, count)
+    rest = count % size
+    return (size, rest) if rest else (size,)
 
 
 def fits(size: int, devices: int, *, accumulate: int = 1, bn_group: int | None = None) -> bool:
@@ -65,7 +95,7 @@ def fits(size: int, devices: int, *, accumulate: int = 1, bn_group: int | None =
         return True
     part, rest = divmod(size, accumulate)
     group = bn_group or part
-    if rest or not part or part % group:
+    if rest or part < LEAST or part % group:
         return False
     if group == size:
         return size % devices == 0

@@ -18,7 +18,7 @@ from etils import epath
 from prism_jax import progress
 from prism_jax.analysis import diversity, report, summary, tables
 from prism_jax.config import bn_group_of, to_dict
-from prism_jax.core import pixels
+from prism_jax.core import batching, pixels
 from prism_jax.data import label_store, workdir
 from prism_jax.data.lazy import Images, LazyImages
 from prism_jax.data.metrics import read_lines
@@ -250,13 +250,16 @@ def summarise(
 
 def protocol(context: Context) -> dict[str, Any]:
     """How students are trained; null for what has no part in it."""
-    validate = context.config.validate
-    names = ("loss", "epochs", "batch_size", "optimiser", "learning_rate", "schedule", "ema")
+    validate, recover = context.config.validate, context.config.recover
+    size = min(validate.batch_size, recover.ipc * context.config.dataset.num_classes)
+    division = {"accumulate": validate.accumulate, "bn_group": bn_group_of(validate)}
+    names = ("loss", "epochs", "optimiser", "learning_rate", "schedule", "ema")
     return {
         **{name: getattr(validate, name) for name in names},
         "temperature": None if validate.loss in ("mse_gt", "ce") else validate.temperature,
         "ce_weight": None if validate.loss == "ce" else validate.ce_weight,
-        "bn_group": bn_group_of(validate),
+        "batch_size": size,
+        "bn_group": max(batching.passes(size, **division)[0].groups),
     }
 
 

@@ -13,7 +13,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from prism_jax.config import batch_layout
+from prism_jax.config import batch_layout, bn_group_of
+from prism_jax.core import batching
 from prism_jax.core.augment import Augment
 from prism_jax.data import weights, workdir
 from prism_jax.stages.context import Context, LabelledSet
@@ -30,6 +31,8 @@ NEUTRAL = {
 # Fields that came later, with the value that means what was before: then they are left out, and
 # older work keeps its fingerprint.
 LATER: dict[str, dict[str, Any]] = {"recover": {"short_classes": "refuse"}}
+
+TOGETHER = "of two images at least"  # BatchNorm groups, where equal ones would be of one image
 
 # Raised when a change of code changes the bits that the same settings give, so that a workdir
 # begun before it is not continued after it.
@@ -112,13 +115,17 @@ def recover(context: Context) -> dict[str, Any]:
 
 def relabel(context: Context, labelled: LabelledSet) -> dict[str, Any]:
     """What soft labels are made of."""
-    parts = context.config.label_parts
+    parts, settings = context.config.label_parts, context.config.relabel
+    together = settings.teacher_mode == "train" and _spares(
+        labelled, settings.batch_size, accumulate=parts, bn_group=settings.bn_group
+    )
     return {
         "relabel": section("relabel", context.config.relabel),
         "seed": context.config.seed,
         "images": workdir.digest(labelled.fields),
         "teachers": pool(context, context.config.relabel.teachers),
         **({"parts": parts} if parts > 1 else {}),
+        **({"groups": TOGETHER} if together else {}),
     }
 
 
@@ -132,6 +139,10 @@ def validate(context: Context, labelled: LabelledSet, student: str, seed: int) -
         "images": workdir.digest(labelled.fields),
         "test": context.inputs.fields(context.inputs.open("test")),
     }
+    settings = context.config.validate
+    division = {"accumulate": settings.accumulate, "bn_group": bn_group_of(settings)}
+    if _spares(labelled, settings.batch_size, **division):
+        fields["groups"] = TOGETHER
     if labelled.soft:
         fields["labels"] = workdir.digest(relabel(context, labelled))
     else:
@@ -139,6 +150,13 @@ def validate(context: Context, labelled: LabelledSet, student: str, seed: int) -
         fields["views"] = {name: getattr(context.config.relabel, name) for name in views}
         fields["validate"]["loss"] = "ce"
     return fields
+
+
+def _spares(labelled: LabelledSet, batch_size: int, **division: int | None) -> bool:
+    """Whether a set's batches divide otherwise than equally, see ``batching.spares``."""
+    sizes = batching.sizes(len(labelled.labels_N), batch_size)
+    whole = sizes if labelled.soft else sizes[:1]  # with hard labels no batch is cut short
+    return any(batching.spares(size, **division) for size in whole)
 
 
 @functools.cache

@@ -123,3 +123,30 @@ def test_alexnet_has_statistics_where_convolutions_are_matched():
         resolve(c)
     c.recover.match = ("bn", "conv")
     assert resolve(c).recover.pool[-1] == "alexnet"
+
+
+# --- an image alone in a BatchNorm group ------------------------------------------------------
+
+
+def with_batches(size: int, **validate) -> ConfigDict:
+    c = with_recover(ipc=2)  # 20 images
+    c.relabel.batch_size = c.validate.batch_size = size
+    with c.validate.ignore_type():
+        for name, value in validate.items():
+            c.validate[name] = value
+    return c
+
+
+def test_a_last_batch_of_one_image_is_refused_with_batches_that_leave_none():
+    with pytest.raises(UserError, match="one of the 20 images.*to 17 or 18 or 20"):
+        resolve(with_batches(19, accumulate=1))
+    resolve(with_batches(18, accumulate=1))
+    resolve(with_batches(19, accumulate=1, students=("convnet_d3_none",)))  # nothing to normalise
+
+
+def test_groups_of_one_image_are_refused():
+    with pytest.raises(UserError, match="groups of one image"):
+        resolve(with_batches(10, bn_group=1))
+    with pytest.raises(UserError, match="groups of one image"):
+        resolve(with_batches(10, accumulate=10))
+    resolve(with_batches(50, accumulate=2))  # 20 images are one batch, in two groups of ten

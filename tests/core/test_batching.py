@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from prism_jax.core.batching import Pass, fits, most_devices, passes
+from prism_jax.core.batching import Pass, fits, most_devices, passes, sizes, spares
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,14 @@ from prism_jax.core.batching import Pass, fits, most_devices, passes
         (7, {"accumulate": 2}, [Pass(0, 4, (4,), (4,)), Pass(4, 7, (3,), (3,))]),
         (30, {"bn_group": 25}, [Pass(0, 30, (30,), (15, 15))]),
         (31, {"bn_group": 25}, [Pass(0, 31, (31,), (16, 15))]),
-        (2, {"accumulate": 5}, [Pass(0, 1, (1,), (1,)), Pass(1, 2, (1,), (1,))]),
+        # No image is a group of its own, unless that was asked for or it is alone.
+        (2, {"accumulate": 5}, [Pass(0, 2, (2,), (2,))]),
+        (3, {"accumulate": 2}, [Pass(0, 3, (3,), (3,))]),
+        (5, {"accumulate": 4}, [Pass(0, 3, (3,), (3,)), Pass(3, 5, (2,), (2,))]),
+        (5, {"bn_group": 2}, [Pass(0, 5, (5,), (3, 2))]),
+        (26, {"bn_group": 25}, [Pass(0, 26, (26,), (13, 13))]),
+        (3, {"bn_group": 1}, [Pass(0, 3, (3,), (1, 1, 1))]),
+        (1, {"accumulate": 2}, [Pass(0, 1, (1,), (1,))]),
     ],
 )  # fmt: skip
 def test_batches_by_hand(size, options, expected):
@@ -49,7 +56,9 @@ def test_any_number_of_devices_sees_the_same_groups_and_parts_in_the_same_order(
             assert sum((p.groups for p in found), ()) == sum((p.groups for p in one), ())
             assert sum((p.parts for p in found), ()) == sum((p.parts for p in one), ())
             assert all(sum(p.groups) == sum(p.parts) == p.stop - p.start for p in found)
-            assert max(sum((p.groups for p in found), ())) <= (bn_group or size)
+            groups = sum((p.groups for p in found), ())
+            assert max(groups) <= (bn_group or size) + (bn_group == 2)
+            assert min(groups) > 1 or 1 in (bn_group, size)
             if devices > 1:
                 # A device holds no more than one device would, and whole groups (or one group is
                 # the whole batch).
@@ -67,3 +76,16 @@ def test_how_many_devices_can_share_a_batch():
     assert most_devices(51, 8, accumulate=2) == 1  # ragged
     assert not fits(50, 4, accumulate=2) and not fits(50, 2, accumulate=1, bn_group=20)
     assert not fits(3, 2, accumulate=3)
+    assert not fits(4, 4, accumulate=4)  # two groups of two: no device would hold a whole one
+
+
+def test_the_sizes_of_an_epoch_s_batches():
+    assert sizes(100, 50) == (50,)
+    assert sizes(101, 50) == (50, 1)
+    assert sizes(20, 50) == (20,)
+
+
+def test_an_equal_division_that_would_leave_an_image_alone_is_told():
+    assert spares(2, accumulate=2) and spares(3, bn_group=2) and spares(5, accumulate=4)
+    assert not spares(50, accumulate=2) and not spares(31, bn_group=25)
+    assert not spares(3, bn_group=1) and not spares(1)  # asked for, or nobody to join

@@ -25,10 +25,12 @@ def cosines(*, own: tuple[float, float] | None, data: tuple[float, float]):
             analyse=SimpleNamespace(network="n"),
             network=lambda name: Network(architecture="resnet18", checkpoint="f", **stated),
         ),
-        build=lambda name: module,
-        load_variables=lambda name: random_variables(module, SHAPE, 0),
-        normalisation=Normalisation(data[:1], data[1:]),
-        test_set=lambda: (images, labels),
+        networks=SimpleNamespace(
+            build=lambda name: module, load=lambda name: random_variables(module, SHAPE, 0)
+        ),
+        inputs=SimpleNamespace(
+            normalisation=Normalisation(data[:1], data[1:]), test_set=lambda: (images, labels)
+        ),
     )
     return analyse._cosines(context, images, images[::-1], labels)["real"]
 

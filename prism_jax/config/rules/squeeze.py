@@ -15,5 +15,11 @@ def violations(e: Experiment) -> Iterator[str]:
     yield from positive(e, "squeeze", "epochs", "batch_size", "learning_rate")
     yield from not_negative(e, "squeeze", "weight_decay", "seed", "crop_pad")
     yield from share(e, "squeeze", "crop_min", low="(")
+    trained = [name for name in e.squeeze.teachers if not e.network(name).checkpoint]
+    if e.squeeze.batch_size == 1 and trained:
+        yield (
+            f"squeeze.batch_size is 1, and BatchNorms of {trained[0]} would see one image at a "
+            f"time, which has no variance; make it two or more"
+        )
     yield from one_of("squeeze.optimiser", e.squeeze.optimiser, training.OPTIMISERS)
     yield from one_of("squeeze.schedule", e.squeeze.schedule, schedules.SCHEDULES)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prism_jax import training
+from prism_jax.config.layout import bn_group_of
 from prism_jax.config.rules.common import not_negative, one_of, positive, repeated
 from prism_jax.config.sections import CONTROLS, Experiment
-from prism_jax.core import losses, schedules
+from prism_jax.core import batching, losses, schedules
+from prism_jax.models import ARCHITECTURES
 
 
 def violations(e: Experiment) -> Iterator[str]:
@@ -44,6 +46,8 @@ def violations(e: Experiment) -> Iterator[str]:
         )
     if v.batch_size > 0 and v.accumulate > 0:
         yield from batch(e)
+        if e.recover.ipc > 0 and e.dataset.num_classes > 0:
+            yield from _alone(e)
 
 
 def _controls(e: Experiment) -> Iterator[str]:
@@ -112,4 +116,28 @@ def batch(e: Experiment) -> Iterator[str]:
         yield (
             f"validate.bn_group is {v.bn_group}; batch_size / accumulate = {part} images must be "
             f"whole groups: {', '.join(map(str, allowed))}"
+        )
+
+
+def _alone(e: Experiment) -> Iterator[str]:
+    """An image that would be a BatchNorm group of its own: what it is normalised to is noise."""
+    v, images = e.validate, e.recover.ipc * e.dataset.num_classes
+    names = v.students + (e.relabel.teachers if e.relabel.teacher_mode == "train" else ())
+    rows = {name: ARCHITECTURES.get(e.network(name).architecture) for name in names}
+    normed = [name for name, row in rows.items() if row is not None and row.batch_norms]
+    if not normed:
+        return
+    if bn_group_of(v) == 1 or e.relabel.bn_group == 1:
+        yield (
+            f"BatchNorm groups of one image (validate.bn_group={v.bn_group}, batch_size / "
+            f"accumulate = {v.batch_size // v.accumulate}, relabel.bn_group={e.relabel.bn_group}) "
+            f"have no variance, and {normed[0]} has BatchNorms; make groups of two or more"
+        )
+    elif batching.sizes(images, v.batch_size)[-1] == 1:
+        near = sorted(range(2, images + 1), key=lambda b: (abs(b - v.batch_size), b))
+        good = [b for b in near if images % b != 1 and b % v.accumulate == 0][:3]
+        yield (
+            f"validate.batch_size is {v.batch_size}, which leaves one of the {images} images in a "
+            f"batch of its own, and {normed[0]} has BatchNorms, which one image gives no variance; "
+            f"set it and relabel.batch_size to {' or '.join(map(str, sorted(good)))}"
         )
