@@ -46,6 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.squeeze.flip = True
     c.squeeze.seed = 0
     c.squeeze.dtype = "float32"  # or "bfloat16": of the networks' computation, as below
+    c.squeeze.least_top1 = placeholder(float)  # unset: more than chance; 0: any teacher will do
 
     c.recover = ConfigDict()
     c.recover.method = "prism"

@@ -70,6 +70,7 @@ def _squeeze(context: Context) -> None:
 
 def _recover(context: Context) -> None:
     if not recover.is_done(context):
+        squeeze.check(context)
         recover.run(context)
 
 
@@ -80,6 +81,7 @@ def _relabel(context: Context) -> None:
         if labelled.name != "synthetic":
             controls.write(context, labelled)
         if not relabel.is_done(context, labelled):
+            squeeze.check(context)
             relabel.run(context, labelled)
 
 
@@ -91,6 +93,7 @@ def _validate(context: Context) -> None:
 
     if not missing():
         return
+    squeeze.check(context)  # labels may be made while students train
     labels = {}
     for labelled in found:  # what cannot be read is refused before anything is written
         if labelled.soft and validate.pending(context, labelled):

@@ -129,6 +129,20 @@ def test_classes_with_too_few_images_are_refused_before_any_work(tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+def test_a_teacher_at_chance_stops_the_run_before_it_spends_time_on_it(finished):
+    """Of four classes, 32.5 % are asked for; the record says less, as of a wrong class order."""
+    record = finished / "squeeze" / "first" / "record.json"
+    workdir.write_record(record, workdir.read_record(record) | {"top1": 0.3})
+    ok(finished)  # what is finished is only read
+    shutil.rmtree(finished / "relabel")
+    said = refused(finished)
+    assert "teacher first is right on 30.0%" in said and "--config.squeeze.least_top1=0" in said
+    assert "train longer" in said
+    refused(finished, "--config.squeeze.least_top1=0.31")
+    out = ok(finished, "--config.squeeze.least_top1=0.29", "--stages=relabel")
+    assert "relabel synthetic" in out
+
+
 # --- changed settings -----------------------------------------------------------------------
 
 

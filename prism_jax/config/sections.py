@@ -80,6 +80,7 @@ class Squeeze:
     flip: bool
     seed: int
     dtype: Dtype
+    least_top1: float | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ NEUTRAL = {
     "recover": ("initialise_from", "steps_per_dispatch", "checkpoint_seconds"),
     "relabel": ("mode",),
     "validate": ("students", "seeds", "controls", "checkpoint_seconds"),
-    "squeeze": ("teachers", "seed"),
+    "squeeze": ("teachers", "seed", "least_top1"),
 }
 
 # Fields that came later, with the value that means what was before: then they are left out, and

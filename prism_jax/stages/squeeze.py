@@ -17,6 +17,7 @@ from prism_jax.data import workdir
 from prism_jax.data.pipeline import batches, num_batches
 from prism_jax.data.weights import RECORD, WEIGHTS, load, pack, sha256
 from prism_jax.errors import UserError
+from prism_jax.models.published import PUBLISHED
 from prism_jax.parallel import enough_memory
 from prism_jax.stages import fingerprints
 from prism_jax.stages.context import Context
@@ -62,8 +63,93 @@ def run(context: Context) -> None:
         }
         workdir.write_record(folder / RECORD, record)
         context.say(f"teacher {name}: top-1 {record['top1']:.1%} on the real test images")
+        _warn(context, name, record["top1"])
         context.stop.check()
     context.work.wait(lambda: not pending(context))
+
+
+# --- is a teacher worth the work that follows? ------------------------------------------------
+
+FAR = 0.05  # below what published weights are known for, from which a teacher is warned of
+
+
+def least_top1(classes: int) -> float:
+    """What tells a teacher from chance: five times chance, at most a tenth of what is above it."""
+    chance = 1 / classes
+    return chance + min(4 * chance, 0.1 * (1 - chance))
+
+
+def check(context: Context) -> None:
+    """Stop a run, before recover and relabel spend their time, on a teacher that knows nothing.
+
+    Raises:
+      UserError: a teacher that supervises is near or below chance, or below
+        ``squeeze.least_top1``.
+    """
+    config = context.config
+    stated, classes = config.squeeze.least_top1, config.dataset.num_classes
+    least = least_top1(classes) if stated is None else stated
+    recover = config.recover
+    names = dict.fromkeys((*(recover.pool if recover.iterations else ()), *config.relabel.teachers))
+    for name in names:
+        record = context.networks.folder(name) / RECORD
+        top1 = workdir.read_record(record)["top1"] if record.exists() else None
+        if top1 is not None and top1 < least:
+            raise UserError(_worthless(context, name, top1, least))
+
+
+def _worthless(context: Context, name: str, top1: float, least: float) -> str:
+    config = context.config
+    network, dataset = config.network(name), config.dataset
+    said = (
+        f"teacher {name} is right on {top1:.1%} of the real test images (chance: "
+        f"{1 / dataset.num_classes:.1%}; squeeze.least_top1: {least:.1%}); what it supervises is "
+        f"noise. "
+    )
+    way_on = (
+        f"To go on with it all the same: --config.squeeze.least_top1=0. Nothing was lost; another "
+        f"network belongs into another workdir (--workdir=<new> --from={context.root})."
+    )
+    if not network.checkpoint:
+        return (
+            f"{said}It was trained for squeeze.epochs={config.squeeze.epochs} at "
+            f"squeeze.learning_rate={config.squeeze.learning_rate:g}: train longer, or at another "
+            f"rate. {way_on}"
+        )
+    more = f" --path={dataset.path}" if dataset.path else ""
+    for field in ("mean", "std"):
+        if numbers := getattr(network, field):
+            more += f" --{field}={','.join(f'{x:g}' for x in numbers)}"
+    return (
+        f"{said}Likely, in this order:\n"
+        f"  - its classes are in another order than the images' folders "
+        f"(networks.{name}.class_indices)\n"
+        f"  - it was trained with another normalisation (networks.{name}.mean and .std)\n"
+        f"  - {network.checkpoint} holds other weights than those of this network\n"
+        f"This tells them apart:\n"
+        f"    python -m prism_jax.tools.teachers evaluate {network.checkpoint} "
+        f"--architecture={network.architecture} --dataset={dataset.name} "
+        f"--source={dataset.source}{more}\n"
+        f"{way_on}"
+    )
+
+
+def _warn(context: Context, name: str, top1: float) -> None:
+    """Say so where imported weights are far below what they are known for."""
+    network, config = context.config.network(name), context.config
+    known, percent = PUBLISHED.get(network.architecture, (None, 0.0))
+    info = context.inputs.info
+    part = known == "imagenet" and context.inputs.open("train").imagenet_indices is not None
+    if not network.checkpoint or not (part or known == info.name):
+        return
+    far = least_top1(config.dataset.num_classes) <= top1 < percent / 100 - FAR
+    if far and (network.width, network.depth) == (1.0, 1.0):
+        context.say(
+            f"warning: teacher {name} is right on {top1:.1%}, and published weights of "
+            f"{network.architecture} are known for {percent:.1f} % on {known}. Compare image size "
+            f"({config.dataset.image_size}), normalisation and class order: python -m "
+            f"prism_jax.tools.teachers evaluate --help"
+        )
 
 
 def _is_done(context: Context, name: str) -> bool:

@@ -15,6 +15,7 @@ from prism_jax.config import Network, resolve
 from prism_jax.data.sources import open_source
 from prism_jax.errors import UserError
 from prism_jax.stages import analyse
+from prism_jax.stages import squeeze as squeezing
 from prism_jax.stages.context import Context
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*classes of imagenet:UserWarning")
@@ -148,3 +149,24 @@ def test_a_damaged_image_is_left_out_of_the_run_and_reported(digits, tmp_path):
         assert summary["train_images"] == whole - 1
         weights.append((tmp_path / name / "squeeze/first/weights.safetensors").read_bytes())
     assert weights[0] == weights[1] == weights[2]
+
+
+# --- what a teacher is worth ------------------------------------------------------------------
+
+
+def test_chance_is_told_from_a_barely_trained_network():
+    assert squeezing.least_top1(10) == pytest.approx(0.19)
+    assert squeezing.least_top1(2) == pytest.approx(0.55)
+    assert squeezing.least_top1(1000) == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize("top1, warned", [(0.50, True), (0.66, False), (0.0, False)])
+def test_weights_far_below_what_they_are_known_for_are_warned_of(tmp_path, capsys, top1, warned):
+    """69.8 % of ImageNet for a ResNet-18; at chance the run stops, and says more."""
+    wnids = ("n01443537", "n02102040", "n15075141")
+    root = write_tree(tmp_path / "a", classes=wnids)
+    known = Network("resnet18", head_classes=1000, checkpoint="weights.pth")
+    squeezing._warn(context(root, network=known, num_classes=3), "big", top1)
+    assert ("known for 69.8 %" in capsys.readouterr().out) == warned
+    squeezing._warn(context(root, network=Network("resnet18"), num_classes=3), "big", top1)
+    assert not capsys.readouterr().out  # nothing is known of what was trained here

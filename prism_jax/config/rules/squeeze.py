@@ -15,6 +15,8 @@ def violations(e: Experiment) -> Iterator[str]:
     yield from positive(e, "squeeze", "epochs", "batch_size", "learning_rate")
     yield from not_negative(e, "squeeze", "weight_decay", "seed", "crop_pad")
     yield from share(e, "squeeze", "crop_min", low="(")
+    if e.squeeze.least_top1 is not None:
+        yield from share(e, "squeeze", "least_top1")
     trained = [name for name in e.squeeze.teachers if not e.network(name).checkpoint]
     if e.squeeze.batch_size == 1 and trained:
         yield (
