@@ -16,6 +16,9 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from prism_jax.errors import UserError
+from prism_jax.paths import at_home
+
+Path = typing.NewType("Path", str)  # a field in which ``~`` is the home directory
 
 STAGES = ("squeeze", "recover", "relabel", "validate", "analyse")
 CONTROLS = ("random_real", "random_real_hard", "full_real")
@@ -33,7 +36,7 @@ class Dataset:
 
     name: str
     source: str
-    path: str | None
+    path: Path | None
     image_size: int
     num_classes: int
     damaged: Literal["stop", "skip"]
@@ -57,7 +60,7 @@ class Network:
     width: float = 1.0
     depth: float = 1.0
     stem: Literal["imagenet", "small"] = "imagenet"
-    checkpoint: str | None = None
+    checkpoint: Path | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     head_classes: int | None = None
@@ -148,7 +151,7 @@ class Recover:
     batch_order: Literal["ipc_major", "class_major"]
     # where images start, and what they go through
     initialise: str
-    initialise_from: str | None
+    initialise_from: Path | None
     scorer: str | None
     patch_factor: int
     patch_images: int
@@ -321,6 +324,7 @@ KINDS = {
     int: "a whole number",
     float: "a number",
     str: "a string",
+    Path: "a string",
     bool: "True or False",
     tuple: "a list of values",
 }
@@ -412,6 +416,13 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if number and math.isfinite(value):
             return float(value)
+    elif hint is Path:
+        if isinstance(value, str):
+            try:
+                return at_home(value)
+            except UserError as error:
+                problems.append(f"{name}: {error}")
+                return None
     elif isinstance(value, hint):
         return value
     what = KINDS.get(origin or hint, "a group of fields")
