@@ -81,6 +81,7 @@ def _compare(config: Any, root: str, plan: bool, argv: Sequence[str]) -> int:
     from prism_jax import parallel, progress
     from prism_jax.stages.coordination import Interrupted, StopSignal
 
+    parallel.find_devices()
     if not parallel.is_main():
         raise UserError("a comparison runs in one process; its cells use all of its devices")
     experiments = {cell: experiment_of(config, cell) for cell in cells(config)}

@@ -28,6 +28,7 @@ from ml_collections import config_flags
 
 from prism_jax.config import KINDS, STAGES
 from prism_jax.errors import UserError
+from prism_jax.paths import at_home
 
 HELP = """\
 prism_jax: dataset distillation in JAX
@@ -70,6 +71,7 @@ Exit status: 0 done, 2 something given cannot be used, 130 or 143 stopped by Ctr
 _WITH_VALUE = (
     "--workdir", "--from", "--stages", "--distributed", "--coordinator", "--processes", "--process",
 )  # fmt: skip
+_PATHS = ("config", "workdir", "from")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _UNWRITABLE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR,
@@ -137,6 +139,7 @@ def _main(argv: list[str]) -> int:
     workdir = given.workdir or f"runs/{experiment.name}"
     if epath.Path(workdir).exists() and not epath.Path(workdir).is_dir():
         raise UserError(f"--workdir={workdir} is a file; name a folder, or one that is not there")
+    parallel.find_devices()
     if given.plan:
         from prism_jax import plan
 
@@ -201,7 +204,7 @@ def parse(argv: Sequence[str], problems: list[str]) -> tuple[Any, flags.FlagValu
     Raises:
       UserError: there is no config file, or it cannot be loaded.
     """
-    argv = joined(argv)
+    argv = [_at_home(argument) for argument in joined(argv)]
     chosen = [a for a in argv if a.startswith("--config=")]
     if not chosen:
         if "--config" in argv:
@@ -271,6 +274,12 @@ def joined(argv: Sequence[str]) -> list[str]:
         else:
             found.append(argument)
     return found
+
+
+def _at_home(argument: str) -> str:
+    """A flag, with the home directory for ``~`` where its value is a path."""
+    name, equals, value = argument.partition("=")
+    return f"{name}={at_home(value)}" if equals and name.lstrip("-") in _PATHS else argument
 
 
 def _explain(config: Any, argument: str, error: Exception) -> str:

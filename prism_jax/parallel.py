@@ -299,6 +299,34 @@ def enough_memory(remedy: str) -> Iterator[None]:
         ) from error
 
 
+# What brings a platform's devices, by the names that JAX has for it.
+_INSTALLED = {
+    "cuda": "pip install 'prism-jax[cuda13]' (or [cuda12], as the driver asks) for an NVIDIA GPU",
+    "tpu": "pip install 'prism-jax[tpu]' on a machine with a TPU",
+}
+_INSTALLED["gpu"] = _INSTALLED["cuda"]
+
+
+def find_devices() -> None:
+    """Let JAX look for its devices, after ``start_processes``.
+
+    Raises:
+      UserError: it finds none, for what ``JAX_PLATFORMS`` asks for is misspelt or not installed.
+    """
+    try:
+        jax.local_devices()
+    except Exception as error:  # JAX raises several kinds, an AssertionError without a text too
+        wanted = jax.config.jax_platforms or ""
+        said = (str(error).splitlines() or ["it sees none of this kind"])[0]
+        remedies = [_INSTALLED[name] for name in wanted.split(",") if name in _INSTALLED]
+        if wanted:
+            remedies.append("unset JAX_PLATFORMS for whatever is there")
+        raise UserError(
+            f"JAX finds no device{wanted and f' for JAX_PLATFORMS={wanted}'}: {said}\n"
+            f"{'; or '.join([*remedies, 'set JAX_PLATFORMS=cpu for the processor'])}"
+        ) from error
+
+
 def local_devices() -> int:
     """How many devices this process has."""
     return jax.local_device_count()

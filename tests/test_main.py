@@ -51,7 +51,7 @@ WRONG = {
         ["the architecture of first is 'resnet19'", "did you mean resnet18?", "convnet_d1_bn"],
     ),
     "no such network": ([field("recover.pool", "first,thrid")], ["recover.pool", "thrid"]),
-    "batch does not divide": ([field("recover.batch_size", 3)], ["is 3", "these do: 1, 2, 4"]),
+    "batch does not divide": ([field("recover.batch_size", 5)], ["is 5", "these do: 4"]),
     "too small images": ([field("dataset.image_size", 3)], ["second", "needs 4 or more"]),
     "too many classes": ([field("dataset.num_classes", 12)], ["is 12", "has 10 classes"]),
     "no labels": ([field("relabel.epochs", 0)], ["relabel.epochs is 0", "must be positive"]),

@@ -13,14 +13,16 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
-from prism_jax.config.sections import Experiment
+from prism_jax.config.sections import Experiment, Path
 from prism_jax.errors import UserError
+from prism_jax.paths import at_home
 
 # What a person calls the types of fields.
 KINDS = {
     int: "a whole number",
     float: "a number",
     str: "a string",
+    Path: "a string",
     bool: "True or False",
     tuple: "a list of values",
 }
@@ -111,6 +113,13 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if number and math.isfinite(value):
             return float(value)
+    elif hint is Path:
+        if isinstance(value, str):
+            try:
+                return at_home(value)
+            except UserError as error:
+                problems.append(f"{name}: {error}")
+                return None
     elif isinstance(value, hint):
         return value
     what = KINDS.get(origin or hint, "a group of fields")

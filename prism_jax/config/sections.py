@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any, Literal
+from typing import Any, Literal, NewType
+
+Path = NewType("Path", str)  # a field in which ``~`` is the home directory
 
 STAGES = ("squeeze", "recover", "relabel", "validate", "analyse")
 CONTROLS = ("random_real", "random_real_hard", "full_real")
@@ -25,7 +27,7 @@ class Dataset:
 
     name: str
     source: str
-    path: str | None
+    path: Path | None
     image_size: int
     num_classes: int
     damaged: Literal["stop", "skip"]
@@ -49,7 +51,7 @@ class Network:
     width: float = 1.0
     depth: float = 1.0
     stem: Literal["imagenet", "small"] = "imagenet"
-    checkpoint: str | None = None
+    checkpoint: Path | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     head_classes: int | None = None
@@ -141,7 +143,7 @@ class Recover:
     batch_order: Literal["ipc_major", "class_major"]
     # where images start, and what they go through
     initialise: str
-    initialise_from: str | None
+    initialise_from: Path | None
     short_classes: Literal["refuse", "repeat"]
     scorer: str | None
     patch_factor: int

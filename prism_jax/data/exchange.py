@@ -1,6 +1,6 @@
 """Image sets that somebody else made, as torchvision's ImageFolder reads them.
 
-<root>/<class>/<image>.{jpg,jpeg,png,webp}
+<root>/<class>/<image>
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from PIL import Image
 
 from prism_jax.data.datasets import DatasetInfo, imagenet_wnids
 from prism_jax.data.image_set import DamagedFile
-from prism_jax.data.sources import EXTENSIONS, ImageSource, class_order, decode
+from prism_jax.data.sources import ImageSource, class_order, decode, kinds
+from prism_jax.data.sources.files import walk
 from prism_jax.errors import UserError
 
 _WNID = re.compile(r"n[0-9]{8}")
 _NEEDED = (
     "recover.initialise=folder needs recover.initialise_from to be a local folder with one folder "
-    f"per class and images in it ({', '.join(EXTENSIONS)})"
+    "per class and images in it, of any kind that Pillow reads"
 )
 
 
@@ -80,10 +81,11 @@ class ImageSet:
         self._root, self._info, self._size = existing_folder(root), info, image_size
         self.num_classes = num_classes = real.num_classes
         self.class_names, self.imagenet_indices = real.class_names, real.imagenet_indices
-        self.left_out = 0
         self.labels_N = np.repeat(np.arange(num_classes, dtype=np.int32), ipc)
         classes = self._classes(real)
-        images = {name: self._images(name) for name in classes}
+        others = kinds.Others(list)
+        images = {name: self._images(name, others) for name in classes}
+        self.left_out = kinds.left_out(self._root, others)
         short = [f"{name} has {len(found)}" for name, found in images.items() if len(found) < ipc]
         most, least = (f(map(len, images.values())) for f in (max, min))
         if short:
@@ -122,14 +124,12 @@ class ImageSet:
             )
         return class_order(names)
 
-    def _images(self, cls: str) -> list[str]:
-        """The images of a class, relative to the root."""
-        return [
-            os.path.relpath(os.path.join(folder, name), self._root)
-            for folder, _, names in sorted(os.walk(os.path.join(self._root, cls)))
-            for name in sorted(names)
-            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-        ]
+    def _images(self, cls: str, others: kinds.Others) -> list[str]:
+        """The images of a class, relative to the root; ``others`` receives the other files."""
+        files = sorted(walk(self._root, others, cls), key=os.path.split)
+        return kinds.images_of(
+            files, lambda path: open(os.path.join(self._root, path), "rb"), others
+        )
 
     def __len__(self) -> int:
         return len(self._names)

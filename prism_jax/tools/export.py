@@ -25,6 +25,7 @@ from prism_jax.data.datasets import DATASETS, DatasetInfo
 from prism_jax.data.label_store import MANIFEST, LabelReader
 from prism_jax.errors import UserError
 from prism_jax.main import joined
+from prism_jax.paths import at_home
 
 SYNTHETIC = "synthetic"
 CONTROLS = ("random_real",)
@@ -68,11 +69,10 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", required=True, help="a run whose images are finished")
-    parser.add_argument("--to", required=True, help="the folder to make; it must not be there")
-    parser.add_argument(
-        "--control", choices=CONTROLS, help="export this control instead of the synthetic set"
-    )
+    add = parser.add_argument
+    add("--workdir", type=at_home, required=True, help="a run whose images are finished")
+    add("--to", type=at_home, required=True, help="the folder to make; it must not be there")
+    add("--control", choices=CONTROLS, help="export this control instead of the synthetic set")
     return parser
 
 

@@ -28,6 +28,7 @@ from prism_jax import progress
 from prism_jax.data import workdir
 from prism_jax.data.sources import tfds as tfds_source
 from prism_jax.errors import UserError
+from prism_jax.paths import at_home
 
 _FETCH = "prepare or fetch it again"
 
@@ -286,9 +287,15 @@ def _parser() -> _Parser:
     )
     add = parser.add_argument
     add("--dataset", required=True, metavar="NAME", help="a builder of TensorFlow Datasets")
-    add("--from", dest="source", metavar="DIR", help="where it is prepared as TFRecord")
-    add("--to", required=True, metavar="DIR", help="the data_dir for the result")
-    add("--downloads", metavar="DIR", help="files that have to be downloaded by hand")
+    add(
+        "--from",
+        dest="source",
+        type=at_home,
+        metavar="DIR",
+        help="where it is prepared as TFRecord",
+    )
+    add("--to", type=at_home, required=True, metavar="DIR", help="the data_dir for the result")
+    add("--downloads", type=at_home, metavar="DIR", help="files that have to be downloaded by hand")
     return parser
 
 

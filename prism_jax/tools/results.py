@@ -13,6 +13,7 @@ from etils import epath
 from prism_jax.analysis import summary, tables
 from prism_jax.data import workdir
 from prism_jax.errors import UserError
+from prism_jax.paths import at_home
 
 HELP = """\
 usage: python -m prism_jax.tools.results WORKDIR [WORKDIR ...]
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(HELP, end="")
         return 0
     try:
-        print(compared(argv))
+        print(compared([at_home(folder) for folder in argv]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

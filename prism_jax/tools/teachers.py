@@ -30,7 +30,7 @@ import numpy as np
 from etils import epath
 from rich.table import Table
 
-from prism_jax import progress
+from prism_jax import parallel, progress
 from prism_jax.analysis.class_order import (
     Finding,
     Misread,
@@ -52,6 +52,7 @@ from prism_jax.main import prepare_environment
 from prism_jax.models import ARCHITECTURES, build, lookup
 from prism_jax.models.import_torch import fit, torch_leaves, variable_shapes
 from prism_jax.models.registry import STEMS
+from prism_jax.paths import at_home
 from prism_jax.types import Normalisation, PyTree
 
 FIND = "find"
@@ -631,7 +632,7 @@ def _indices(text: str) -> str | tuple[int, ...]:
         ends = [tuple(map(int, part.split("-"))) for part in text.split(",")]
         return tuple(i for span in ends for i in range(span[0], span[-1] + 1))
     try:
-        with open(text) as file:
+        with open(at_home(text)) as file:
             found = json.load(file)
     except (OSError, ValueError):
         found = None
@@ -669,6 +670,7 @@ def parser() -> argparse.ArgumentParser:
         add = added.add_argument
         add(
             "file",
+            type=at_home,
             help=".pth, .safetensors, a squeeze/<teacher> folder, Orbax",
         )
         add("--architecture", required=True, help="a name of `list`")
@@ -679,18 +681,20 @@ def parser() -> argparse.ArgumentParser:
         add("--stem", choices=STEMS, default="imagenet", help="small: for 16 to 64 px")
         add("--mean", type=_numbers, help="of its training pixels in [0, 1], one per channel")
         add("--std", type=_numbers, help="one per channel (default: the data set's)")
-    importing.add_argument("--out", help="folder to write weights.safetensors and record.json to")
+    importing.add_argument(
+        "--out", type=at_home, help="folder to write weights.safetensors and record.json to"
+    )
 
     add = evaluating.add_argument
     add("--dataset", required=True, help=f"{', '.join(DATASETS)}, or tfds:<builder>")
     add("--source", required=True, help=", ".join(SOURCES))
-    add("--path", help="where the images are")
+    add("--path", type=at_home, help="where the images are")
     add(
         "--class-indices",
         type=_indices,
         help="the output that is each class: 4,0,7 or 0-9 or a JSON file; find: by the images",
     )
-    add("--save-order", help="file for a class order that is found")
+    add("--save-order", type=at_home, help="file for a class order that is found")
     add("--limit", type=_positive(int), help="test so many images only, drawn over all classes")
     add("--batch-size", type=_positive(int), default=64, help="images per step")
     return root
@@ -709,6 +713,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare_environment({}, problems)
         if problems:
             raise UserError("; ".join(problems))
+        if options.run is not list_command:
+            parallel.find_devices()
         options.run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -18,12 +18,11 @@ from prism_jax.data.sources.arrays import ArraySource, open_cifar, open_idx, ope
 from prism_jax.data.sources.base import ImageSource, Subset
 from prism_jax.data.sources.damaged import without_damaged
 from prism_jax.data.sources.decoding import EncodedSource, decode
-from prism_jax.data.sources.files import EXTENSIONS, class_order, open_folder, open_tar
+from prism_jax.data.sources.files import class_order, open_folder, open_tar
 from prism_jax.data.sources.tfds import builder_info, open_tfds
 from prism_jax.errors import UserError
 
 __all__ = [
-    "EXTENSIONS",
     "SOURCES",
     "ArraySource",
     "EncodedSource",

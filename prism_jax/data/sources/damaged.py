@@ -51,7 +51,7 @@ def without_damaged(source: ImageSource, *, threads: int) -> ImageSource:
     left_out = {"count": len(damaged), "digest": digest}
     described = {"count": len(readable), "left_out": left_out}
     found = Subset(source, readable, labels_N=source.all_labels_N, described=described)
-    found.left_out = len(damaged)
+    found.left_out = source.left_out + len(damaged)
     return found
 
 

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import functools
+import io
 import os
 import re
-import tarfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from prism_jax.data.datasets import DatasetInfo, imagenet_validation_wnids
+from prism_jax.data.sources import kinds, tars
 from prism_jax.data.sources.base import ImageSource, existing, file_state
 from prism_jax.data.sources.decoding import EncodedSource
 from prism_jax.errors import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-
 _TREE = """
     train/<class>/<image>   one folder per class, the same classes in both
     {test}/<class>/<image>
-with images in .jpg, .jpeg, .png or .webp"""
+with images of any kind that Pillow reads (.jpg, .png, .webp, .bmp, .tif, .gif, ...)"""
 
 # ImageNet's validation images as published: in one folder, numbered.
 _NUMBERED = re.compile(r"ILSVRC2012_val_([0-9]{8})\.JPEG")
@@ -41,11 +39,15 @@ def open_folder(info: DatasetInfo, path: str | None, split: str, size: int) -> I
     train = os.path.join(path, "train")
     classes = _folders(train) if os.path.isdir(train) else None
 
+    def opened(name: str) -> BinaryIO:
+        return open(os.path.join(root, name), "rb")
+
     def read_path(name: str) -> bytes:
-        with open(os.path.join(root, name), "rb") as file:
+        with opened(name) as file:
             return file.read()
 
-    files = _labelled(_walk(root), classes, read_path, root, expected)
+    others = kinds.Others(list)
+    files = _labelled(walk(root, others), others, classes, opened, root, expected)
 
     def states() -> list[tuple[str, int, int]]:
         return [file_state(os.path.join(root, path)) for path in files.paths]
@@ -74,40 +76,51 @@ def open_tar(info: DatasetInfo, path: str | None, split: str, size: int) -> Imag
         path = next((p for p in paths if os.path.isfile(p)), path)
     path = existing(path, expected, os.path.isfile)
     state = file_state(path)
-    members = _tar_index(*state)
+    stored, unreadable = tars.index(*state)
     trees: dict[str, dict[str, str]] = {}
-    for member in members:
+    none: dict[str, dict[str, str]] = {}  # in each tree, what is no image, and what it is
+    for member in (*stored, *unreadable):
         if match := re.match(r"(?:.*?/)?(train|val|validation|test)/(.+)", member):
-            trees.setdefault(match[1], {})[match[2]] = member
+            tree, name = match[1], match[2]
+            if name.startswith(".") and "/" in name:
+                kind, name = kinds.HIDDEN, f"{name.split('/')[0]}/"
+            elif member in unreadable and not kinds.is_named_as_one(name):
+                kind = unreadable[member]
+            else:
+                trees.setdefault(tree, {})[name] = member
+                continue
+            none.setdefault(tree, {})[name] = kind
     found = next((name for name in names if name in trees), None)
     if found is None:
         raise UserError(f"{path} has no folder {' or '.join(names)}; {expected}")
     tree = trees[found]
     classes = {name.split("/")[0] for name in trees.get("train", ()) if "/" in name} or None
+    others = kinds.Others(list)
+    for name, kind in none.get(found, {}).items():
+        others[kind].append(name)
 
-    def read_path(name: str) -> bytes:
-        offset, length = members[tree[name]]
+    def read_member(member: str) -> bytes:
+        if member not in stored:
+            raise OSError(unreadable.get(member, "it is not in the archive"))
+        offset, length = stored[member]
         with open(path, "rb") as file:
             file.seek(offset)
             return file.read(length)
 
-    files = _labelled(tree, classes, read_path, path, expected)
-    places = [members[tree[name]] for name in files.paths]
+    def opened(name: str) -> BinaryIO:
+        return io.BytesIO(read_member(tree.get(name, name)))
 
-    def read(index: int) -> bytes:
-        offset, length = places[index]
-        with open(path, "rb") as file:
-            file.seek(offset)
-            return file.read(length)
+    files = _labelled(tree, others, classes, opened, path, expected)
+    members = [tree.get(name, name) for name in files.paths]
 
     return _source(
         info,
         split,
         size,
         files,
-        name=lambda i: f"{path}/{tree[files.paths[i]]}",
-        read=read,
-        sizes=lambda: [length for _, length in places],
+        name=lambda i: f"{path}/{members[i]}",
+        read=lambda i: read_member(members[i]),
+        sizes=lambda: [stored.get(member, (0, -1))[1] for member in members],
         stamp=lambda: repr(state),
     )
 
@@ -130,6 +143,7 @@ class _Files(NamedTuple):
     names: list[str]
     labels_N: np.ndarray
     classes: list[str]
+    left_out: int
 
 
 def _source(
@@ -159,48 +173,53 @@ def _source(
         name=name,
         content=content,
         stamp=stamp,
+        left_out=files.left_out,
     )
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether an entry is a folder or a link to one; a circle of links is none."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def _folders(root: str) -> list[str]:
     with os.scandir(root) as entries:
-        return [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
+        return [e.name for e in entries if _is_folder(e) and not e.name.startswith(".")]
 
 
-def _walk(root: str, folder: str = "") -> list[str]:
-    """Files at any depth below a folder, as paths relative to the root; hidden ones left out."""
-    found = []
-    with os.scandir(os.path.join(root, folder)) as entries:
-        for entry in entries:
-            below = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.is_dir():
-                found += _walk(root, below) if folder or not entry.name.startswith(".") else []
-            else:
-                found.append(below)
+def walk(root: str, others: kinds.Others, start: str = "") -> list[str]:
+    """Files at any depth below a folder, as paths relative to the root; links are followed.
+
+    Args:
+      others: receives what is no file; so do hidden folders directly below the first one.
+      start: the first folder, relative to the root.
+    """
+    found: list[str] = []
+
+    def visit(folder: str, above: frozenset[tuple[int, int]]) -> None:
+        with os.scandir(os.path.join(root, folder)) as entries:
+            for entry in entries:
+                path = f"{folder}/{entry.name}" if folder else entry.name
+                if _is_folder(entry):
+                    state = entry.stat()
+                    identity = state.st_dev, state.st_ino
+                    if folder == start and entry.name.startswith("."):
+                        others[kinds.HIDDEN].append(f"{path}/")
+                    elif identity in above:
+                        others["a link to a folder that it lies in"].append(path)
+                    else:
+                        visit(path, above | {identity})
+                elif os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
+                    found.append(path)
+                elif entry.is_symlink() and kinds.is_named_as_one(path):
+                    found.append(path)  # an image that is missing
+                else:
+                    kind = "a link to nothing" if entry.is_symlink() else "no regular file"
+                    others[kind].append(path)
+
+    state = os.stat(os.path.join(root, start))
+    visit(start, frozenset({(state.st_dev, state.st_ino)}))
     return found
-
-
-@functools.lru_cache(maxsize=4)
-def _tar_index(path: str, size: int, modified_ns: int) -> dict[str, tuple[int, int]]:
-    """Offset and length of each file in a tar; size and time of change are part of the key."""
-    del size, modified_ns
-    try:
-        with tarfile.open(path, "r:") as tar:
-            members = {m.name: (m.offset_data, m.size) for m in tar if m.isfile()}
-            end = tar.offset
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(
-            f"{path} is not a whole, uncompressed tar file ({error}); fetch or unpack it again"
-        ) from error
-    # tarfile takes an unreadable header for the end, and all files behind it for absent.
-    with open(path, "rb") as file:
-        file.seek(end)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise UserError(
-                f"{path} is cut short or damaged at byte {end}: there is neither a file nor the "
-                f"end mark of a tar file; fetch it again"
-            )
-    return members
 
 
 def class_order(names: Sequence[str] | set[str]) -> list[str]:
@@ -225,8 +244,9 @@ def class_order(names: Sequence[str] | set[str]) -> list[str]:
 
 def _labelled(
     paths: Iterable[str],
+    others: kinds.Others,
     train_classes: Iterable[str] | None,
-    read: Callable[[str], bytes],
+    opened: Callable[[str], BinaryIO],
     root: str,
     expected: str,
 ) -> _Files:
@@ -234,17 +254,21 @@ def _labelled(
 
     Args:
       paths: relative to the split.
+      others: what is no image already; it is named and counted with what is found to be none.
       train_classes: the folders of the training split; None: there is none.
-      read: the content of a file of the split.
+      opened: opens a file of the split.
       root, expected: for messages.
     """
-    found = _classified(list(paths), read)
-    classes = class_order(set(train_classes or (cls for cls, _ in found)))
+    paths = list(paths)
+    class_of = _classified(paths, opened)
+    if stray := [p for p in paths if p not in class_of and p != _TINY_TABLE]:
+        others["in no class folder"] += stray
+    found = kinds.images_of(class_of, opened, others)
+    classes = class_order(set(train_classes or class_of.values()))
     images: dict[str, list[tuple[str, ...]]] = {cls: [] for cls in classes}
-    for cls, path in found:
+    for path in found:
+        cls = class_of[path]
         folder, _, file = path.rpartition("/")
-        if file.startswith(".") or not file.lower().endswith(EXTENSIONS):
-            continue
         if cls not in images:
             raise UserError(
                 f"{root}/{cls} is a class that the training split does not have; {expected}"
@@ -265,20 +289,21 @@ def _labelled(
     ]
     counts = [len(images[cls]) for cls in classes]
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-    return _Files(paths, names, labels, classes)
+    return _Files(paths, names, labels, classes, kinds.left_out(root, others))
 
 
-def _classified(paths: list[str], read: Callable[[str], bytes]) -> list[tuple[str, str]]:
-    """The class and path of each file of a split.
+def _classified(paths: list[str], opened: Callable[[str], BinaryIO]) -> dict[str, str]:
+    """The class of each file of a split that has one.
 
     The class is the first folder, but for two published sets whose validation images lie in one
     folder: Tiny ImageNet's has a table, and ImageNet's are numbered.
     """
     if _TINY_TABLE in paths:
-        rows = (line.split("\t") for line in read(_TINY_TABLE).decode().splitlines())
-        return [(row[1], f"images/{row[0]}") for row in rows if len(row) > 1]
+        with opened(_TINY_TABLE) as file:
+            rows = [line.split("\t") for line in file.read().decode().splitlines()]
+        return {f"images/{row[0]}": row[1] for row in rows if len(row) > 1}
     numbers = {path: int(match[1]) for path in paths if (match := _NUMBERED.fullmatch(path))}
     known = imagenet_validation_wnids()
     if numbers and max(numbers.values()) <= len(known):
-        return [(known[number - 1], path) for path, number in numbers.items()]
-    return [(path.split("/")[0], path) for path in paths if "/" in path]
+        return {path: known[number - 1] for path, number in numbers.items()}
+    return {path: path.split("/")[0] for path in paths if "/" in path}

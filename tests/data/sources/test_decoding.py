@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
+import subprocess
+import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ from PIL import Image
 
 from prism_jax.data.image_set import DamagedFile
 from prism_jax.data.sources import decode, decoding, open_source, read_all
+from prism_jax.errors import UserError
 
 
 def decoded(data: bytes, channels: int = 3, size: int = 8, ratio: float = 1.0) -> np.ndarray:
@@ -49,9 +54,30 @@ def test_other_kinds_of_image_become_rgb_or_grey():
     buffer = io.BytesIO()
     Image.fromarray(random_pixels(8, 8, 4), "CMYK").save(buffer, "JPEG")
     assert decoded(buffer.getvalue()).shape == (8, 8, 3)
-    deep = np.random.default_rng(0).integers(0, 65536, (8, 8), dtype=np.uint16)
-    wanted = np.asarray(Image.open(io.BytesIO(encoded(deep))).convert("RGB"))
-    np.testing.assert_array_equal(decoded(encoded(deep)), wanted)
+
+
+@pytest.mark.parametrize(
+    "kind", ["BMP", "GIF", "ICO", "JPEG2000", "PCX", "PPM", "QOI", "TGA", "TIFF"]
+)
+def test_other_formats_are_told_by_their_bytes(kind):
+    pixels = np.repeat(random_pixels(8, 8)[..., None], 3, axis=2)  # GIF keeps 256 colours
+    np.testing.assert_array_equal(decoded(encoded(pixels, kind)), pixels)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "PNG"])
+def test_of_several_frames_the_first_is_taken(kind):
+    first, second = (np.full((8, 8, 3), level, np.uint8) for level in (30, 200))
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(first, kind, save_all=True, append_images=[Image.fromarray(second)], **options)
+    assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 2
+    np.testing.assert_array_equal(decoded(data), first)
+
+
+def test_postscript_is_not_run():
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    assert Image.open(io.BytesIO(eps)).format == "EPS"  # Pillow knows it, and has it run
+    with pytest.raises(DamagedFile, match="x.png is not a readable image"):
+        decoded(eps)
 
 
 def test_exif_orientation_is_not_applied():
@@ -137,6 +163,80 @@ def test_cmyk_is_left_to_pillow():
     assert decoding.fast_jpeg(buffer.getvalue()) is None
 
 
+# --- sizes that do not fit ---
+
+
+def flat_png(width: int, height: int) -> bytes:
+    """A one-bit PNG of any size, some kilobytes of it."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + crc(kind + content)
+
+    def crc(content: bytes) -> bytes:
+        return struct.pack(">I", zlib.crc32(content))
+
+    pack = zlib.compressobj(9)
+    row = b"\0" + b"\x5a" * ((width + 7) // 8)
+    packed = b"".join(pack.compress(row) for _ in range(height)) + pack.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def test_more_pixels_than_the_limit_are_refused_by_name_before_they_are_decoded():
+    data = flat_png(15_000, 12_000)
+    with pytest.raises(DamagedFile, match="x.png is too large.*178,956,970 pixels.*damaged=skip"):
+        decoded(data)
+
+
+def test_the_fast_decoder_makes_no_image_of_more_pixels_than_the_limit(monkeypatch):
+    pytest.importorskip("simplejpeg", reason="the extra `fast`")
+    data = bytearray(encoded(random_pixels(8, 8, 3), "JPEG"))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", 60_000, 60_000)
+    assert decoding.fast_jpeg(bytes(data)) is None
+    with pytest.raises(DamagedFile, match="is too large"):
+        decoded(bytes(data))
+
+
+PEAK = """
+import resource, sys
+from prism_jax.data.sources import decode, decoding
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+data, before = sys.stdin.buffer.read(), peak()
+decoding._LARGE = int(sys.argv[1])
+image = decode(data, "x.png", channels=3, image_size=224, resize_ratio=256 / 224)
+assert image.shape == (224, 224, 3)
+print(peak() - before)
+"""
+
+
+def peak_megabytes(pixels: np.ndarray, large: int) -> float:
+    command = [sys.executable, "-c", PEAK, str(large)]
+    return float(subprocess.run(command, input=encoded(pixels), stdout=-1, check=True).stdout)
+
+
+@pytest.mark.parametrize("shape", [(1, 30_000, 3), (30_000, 1, 3)])
+def test_a_thin_picture_takes_memory_of_the_order_of_the_result(shape):
+    assert peak_megabytes(random_pixels(*shape), decoding._LARGE) < 100
+
+
+def test_enlarged_as_a_whole_it_would_not():
+    assert peak_megabytes(random_pixels(1, 1500, 3), large=1 << 40) > 200
+
+
+def test_an_image_that_memory_does_not_hold_is_named(monkeypatch):
+    def out_of_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", out_of_memory)
+    with pytest.raises(UserError, match="x.png does not fit into memory"):
+        decoded(encoded(random_pixels(8, 8)))
+
+
 # --- torchvision ---
 
 
@@ -162,7 +262,6 @@ def odd_images() -> dict[str, bytes]:
 
     pixels = smooth(90, 131)
     image = Image.fromarray(pixels)
-    deep = np.random.default_rng(0).integers(0, 65536, (70, 80), dtype=np.uint16)
     transparent = Image.fromarray(np.dstack([pixels, random_pixels(90, 131)]))
     palette = image.quantize(32)
     return {
@@ -173,7 +272,7 @@ def odd_images() -> dict[str, bytes]:
         "e grey.jpg": saved(image.convert("L"), "JPEG"),
         "f cmyk.jpg": saved(image.convert("CMYK"), "JPEG"),
         "g turned.jpg": saved(image, "JPEG", exif=exif),
-        "h deep.png": saved(Image.fromarray(deep), "PNG"),
+        "h bitmap.bmp": saved(image, "BMP"),
         "i palette.png": saved(palette, "PNG"),
         "j palette with a transparent colour.png": saved(palette, "PNG", transparency=3),
         "k transparent.png": saved(transparent, "PNG"),

@@ -1,0 +1,156 @@
+"""The files of an uncompressed tar by their names, with its links followed inside it."""
+
+from __future__ import annotations
+
+import functools
+import tarfile
+from typing import NamedTuple
+
+from prism_jax.errors import UserError
+
+Place = tuple[int, int]  # offset and length
+
+_HOPS = 40  # links in a row, as many as Linux follows
+_MOST = 10_000_000  # files that links may make of an archive
+
+
+class Tar(NamedTuple):
+    """What a tar holds: files, and names under which nothing can be read, with what is there."""
+
+    files: dict[str, Place]
+    unreadable: dict[str, str]
+
+
+class _Link(NamedTuple):
+    target: str
+    rooted: bool  # a hard link's target is a name of the archive, a symbolic one's is relative
+
+
+class _Broken(Exception):
+    """A link leads to nothing that can be read; the text says what it is."""
+
+
+Folder = dict[str, "Node"]
+Node = Folder | Place | _Link | str  # str: what it is that cannot be read
+
+
+@functools.lru_cache(maxsize=4)
+def index(path: str, size: int, modified_ns: int) -> Tar:
+    """The files of a tar; size and time of change are part of the key.
+
+    Raises:
+      UserError: it is no whole, uncompressed tar.
+    """
+    del size, modified_ns
+    members: dict[str, Place | _Link | str] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    place = (member.offset_data, member.size)
+                    members[member.name] = "a sparse file" if member.issparse() else place
+                elif member.islnk():  # to what has the name now, or else to what gets it later
+                    link = _Link(member.linkname, True)
+                    members[member.name] = members.get(member.linkname, link)
+                elif member.issym():
+                    members[member.name] = _Link(member.linkname, False)
+                elif not member.isdir():
+                    members[member.name] = "no regular file"
+            end = tar.offset
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(
+            f"{path} is not a whole, uncompressed tar file ({error}); fetch or unpack it again"
+        ) from error
+    # tarfile takes an unreadable header for the end, and all files behind it for absent.
+    with open(path, "rb") as file:
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise UserError(
+                f"{path} is cut short or damaged at byte {end}: there is neither a file nor the "
+                f"end mark of a tar file; fetch it again"
+            )
+    linked = any(type(member) is not tuple for member in members.values())
+    return _followed(path, members) if linked else Tar(members, {})
+
+
+def _followed(path: str, members: dict[str, Place | _Link | str]) -> Tar:
+    """The files as they would be found on a disk, behind links to files and to folders too."""
+    root: Folder = {}
+    for name, node in members.items():
+        *above, last = _parts(name)
+        folder = root
+        for part in above:
+            below = folder.setdefault(part, {})
+            if not isinstance(below, dict):
+                below = folder[part] = {}
+            folder = below
+        folder[last] = node
+    files: dict[str, Place] = {}
+    unreadable: dict[str, str] = {}
+
+    def walk(folders: list[Folder], shown: str, trail: tuple[Folder, ...]) -> None:
+        for name, node in folders[-1].items():
+            at, above = f"{shown}{name}", folders
+            if isinstance(node, _Link):
+                try:
+                    above, node = _target(node, folders, [])
+                    if any(node is folder for folder in trail):
+                        raise _Broken("a link to a folder that it lies in")
+                except _Broken as broken:
+                    node = str(broken)
+            if isinstance(node, dict):
+                walk([*above, node], f"{at}/", (*trail, node))
+            elif isinstance(node, str):
+                unreadable[at] = node
+            else:
+                files[at] = node
+            if len(files) + len(unreadable) > _MOST:
+                raise UserError(
+                    f"{path}: its links make more than {_MOST:,} files of {len(members):,}; "
+                    f"store it without links between folders"
+                )
+
+    walk([root], "", (root,))
+    return Tar(files, unreadable)
+
+
+def _parts(name: str) -> list[str]:
+    return [part for part in name.split("/") if part not in ("", ".")]
+
+
+def _target(
+    link: _Link, folders: list[Folder], followed: list[_Link]
+) -> tuple[list[Folder], Folder | Place | str]:
+    """What a link leads to, and the folders above that, from the root.
+
+    Args:
+      folders: those that the link lies in, from the root.
+      followed: the links on the way so far.
+
+    Raises:
+      _Broken: there is nothing, or it is outside the archive, or links lead in a circle.
+    """
+    said = f"a link to {link.target}"
+    followed.append(link)
+    if len(followed) > _HOPS:
+        raise _Broken(f"{said}, in a circle of links")
+    if link.target.startswith("/") and not link.rooted:
+        raise _Broken(f"{said}, outside the archive")
+    folders = folders[:1] if link.rooted else list(folders)
+    parts = _parts(link.target)
+    for number, part in enumerate(parts, 1):
+        if part == "..":
+            if len(folders) == 1:
+                raise _Broken(f"{said}, outside the archive")
+            folders.pop()
+            continue
+        node = folders[-1].get(part)
+        above = folders
+        if isinstance(node, _Link):
+            above, node = _target(node, folders, followed)
+        if node is None or (number < len(parts) and not isinstance(node, dict)):
+            raise _Broken(f"{said}, which the archive does not hold")
+        if not isinstance(node, dict):
+            return above, node
+        folders = [*above, node]
+    return folders[:-1], folders[-1]
