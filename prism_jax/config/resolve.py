@@ -43,6 +43,7 @@ def resolve(config: Any, problems: Sequence[str] = ()) -> Experiment:
     """
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     found: list[str] = []
+    values = _completed(values, found)
     experiment = _build(Experiment, values, "", found)
     if not found:
         from prism_jax.config import rules  # reads the tables of the whole package
@@ -55,6 +56,43 @@ def resolve(config: Any, problems: Sequence[str] = ()) -> Experiment:
         lines = "\n".join(f"  - {problem}" for problem in found)
         raise UserError(f"{len(found)} things cannot be used:\n{lines}")
     return experiment
+
+
+def _completed(values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The fields of a data set of one's own that its storage tells: classes and normalisation.
+
+    Without ``dataset.mean`` they are ImageNet's where teachers are imported, for which they were
+    trained, and otherwise measured.
+    """
+    dataset = values.get("dataset")
+    if not isinstance(dataset, dict) or not isinstance(dataset.get("name"), str):
+        return values
+    if "num_classes" not in dataset or dataset["num_classes"] is not None:
+        return values
+    from prism_jax.data.sources import own
+
+    name, path = dataset["name"], dataset.get("path")
+    if not own.is_own(name):
+        from prism_jax.data.datasets import DATASETS
+
+        known = DATASETS[name].num_classes if name in DATASETS else None
+        return {**values, "dataset": {**dataset, "num_classes": known}}
+    try:
+        path = at_home(path) if isinstance(path, str) else None
+        found = {"num_classes": own.own_info(name, path).num_classes}
+        networks, squeeze = values.get("networks") or {}, values.get("squeeze") or {}
+        imported = [
+            teacher
+            for teacher in squeeze.get("teachers") or ()
+            if (networks.get(teacher) or {}).get("checkpoint")
+        ]
+        if dataset.get("mean") is None and dataset.get("std") is None and not imported:
+            measured = own.measure_normalisation(name, path)
+            found |= {"mean": measured.mean, "std": measured.std}
+    except UserError as error:
+        problems.append(str(error))
+        return values
+    return {**values, "dataset": {**dataset, **found}}
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Iterator
 
 from prism_jax.config.rules.common import not_negative, one_of, positive
 from prism_jax.config.sections import Experiment
 from prism_jax.data import datasets, sources
+from prism_jax.data.sources import own
 
 
 def violations(e: Experiment) -> Iterator[str]:
@@ -14,9 +17,9 @@ def violations(e: Experiment) -> Iterator[str]:
     d = e.dataset
     yield from positive(e, "dataset", "image_size", "num_classes", "threads")
     yield from not_negative(e, "dataset", "workers", "cache_gigabytes")
-    if not d.name.startswith(datasets.TFDS):
-        yield from one_of("dataset.name", d.name, [*datasets.DATASETS, f"{datasets.TFDS}<builder>"])
-    elif d.source != "tfds":
+    if own.is_own(d.name):
+        yield from _own(e)
+    elif d.name.startswith(datasets.TFDS) and d.source != "tfds":
         yield f"dataset.source is {d.source!r}; dataset.name={d.name} needs 'tfds'"
     yield from one_of("dataset.source", d.source, sources.SOURCES)
     if (d.mean is None) != (d.std is None) or (d.mean and d.std and len(d.mean) != len(d.std)):
@@ -26,3 +29,22 @@ def violations(e: Experiment) -> Iterator[str]:
         )
     if d.std and min(d.std) <= 0:
         yield f"dataset.std is {d.std}; its numbers must be positive"
+
+
+def _own(e: Experiment) -> Iterator[str]:
+    """A name that no table lists: that of a set of one's own, or a slip."""
+    d = e.dataset
+    known = [*datasets.DATASETS, f"{datasets.TFDS}<builder>"]
+    if near := difflib.get_close_matches(d.name, known, n=1, cutoff=0.75):
+        yield (
+            f"dataset.name is {d.name!r}; did you mean {near[0]}? The known ones are "
+            f"{', '.join(known)}; a set of your own needs a name that is not so near to them"
+        )
+    elif not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", d.name):
+        yield f"dataset.name is {d.name!r}; a name has letters, digits, '_', '-' and '.'"
+    elif d.source not in own.KINDS:
+        yield (
+            f"dataset.name is {d.name!r}, a set of your own, and dataset.source is {d.source!r}; "
+            f"such a set is read from {', '.join(own.KINDS)} (the known sets are "
+            f"{', '.join(known)})"
+        )

@@ -19,6 +19,7 @@ from prism_jax.data.sources.base import ImageSource, Subset
 from prism_jax.data.sources.damaged import without_damaged
 from prism_jax.data.sources.decoding import EncodedSource, decode
 from prism_jax.data.sources.files import class_order, open_folder, open_tar
+from prism_jax.data.sources.own import is_own, own_info
 from prism_jax.data.sources.tfds import builder_info, open_tfds
 from prism_jax.errors import UserError
 
@@ -48,13 +49,16 @@ SOURCES: dict[str, Callable[[DatasetInfo, str | None, str, int], ImageSource]] =
 
 
 def info_of(name: str, path: epath.PathLike | None) -> DatasetInfo:
-    """What is known of a data set: its row of the table, or what a TFDS builder says of itself.
+    """What is known of a data set: its row of the table, what a TFDS builder says of itself, or
+    what the storage says of a set that no table lists.
 
     Raises:
-      UserError: there is none of that name; or "tfds:<builder>" is not prepared at ``path``.
+      UserError: "tfds:<builder>" is not prepared at ``path``, or no images of one's own are there.
     """
     if name.startswith(TFDS):
         return builder_info(name, None if path is None else str(path))
+    if is_own(name):
+        return own_info(name, None if path is None else str(path))
     return dataset_info(name)
 
 

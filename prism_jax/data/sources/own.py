@@ -1,0 +1,131 @@
+"""A set that no table lists: what its storage says of it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+import zipfile
+import zlib
+
+import numpy as np
+
+from prism_jax.data.datasets import DATASETS, IMAGENET_NORMALISATION, TFDS, DatasetInfo
+from prism_jax.data.sources.arrays import open_npz
+from prism_jax.data.sources.base import ImageSource
+from prism_jax.data.sources.files import open_folder, open_tar
+from prism_jax.errors import UserError
+from prism_jax.types import Normalisation
+
+KINDS = {"folder": open_folder, "tar": open_tar, "npz": open_npz}
+LOOKED_AT = 32  # images that tell grey from colour
+MEASURED = 2000  # images whose pixels give the normalisation
+SIDE = 64  # at which they are read
+MANY = 1 << 20  # more classes than any set has, until they are counted
+
+
+def is_own(name: str) -> bool:
+    """Whether a name is that of a set that no table lists."""
+    return name not in DATASETS and not name.startswith(TFDS)
+
+
+def own_info(name: str, path: str | None) -> DatasetInfo:
+    """What is known of a set of one's own: its classes and channels, as they are stored.
+
+    It is normalised by ImageNet's constants unless ``dataset.mean`` and ``.std`` say otherwise.
+
+    Raises:
+      UserError: there are no images at ``path``.
+    """
+    if path is None:
+        raise UserError(
+            f"dataset.name is {name}, a set of your own; say where its images are with "
+            f"--config.dataset.path=DIR (train/<class>/<image> and test/<class>/<image>), and "
+            f"dataset.source ({', '.join(KINDS)})"
+        )
+    return _found(name, path)
+
+
+@functools.cache
+def _found(name: str, path: str) -> DatasetInfo:
+    stored = _stored_channels(path)
+    source = _open(_info(name, MANY, stored or 3, None), path)
+    channels = stored or _channels(source)
+    return _info(name, _classes(source), channels, source.class_names)
+
+
+def _open(info: DatasetInfo, path: str) -> ImageSource:
+    kind = "npz" if path.endswith(".npz") else "folder" if os.path.isdir(path) else "tar"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # said when the set is opened for its images
+        return KINDS[kind](info, path, "train", SIDE)
+
+
+def _info(
+    name: str, classes: int, channels: int, class_names: tuple[str, ...] | None
+) -> DatasetInfo:
+    own = IMAGENET_NORMALISATION
+    if channels != len(own.mean):
+        own = Normalisation(own.mean[1:2] * channels, own.std[1:2] * channels)
+    return DatasetInfo(
+        name=name,
+        num_classes=classes,
+        image_size=224,
+        channels=channels,
+        normalisation=own,
+        flip=True,
+        class_names=None if class_names is None or len(class_names) != classes else class_names,
+        resize_ratio=256 / 224,
+    )
+
+
+def _classes(source: ImageSource) -> int:
+    named = source.class_names
+    return len(named) if named is not None else int(source.labels_N.max()) + 1
+
+
+def _stored_channels(path: str) -> int | None:
+    """The channels of an archive of arrays; None: there are files to be decoded."""
+    if not path.endswith(".npz") or not os.path.isfile(path):
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if "train_images" not in archive:
+                return None
+            shape = archive["train_images"].shape
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None  # said by the source itself
+    return shape[-1] if len(shape) == 4 else 1
+
+
+def _channels(source: ImageSource) -> int:
+    """1 where all of some images are grey, whatever they are stored as."""
+    for at in spread(len(source), LOOKED_AT):
+        pixels_HWC = source.original(at)
+        if pixels_HWC.shape[-1] == 3 and (pixels_HWC != pixels_HWC[..., :1]).any():
+            return 3
+    return 1
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most so many positions, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()
+
+
+def measure_normalisation(name: str, path: str) -> Normalisation:
+    """Mean and standard deviation of the training pixels in [0, 1], per channel.
+
+    Of at most ``MEASURED`` images, evenly spread, rounded to four digits.
+    """
+    info = own_info(name, path)
+    source = _open(info, path)
+    total, squares, count = np.zeros(info.channels), np.zeros(info.channels), 0
+    for at in spread(len(source), MEASURED):
+        pixels = source.image(at).reshape(-1, info.channels) / 255.0
+        total += pixels.sum(0)
+        squares += np.square(pixels).sum(0)
+        count += len(pixels)
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - mean**2, 1e-8))
+    mean_C, std_C = (tuple(round(float(x), 4) for x in values) for values in (mean, deviation))
+    return Normalisation(mean_C, std_C)
