@@ -68,6 +68,7 @@ def misalignment(
     )
     keep = None
     if recipe.drop:
+        assert shown.drop_key is not None
         keep = statistics.sample_keep(shown.drop_key, inputs, drop=recipe.drop)
     if memory is not None:
         batch, memory = statistics.smooth(batch, memory, momentum=recipe.ema, keep=keep)
