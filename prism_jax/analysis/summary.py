@@ -261,7 +261,7 @@ def class_rows(
     if not per_class or None in per_class:
         return []
     by_class = list(zip(*per_class, strict=True))
-    rows = range(len(by_class))
+    rows: Sequence[int] = range(len(by_class))
     if len(rows) > CLASSES_SHOWN:
         known = [c for c in rows if None not in by_class[c]]
         ranked = sorted(known, key=lambda c: statistics.fmean(by_class[c]))
@@ -376,12 +376,12 @@ def seconds(value: float | None) -> str:
     return f"{number(value)} s" if value < 9.95 else duration(value)
 
 
-def size(count: int | None) -> str:
+def size(count: float | None) -> str:
     """A number of bytes, in decimal units."""
     return UNKNOWN if count is None else large(count, units=(" B", " kB", " MB", " GB", " TB"))
 
 
-def large(count: int | None, *, units: Sequence[str] = ("", " k", " M", " G", " T")) -> str:
+def large(count: float | None, *, units: Sequence[str] = ("", " k", " M", " G", " T")) -> str:
     """A count with three significant digits and a decimal unit."""
     if count is None:
         return UNKNOWN
@@ -418,9 +418,9 @@ def table(summary: Mapping[str, Any]) -> RenderableType:
         teachers.add_column("teacher")
         for heading in ("top-1", "drawn", "CE start → end", "BN start → end"):
             teachers.add_column(heading, justify="right")
-        for row in rows:
-            name = f"{row.name} (primary)" if row.primary else row.name
-            teachers.add_row(name, row.top1, row.drawn, row.cross_entropy, row.bn_alignment)
+        for of in rows:
+            name = f"{of.name} (primary)" if of.primary else of.name
+            teachers.add_row(name, of.top1, of.drawn, of.cross_entropy, of.bn_alignment)
         parts += ["", teachers]
     if found := facts(summary):
         grid = Table.grid(padding=(0, 2, 0, 0))
@@ -433,9 +433,10 @@ def table(summary: Mapping[str, Any]) -> RenderableType:
 
 def text(summary: Mapping[str, Any]) -> str:
     """The same table as plain text, as wide as it needs to be."""
-    console = Console(file=io.StringIO(), width=1000, color_system=None, force_jupyter=False)
+    written = io.StringIO()
+    console = Console(file=written, width=1000, color_system=None, force_jupyter=False)
     console.print(table(summary), highlight=False)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines()) + "\n"
 
 
 def markdown(summaries: Sequence[Mapping[str, Any]]) -> str:

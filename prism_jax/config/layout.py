@@ -43,15 +43,16 @@ def batch_layout(e: Experiment) -> Layout:
         raise UserError(
             f"recover.slots_per_batch is {slots}, which does not divide recover.ipc={ipc}"
         )
-    if e.recover.batch_size is None:
+    wanted = e.recover.batch_size
+    if wanted is None:
         classes = max(c for c in range(1, 101) if classes_total % c == 0 and c <= classes_total)
     else:
-        classes, rest = divmod(e.recover.batch_size, slots)
+        classes, rest = divmod(wanted, slots)
         if rest or not classes or classes_total % classes:
             allowed = [slots * c for c in range(1, classes_total + 1) if classes_total % c == 0]
-            near = sorted(sorted(allowed, key=lambda a: abs(a - e.recover.batch_size))[:5])
+            near = sorted(sorted(allowed, key=lambda a: abs(a - wanted))[:5])
             raise UserError(
-                f"recover.batch_size is {e.recover.batch_size}, which does not divide into "
+                f"recover.batch_size is {wanted}, which does not divide into "
                 f"{slots} slot(s) x an equal share of {classes_total} classes; near it these do: "
                 f"{', '.join(map(str, near))}"
             )

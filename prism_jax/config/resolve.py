@@ -74,7 +74,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) 
 def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     """One value as its declared type, or a line in ``problems``."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, dict):
             return _build(hint, value, f"{name}.", problems)
     elif origin in (types.UnionType, typing.Union):

@@ -112,7 +112,7 @@ def relabel(context: Context, labelled: LabelledSet) -> dict[str, Any]:
 
 def validate(context: Context, labelled: LabelledSet, student: str, seed: int) -> dict[str, Any]:
     """What a trained student is made of."""
-    fields = {
+    fields: dict[str, Any] = {
         "validate": section("validate", context.config.validate),
         "network": dataclasses.asdict(context.config.network(student).untrained()),
         "student_seed": seed,
