@@ -134,7 +134,7 @@ class SynthState(NamedTuple):
 
     images_BHWC: Array
     opt_state: PyTree
-    step: Array
+    step: Integer
     memory: PyTree = ()
 
 

@@ -139,7 +139,7 @@ class Terms(NamedTuple):
     ``others`` are terms that only some recipes have: of every teacher (T,), or of the images ().
     """
 
-    step: Array  # () int32; -1: no such iteration
+    step: Integer  # () int32; -1: no such iteration
     loss: Array  # () weighted total
     ce_T: Array
     bn_T: Array
