@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import time
+from typing import Any
 
 import killed
 import measuring
@@ -70,7 +71,7 @@ def measure(root: pathlib.Path, arguments: list[str]) -> dict:
     root.mkdir(parents=True)
     first = root / "first"
     run(first, arguments)
-    found = {"same bits": {}, "recover seconds": []}
+    found: dict[str, Any] = {"same bits": {}, "recover seconds": []}
     for name in ("again", "same", "killed"):
         workdir = root / name
         if name != "again":

@@ -14,6 +14,7 @@ import functools
 import os
 import platform
 import time
+from typing import Any
 
 os.environ.setdefault("NPROC", str(os.cpu_count()))
 
@@ -32,7 +33,8 @@ from prism_jax.models import ARCHITECTURES, build, layers, registry
 from prism_jax.training import OPTIMISERS, TrainBatch, TrainRecipe, TrainState, train_step
 
 
-def array(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+def array(*shape: int, dtype=jnp.float32) -> Any:
+    """What stands for an array where a program is only traced."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
@@ -125,7 +127,7 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     names = arguments.architectures.split(",")
     names = list(ARCHITECTURES) if names == ["all"] else names
-    found = {
+    found: dict[str, Any] = {
         "commit": commit(),
         "machine": {
             "cpus": os.cpu_count(),

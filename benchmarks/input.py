@@ -63,7 +63,8 @@ def files_of(images: pathlib.Path, count: int) -> list[bytes]:
         return [path.read_bytes() for path in paths[:count]]
     with tarfile.open(images) as tar:
         members = (m for m in tar if m.name.lower().endswith((".jpg", ".jpeg")))
-        return [tar.extractfile(m).read() for m in itertools.islice(members, count)]
+        files = map(tar.extractfile, itertools.islice(members, count))
+        return [file.read() for file in files if file is not None]
 
 
 def enlarged(data: bytes) -> bytes:

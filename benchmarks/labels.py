@@ -74,7 +74,9 @@ def read_images(data: pathlib.Path) -> np.ndarray:
         for member in members:
             if not member.name.lower().endswith((".jpeg", ".jpg", ".png")):
                 continue
-            image = Image.open(io.BytesIO(archive.extractfile(member).read())).convert("RGB")
+            file = archive.extractfile(member)
+            assert file is not None
+            image = Image.open(io.BytesIO(file.read())).convert("RGB")
             side = round(min(image.size) * 0.875)
             left, top = ((size - side) // 2 for size in image.size)
             image = image.crop((left, top, left + side, top + side))
@@ -210,7 +212,7 @@ def _classes(rows_B: np.ndarray) -> np.ndarray:
 
 
 def _others(rows_B: np.ndarray) -> list[str]:
-    return [name for name in rows_B.dtype.names if name != "kept"]
+    return [name for name in rows_B.dtype.names or () if name != "kept"]
 
 
 # --- online -----------------------------------------------------------------------------------
@@ -225,7 +227,8 @@ def measure_students(
     recipe = TrainRecipe(VIEWS, HOW, loss="mse_gt", ce_weight=0.1, epochs=EPOCHS, accumulate=2)
     trainer = Trainer(build(student, CLASSES), recipe, PIXELS, view_seed=SEED, seed=0)
     targets = np.arange(len(images), dtype=np.int32)
-    seconds, losses_of = {}, {}
+    seconds: dict[str, float] = {}
+    losses_of: dict[str, list[float]] = {}
 
     def train(mode: str, labels: Iterable[SoftLabels]) -> None:
         state = trainer.start(images.shape[1:])
@@ -342,7 +345,8 @@ def main() -> None:
     images, pool = read_images(arguments.data), teacher(arguments.data)
     labeller = Labeller(pool, LabelRecipe(HOW, "single", BATCH))
     next(labeller.epoch(images[:BATCH], 0, seed=SEED))  # compiles
-    records, seconds = [], []
+    records: list[SoftLabels] = []
+    seconds = []
     for epoch in range(STORED):
         began = time.process_time()
         records += labeller.epoch(images, epoch, seed=SEED)

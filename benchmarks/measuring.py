@@ -84,6 +84,8 @@ class Worker:
             command, env=environment(threads), cwd=ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._orders, self._answers = self._process.stdin, self._process.stdout
         if threads == 1:
             os.sched_setaffinity(self._process.pid, {max(os.sched_getaffinity(0))})
         self.loaded_bytes = self._read()["loaded_bytes"]
@@ -92,8 +94,8 @@ class Worker:
     def time(self, method: str, *arguments: Any) -> dict[str, float]:
         """Call a method of the side; its "seconds", "cpu_seconds" and "value"."""
         order = {"call": method, "with": arguments}
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
+        self._orders.write(json.dumps(order) + "\n")
+        self._orders.flush()
         answer = self._read()
         self.peak_bytes = answer["peak_bytes"]
         return answer
@@ -102,13 +104,13 @@ class Worker:
         return self.time(method)["value"]
 
     def _read(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
+        line = self._answers.readline()
         if not line:
             sys.exit(f"a worker ended with {self._process.wait()}; see above")
         return json.loads(line)
 
     def close(self) -> None:
-        self._process.stdin.close()
+        self._orders.close()
         self._process.wait()
 
 
@@ -154,6 +156,7 @@ def compare(
         worker.time("run", least)
     turn = workers["ours"].time("run", least)["seconds"]
     count = least * max(1, round(seconds / turn))
+    found: dict[str, dict[str, Any]]
     found = {side: {"seconds": [], "cpu_seconds": []} for side in sides}
     for _ in range(rounds):
         for side, worker in workers.items():

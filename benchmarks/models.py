@@ -14,6 +14,7 @@ import os
 import platform
 import statistics
 import time
+from typing import Any
 
 os.environ.setdefault("NPROC", str(os.cpu_count()))
 
@@ -42,7 +43,7 @@ def ours(name: str, size: int, batch: int, small_stem: bool):
     labels = jnp.arange(batch, dtype=jnp.int32)
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     variables = jax.jit(module.init, compiler_options=options)(jax.random.key(0), images[:1])
-    gradient = teacher_gradient(Recipe(), describe(name, module, images.shape[1:]), IMAGENET)
+    gradient = teacher_gradient(Recipe(), describe(name, module, (size, size, 3)), IMAGENET)
 
     def run(variables, images, labels, count):
         def body(_, x):
@@ -140,7 +141,7 @@ def main() -> None:
     parser.add_argument("--out", help="write OUT.json and OUT.md")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    found = {
+    found: dict[str, Any] = {
         "commit": commit(),
         "machine": {
             "cpus": os.cpu_count(),

@@ -31,7 +31,7 @@ from prism_jax.core import losses, pixels, statistics
 from prism_jax.data import weights
 from prism_jax.main import commit
 from prism_jax.models import ARCHITECTURES, build
-from prism_jax.types import PyTree
+from prism_jax.types import AnyArray, PyTree
 
 POOL = ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2_x0_5")
 DTYPES = ("float32", "bfloat16")
@@ -50,7 +50,7 @@ def photographs(count: int, size: int, seed: int) -> np.ndarray:
     return (np.stack(cuts) / 255 - mean) / std
 
 
-def drawn_variables(module, images_BHWC: np.ndarray) -> PyTree:
+def drawn_variables(module, images_BHWC: AnyArray) -> PyTree:
     """Fresh weights, with the statistics of some images as running statistics."""
     key = jax.random.key(0, impl="threefry2x32")
     images_BHWC = jnp.asarray(images_BHWC, jnp.float32)

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import measuring
 
@@ -91,11 +92,11 @@ def measured(began: float, stage: str, argv: list[str]) -> None:
 
         from prism_jax import main, parallel, training
 
-        def listen(event: str, seconds: float, **_) -> None:
+        def listen(event: str, duration_secs: float, **_) -> None:
             if event.endswith(("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration")):
-                traced.add(seconds)
+                traced.add(duration_secs)
             elif event.endswith("backend_compile_duration"):
-                compiled.add(seconds)
+                compiled.add(duration_secs)
 
         jax.monitoring.register_event_duration_secs_listener(listen)
         owner, name = {
@@ -211,9 +212,9 @@ def main() -> None:
     given, rest = parser.parse_known_args()
     if given.began:
         return measured(given.began, given.stage, rest) if given.stage else peer(given.began)
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as made:
+        folder = pathlib.Path(made)
         for command, (stage, arguments) in prepare(folder).items():
             runs = []
             for number in range(1 + given.rounds):

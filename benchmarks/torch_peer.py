@@ -190,7 +190,7 @@ class Recover:
     def loss(self, viewed: torch.Tensor, drawn: Sequence[int]) -> torch.Tensor:
         """The objective for the drawn teachers; the primary, 0, is always one of them."""
         read = {t: self._teachers[t](viewed) for t in drawn}
-        logits = self._logits_of.net(viewed) if self._released else read[0][0]
+        logits = self._logits_of.net(viewed) if self._logits_of is not None else read[0][0]
         alignment = sum(term for _, term in read.values()) / len(read)
         if self._released:
             priors(viewed)

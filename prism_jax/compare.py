@@ -286,7 +286,9 @@ def _with_all_teachers(experiments: dict[Cell, Any]) -> dict[Cell, Any]:
     Raises:
       UserError: they make the same teacher differently.
     """
-    networks, teachers, first = {}, [], next(iter(experiments.values()))
+    networks: dict[str, Any] = {}
+    teachers: list[str] = []
+    first = next(iter(experiments.values()))
     plain = dataclasses.replace(first.squeeze, teachers=())
     for cell, experiment in experiments.items():
         if dataclasses.replace(experiment.squeeze, teachers=()) != plain:

@@ -17,6 +17,7 @@ from prism_jax.core.augment import Augment, augment
 from prism_jax.core.codec import Coding
 from prism_jax.core.ensemble import ENSEMBLES, votes
 from prism_jax.data.label_store import LabelPlan, rounded
+from prism_jax.data.lazy import Images
 from prism_jax.data.pipeline import epoch_order, num_batches
 from prism_jax.teachers import TeacherPool, batch_statistics
 from prism_jax.types import Normalisation, SoftLabels
@@ -72,7 +73,7 @@ class Labeller:
         def label(variables, seed, epoch, batch, images_uint8_BHWC):
             key = rng.stream(rng.root(seed), VIEWS, epoch, batch)
             images_BHWC, _ = augment(key, images_uint8_BHWC, recipe.augment, pool.normalisation)
-            statistics = contextlib.nullcontext()
+            statistics: contextlib.AbstractContextManager = contextlib.nullcontext()
             if recipe.teacher_mode == "train":
                 statistics = batch_statistics(len(images_BHWC), recipe.bn_group, recipe.parts)
             with statistics:
@@ -88,7 +89,7 @@ class Labeller:
         self._map = parallel.LaneMap(label, pool.variables, arity=3, devices=devices, how=how)
 
     def epoch(
-        self, images_uint8_NHWC: np.ndarray, epoch: int, *, seed: int, start: int = 0
+        self, images_uint8_NHWC: Images, epoch: int, *, seed: int, start: int = 0
     ) -> Iterator[SoftLabels]:
         """Label one epoch: every image once, in the order of the stream "relabel/order".
 
@@ -148,7 +149,7 @@ class OnlineLabels:
     """
 
     labeller: Labeller
-    images_uint8_NHWC: np.ndarray
+    images_uint8_NHWC: Images
     plan: LabelPlan
     seed: int
 

@@ -237,9 +237,9 @@ def parse(argv: Sequence[str], problems: list[str]) -> tuple[Any, flags.FlagValu
                 problems.append(_explain(config, argument, error))
         config, given = _parse(good)
     for argument in unset:  # a flag of ml_collections has no word for it
-        *path, last = argument.removeprefix("--config.").removesuffix("=None").split(".")
-        if ".".join((*path, last)) in _fields(config):
-            functools.reduce(lambda node, key: node[key], path, config)[last] = None
+        *groups, last = argument.removeprefix("--config.").removesuffix("=None").split(".")
+        if ".".join((*groups, last)) in _fields(config):
+            functools.reduce(lambda node, key: node[key], groups, config)[last] = None
         else:
             problems.append(_explain(config, argument, ValueError()))
     return config, given
@@ -297,10 +297,10 @@ def _explain(config: Any, argument: str, error: Exception) -> str:
         wanted = KINDS.get(known[field], "a group of fields")
         return f"{argument}: {field} is {value!r}; it must be {wanted}"
     if isinstance(error, flags.UnrecognizedFlagError):
-        known = ("config", *(flag[2:] for flag in _WITH_VALUE), "plan", "help")
-        near = difflib.get_close_matches(error.flagname, known, n=1)
+        names = ("config", *(flag[2:] for flag in _WITH_VALUE), "plan", "help")
+        near = difflib.get_close_matches(error.flagname, names, n=1)
         meant = f"; did you mean --{near[0]}?" if near else ""
-        return f"unknown flag --{error.flagname}{meant}; allowed: --{', --'.join(known)}"
+        return f"unknown flag --{error.flagname}{meant}; allowed: --{', --'.join(names)}"
     return f"{argument} cannot be used; see --help"
 
 

@@ -392,12 +392,12 @@ def start_processes(
             "--coordinator, --processes and --process go together: "
             "--coordinator=<host of process 0>:<port> --processes=<how many> --process=<which>"
         )
-    if processes is not None and not 0 <= process < processes:
+    if processes is not None and process is not None and not 0 <= process < processes:
         raise UserError(f"--process={process} is not one of 0 to {processes - 1} (--processes)")
     explicit = coordinator is not None
     if mode == "off" or (mode == "auto" and not explicit and cluster(os.environ) is None):
         return
-    arguments = {}
+    arguments: dict[str, Any] = {}
     if explicit:
         arguments = {
             "coordinator_address": coordinator, "num_processes": processes, "process_id": process,

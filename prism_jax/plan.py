@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from rich.table import Table
 
-from prism_jax import labelling, parallel, progress, synthesis
+from prism_jax import labelling, progress, synthesis
 from prism_jax.config import Experiment, Layout, batch_layout, budget_of
 from prism_jax.config.layout import LEAST_IMAGES
 from prism_jax.data.label_store import LabelPlan
@@ -232,7 +232,7 @@ def _with_blank_statistics(e: Experiment, pool: TeacherPool) -> TeacherPool:
     return dataclasses.replace(pool, variables=tuple(variables))
 
 
-def _random_lane(e: Experiment, engine: parallel.LaneMap, pool, recipe, size: int) -> tuple:
+def _random_lane(e: Experiment, engine: synthesis.Engine, pool, recipe, size: int) -> tuple:
     shape = Inputs(e).image_shape
     images = np.random.default_rng(0).standard_normal((size, *shape), np.float32)
     labels = np.arange(size, dtype=np.int32) % e.dataset.num_classes
@@ -245,7 +245,7 @@ def _random_lane(e: Experiment, engine: parallel.LaneMap, pool, recipe, size: in
     return tuple(engine.place(tree, 0) for tree in trees)
 
 
-def _dispatch(e: Experiment, engine: parallel.LaneMap, pool, recipe, size: int) -> None:
+def _dispatch(e: Experiment, engine: synthesis.Engine, pool, recipe, size: int) -> None:
     jax.block_until_ready(engine(e.seed, [_random_lane(e, engine, pool, recipe, size)]))
 
 

@@ -174,7 +174,7 @@ class _Portable:
 
 def _console() -> Console:
     """A console on what standard output is now; wide where there is no terminal to fit."""
-    stream = _Portable(sys.stdout)
+    stream: Any = _Portable(sys.stdout)  # all that Rich asks of a file
     console = Console(file=stream, force_jupyter=False)
     if console.is_interactive:
         return console

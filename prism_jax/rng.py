@@ -13,13 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prism_jax.types import Integer
 
-def root(seed: int) -> jax.Array:
+
+def root(seed: Integer) -> jax.Array:
     """The experiment's root key: threefry, named so that a JAX default cannot change it."""
     return jax.random.key(seed, impl="threefry2x32")
 
 
-def stream(key: jax.Array, name: str, *coordinates: int | jax.Array) -> jax.Array:
+def stream(key: jax.Array, name: str, *coordinates: Integer) -> jax.Array:
     """The key of one draw.
 
     Args:

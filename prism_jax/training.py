@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -26,7 +26,7 @@ from prism_jax.data.lazy import Images, read_ahead
 from prism_jax.data.pipeline import continuous_index, num_batches, read_batches
 from prism_jax.errors import UserError
 from prism_jax.models import layers
-from prism_jax.types import Array, Normalisation, PyTree, SoftLabels
+from prism_jax.types import AnyArray, Array, Integer, Normalisation, PyTree, SoftLabels
 
 
 def kernels(params: PyTree) -> PyTree:
@@ -131,12 +131,12 @@ class TrainBatch(NamedTuple):
     soft labels of fewer epochs come again; None means ``epoch``.
     """
 
-    epoch: int
-    batch: int
-    images_uint8_BHWC: np.ndarray
-    labels_B: np.ndarray
-    logits_BK: np.ndarray | None = None
-    view_epoch: int | None = None
+    epoch: Integer
+    batch: Integer
+    images_uint8_BHWC: AnyArray
+    labels_B: AnyArray
+    logits_BK: AnyArray | None = None
+    view_epoch: Integer | None = None
 
 
 class TestResult(NamedTuple):
@@ -153,6 +153,7 @@ def initial_state(
     """Fresh weights from the stream "train/init" of ``seed``."""
     images = jnp.zeros((1, *image_shape), jnp.float32)
     # Initialisation runs once: compile it fast, not well (a quarter of the time on a CPU).
+    options: dict[str, Any] | None
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     if jax.default_backend() != "cpu":
         options = None
@@ -189,6 +190,7 @@ def train_step(
     Returns:
       The new state, and the loss averaged over the batch.
     """
+    assert batch.view_epoch is not None  # Trainer.step states it
     key = rng.stream(rng.root(view_seed), recipe.views, batch.view_epoch, batch.batch)
     images_BHWC, mix = augment(key, batch.images_uint8_BHWC, recipe.augment, normalisation)
     # One mask for the whole batch: each pass takes its own rows of it.
@@ -212,7 +214,7 @@ def train_step(
         mine = jax.tree.map(lambda x: x[part.rows] if x.ndim else x, targets)
         return student_loss(recipe, at_least_float32(logits_BK), mine, len(part.parts)), updated
 
-    division = {"accumulate": recipe.accumulate, "bn_group": recipe.bn_group}
+    division: dict[str, Any] = {"accumulate": recipe.accumulate, "bn_group": recipe.bn_group}
     devices = mesh.count if batching.fits(size, mesh.count, **division) else 1
     loss, batch_stats = jnp.zeros((), jnp.float32), state.batch_stats
     gradient = jax.tree.map(jnp.zeros_like, state.params)
@@ -229,10 +231,10 @@ def train_step(
     optimiser = OPTIMISERS[recipe.optimiser](recipe)
     direction, opt_state = optimiser.update(gradient, state.opt_state, state.params)
     params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
-    ema = state.ema
-    if recipe.ema is not None:
+    ema, kept = state.ema, recipe.ema
+    if kept is not None:
         new = {"params": params, "batch_stats": batch_stats}
-        ema = jax.tree.map(lambda e, x: recipe.ema * e + (1.0 - recipe.ema) * x, ema, new)
+        ema = jax.tree.map(lambda e, x: kept * e + (1.0 - kept) * x, ema, new)
         if not recipe.ema_statistics:
             ema["batch_stats"] = batch_stats
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema), loss
@@ -256,7 +258,7 @@ def student_loss(
     return jax.vmap(loss, axes)(*apart).mean()
 
 
-def learning_rate(recipe: TrainRecipe, epoch: Array, epochs: Array) -> Array:
+def learning_rate(recipe: TrainRecipe, epoch: Integer, epochs: Integer) -> Array:
     """The multiplier of the learning rate in an epoch."""
     given = {"zeta": recipe.zeta, "milestones": recipe.milestones, "gamma": recipe.gamma}
     return schedules.warmed_up(
@@ -331,7 +333,7 @@ def _jitted_forward(
     module: nn.Module, normalisation: Normalisation, mesh: parallel.DataMesh
 ) -> Callable:
     def forward(variables, images_uint8_BHWC):
-        logits_BK = module.apply(variables, pixels.normalise(images_uint8_BHWC, normalisation))
+        logits_BK: Any = module.apply(variables, pixels.normalise(images_uint8_BHWC, normalisation))
         return at_least_float32(logits_BK)
 
     return mesh.jit(forward)
@@ -486,21 +488,21 @@ def fit(
     mix = mix or ("none" if soft_labels is None else "cutmix")
     how = Augment(crop_min=crop_min, flip=flip, mix=mix)
     if soft_labels is None:
-        recipe = TrainRecipe("train/view", how, epochs=epochs, **recipe)
+        numbers = TrainRecipe("train/view", how, epochs=epochs, **recipe)
         batches = hard_batches(
             images, labels, batch_size=batch_size, epochs=epochs, seed=seed, name="train/order"
         )
         view_seed = seed
     else:
         recipe = {"loss": "mse_gt", "ce_weight": 0.1, **recipe}
-        recipe = TrainRecipe("relabel/view", how, epochs=epochs, **recipe)
+        numbers = TrainRecipe("relabel/view", how, epochs=epochs, **recipe)
         records = list(soft_labels)
         per_epoch = 1 + max(record.batch for record in records)
         repeated = itertools.islice(itertools.cycle(records), epochs * per_epoch)
         batches = soft_batches(images, labels, repeated, per_epoch=per_epoch)
         view_seed = label_seed
     trainer = Trainer(
-        module, recipe, normalisation, view_seed=view_seed, seed=seed, devices=devices
+        module, numbers, normalisation, view_seed=view_seed, seed=seed, devices=devices
     )
     state = trainer.start(images.shape[1:])
     for batch in batches:

@@ -20,12 +20,16 @@ name says otherwise.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import numpy as np
 
-Array = jax.Array
-PyTree = Any
+Array: TypeAlias = jax.Array
+# What a function of JAX takes from the host too.
+AnyArray: TypeAlias = jax.Array | np.ndarray
+Integer: TypeAlias = jax.Array | np.integer | int
+PyTree: TypeAlias = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +134,7 @@ class SynthState(NamedTuple):
 
     images_BHWC: Array
     opt_state: PyTree
-    step: Array
+    step: Integer
     memory: PyTree = ()
 
 

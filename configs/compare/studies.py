@@ -60,7 +60,7 @@ def _batch(dataset: str) -> dict[str, tuple[str, ...]]:
 
 def _selection(dataset: str) -> dict[str, tuple[str, ...]]:
     others = base.POOL if dataset == "digits" else POOL
-    rows = {"single": (SELECTION, "recover.statistics_by=fixed")}
+    rows: dict[str, tuple[str, ...]] = {"single": (SELECTION, "recover.statistics_by=fixed")}
     for name in others[1:]:
         other = f"recover.statistic_primary={name}"
         rows[f"dual_{name}"] = (*rows["single"], other)

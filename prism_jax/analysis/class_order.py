@@ -164,6 +164,7 @@ def find_order(
         best_order = assign(confusion(logits_NH, labels_N, classes), best_order)
     if best is stated:
         return None
+    assert best_order is not None  # it came with a better reading
     return Finding(best_order, why, float(best.mean()), float(stated.mean()))
 
 

@@ -24,18 +24,18 @@ from PIL import Image
 from prism_jax.analysis.words import SYNTHETIC, row_label
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-SET_STYLES = {
+SET_STYLES: dict[str, dict[str, Any]] = {
     SYNTHETIC: {"color": "#0072B2", "linewidth": 2.4, "zorder": 3},
     "random_real": {"color": "#D55E00", "linestyle": (0, (5, 1.5))},
     "random_real_hard": {"color": "#E69F00", "linestyle": (0, (1.5, 1.5))},
     "full_real": {"color": "#6B7280", "linestyle": (0, (6, 1.5, 1.5, 1.5))},
 }
-NOT_SUPERVISING = {
+NOT_SUPERVISING: dict[str, Any] = {
     "linestyle": (0, (2, 2)), "linewidth": 1.3,
     "marker": "o", "markersize": 4.5, "markerfacecolor": "white",
 }  # fmt: skip
 INK, QUIET, FAINT = "#1F2933", "#6B7280", "#E5E7EB"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10.5,
     "text.color": INK,
     "axes.titlesize": 11.5,
@@ -144,7 +144,7 @@ def recover_curves(lines: Iterable[Mapping[str, Any]], *, primary: str) -> Figur
     """
     lines = list(lines)
     teachers = [primary, *dict.fromkeys(t for line in lines for t in line["bn"] if t != primary)]
-    styles = {
+    styles: dict[str, dict[str, Any]] = {
         teacher: {"color": colour, "linewidth": 2.4 if teacher == primary else 1.7}
         for teacher, colour in zip(teachers, itertools.cycle(COLOURS), strict=False)
     }
@@ -154,7 +154,8 @@ def recover_curves(lines: Iterable[Mapping[str, Any]], *, primary: str) -> Figur
         panels, ("ce", "bn"), ("Cross entropy", "BN alignment"), strict=True
     ):
         for teacher in teachers:
-            supervising, others = collections.defaultdict(list), collections.defaultdict(list)
+            supervising: dict[int, list[float]] = collections.defaultdict(list)
+            others: dict[int, list[float]] = collections.defaultdict(list)
             for line in lines:
                 supervises = teacher == primary if term == "ce" else teacher in line["drawn"]
                 value = line[term].get(teacher)

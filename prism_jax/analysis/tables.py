@@ -47,9 +47,9 @@ def table(summary: Mapping[str, Any]) -> RenderableType:
         teachers.add_column("teacher")
         for heading in ("top-1", "drawn", "CE start → end", "BN start → end"):
             teachers.add_column(heading, justify="right")
-        for row in rows:
-            name = f"{row.name} (primary)" if row.primary else row.name
-            teachers.add_row(name, row.top1, row.drawn, row.cross_entropy, row.bn_alignment)
+        for of in rows:
+            name = f"{of.name} (primary)" if of.primary else of.name
+            teachers.add_row(name, of.top1, of.drawn, of.cross_entropy, of.bn_alignment)
         parts += ["", teachers]
     if found := facts(summary):
         grid = Table.grid(padding=(0, 2, 0, 0))
@@ -62,9 +62,10 @@ def table(summary: Mapping[str, Any]) -> RenderableType:
 
 def text(summary: Mapping[str, Any]) -> str:
     """The same table as plain text, as wide as it needs to be."""
-    console = Console(file=io.StringIO(), width=1000, color_system=None, force_jupyter=False)
+    written = io.StringIO()
+    console = Console(file=written, width=1000, color_system=None, force_jupyter=False)
     console.print(table(summary), highlight=False)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines()) + "\n"
 
 
 def markdown(summaries: Sequence[Mapping[str, Any]]) -> str:

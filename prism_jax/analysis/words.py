@@ -100,7 +100,7 @@ def class_rows(
     if not per_class or None in per_class:
         return []
     by_class = list(zip(*per_class, strict=True))
-    rows = range(len(by_class))
+    rows: Sequence[int] = range(len(by_class))
     if len(rows) > CLASSES_SHOWN:
         known = [c for c in rows if None not in by_class[c]]
         ranked = sorted(known, key=lambda c: statistics.fmean(by_class[c]))
@@ -229,12 +229,12 @@ def seconds(value: float | None) -> str:
     return f"{number(value)} s" if value < 9.95 else duration(value)
 
 
-def size(count: int | None) -> str:
+def size(count: float | None) -> str:
     """A number of bytes, in decimal units."""
     return UNKNOWN if count is None else large(count, units=(" B", " kB", " MB", " GB", " TB"))
 
 
-def large(count: int | None, *, units: Sequence[str] = ("", " k", " M", " G", " T")) -> str:
+def large(count: float | None, *, units: Sequence[str] = ("", " k", " M", " G", " T")) -> str:
     """A count with three significant digits and a decimal unit."""
     if count is None:
         return UNKNOWN

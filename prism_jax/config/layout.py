@@ -70,18 +70,19 @@ def batch_layout(e: Experiment) -> Layout:
         raise UserError(
             f"recover.slots_per_batch is {slots}, which does not divide recover.ipc={ipc}"
         )
-    if e.recover.batch_size is None:
+    wanted = e.recover.batch_size
+    if wanted is None:
         most = min(MOST_CLASSES, classes_total)
         classes = max(c for c in range(1, most + 1) if classes_total % c == 0)
         if classes < min(LEAST_CLASSES, classes_total):
             classes = most
     else:
-        classes, rest = divmod(e.recover.batch_size, slots)
+        classes, rest = divmod(wanted, slots)
         if rest or not classes or classes > classes_total:
             below = max(1, min(classes, classes_total))
             near = sorted({slots * below, slots * min(below + 1, classes_total)})
             raise UserError(
-                f"recover.batch_size is {e.recover.batch_size}, which does not divide into "
+                f"recover.batch_size is {wanted}, which does not divide into "
                 f"{slots} slot(s) x some of {classes_total} classes; near it these do: "
                 f"{', '.join(map(str, near))}"
             )

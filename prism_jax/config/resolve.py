@@ -79,7 +79,7 @@ def _completed(values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
         return {**values, "dataset": {**dataset, "num_classes": known}}
     try:
         path = at_home(path) if isinstance(path, str) else None
-        found = {"num_classes": own.own_info(name, path).num_classes}
+        found: dict[str, Any] = {"num_classes": own.own_info(name, path).num_classes}
         networks, squeeze = values.get("networks") or {}, values.get("squeeze") or {}
         imported = [
             teacher
@@ -114,7 +114,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) 
 def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     """One value as its declared type, or a line in ``problems``."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, dict):
             return _build(hint, value, f"{name}.", problems)
     elif origin in (types.UnionType, typing.Union):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from prism_jax import rng
 from prism_jax.core import mixing, pixels, views
-from prism_jax.types import Array, Mix, Normalisation
+from prism_jax.types import AnyArray, Array, Mix, Normalisation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Augment:
 
 
 def augment(
-    key: Array, images_uint8_BHWC: Array, how: Augment, normalisation: Normalisation
+    key: Array, images_uint8_BHWC: AnyArray, how: Augment, normalisation: Normalisation
 ) -> tuple[Array, Mix]:
     """Draw one shuffle, crop and flip per image and a mix, and apply them.
 

@@ -93,7 +93,7 @@ def encode(logits_BK: np.ndarray, coding: Coding) -> np.ndarray:
 def decode(rows_B: np.ndarray, num_classes: int) -> np.ndarray:
     """The float32 (B, K) logits of rows."""
     logits_BM = rows_B["values"].astype(np.float32)
-    names = rows_B.dtype.names
+    names = rows_B.dtype.names or ()
     if "scale" in names:
         logits_BM = rows_B["offset"][:, None] + rows_B["scale"][:, None] * logits_BM
     if "kept" not in names:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from prism_jax.types import Array
+from prism_jax.types import AnyArray, Array
 
 
-def single(logits_TBK: Array, votes_T: Array | None = None) -> Array:
+def single(logits_TBK: Array, votes_T: AnyArray | None = None) -> Array:
     """One teacher's logits."""
     del votes_T
     if logits_TBK.shape[0] != 1:
@@ -18,13 +18,13 @@ def single(logits_TBK: Array, votes_T: Array | None = None) -> Array:
     return logits_TBK[0]
 
 
-def mean(logits_TBK: Array, votes_T: Array | None = None) -> Array:
+def mean(logits_TBK: Array, votes_T: AnyArray | None = None) -> Array:
     """Plain mean (EDC)."""
     del votes_T
     return logits_TBK.mean(0)
 
 
-def norm_mean(logits_TBK: Array, votes_T: Array | None = None) -> Array:
+def norm_mean(logits_TBK: Array, votes_T: AnyArray | None = None) -> Array:
     """Mean of logits rescaled to a common norm (released PRISM for ResNet-18; G-VBSM).
 
     Each teacher's Frobenius norm over the batch becomes the mean of the teachers' norms.
@@ -34,7 +34,7 @@ def norm_mean(logits_TBK: Array, votes_T: Array | None = None) -> Array:
     return (logits_TBK * (norms_T.mean() / norms_T)[:, None, None]).mean(0)
 
 
-def half_primary(logits_TBK: Array, votes_T: Array | None = None) -> Array:
+def half_primary(logits_TBK: Array, votes_T: AnyArray | None = None) -> Array:
     """Half the first teacher, half the mean of the others, then one norm for all images.
 
     Released PRISM for ResNet-50 and -101: every image's logit vector is rescaled to the batch
@@ -48,7 +48,7 @@ def half_primary(logits_TBK: Array, votes_T: Array | None = None) -> Array:
     return mixed_BK * (norms_B.mean() / norms_B)[:, None]
 
 
-def committee(logits_TBK: Array, votes_T: Array | None = None) -> Array:
+def committee(logits_TBK: Array, votes_T: AnyArray | None = None) -> Array:
     """Sum weighted by the teachers' votes, which sum to one (CV-DD)."""
     if votes_T is None or len(votes_T) != logits_TBK.shape[0]:
         raise ValueError("'committee' takes one vote per teacher")
@@ -66,7 +66,7 @@ def votes(priors: Sequence[float], temperature: float) -> np.ndarray:
     return (shares_T / shares_T.sum()).astype(np.float32)
 
 
-ENSEMBLES: dict[str, Callable[[Array, Array | None], Array]] = {
+ENSEMBLES: dict[str, Callable[[Array, AnyArray | None], Array]] = {
     "single": single,
     "mean": mean,
     "norm_mean": norm_mean,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from prism_jax.core.statistics import safe_norm
-from prism_jax.types import Array
+from prism_jax.types import AnyArray, Array
 
 
 class Targets(NamedTuple):
@@ -22,18 +22,18 @@ class Targets(NamedTuple):
       logits_BK: the teachers' logits for the mixed images, or None.
     """
 
-    labels_B: Array
-    partners_B: Array
+    labels_B: AnyArray
+    partners_B: AnyArray
     weight: Array
-    logits_BK: Array | None = None
+    logits_BK: AnyArray | None = None
 
 
-def cross_entropy(logits_BK: Array, labels_B: Array) -> Array:
+def cross_entropy(logits_BK: Array, labels_B: AnyArray) -> Array:
     """Mean over the batch of ``-log softmax(logits)[label]``."""
     return cross_entropies(logits_BK, labels_B).mean()
 
 
-def cross_entropies(logits_BK: Array, labels_B: Array) -> Array:
+def cross_entropies(logits_BK: Array, labels_B: AnyArray) -> Array:
     """``-log softmax(logits)[label]`` of each image."""
     log_probabilities_BK = jax.nn.log_softmax(logits_BK)
     picked_B1 = jnp.take_along_axis(log_probabilities_BK, labels_B[:, None].astype(jnp.int32), 1)
@@ -46,6 +46,7 @@ def mse_gt(student_BK: Array, targets: Targets, *, ce_weight: float, temperature
     PRISM, G-VBSM and EDC train with it (``train_FKD``'s ``mse_gt``). The temperature has no part.
     """
     del temperature
+    assert targets.logits_BK is not None
     loss = jnp.square(student_BK - targets.logits_BK).mean()
     if ce_weight:
         # Reference: the label is the unmixed image's own; its mix partner's is ignored.
@@ -58,6 +59,7 @@ def kl(student_BK: Array, targets: Targets, *, ce_weight: float, temperature: fl
 
     SRe2L, CDA, RDED and DELT train with it.
     """
+    assert targets.logits_BK is not None
     teacher_BK = jax.nn.log_softmax(targets.logits_BK / temperature)
     log_student_BK = jax.nn.log_softmax(student_BK / temperature)
     loss = (jnp.exp(teacher_BK) * (teacher_BK - log_student_BK)).sum(-1).mean()
@@ -82,6 +84,7 @@ def dist(student_BK: Array, targets: Targets, *, ce_weight: float, temperature: 
     with s, t = softmax(logits / T), rows b (inter-class) and columns k (intra-class), both terms
     with weight 1. The columns make it depend on which images are in a batch together.
     """
+    assert targets.logits_BK is not None
     s_BK, t_BK = (
         jax.nn.softmax(logits_BK / temperature) for logits_BK in (student_BK, targets.logits_BK)
     )

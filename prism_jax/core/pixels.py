@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from prism_jax.types import Array, Normalisation
+from prism_jax.types import AnyArray, Array, Normalisation
 
 IMAGENET = Normalisation(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
@@ -13,13 +13,13 @@ def _constants(normalisation: Normalisation, dtype) -> tuple[Array, Array]:
     return jnp.asarray(normalisation.mean, dtype), jnp.asarray(normalisation.std, dtype)
 
 
-def normalise(images_uint8_BHWC: Array, normalisation: Normalisation) -> Array:
+def normalise(images_uint8_BHWC: AnyArray, normalisation: Normalisation) -> Array:
     """Turn uint8 pixels into float32 ``(pixel / 255 - mean) / std``."""
     mean_C, std_C = _constants(normalisation, jnp.float32)
     return (jnp.asarray(images_uint8_BHWC).astype(jnp.float32) / 255.0 - mean_C) / std_C
 
 
-def denormalise(images_BHWC: Array, normalisation: Normalisation) -> Array:
+def denormalise(images_BHWC: AnyArray, normalisation: Normalisation) -> Array:
     """Turn normalised images into floats in [0, 1], clipped."""
     mean_C, std_C = _constants(normalisation, images_BHWC.dtype)
     return jnp.clip(images_BHWC * std_C + mean_C, 0.0, 1.0)
@@ -29,7 +29,7 @@ ROUNDINGS = ("nearest", "truncate")
 
 
 def to_uint8(
-    images_BHWC: Array, normalisation: Normalisation, *, rounding: str = "nearest"
+    images_BHWC: AnyArray, normalisation: Normalisation, *, rounding: str = "nearest"
 ) -> Array:
     """Turn normalised images into uint8 pixels.
 

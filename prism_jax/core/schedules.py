@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from prism_jax.types import Array
+from prism_jax.types import Array, Integer
 
 KNEE = 5 / 6  # where the "decayed cosine" turns linear
 SIDE = 1e-6  # of a run: a step that lies on a knee or milestone is on its intended side
 
 
-def _progress(step: Array, total: Array) -> Array:
+def _progress(step: Integer, total: Integer) -> Array:
     return jnp.asarray(step, jnp.float32) / jnp.asarray(total, jnp.float32)
 
 
@@ -21,22 +21,22 @@ def _cosine(s: Array, period: float = 1.0) -> Array:
     return 0.5 * (1.0 + jnp.cos(jnp.float32(jnp.pi / period) * s))
 
 
-def constant(step: Array, total: Array) -> Array:
+def constant(step: Integer, total: Integer) -> Array:
     """1."""
     return jnp.ones_like(_progress(step, total))
 
 
-def cosine(step: Array, total: Array, *, zeta: float = 1.0) -> Array:
+def cosine(step: Integer, total: Integer, *, zeta: float = 1.0) -> Array:
     """``(1 + cos(pi s / zeta)) / 2`` with s = step / total: 1 to 0; zeta = 2 ends at 0.5."""
     return _cosine(_progress(step, total), zeta)
 
 
-def half_cosine(step: Array, total: Array) -> Array:
+def half_cosine(step: Integer, total: Integer) -> Array:
     """``cosine`` with zeta = 2: 1 to 0.5 (RDED, DELT)."""
     return cosine(step, total, zeta=2.0)
 
 
-def cos2(step: Array, total: Array, *, zeta: float = 2.5) -> Array:
+def cos2(step: Integer, total: Integer, *, zeta: float = 2.5) -> Array:
     """The decayed cosine as released: ``(1 + cos(pi s / zeta)) / 2``, after s = 5/6 linear.
 
     The linear branch is ``c (1 - s)`` with c the cosine's value at the knee (0.75 for PRISM's
@@ -48,25 +48,25 @@ def cos2(step: Array, total: Array, *, zeta: float = 2.5) -> Array:
     return jnp.where(s <= jnp.float32(KNEE) + SIDE, _cosine(s, zeta), at_knee * (1.0 - s))
 
 
-def cos2_continuous(step: Array, total: Array, *, zeta: float = 2.5) -> Array:
+def cos2_continuous(step: Integer, total: Integer, *, zeta: float = 2.5) -> Array:
     """The decayed cosine without the jump: from the knee straight to 0."""
     s = _progress(step, total)
     at_knee = _cosine(jnp.float32(KNEE), zeta)
     return jnp.where(s <= jnp.float32(KNEE), _cosine(s, zeta), at_knee * 6.0 * (1.0 - s))
 
 
-def linear(step: Array, total: Array, *, zeta: float = 1.0) -> Array:
+def linear(step: Integer, total: Integer, *, zeta: float = 1.0) -> Array:
     """``1 - s / zeta``."""
     return 1.0 - _progress(step, total) / zeta
 
 
-def half_linear(step: Array, total: Array) -> Array:
+def half_linear(step: Integer, total: Integer) -> Array:
     """``linear`` with zeta = 2 (what EDC's released code does)."""
     return 1.0 - 0.5 * _progress(step, total)
 
 
 def multistep(
-    step: Array, total: Array, *, milestones: tuple[float, ...] = (), gamma: float = 0.1
+    step: Integer, total: Integer, *, milestones: tuple[float, ...] = (), gamma: float = 0.1
 ) -> Array:
     """Times ``gamma`` at each milestone, a fraction of the run (PyTorch's MultiStepLR)."""
     s = _progress(step, total)
@@ -87,7 +87,7 @@ SCHEDULES: dict[str, Callable[..., Array]] = {
 
 
 # How much of the image the smallest crop still shows while it falls (CDA, section 3.3).
-CURRICULA: dict[str, Callable[[Array, Array], Array]] = {
+CURRICULA: dict[str, Callable[[Integer, Integer], Array]] = {
     "step": constant,
     "linear": linear,
     "cosine": cosine,
@@ -95,7 +95,7 @@ CURRICULA: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def smallest_crop(
-    curriculum: str, lowest: float, step: Array, total: Array, *, milestone: float
+    curriculum: str, lowest: float, step: Integer, total: Integer, *, milestone: float
 ) -> float | Array:
     """The lower bound of the crop's share of the area, which falls from 1 to ``lowest``.
 
@@ -120,7 +120,7 @@ def values_of(name: str) -> tuple[str, ...]:
 
 
 def warmed_up(
-    name: str, step: Array, total: Array, *, warmup: int, warmup_start: float, **values
+    name: str, step: Integer, total: Integer, *, warmup: int, warmup_start: float, **values
 ) -> Array:
     """A schedule after a linear warm-up, as PyTorch's LinearLR and SequentialLR make it.
 

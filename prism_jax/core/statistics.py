@@ -20,7 +20,7 @@ from jax import lax
 
 from prism_jax.core.views import resize
 from prism_jax.errors import UserError
-from prism_jax.types import Array, PyTree
+from prism_jax.types import AnyArray, Array, PyTree
 
 NAMES = ("mean", "var", "patch_mean", "patch_var")
 VARIANCES = ("var", "patch_var")
@@ -216,6 +216,6 @@ def sample_keep(key: Array, paths: Iterable[Path], *, drop: float) -> dict[Path,
     return {path: keep[i] for i, path in enumerate(paths)}
 
 
-def of_classes(per_class: PyTree, labels_B: Array) -> PyTree:
+def of_classes(per_class: PyTree, labels_B: AnyArray) -> PyTree:
     """The mean over a batch of its classes' statistics (K, ...): a target of its own (EDC)."""
     return jax.tree.map(lambda table_KC: table_KC[labels_B].mean(0), per_class)

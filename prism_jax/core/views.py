@@ -21,7 +21,7 @@ RATIOS = 2**12  # equally probable ratios to draw from
 
 def sample_view(
     key: Array,
-    image_size: tuple[int, int],
+    image_size: tuple[int, ...],
     *,
     crop_scale: tuple[float | Array, float | Array] = (0.08, 1.0),
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
@@ -79,8 +79,8 @@ def _crop(share, ratio, offset, image_size, crop_scale, crop_ratio) -> Array:
     side = jnp.sqrt(share * jnp.float32(np.prod(image_size) / SHARES))
     middles = (np.arange(RATIOS) + 0.5) / RATIOS
     log_ratio = np.interp(middles, [0, 1], np.log(crop_ratio))
-    stretch = np.exp(np.outer(log_ratio, [-0.5, 0.5]))  # of height and width, at equal area
-    stretch = jnp.asarray(stretch, jnp.float32)[_below(ratio, RATIOS)]
+    stretches = np.exp(np.outer(log_ratio, [-0.5, 0.5]))  # of height and width, at equal area
+    stretch = jnp.asarray(stretches, jnp.float32)[_below(ratio, RATIOS)]
     sizes = jnp.round(side[..., None] * stretch).astype(jnp.int32)  # (..., TRIES, 2)
     limits = jnp.asarray(image_size, jnp.int32)
     fits = ((sizes > 0) & (sizes <= limits)).all(-1)
@@ -94,7 +94,7 @@ def _crop(share, ratio, offset, image_size, crop_scale, crop_ratio) -> Array:
     return jnp.concatenate([start, size], axis=-1).astype(jnp.float32)
 
 
-def _fallback(image_size: tuple[int, int], crop_ratio: tuple[float, float]) -> tuple[int, int]:
+def _fallback(image_size: tuple[int, ...], crop_ratio: tuple[float, float]) -> tuple[int, int]:
     """torchvision's: the whole image, narrowed to the nearest allowed ratio."""
     (height, width), (low, high) = image_size, crop_ratio
     if width / height < low:

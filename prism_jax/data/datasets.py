@@ -194,8 +194,9 @@ def imagenet_positions(class_names: Sequence[str]) -> tuple[int, ...] | None:
     known = {name: i for i, name in enumerate(imagenet_wnids())}
     if not known and len(set(class_names)) == 1000 and all(map(_WNID.fullmatch, class_names)):
         known = {name: i for i, name in enumerate(sorted(class_names))}
-    positions = [known.get(name) for name in class_names]
-    return None if None in positions or not positions else tuple(positions)
+    if not class_names or not known.keys() >= set(class_names):
+        return None
+    return tuple(known[name] for name in class_names)
 
 
 @functools.cache
@@ -213,5 +214,6 @@ def imagenet_validation_wnids() -> tuple[str, ...]:
 def _listed(file: str) -> tuple[str, ...]:
     """A list of WordNet IDs that tensorflow-datasets brings along."""
     package = importlib.util.find_spec("tensorflow_datasets")  # without importing it
+    assert package is not None and package.origin is not None  # a dependency of ours
     path = pathlib.Path(package.origin).parent / "datasets" / "imagenet2012" / file
     return tuple(path.read_text().split()) if path.is_file() else ()

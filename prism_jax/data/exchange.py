@@ -156,6 +156,9 @@ class ImageSet:
                 )
         return image
 
+    def original(self, index: int) -> np.ndarray:
+        return self.image(index)
+
     def describe(self) -> dict[str, Any]:
         return self._description
 

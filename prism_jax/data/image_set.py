@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -49,8 +49,8 @@ def image_path(root: epath.PathLike, cls: int, slot: int) -> epath.Path:
 def write_images(
     root: epath.PathLike,
     images_uint8_BHWC: np.ndarray,
-    classes_B: Sequence[int],
-    slots_B: Sequence[int],
+    classes_B: Iterable[int],
+    slots_B: Iterable[int],
 ) -> None:
     """Write images, each whole.
 

@@ -262,6 +262,7 @@ class LabelReader:
                 raise DamagedFile(
                     path, f"is damaged: it has {found} bytes, not {sizes.get(path.name)}"
                 )
+        self._records: _Downloaded | Sequence[bytes]
         if workdir.is_store(root):
             self._records = _Downloaded(self._paths, self.plan.epochs_per_shard * self._per_epoch)
             return
@@ -342,6 +343,7 @@ def _pack(record: SoftLabels, plan: LabelPlan) -> bytes:
     encoded_B = _encoded(record, plan.coding)
     rows_B = np.empty(len(record.index_B), plan.row)
     rows_B["index"] = record.index_B
+    assert encoded_B.dtype.names is not None
     for name in encoded_B.dtype.names:
         rows_B[name] = encoded_B[name]
     body = _COORDINATES.pack(record.epoch, record.batch) + rows_B.tobytes()

@@ -169,7 +169,9 @@ def _start_worker(read: bytes) -> None:
     global _read
 
     def follow() -> None:
-        multiprocessing.parent_process().join()
+        main = multiprocessing.parent_process()
+        assert main is not None  # this is a worker
+        main.join()
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()

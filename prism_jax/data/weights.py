@@ -70,6 +70,7 @@ def load(
     Raises:
       UserError: the weights cannot be read, or do not fit.
     """
+    form: dict[str, Any]
     form = {"architecture": architecture, "width": width, "depth": depth, "stem": stem}
     found = read(path, **form)
     wrong = [f"{k} {v}, not {form[k]}" for k, v in found.stated.items() if v != form[k]]

@@ -392,7 +392,7 @@ class Lock:
 
     def release(self) -> None:
         """Give the lock back; harmless when it is not held."""
-        if self.held:
+        if self._beating is not None:
             self._released.set()
             self._beating.join()  # its last write comes before the removal
             self._beating = None

@@ -26,6 +26,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from etils import epath
+from numpy.typing import DTypeLike
 
 from prism_jax.errors import UserError
 from prism_jax.models.layouts import rename
@@ -132,7 +133,7 @@ def _other_head(path: str, architecture: str, head: int, num_classes: int) -> st
     return "\n".join(lines)
 
 
-def from_state_dict(tensors: dict[str, np.ndarray], like: PyTree, dtype: np.dtype) -> PyTree:
+def from_state_dict(tensors: dict[str, np.ndarray], like: PyTree, dtype: DTypeLike) -> PyTree:
     """Lay out tensors with our names as variables.
 
     Args:

@@ -17,7 +17,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -35,8 +35,8 @@ MOMENTUM = 0.1
 class Spec(NamedTuple):
     """A convolution without its arrays; zeros pad every side."""
 
-    x_shape: tuple[int, int, int, int]  # B H W C
-    kernel_shape: tuple[int, int, int, int]  # height, width, C / groups, features
+    x_shape: tuple[int, ...]  # B H W C
+    kernel_shape: tuple[int, ...]  # height, width, C / groups, features
     stride: int
     padding: int
     groups: int
@@ -336,7 +336,7 @@ def _live_taps(size: int, kernel: int, stride: int, padding: int) -> list[int]:
     return [i for i in range(kernel) if np.any((reads + i >= 0) & (reads + i < size))]
 
 
-def _windows(x_BHWC: Array, kernel: tuple[int, int], stride: int, padding: int, fill: float):
+def _windows(x_BHWC: Array, kernel: tuple[int, ...], stride: int, padding: int, fill: float):
     """Yield ((i, j), the map that tap (i, j) reads) for all taps that meet the map."""
     size = x_BHWC.shape[1:3]
     edges = ((0, 0), (padding, padding), (padding, padding), (0, 0))
@@ -418,8 +418,8 @@ def _split(step: str) -> Callable[[Array, Array, Spec], Array]:
     return run
 
 
-_DENSE = {"contract": _stacked_product}
-_DEPTHWISE = {"contract": _sum_of_products, "tap": operator.itemgetter(0)}
+_DENSE: dict[str, Any] = {"contract": _stacked_product}
+_DEPTHWISE: dict[str, Any] = {"contract": _sum_of_products, "tap": operator.itemgetter(0)}
 _LAX = _transposed(_lax_forward)
 FORMS = {
     "lax": _LAX,
@@ -456,7 +456,7 @@ def parameter(
     """
     if not module.has_variable("params", name):
         return module.param(name, init, shape, dtype)
-    value = module.get_variable("params", name)
+    value: Array = module.get_variable("params", name)
     if value.shape != shape:
         raise ValueError(f"parameter {name} has shape {value.shape}; its layer needs {shape}")
     return value

@@ -118,8 +118,7 @@ class MnasNet(nn.Module):
         x = conv_norm(
             x, first, 3, 1 if small else 2, names=("layers.0", "layers.1"), activation=nn.relu
         )
-        names = ("layers.3", "layers.4")
-        x = conv_norm(x, first, 3, groups=first, names=names, activation=nn.relu)
+        x = conv_norm(x, first, 3, groups=first, names=("layers.3", "layers.4"), activation=nn.relu)
         x = conv_norm(x, scaled(16), 1, names=("layers.6", "layers.7"))
         for stage, (kernel, expansion, channels, blocks, stage_stride) in enumerate(MNASNET_STAGES):
             for block in range(layers.scale_blocks(blocks, self.depth)):

@@ -353,6 +353,7 @@ def first_layers(
     Returns:
       By kind of layer, its path among the module's variables, or None if there is none.
     """
+    found: dict[type[nn.Module], tuple[str, ...] | None]
     found = {layers.BatchNorm: None, layers.Conv: None}
 
     def record(run, args, kwargs, context):

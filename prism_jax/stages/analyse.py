@@ -109,7 +109,8 @@ def run(context: Context, sets: Mapping[str, LabelledSet]) -> None:
 def _recover_lines(context: Context) -> list[dict[str, Any]]:
     """What recover logged; says so where the last lines of a finished unit are missing."""
     path = context.root / "recover" / "metrics.jsonl"
-    lines, reached = read_lines(path), {}
+    lines = read_lines(path)
+    reached: dict[str, int] = {}
     for line in lines:
         reached[line["unit"]] = max(line["step"], reached.get(line["unit"], 0))
     units = workdir.read_record(context.root / "recover" / "manifest.json")["units"]

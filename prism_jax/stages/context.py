@@ -83,7 +83,7 @@ class Context:
             self._made[name] = make()
         return self._made[name]
 
-    def train_devices(self, size: int, **division: int | None) -> int:
+    def train_devices(self, size: int, **division: Any) -> int:
         """How many devices share the batches of ``size`` images of one training.
 
         Args:

@@ -7,6 +7,8 @@ controls/full_real/          the whole training set with its hard labels
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from prism_jax import parallel
@@ -22,7 +24,7 @@ def labelled_set(context: Context, name: str) -> LabelledSet:
     """The images of one control."""
     config, source = context.config, context.inputs.open("train")
     root = context.root / "controls" / name
-    fields = {"data": context.inputs.fields(source)}
+    fields: dict[str, Any] = {"data": context.inputs.fields(source)}
     soft = SOFT[name] and context.config.soft_labels
     if name == "full_real":
         fields["epochs"] = config.validate.epochs, config.recover.ipc, config.squeeze.epochs

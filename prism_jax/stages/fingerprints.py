@@ -131,7 +131,7 @@ def relabel(context: Context, labelled: LabelledSet) -> dict[str, Any]:
 
 def validate(context: Context, labelled: LabelledSet, student: str, seed: int) -> dict[str, Any]:
     """What a trained student is made of."""
-    fields = {
+    fields: dict[str, Any] = {
         "validate": section("validate", context.config.validate),
         "network": dataclasses.asdict(context.config.network(student).untrained()),
         "student_seed": seed,
@@ -152,7 +152,7 @@ def validate(context: Context, labelled: LabelledSet, student: str, seed: int) -
     return fields
 
 
-def _spares(labelled: LabelledSet, batch_size: int, **division: int | None) -> bool:
+def _spares(labelled: LabelledSet, batch_size: int, **division: Any) -> bool:
     """Whether a set's batches divide otherwise than equally, see ``batching.spares``."""
     sizes = batching.sizes(len(labelled.labels_N), batch_size)
     whole = sizes if labelled.soft else sizes[:1]  # with hard labels no batch is cut short

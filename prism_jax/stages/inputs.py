@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,9 @@ class Inputs:
         """Images in memory, where they take less than ``dataset.cache_gigabytes``."""
         return hold(images, limit_bytes=1e9 * self.config.dataset.cache_gigabytes)
 
-    def read(self, source: ImageSource, positions: np.ndarray | None = None) -> Images:
+    def read(
+        self, source: ImageSource, positions: Sequence[int] | np.ndarray | None = None
+    ) -> Images:
         """The images of a source at some positions, by default all: read now, or as needed."""
         positions = np.arange(len(source)) if positions is None else np.asarray(positions)
         one_by_one = OneByOne(source.image, threads=self.config.dataset.threads)

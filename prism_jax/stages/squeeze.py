@@ -224,6 +224,7 @@ def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dic
 
 def _import(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dict[str, Any]]:
     network = context.config.network(name)
+    assert network.checkpoint is not None
     context.say(f"importing {name} from {network.checkpoint}")
     module = context.networks.build(name)
     variables = load(

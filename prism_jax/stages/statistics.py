@@ -167,7 +167,7 @@ def _measure(context: Context, measurer: Measurer, kind: str, shard: int) -> PyT
     source = context.inputs.open("train")
     if kind == "conv":
         start = shard * BATCHES
-        found = itertools.islice(_batches(context, source, start=start), BATCHES)
+        found: Iterator[Batch] = itertools.islice(_batches(context, source, start=start), BATCHES)
         count, total = measurer.total(found, group=0)
         return {"count": np.array([count], np.int64), "sum": total["conv"]}
     classes = range(shard * CLASSES, min((shard + 1) * CLASSES, context.config.dataset.num_classes))

@@ -10,7 +10,7 @@ start.py      initial images
 measuring.py  statistics of real images, for methods that match more than BatchNorm keeps
 """
 
-from prism_jax.synthesis.lanes import drawn_share, engine, explain_failure
+from prism_jax.synthesis.lanes import Engine, drawn_share, engine, explain_failure
 from prism_jax.synthesis.objective import (
     alignment_scales,
     alignment_weights,
@@ -49,6 +49,7 @@ from prism_jax.synthesis.step import (
 
 __all__ = [
     "ChunkReport",
+    "Engine",
     "FLATNESS_MOMENTUM",
     "KINDS",
     "METHODS",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from prism_jax.synthesis.lanes import engine, explain_failure
 from prism_jax.synthesis.recipe import ChunkReport, Recipe, UnitBatch
 from prism_jax.synthesis.step import image_optimiser, initial_state, view_of
 from prism_jax.teachers import Teacher, TeacherPool
-from prism_jax.types import Array, Normalisation, SynthState
+from prism_jax.types import AnyArray, Array, Normalisation, SynthState
 
 
 class Phase(NamedTuple):
@@ -41,7 +41,7 @@ class Phase(NamedTuple):
     images: int
 
 
-def phases_of(recipe: Recipe, budget: int, start_BHWC: np.ndarray) -> tuple[Phase, ...]:
+def phases_of(recipe: Recipe, budget: int, start_BHWC: AnyArray) -> tuple[Phase, ...]:
     """The phases of a batch: equal parts of its budget.
 
     Args:
@@ -60,13 +60,13 @@ def phase_after(phases: Sequence[Phase], done: int) -> int:
     return next(i for i, phase in enumerate(phases) if done <= phase.stop)
 
 
-def begin(pool: TeacherPool, recipe: Recipe, phase: Phase, start_BHWC: Array) -> SynthState:
+def begin(pool: TeacherPool, recipe: Recipe, phase: Phase, start_BHWC: AnyArray) -> SynthState:
     """The state before the first iteration of the first phase."""
     images_BHWC = jnp.asarray(start_BHWC)[: phase.images]
     return initial_state(pool, recipe, views.resize(images_BHWC, (phase.size, phase.size)))
 
 
-def enter(recipe: Recipe, phase: Phase, state: SynthState, start_BHWC: Array) -> SynthState:
+def enter(recipe: Recipe, phase: Phase, state: SynthState, start_BHWC: AnyArray) -> SynthState:
     """The state before the first iteration of a later phase.
 
     Images that join bring moments of zero to the one optimiser, whose count goes on (DELT).
@@ -93,7 +93,7 @@ def enter(recipe: Recipe, phase: Phase, state: SynthState, start_BHWC: Array) ->
 
 
 def prepare(
-    pool: TeacherPool, recipe: Recipe, batches: Sequence[tuple[UnitBatch, Array]], seed: int
+    pool: TeacherPool, recipe: Recipe, batches: Sequence[tuple[UnitBatch, AnyArray]], seed: int
 ) -> UnitBatch:
     """The last of some batches, with the weights of its primary perturbed where the recipe asks.
 
@@ -152,7 +152,7 @@ def synthesise(
     steps_per_dispatch: int = 50,
     rounding: str = "nearest",
     on_chunk: Callable[[ChunkReport], None] = lambda report: None,
-    **recipe: float,
+    **recipe: Any,
 ) -> np.ndarray:
     """Optimise one batch of images against a pool, from the images given.
 

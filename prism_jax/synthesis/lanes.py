@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,9 @@ from prism_jax.synthesis.recipe import Recipe, Terms, UnitBatch
 from prism_jax.synthesis.step import draw_teachers, synthesis_chunk
 from prism_jax.teachers import Teacher, TeacherPool
 
+# What runs the step: a batch per device, or per several devices.
+Engine: TypeAlias = parallel.LaneMap | parallel.SpanMap
+
 
 def engine(
     pool: TeacherPool,
@@ -21,7 +26,7 @@ def engine(
     devices: list[jax.Device] | None = None,
     how: str = "shard_map",
     span: int = 1,
-) -> parallel.LaneMap | parallel.SpanMap:
+) -> Engine:
     """The chunk, compiled for one image batch per device, or per ``span`` devices.
 
     Args:

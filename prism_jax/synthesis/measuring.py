@@ -117,7 +117,7 @@ class Measurer:
                 found = jax.tree.map(lambda x, n=count: x[:n].mean(0, dtype=np.float64), found)
             yield count, found
 
-    def _lane(self, batch: Batch, group: int) -> tuple[np.ndarray, ...]:
+    def _lane(self, batch: Batch, group: int) -> tuple[np.int32, np.int32, np.ndarray]:
         images_BHWC = batch.images_BHWC
         if self._padded is not None:
             images_BHWC = images_BHWC[np.resize(np.arange(len(images_BHWC)), self._padded)]

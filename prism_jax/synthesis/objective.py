@@ -11,7 +11,7 @@ from prism_jax.core import losses, priors, statistics
 from prism_jax.errors import UserError
 from prism_jax.synthesis.recipe import Recipe, Shown, Terms
 from prism_jax.teachers import Teacher
-from prism_jax.types import Array, Draw, Normalisation, PyTree, Reading
+from prism_jax.types import AnyArray, Array, Draw, Integer, Normalisation, PyTree, Reading
 
 
 def teacher_gradient(recipe: Recipe, teacher: Teacher, normalisation: Normalisation) -> Callable:
@@ -68,6 +68,7 @@ def misalignment(
     )
     keep = None
     if recipe.drop:
+        assert shown.drop_key is not None
         keep = statistics.sample_keep(shown.drop_key, inputs, drop=recipe.drop)
     if memory is not None:
         batch, memory = statistics.smooth(batch, memory, momentum=recipe.ema, keep=keep)
@@ -111,7 +112,7 @@ def statistic_targets(recipe: Recipe, teacher: Teacher, variables: PyTree) -> st
 
 
 def class_targets(
-    recipe: Recipe, teacher: Teacher, variables: PyTree, labels_B: Array
+    recipe: Recipe, teacher: Teacher, variables: PyTree, labels_B: AnyArray
 ) -> statistics.Layers:
     """What they should be according to the batch's classes alone (EDC)."""
     per_class = variables.get("class_statistics", {})
@@ -177,7 +178,7 @@ def not_read(recipe: Recipe, dtype: jnp.dtype) -> dict[str, Array]:
 
 
 def total(
-    recipe: Recipe, step: Array, read: dict[str, Array], prior: dict[str, Array], draw: Draw
+    recipe: Recipe, step: Integer, read: dict[str, Array], prior: dict[str, Array], draw: Draw
 ) -> Terms:
     """The weighted loss beside its unweighted terms; a teacher of weight zero adds nothing.
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from prism_jax.core import statistics
-from prism_jax.types import Array, Draw, PyTree
+from prism_jax.types import AnyArray, Array, Draw, Integer, PyTree
 
 
 class Supervision(NamedTuple):
@@ -117,11 +117,11 @@ class UnitBatch(NamedTuple):
       probes_BHWC: what the perturbation left in the images' first gradient, where that counts.
     """
 
-    slot: Array  # () int32, first slot of the group
-    block: Array  # () int32
-    budget: Array  # () int32, iterations in all
-    labels_B: Array  # int32
-    before: Array = np.int32(0)
+    slot: Integer  # () int32, first slot of the group
+    block: Integer  # () int32
+    budget: Integer  # () int32, iterations in all
+    labels_B: AnyArray  # int32
+    before: Integer = np.int32(0)
     weights: PyTree = None
     probes_BHWC: Array | None = None
 
@@ -139,7 +139,7 @@ class Terms(NamedTuple):
     ``others`` are terms that only some recipes have: of every teacher (T,), or of the images ().
     """
 
-    step: Array  # () int32; -1: no such iteration
+    step: Integer  # () int32; -1: no such iteration
     loss: Array  # () weighted total
     ce_T: Array
     bn_T: Array
@@ -158,7 +158,7 @@ class ChunkReport(NamedTuple):
 class Shown(NamedTuple):
     """What a teacher is given in one iteration beside the viewed images."""
 
-    labels_B: Array
+    labels_B: AnyArray
     logit_weight: Array
     statistic_weight: Array
     average_BHWC: Array | None = None  # viewed alike

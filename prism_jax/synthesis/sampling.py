@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prism_jax.types import Array
+from prism_jax.types import Array, Integer
 
 MEMBERS = 2  # of a committee (CV-DD)
 
@@ -24,8 +24,8 @@ class Place(NamedTuple):
       iteration: counted over all batches, in the order in which they are worked on.
     """
 
-    slot: Array
-    iteration: Array
+    slot: Integer
+    iteration: Integer
 
 
 @dataclasses.dataclass(frozen=True)

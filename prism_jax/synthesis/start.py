@@ -70,8 +70,8 @@ class Start:
     # What was found per class: whichever slots are asked for, a class is scored once.
     found: dict[int, list] = dataclasses.field(default_factory=dict, compare=False)
 
-    def normalise(self, images_uint8: Sequence[np.ndarray]) -> np.ndarray:
-        return np.asarray(pixels.normalise(np.stack(images_uint8), self.normalisation))
+    def normalise(self, images_uint8: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+        return np.asarray(pixels.normalise(np.asarray(images_uint8), self.normalisation))
 
 
 # (start, classes, slots) -> float32 images_BHWC in the normalised space.
@@ -90,18 +90,21 @@ def noise(start: Start, classes_B: np.ndarray, slots_B: np.ndarray) -> np.ndarra
 
 def real(start: Start, classes_B: np.ndarray, slots_B: np.ndarray) -> np.ndarray:
     """The slot-th training image of each class, in the source's order (PRISM, section 1.2)."""
+    assert start.source is not None
     at = slot_positions(start.source, classes_B, slots_B, repeat=start.repeat)
     return start.normalise(read_images(start.source, at))
 
 
 def real_random(start: Start, classes_B: np.ndarray, slots_B: np.ndarray) -> np.ndarray:
     """Random training images of each class, without repetition within a class."""
+    assert start.source is not None
     at = random_positions(start.source, classes_B, slots_B, start.seed, repeat=start.repeat)
     return start.normalise(read_images(start.source, at))
 
 
 def real_squashed(start: Start, classes_B: np.ndarray, slots_B: np.ndarray) -> np.ndarray:
     """The slot-th training image of each class, its sides resized apart to a square (DWA)."""
+    assert start.source is not None
     at = slot_positions(start.source, classes_B, slots_B, repeat=start.repeat)
     originals = [start.source.original(i) for i in at]
     return start.normalise([cut(x, Box(0, 0, *x.shape[:2]), start.shape[0]) for x in originals])
@@ -113,17 +116,19 @@ def real_median(start: Start, classes_B: np.ndarray, slots_B: np.ndarray) -> np.
     A class is ranked by the probability of its label; slots 0, 1, 2, 3, ... take the image at
     the median and those 1 above, 1 below, 2 above it, and so on.
     """
+    assert start.source is not None and start.scorer is not None
+    source, scores_of = start.source, start.scorer
 
     def rank(cls: int) -> list[int]:
-        at = np.flatnonzero(start.source.labels_N == cls)
-        scores = start.scorer(read_images(start.source, at.tolist()), cls)
+        at = np.flatnonzero(source.labels_N == cls)
+        scores = scores_of(read_images(source, at.tolist()), cls)
         order = at[np.argsort(scores, kind="stable")]
         _enough({cls: order}, np.array([start.ipc - 1]), start.repeat)
         ranks = middle_out(len(order), start.ipc)
         return [int(order[i]) for i in np.resize(ranks, start.ipc)]
 
     at = [_found(start, int(c), rank)[int(s)] for c, s in zip(classes_B, slots_B, strict=True)]
-    return start.normalise(read_images(start.source, at))
+    return start.normalise(read_images(source, at))
 
 
 def middle_out(count: int, wanted: int) -> list[int]:
@@ -209,6 +214,7 @@ def random_box(draw: np.random.Generator, height: int, width: int) -> Box:
 
 def _mosaics(start: Start, classes_B: np.ndarray, slots_B: np.ndarray) -> list[np.ndarray]:
     """uint8 mosaics."""
+    assert start.source is not None
     factor, size = start.patches.factor, start.shape[0]
     edges = [size * i // factor for i in range(factor + 1)]
     images = []
@@ -228,6 +234,7 @@ def _mosaics(start: Start, classes_B: np.ndarray, slots_B: np.ndarray) -> list[n
 
 def _rank_patches(start: Start, cls: int) -> list[tuple[int, Box]]:
     """The best crop of each of some real images of a class, in the order they are wanted."""
+    assert start.source is not None and start.scorer is not None
     patches, size = start.patches, start.shape[0]
     draw = rng.generator(start.seed, "recover/patches", cls)
     members = np.flatnonzero(start.source.labels_N == cls)

@@ -43,7 +43,7 @@ from prism_jax.synthesis.recipe import (
     UnitBatch,
 )
 from prism_jax.teachers import Teacher, TeacherPool
-from prism_jax.types import Array, Draw, Normalisation, PyTree, SynthState, View
+from prism_jax.types import AnyArray, Array, Draw, Integer, Normalisation, PyTree, SynthState, View
 
 
 def synthesis_step(
@@ -90,7 +90,7 @@ def synthesis_step(
         memories.append(select(weights[1] > 0, memory, state.memory.statistics_T[t]))
 
     prior_values, prior_gradient_BHWC = prior_terms(recipe, viewed_BHWC)
-    if prior_values:
+    if prior_gradient_BHWC is not None:
         gradient_BHWC += prior_gradient_BHWC
     (image_gradient_BHWC,) = pull_back(gradient_BHWC)
     if unit.probes_BHWC is not None:
@@ -100,6 +100,7 @@ def synthesis_step(
     images_BHWC = pixels.clip(state.images_BHWC - rate * direction, normalisation)
     average_BHWC = state.memory.images_BHWC
     if recipe.flatness:
+        assert average_BHWC is not None
         old, new = FLATNESS_MOMENTUM * average_BHWC, (1 - FLATNESS_MOMENTUM) * state.images_BHWC
         average_BHWC = old + new
     terms = total(recipe, step, jax.tree.map(lambda *x: jnp.stack(x), *reads), prior_values, draw)
@@ -111,7 +112,7 @@ def synthesis_step(
 
 
 def view_of(
-    recipe: Recipe, key: Array, unit: UnitBatch, step: Array, image_size: tuple[int, int]
+    recipe: Recipe, key: Array, unit: UnitBatch, step: Integer, image_size: tuple[int, ...]
 ) -> View:
     """The view of one iteration. Reference: one crop, flip and roll for the whole batch."""
     smallest = schedules.smallest_crop(
@@ -129,7 +130,7 @@ def view_of(
 
 
 def draw_teachers(
-    recipe: Recipe, teachers: tuple[Teacher, ...], key: Array, unit: UnitBatch, step: Array
+    recipe: Recipe, teachers: tuple[Teacher, ...], key: Array, unit: UnitBatch, step: Integer
 ) -> Draw:
     """Who supervises this iteration; ``granularity`` says which coordinates the draw has.
 
@@ -170,10 +171,10 @@ def image_optimiser(recipe: Recipe) -> optax.GradientTransformation:
     return optax.scale_by_adam(b1=recipe.betas[0], b2=recipe.betas[1], eps=1e-8)
 
 
-def initial_state(pool: TeacherPool, recipe: Recipe, images_BHWC: Array) -> SynthState:
+def initial_state(pool: TeacherPool, recipe: Recipe, images_BHWC: AnyArray) -> SynthState:
     """The state before the first iteration, for float32 images in the normalised space."""
     images_BHWC = jnp.asarray(images_BHWC)
-    remembered = [None] * len(pool)
+    remembered: list[statistics.Memory | None] = [None] * len(pool)
     if recipe.ema:
         remembered = [
             statistics.Memory.blank(

@@ -102,7 +102,7 @@ def export(root: epath.PathLike, to: epath.PathLike, *, control: str | None = No
     )
     provenance |= {"soft_labels": how, **ran}
 
-    arrays = {"images": images, "labels": labels}
+    arrays: dict[str, Any] = {"images": images, "labels": labels}
     if soft_labels is not None:
         arrays["soft_labels"] = soft_labels
     arrays["class_names"] = np.array([c["name"] for c in classes])
@@ -144,13 +144,15 @@ def class_table(
     """
     names = list(class_names or info and info.class_names or map(str, range(num_classes)))
     ids = exchange.wnids(imagenet_indices)
-    if ids and info and info.class_names and info.imagenet_indices:
+    if ids and imagenet_indices and info and info.class_names and info.imagenet_indices:
         known = dict(zip(info.imagenet_indices, info.class_names, strict=True))
         names = [known[index] for index in imagenet_indices]
     # ImageFolder sorts folders as text: WordNet IDs only where that is the order of the labels.
-    as_ids = ids is not None and list(ids) == sorted(ids)
+    folders = [f"{index:05d}" for index in range(num_classes)]
+    if ids is not None and list(ids) == sorted(ids):
+        folders = list(ids)
     return [
-        {"folder": ids[index] if as_ids else f"{index:05d}", "index": index, "name": names[index]}
+        {"folder": folders[index], "index": index, "name": names[index]}
         for index in range(num_classes)
     ]
 

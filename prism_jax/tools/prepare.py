@@ -41,7 +41,7 @@ class Shard(NamedTuple):
 
     source: epath.Path
     target: epath.Path
-    count: int
+    records: int
 
 
 def convert(dataset: str, source: str, to: str) -> epath.Path:
@@ -72,13 +72,13 @@ def convert(dataset: str, source: str, to: str) -> epath.Path:
     shards = [shard for split in splits.values() for shard in _shards(split, out)]
     _check_room(shards, out)
     out.mkdir(parents=True, exist_ok=True)
-    total = sum(shard.count for shard in shards)
+    total = sum(shard.records for shard in shards)
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
         progress.task(f"convert {'/'.join(filter(None, parts))}", total, unit="record") as bar,
     ):
         for shard, _ in zip(shards, pool.map(convert_shard, shards), strict=True):
-            bar.advance(shard.count)
+            bar.advance(shard.records)
     records = {shard.source for shard in shards}
     for file in folder.iterdir():
         if file not in records and file.is_file() and file.name != tfds_source.INFO:
@@ -102,9 +102,9 @@ def convert_shard(shard: Shard) -> None:
         for record in read_tfrecord(shard.source):
             writer.write(record)
             count += 1
-    if count != shard.count:
+    if count != shard.records:
         raise UserError(
-            f"{shard.source} has {count} records and should have {shard.count}; {_FETCH}"
+            f"{shard.source} has {count} records and should have {shard.records}; {_FETCH}"
         )
     temporary.replace(shard.target)
 

@@ -28,6 +28,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from etils import epath
+from rich.console import JustifyMethod
 from rich.table import Table
 
 from prism_jax import parallel, progress
@@ -296,7 +297,7 @@ def list_command(options: argparse.Namespace) -> None:
     numbers = ("parameters", "BNs", f"min px ({'/'.join(STEMS)})")
     headings = ("name", "family", *numbers[:2], "first BN", numbers[2], "weight files", "arXiv")
     for heading in headings:
-        justify = "right" if heading in numbers else "left"
+        justify: JustifyMethod = "right" if heading in numbers else "left"
         table.add_column(heading, justify=justify, no_wrap=heading == "name")
     for name, row in ARCHITECTURES.items():
         table.add_row(
@@ -407,6 +408,7 @@ def evaluate_command(options: argparse.Namespace) -> None:
         )
         _say_order(options, order_K)
 
+    assert order_K is not None  # stated or found
     rank_N = ranks(logits_NH, labels_N, order_K)
     top1 = float((rank_N < 1).mean())
     progress.say(

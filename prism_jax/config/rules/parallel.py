@@ -45,6 +45,7 @@ def _spans(e: Experiment) -> Iterator[str]:
 def _shares(e: Experiment) -> Iterator[str]:
     """A training's batches, spread over devices."""
     v, devices = e.validate, e.parallel.train_devices
+    assert devices is not None
     group: dict[str, Any] = {"accumulate": v.accumulate, "bn_group": bn_group_of(v)}
     batches: dict[str, tuple[int, dict[str, Any]]] = {"validate": (v.batch_size, group)}
     if any(not e.network(name).checkpoint for name in e.squeeze.teachers):

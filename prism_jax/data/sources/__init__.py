@@ -104,6 +104,7 @@ def open_source(
             stacklevel=2,
         )
     elif _permuted(opened, info):
+        assert opened.class_names and info.class_names
         warnings.warn(
             f"the classes at {path} are in the order {', '.join(opened.class_names[:3])}, ...; "
             f"networks trained elsewhere on {name} know them as "
@@ -122,7 +123,7 @@ def _imagenet_indices(
       UserError: the names are WordNet IDs of other classes than the set has.
     """
     names, whole = source.class_names, info.imagenet_indices
-    if found := imagenet_positions(names or ()):
+    if names and (found := imagenet_positions(names)):
         if whole and (others := set(found) - set(whole)):
             raise UserError(
                 f"{path} holds other classes of ImageNet than {info.name} has, such as "
@@ -140,7 +141,7 @@ def _imagenet_indices(
 
 def _permuted(source: ImageSource, info: DatasetInfo) -> bool:
     ours, theirs = source.class_names, info.class_names
-    return bool(ours and theirs) and ours != theirs and sorted(ours) == sorted(theirs)
+    return bool(ours and theirs and ours != theirs and sorted(ours) == sorted(theirs))
 
 
 def read_all(source: ImageSource, *, threads: int = 8) -> tuple[np.ndarray, np.ndarray]:

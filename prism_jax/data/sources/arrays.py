@@ -327,7 +327,9 @@ def _read_member(path: str, name: str) -> bytes:
     with tarfile.open(path, "r:*") as tar:
         for member in tar:
             if member.isfile() and os.path.basename(member.name) == name:
-                return tar.extractfile(member).read()
+                data = tar.extractfile(member)
+                assert data is not None  # it is a file
+                return data.read()
     raise FileNotFoundError(name)
 
 

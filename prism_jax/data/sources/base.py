@@ -24,11 +24,13 @@ class ImageSource(Protocol):
       left_out: damaged images that are no part of it.
     """
 
-    labels_N: np.ndarray
     num_classes: int
     class_names: tuple[str, ...] | None
     imagenet_indices: tuple[int, ...] | None
     left_out: int
+
+    @property
+    def labels_N(self) -> np.ndarray: ...
 
     def __len__(self) -> int: ...
 

@@ -112,12 +112,13 @@ def spread(count: int, most: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()
 
 
-def measure_normalisation(name: str, path: str) -> Normalisation:
+def measure_normalisation(name: str, path: str | None) -> Normalisation:
     """Mean and standard deviation of the training pixels in [0, 1], per channel.
 
     Of at most ``MEASURED`` images, evenly spread, rounded to four digits.
     """
     info = own_info(name, path)
+    assert path is not None  # own_info says so
     source = _open(info, path)
     total, squares, count = np.zeros(info.channels), np.zeros(info.channels), 0
     for at in spread(len(source), MEASURED):

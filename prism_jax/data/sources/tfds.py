@@ -193,6 +193,7 @@ def command(info: DatasetInfo, *arguments: str) -> str:
 
 def expected(info: DatasetInfo, path: str | None) -> str:
     """What belongs at dataset.path, and how it gets there."""
+    assert info.tfds_name is not None
     name = info.tfds_name.partition("/")[0]
     to = f"--to={path or '<dataset.path>'}"
     lines = [
@@ -250,7 +251,7 @@ def _open(folder: epath.Path) -> Found:
 
     def only(kind: type, supervised: str | None) -> str:
         keys = [key for key, feature in features.items() if type(feature) is kind]
-        if supervised in keys:
+        if supervised is not None and supervised in keys:
             return supervised
         if len(keys) != 1:
             raise UserError(

@@ -27,7 +27,7 @@ from prism_jax.stages.makers.start import initial_images
 from prism_jax.synthesis import course
 from prism_jax.synthesis.course import Phase
 from prism_jax.teachers import TeacherPool
-from prism_jax.types import PyTree, SynthState, Unit
+from prism_jax.types import Array, PyTree, SynthState, Unit
 
 DISPROPORTION = 10.0  # BN terms of two teachers further apart than this are warned of
 
@@ -161,10 +161,12 @@ def _start(context: Context, root: epath.Path, engine, pool, recipe, unit: Unit,
             state = course.enter(recipe, phase, state, start_BHWC)
         return jax.device_get(state)
 
+    made_from = workdir.read_fingerprint(root)
+    assert made_from is not None  # recover writes it first
     checkpoints = Checkpoints(
         root / "checkpoints" / unit.name,
         every_seconds=config.recover.checkpoint_seconds,
-        of={"unit": unit.name, **workdir.read_fingerprint(root)},
+        of={"unit": unit.name, **made_from},
     )
     start_terms, seconds = None, 0.0
     if restored := checkpoints.restore(state_after):
@@ -287,7 +289,7 @@ def _finished(context: Context, engine, recipe, pool, lane: Lane, report) -> Mad
 def terms(found: synthesis.Terms, names: tuple[str, ...]) -> dict[str, Any]:
     """One iteration's unweighted terms: per teacher (None: it was not read), or one number."""
 
-    def by_name(values: np.ndarray) -> dict[str, float | None] | float:
+    def by_name(values: Array) -> dict[str, float | None] | float:
         if not np.ndim(values):
             return float(values)
         return {
@@ -325,7 +327,7 @@ def _warn(context: Context, first: synthesis.Terms, names: tuple[str, ...]) -> b
     sizes = {n: float(v) for n, v in zip(names, first.bn_T, strict=True) if v > 0}
     if not sizes:
         return False
-    small, large = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
+    small, large = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
     ratio = sizes[large] / sizes[small]
     if ratio <= DISPROPORTION:
         return False
