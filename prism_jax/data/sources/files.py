@@ -26,6 +26,8 @@ with images of any kind that Pillow reads (.jpg, .png, .webp, .bmp, .tif, .gif, 
 _NUMBERED = re.compile(r"ILSVRC2012_val_([0-9]{8})\.JPEG")
 _TINY_TABLE = "val_annotations.txt"
 
+_HEAD = 1 << 26  # bytes of a file that tell whether it is an image, where its name does not
+
 
 def open_folder(info: DatasetInfo, path: str | None, split: str, size: int) -> ImageSource:
     """A tree of images as torchvision's ImageFolder reads it."""
@@ -99,19 +101,16 @@ def open_tar(info: DatasetInfo, path: str | None, split: str, size: int) -> Imag
     for name, kind in none.get(found, {}).items():
         others[kind].append(name)
 
-    def read_member(member: str) -> bytes:
-        if member not in stored:
-            raise OSError(unreadable.get(member, "it is not in the archive"))
-        offset, length = stored[member]
-        with open(path, "rb") as file:
-            file.seek(offset)
-            return file.read(length)
+    def place(name: str) -> tars.Place | str:
+        member = tree.get(name, name)
+        return stored.get(member) or unreadable.get(member, "not in the archive")
 
     def opened(name: str) -> BinaryIO:
-        return io.BytesIO(read_member(tree.get(name, name)))
+        return io.BytesIO(_read(path, place(name), limit=_HEAD))
 
     files = _labelled(tree, others, classes, opened, path, expected)
     members = [tree.get(name, name) for name in files.paths]
+    places = [place(name) for name in files.paths]
 
     return _source(
         info,
@@ -119,10 +118,20 @@ def open_tar(info: DatasetInfo, path: str | None, split: str, size: int) -> Imag
         size,
         files,
         name=lambda i: f"{path}/{members[i]}",
-        read=lambda i: read_member(members[i]),
-        sizes=lambda: [stored.get(member, (0, -1))[1] for member in members],
+        read=lambda i: _read(path, places[i]),
+        sizes=lambda: [-1 if isinstance(at, str) else at[1] for at in places],
         stamp=lambda: repr(state),
     )
+
+
+def _read(path: str, place: tars.Place | str, limit: int | None = None) -> bytes:
+    """A file of a tar, or so many bytes of it."""
+    if isinstance(place, str):
+        raise OSError(place)
+    offset, length = place
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(length if limit is None else min(length, limit))
 
 
 def split_names(info: DatasetInfo, split: str) -> tuple[str, ...]:
@@ -261,9 +270,10 @@ def _labelled(
     """
     paths = list(paths)
     class_of = _classified(paths, opened)
-    if stray := [p for p in paths if p not in class_of and p != _TINY_TABLE]:
-        others["in no class folder"] += stray
+    for stray in (path for path in paths if path not in class_of and path != _TINY_TABLE):
+        others[kinds.HIDDEN if stray.startswith(".") else "in no class folder"].append(stray)
     found = kinds.images_of(class_of, opened, others)
+    left_out = kinds.left_out(root, others)
     classes = class_order(set(train_classes or class_of.values()))
     images: dict[str, list[tuple[str, ...]]] = {cls: [] for cls in classes}
     for path in found:
@@ -289,7 +299,7 @@ def _labelled(
     ]
     counts = [len(images[cls]) for cls in classes]
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-    return _Files(paths, names, labels, classes, kinds.left_out(root, others))
+    return _Files(paths, names, labels, classes, left_out)
 
 
 def _classified(paths: list[str], opened: Callable[[str], BinaryIO]) -> dict[str, str]:
