@@ -24,6 +24,7 @@ with images of any kind that Pillow reads (.jpg, .png, .webp, .bmp, .tif, .gif, 
 
 # ImageNet's validation images as published: in one folder, numbered.
 _NUMBERED = re.compile(r"ILSVRC2012_val_([0-9]{8})\.JPEG")
+_IN_SPLIT = re.compile(r"(?:.*?/)?(train|val|validation|test)/(.+)", re.DOTALL)
 _TINY_TABLE = "val_annotations.txt"
 
 _HEAD = 1 << 26  # bytes of a file that tell whether it is an image, where its name does not
@@ -80,26 +81,27 @@ def open_tar(info: DatasetInfo, path: str | None, split: str, size: int) -> Imag
     state = file_state(path)
     stored, unreadable = tars.index(*state)
     trees: dict[str, dict[str, str]] = {}
-    none: dict[str, dict[str, str]] = {}  # in each tree, what is no image, and what it is
     for member in (*stored, *unreadable):
-        if match := re.match(r"(?:.*?/)?(train|val|validation|test)/(.+)", member):
-            tree, name = match[1], match[2]
-            if name.startswith(".") and "/" in name:
-                kind, name = kinds.HIDDEN, f"{name.split('/')[0]}/"
-            elif member in unreadable and not kinds.is_named_as_one(name):
-                kind = unreadable[member]
-            else:
-                trees.setdefault(tree, {})[name] = member
-                continue
-            none.setdefault(tree, {})[name] = kind
+        if match := _IN_SPLIT.fullmatch(member):
+            trees.setdefault(match[1], {})[match[2]] = member
     found = next((name for name in names if name in trees), None)
     if found is None:
         raise UserError(f"{path} has no folder {' or '.join(names)}; {expected}")
-    tree = trees[found]
-    classes = {name.split("/")[0] for name in trees.get("train", ()) if "/" in name} or None
-    others = kinds.Others(list)
-    for name, kind in none.get(found, {}).items():
-        others[kind].append(name)
+    classes = {
+        name.split("/")[0]
+        for name in trees.get("train", ())
+        if "/" in name and not name.startswith(".")
+    }
+    tree, others = {}, kinds.Others(list)
+    for name, member in trees[found].items():
+        kind = unreadable.get(member)
+        if name.startswith(".") and "/" in name:
+            if (folder := f"{name.split('/')[0]}/") not in others[kinds.HIDDEN]:
+                others[kinds.HIDDEN].append(folder)
+        elif kind and (kind in (kinds.NO_FILE, kinds.AROUND) or not kinds.is_named_as_one(name)):
+            others[kind].append(name)
+        else:
+            tree[name] = member
 
     def place(name: str) -> tars.Place | str:
         member = tree.get(name, name)
@@ -108,7 +110,7 @@ def open_tar(info: DatasetInfo, path: str | None, split: str, size: int) -> Imag
     def opened(name: str) -> BinaryIO:
         return io.BytesIO(_read(path, place(name), limit=_HEAD))
 
-    files = _labelled(tree, others, classes, opened, path, expected)
+    files = _labelled(tree, others, classes or None, opened, path, expected)
     members = [tree.get(name, name) for name in files.paths]
     places = [place(name) for name in files.paths]
 
@@ -215,7 +217,7 @@ def walk(root: str, others: kinds.Others, start: str = "") -> list[str]:
                     if folder == start and entry.name.startswith("."):
                         others[kinds.HIDDEN].append(f"{path}/")
                     elif identity in above:
-                        others["a link to a folder that it lies in"].append(path)
+                        others[kinds.AROUND].append(path)
                     else:
                         visit(path, above | {identity})
                 elif os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
@@ -223,7 +225,7 @@ def walk(root: str, others: kinds.Others, start: str = "") -> list[str]:
                 elif entry.is_symlink() and kinds.is_named_as_one(path):
                     found.append(path)  # an image that is missing
                 else:
-                    kind = "a link to nothing" if entry.is_symlink() else "no regular file"
+                    kind = "a link to nothing" if entry.is_symlink() else kinds.NO_FILE
                     others[kind].append(path)
 
     state = os.stat(os.path.join(root, start))

@@ -6,6 +6,7 @@ import functools
 import tarfile
 from typing import NamedTuple
 
+from prism_jax.data.sources import kinds
 from prism_jax.errors import UserError
 
 Place = tuple[int, int]  # offset and length
@@ -55,7 +56,7 @@ def index(path: str, size: int, modified_ns: int) -> Tar:
                 elif member.issym():
                     members[member.name] = _Link(member.linkname, False)
                 elif not member.isdir():
-                    members[member.name] = "no regular file"
+                    members[member.name] = kinds.NO_FILE
             end = tar.offset
     except (tarfile.TarError, OSError) as error:
         raise UserError(
@@ -95,7 +96,7 @@ def _followed(path: str, members: dict[str, Place | _Link | str]) -> Tar:
                 try:
                     above, node = _target(node, folders, [])
                     if any(node is folder for folder in trail):
-                        raise _Broken("a link to a folder that it lies in")
+                        raise _Broken(kinds.AROUND)
                 except _Broken as broken:
                     node = str(broken)
             if isinstance(node, dict):
