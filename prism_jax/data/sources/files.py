@@ -108,7 +108,7 @@ def open_tar(info: DatasetInfo, path: str | None, split: str, size: int) -> Imag
         return stored.get(member) or unreadable.get(member, "not in the archive")
 
     def opened(name: str) -> BinaryIO:
-        return io.BytesIO(_read(path, place(name), limit=_HEAD))
+        return io.BytesIO(tars.read(path, place(name), limit=_HEAD))
 
     files = _labelled(tree, others, classes or None, opened, path, expected)
     members = [tree.get(name, name) for name in files.paths]
@@ -120,20 +120,10 @@ def open_tar(info: DatasetInfo, path: str | None, split: str, size: int) -> Imag
         size,
         files,
         name=lambda i: f"{path}/{members[i]}",
-        read=lambda i: _read(path, places[i]),
+        read=lambda i: tars.read(path, places[i]),
         sizes=lambda: [-1 if isinstance(at, str) else at[1] for at in places],
         stamp=lambda: repr(state),
     )
-
-
-def _read(path: str, place: tars.Place | str, limit: int | None = None) -> bytes:
-    """A file of a tar, or so many bytes of it."""
-    if isinstance(place, str):
-        raise OSError(place)
-    offset, length = place
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(length if limit is None else min(length, limit))
 
 
 def split_names(info: DatasetInfo, split: str) -> tuple[str, ...]:
