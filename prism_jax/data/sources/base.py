@@ -21,7 +21,7 @@ class ImageSource(Protocol):
       num_classes: labels are below it.
       class_names: what the storage calls the labels (folders, WordNet IDs); None: nothing.
       imagenet_indices: the ImageNet class of each label; None: not known, or no part of it.
-      left_out: damaged images that are no part of it.
+      left_out: files that are no part of it: damaged images, and what is no image.
     """
 
     num_classes: int

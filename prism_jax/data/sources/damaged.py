@@ -13,12 +13,16 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import PIL
 
 from prism_jax import progress
 from prism_jax.data.image_set import DamagedFile
 from prism_jax.data.sources.base import ImageSource, Subset, cached
 from prism_jax.data.sources.decoding import EncodedSource
 from prism_jax.errors import UserError
+
+# Raised when a change of code changes which images can be read, or which files are images.
+_RULES = 2
 
 _AT_ONCE = 256
 _NAMED = 100
@@ -32,7 +36,7 @@ def without_damaged(source: ImageSource, *, threads: int) -> ImageSource:
     """
     if not isinstance(source, EncodedSource):
         return source  # arrays in memory are decoded already
-    key = f"{source.split} {source.stamp()}"
+    key = f"{_RULES} {PIL.__version__} {source.split} {len(source)} {source.stamp()}"
     damaged = cached("damaged", key, lambda: _look_through(source, threads))
     if not len(damaged):
         return source

@@ -25,7 +25,6 @@ except ImportError:
     simplejpeg = None
 
 FETCH = "It is one of the real images: fetch it again or delete it, or set dataset.damaged=skip."
-
 NO_RANGE = "Store it with 8 or 16 bits, or delete it, or set dataset.damaged=skip."
 TOO_LARGE = "Store it smaller or delete it, or set dataset.damaged=skip."
 

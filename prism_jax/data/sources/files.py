@@ -24,7 +24,10 @@ with images of any kind that Pillow reads (.jpg, .png, .webp, .bmp, .tif, .gif, 
 
 # ImageNet's validation images as published: in one folder, numbered.
 _NUMBERED = re.compile(r"ILSVRC2012_val_([0-9]{8})\.JPEG")
+_IN_SPLIT = re.compile(r"(?:.*?/)?(train|val|validation|test)/(.+)", re.DOTALL)
 _TINY_TABLE = "val_annotations.txt"
+
+_HEAD = 1 << 26  # bytes of a file that tell whether it is an image, where its name does not
 
 
 def open_folder(info: DatasetInfo, path: str | None, split: str, size: int) -> ImageSource:
@@ -78,40 +81,38 @@ def open_tar(info: DatasetInfo, path: str | None, split: str, size: int) -> Imag
     state = file_state(path)
     stored, unreadable = tars.index(*state)
     trees: dict[str, dict[str, str]] = {}
-    none: dict[str, dict[str, str]] = {}  # in each tree, what is no image, and what it is
     for member in (*stored, *unreadable):
-        if match := re.match(r"(?:.*?/)?(train|val|validation|test)/(.+)", member):
-            tree, name = match[1], match[2]
-            if name.startswith(".") and "/" in name:
-                kind, name = kinds.HIDDEN, f"{name.split('/')[0]}/"
-            elif member in unreadable and not kinds.is_named_as_one(name):
-                kind = unreadable[member]
-            else:
-                trees.setdefault(tree, {})[name] = member
-                continue
-            none.setdefault(tree, {})[name] = kind
+        if match := _IN_SPLIT.fullmatch(member):
+            trees.setdefault(match[1], {})[match[2]] = member
     found = next((name for name in names if name in trees), None)
     if found is None:
         raise UserError(f"{path} has no folder {' or '.join(names)}; {expected}")
-    tree = trees[found]
-    classes = {name.split("/")[0] for name in trees.get("train", ()) if "/" in name} or None
-    others = kinds.Others(list)
-    for name, kind in none.get(found, {}).items():
-        others[kind].append(name)
+    classes = {
+        name.split("/")[0]
+        for name in trees.get("train", ())
+        if "/" in name and not name.startswith(".")
+    }
+    tree, others = {}, kinds.Others(list)
+    for name, member in trees[found].items():
+        kind = unreadable.get(member)
+        if name.startswith(".") and "/" in name:
+            if (folder := f"{name.split('/')[0]}/") not in others[kinds.HIDDEN]:
+                others[kinds.HIDDEN].append(folder)
+        elif kind and (kind in (kinds.NO_FILE, kinds.AROUND) or not kinds.is_named_as_one(name)):
+            others[kind].append(name)
+        else:
+            tree[name] = member
 
-    def read_member(member: str) -> bytes:
-        if member not in stored:
-            raise OSError(unreadable.get(member, "it is not in the archive"))
-        offset, length = stored[member]
-        with open(path, "rb") as file:
-            file.seek(offset)
-            return file.read(length)
+    def place(name: str) -> tars.Place | str:
+        member = tree.get(name, name)
+        return stored.get(member) or unreadable.get(member, "not in the archive")
 
     def opened(name: str) -> BinaryIO:
-        return io.BytesIO(read_member(tree.get(name, name)))
+        return io.BytesIO(tars.read(path, place(name), limit=_HEAD))
 
-    files = _labelled(tree, others, classes, opened, path, expected)
+    files = _labelled(tree, others, classes or None, opened, path, expected)
     members = [tree.get(name, name) for name in files.paths]
+    places = [place(name) for name in files.paths]
 
     return _source(
         info,
@@ -119,8 +120,8 @@ def open_tar(info: DatasetInfo, path: str | None, split: str, size: int) -> Imag
         size,
         files,
         name=lambda i: f"{path}/{members[i]}",
-        read=lambda i: read_member(members[i]),
-        sizes=lambda: [stored.get(member, (0, -1))[1] for member in members],
+        read=lambda i: tars.read(path, places[i]),
+        sizes=lambda: [-1 if isinstance(at, str) else at[1] for at in places],
         stamp=lambda: repr(state),
     )
 
@@ -206,7 +207,7 @@ def walk(root: str, others: kinds.Others, start: str = "") -> list[str]:
                     if folder == start and entry.name.startswith("."):
                         others[kinds.HIDDEN].append(f"{path}/")
                     elif identity in above:
-                        others["a link to a folder that it lies in"].append(path)
+                        others[kinds.AROUND].append(path)
                     else:
                         visit(path, above | {identity})
                 elif os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
@@ -214,7 +215,7 @@ def walk(root: str, others: kinds.Others, start: str = "") -> list[str]:
                 elif entry.is_symlink() and kinds.is_named_as_one(path):
                     found.append(path)  # an image that is missing
                 else:
-                    kind = "a link to nothing" if entry.is_symlink() else "no regular file"
+                    kind = "a link to nothing" if entry.is_symlink() else kinds.NO_FILE
                     others[kind].append(path)
 
     state = os.stat(os.path.join(root, start))
@@ -261,9 +262,10 @@ def _labelled(
     """
     paths = list(paths)
     class_of = _classified(paths, opened)
-    if stray := [p for p in paths if p not in class_of and p != _TINY_TABLE]:
-        others["in no class folder"] += stray
+    for stray in (path for path in paths if path not in class_of and path != _TINY_TABLE):
+        others[kinds.HIDDEN if stray.startswith(".") else "in no class folder"].append(stray)
     found = kinds.images_of(class_of, opened, others)
+    left_out = kinds.left_out(root, others)
     classes = class_order(set(train_classes or class_of.values()))
     images: dict[str, list[tuple[str, ...]]] = {cls: [] for cls in classes}
     for path in found:
@@ -289,7 +291,7 @@ def _labelled(
     ]
     counts = [len(images[cls]) for cls in classes]
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-    return _Files(paths, names, labels, classes, kinds.left_out(root, others))
+    return _Files(paths, names, labels, classes, left_out)
 
 
 def _classified(paths: list[str], opened: Callable[[str], BinaryIO]) -> dict[str, str]:

@@ -21,9 +21,10 @@ from prism_jax import progress
 _NOT_DECODED = ("MPEG", "EPS")
 _NAMED = 3
 
+# Files that are no images, by what they are: one of these, a suffix, or a link to nothing.
 HIDDEN = "hidden"
-
-# Files that are no images, by what they are.
+NO_FILE = "no regular file"
+AROUND = "a link to a folder that it lies in"
 Others = defaultdict[str, list[str]]
 
 

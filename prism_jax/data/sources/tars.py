@@ -1,14 +1,16 @@
-"""The files of an uncompressed tar by their names, with its links followed inside it."""
+"""The files of a tar by their names, with its links followed inside it."""
 
 from __future__ import annotations
 
 import functools
 import tarfile
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+from prism_jax.data.sources import kinds
 from prism_jax.errors import UserError
 
-Place = tuple[int, int]  # offset and length
+Place = tuple[int, int]  # offset and length of a file
 
 _HOPS = 40  # links in a row, as many as Linux follows
 _MOST = 10_000_000  # files that links may make of an archive
@@ -17,7 +19,7 @@ _MOST = 10_000_000  # files that links may make of an archive
 class Tar(NamedTuple):
     """What a tar holds: files, and names under which nothing can be read, with what is there."""
 
-    files: dict[str, Place]
+    files: dict[str, Any]
     unreadable: dict[str, str]
 
 
@@ -30,8 +32,7 @@ class _Broken(Exception):
     """A link leads to nothing that can be read; the text says what it is."""
 
 
-Folder = dict[str, "Node"]
-Node = Folder | Place | _Link | str  # str: what it is that cannot be read
+Folder = dict[str, Any]  # of folders, links, files, and str: what it is that cannot be read
 
 
 @functools.lru_cache(maxsize=4)
@@ -42,20 +43,9 @@ def index(path: str, size: int, modified_ns: int) -> Tar:
       UserError: it is no whole, uncompressed tar.
     """
     del size, modified_ns
-    members: dict[str, Place | _Link | str] = {}
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    place = (member.offset_data, member.size)
-                    members[member.name] = "a sparse file" if member.issparse() else place
-                elif member.islnk():  # to what has the name now, or else to what gets it later
-                    link = _Link(member.linkname, True)
-                    members[member.name] = members.get(member.linkname, link)
-                elif member.issym():
-                    members[member.name] = _Link(member.linkname, False)
-                elif not member.isdir():
-                    members[member.name] = "no regular file"
+            found = members(tar, lambda member: (member.offset_data, member.size))
             end = tar.offset
     except (tarfile.TarError, OSError) as error:
         raise UserError(
@@ -69,11 +59,44 @@ def index(path: str, size: int, modified_ns: int) -> Tar:
                 f"{path} is cut short or damaged at byte {end}: there is neither a file nor the "
                 f"end mark of a tar file; fetch it again"
             )
-    linked = any(type(member) is not tuple for member in members.values())
-    return _followed(path, members) if linked else Tar(members, {})
+    return found
 
 
-def _followed(path: str, members: dict[str, Place | _Link | str]) -> Tar:
+def read(path: str, place: Place | str, limit: int | None = None) -> bytes:
+    """A file of a tar, or so many bytes of it.
+
+    Raises:
+      OSError: it cannot be read; ``place`` says what it is.
+    """
+    if isinstance(place, str):
+        raise OSError(place)
+    offset, length = place
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(length if limit is None else min(length, limit))
+
+
+def members(tar: tarfile.TarFile, taken: Callable[[tarfile.TarInfo], Any]) -> Tar:
+    """The files of an opened tar by their names, links followed.
+
+    Args:
+      taken: what is kept of a file; neither text nor a dict.
+    """
+    found: dict[str, Any] = {}
+    for member in tar:
+        if member.isfile():
+            found[member.name] = "a sparse file" if member.issparse() else taken(member)
+        elif member.islnk():  # to what has the name now, or else to what gets it later
+            found[member.name] = found.get(member.linkname, _Link(member.linkname, True))
+        elif member.issym():
+            found[member.name] = _Link(member.linkname, False)
+        elif not member.isdir():
+            found[member.name] = kinds.NO_FILE
+    linked = any(isinstance(node, _Link | str) for node in found.values())
+    return _followed(tar.name, found) if linked else Tar(found, {})
+
+
+def _followed(path: str, members: Folder) -> Tar:
     """The files as they would be found on a disk, behind links to files and to folders too."""
     root: Folder = {}
     for name, node in members.items():
@@ -85,7 +108,7 @@ def _followed(path: str, members: dict[str, Place | _Link | str]) -> Tar:
                 below = folder[part] = {}
             folder = below
         folder[last] = node
-    files: dict[str, Place] = {}
+    files: dict[str, Any] = {}
     unreadable: dict[str, str] = {}
 
     def walk(folders: list[Folder], shown: str, trail: tuple[Folder, ...]) -> None:
@@ -95,7 +118,7 @@ def _followed(path: str, members: dict[str, Place | _Link | str]) -> Tar:
                 try:
                     above, node = _target(node, folders, [])
                     if any(node is folder for folder in trail):
-                        raise _Broken("a link to a folder that it lies in")
+                        raise _Broken(kinds.AROUND)
                 except _Broken as broken:
                     node = str(broken)
             if isinstance(node, dict):
@@ -118,9 +141,7 @@ def _parts(name: str) -> list[str]:
     return [part for part in name.split("/") if part not in ("", ".")]
 
 
-def _target(
-    link: _Link, folders: list[Folder], followed: list[_Link]
-) -> tuple[list[Folder], Folder | Place | str]:
+def _target(link: _Link, folders: list[Folder], followed: list[_Link]) -> tuple[list[Folder], Any]:
     """What a link leads to, and the folders above that, from the root.
 
     Args:

@@ -30,6 +30,7 @@ IMAGES = {
     "i.jpg_large": "PNG",
     "j.jpg": "PNG",  # a wrong one
     "k.txt": "PNG",
+    "l \n.png": "PNG",
 }
 OTHERS = {
     ".DS_Store": b"\0\0\0\1Bud1",
@@ -50,6 +51,18 @@ def root(tmp_path) -> pathlib.Path:
     for name, data in OTHERS.items():
         (root / "train" / "n01" / name).write_bytes(data)
     return root
+
+
+def test_the_same_files_are_the_same_set_in_a_folder_and_in_a_tar(root):
+    first = root / "train" / "n01"
+    os.mkfifo(first / "pipe.png")
+    (first / "self.png").symlink_to(".")
+    (first / "gone.png").symlink_to("nowhere")
+    (first / "gone").symlink_to("nowhere")
+    (first / "again.png").symlink_to("img_0.png")
+    found = [open_as(kind, root, damaged="skip") for kind in ("folder", "tar")]
+    assert found[0].describe() == found[1].describe()
+    assert [source.left_out for source in found] == [len(OTHERS) + 4] * 2
 
 
 def open_as(kind: str, root: pathlib.Path, **options):
