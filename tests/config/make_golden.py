@@ -33,7 +33,10 @@ def text(module: str, argument: str) -> str:
     """A config's experiment, sorted, one line a field."""
     from prism_jax.config import resolve, to_dict
 
-    experiment = resolve(importlib.import_module(module).get_config(argument))
+    config = importlib.import_module(module).get_config(argument)
+    if config.dataset.num_classes is None:
+        config.dataset.num_classes = 10  # those of a person's images, which are not here
+    experiment = resolve(config)
     return "".join(f"{name} = {value!r}\n" for name, value in sorted(_leaves(to_dict(experiment))))
 
 

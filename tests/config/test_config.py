@@ -55,7 +55,11 @@ def refusal(c: ConfigDict) -> str:
 @pytest.mark.parametrize("name", FILES)
 def test_every_config_file_resolves(name):
     module = importlib.import_module(f"configs.{name}")
-    experiment = resolve(module.get_config())
+    config = module.get_config()
+    if name == "own_folder":
+        assert "--config.dataset.path=DIR" in refusal(config)
+        config.dataset.num_classes = 10
+    experiment = resolve(config)
     assert experiment.recover.iterations > 0
     for arg in ARGUMENTS.get(name.split("_")[0], ()):
         c = module.get_config(arg)

@@ -94,7 +94,7 @@ def _opened(data: bytes, path: epath.PathLike) -> Image.Image:
     except UnidentifiedImageError as error:  # Pillow's text names an object in memory
         raise DamagedFile(path, "is not a readable image (of no known format)", FETCH) from error
     except Image.DecompressionBombError as error:
-        limit = f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
+        limit = f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
         raise DamagedFile(path, f"is too large to be read ({limit})", TOO_LARGE) from error
     except MemoryError:
         raise

@@ -93,7 +93,7 @@ def members(tar: tarfile.TarFile, taken: Callable[[tarfile.TarInfo], Any]) -> Ta
         elif not member.isdir():
             found[member.name] = kinds.NO_FILE
     linked = any(isinstance(node, _Link | str) for node in found.values())
-    return _followed(tar.name, found) if linked else Tar(found, {})
+    return _followed(str(tar.name), found) if linked else Tar(found, {})
 
 
 def _followed(path: str, members: Folder) -> Tar:
