@@ -361,6 +361,8 @@ class Context:
         """What a teacher is made of: its network and either its training or its checkpoint."""
         network = self.config.network(name)
         fields = {"network": dataclasses.asdict(network)}
+        if network.weights_key is None:  # as in the fingerprints from before it was a field
+            del fields["network"]["weights_key"]
         if network.checkpoint:
             fields["network"]["checkpoint"] = _weights_digest(network.checkpoint)
         else:

@@ -143,6 +143,8 @@ def _import(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, di
         width=network.width,
         depth=network.depth,
         stem=network.stem,
+        key=network.weights_key,
+        say=context.say,
     )
     images, labels = context.test_set()
     result = test(
