@@ -161,6 +161,7 @@ def _read_file(path: str, key: str | None, architecture: str, **form: Any) -> Fo
             f"({', '.join(list(leaves)[:2])}, ...: see docs/teachers.md). Take the network's "
             "PyTorch weights, or rename the tree"
         )
+    quantised = [name for name in contents.skipped if "qtensor" in name]
     unlike = weight_files.hash_in_name(epath.Path(path).name, sha)
     notes = [selected.note] if selected.note else []
     if contents.skipped:
@@ -168,7 +169,8 @@ def _read_file(path: str, key: str | None, architecture: str, **form: Any) -> Fo
         notes.append(f"beside the weights it names {named}; nothing of that was run")
     if unlike:
         notes.append(f"{unlike} (if it is a date, this is as it should be)")
-    return Found(tensors, contents.kind, {}, sha, tuple(notes), unlike)
+    also = f"{quantised[0]}: its quantised tensors are not read" if quantised else unlike
+    return Found(tensors, contents.kind, {}, sha, tuple(notes), also)
 
 
 def digest(path: epath.PathLike) -> str:

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from prism_jax.errors import UserError
-from prism_jax.models.import_torch import (
-    Leaf,
-    from_state_dict,
-    torch_leaves,
-    variable_shapes,
-)
+from prism_jax.models.import_torch import Leaf, from_state_dict, torch_leaves, variable_shapes
 from prism_jax.models.layouts import rename
 from prism_jax.models.registry import ARCHITECTURES, STEMS, build, check_image_size, lookup
 from prism_jax.types import PyTree
 
 FLOATS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)))
 WIDTHS = (0.0625, 0.125, 0.25, 0.35, 0.5, 0.75, 1.0, 1.25, 1.3, 1.4, 1.5, 2.0, 3.0, 4.0)
-DEPTHS = (0.25, 0.33, 0.5, 0.67, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
+DEPTHS = (1.0, 0.5, 2.0, 0.25, 1.5, 0.75, 0.33, 0.67, 1.25, 3.0)  # the usual ones first
 
 
 def fit(
@@ -66,11 +62,15 @@ def fit(
                 )
         return {"batch_stats": {}, **from_state_dict(tensors, shapes, np.float32)}
 
-    likely = guess_architecture(tensors)
-    hints = []
+    hints, alike = [], leaves.keys() == tensors.keys()
+    known = (tensors, architecture, num_classes, image_shape, form)
+    found = find_form(*known) if alike else None
+    likely = [] if found else guess_architecture(tensors)
+    if not (found or likely or alike):
+        found = find_form(*known)
     if likely and architecture not in likely:
         hints.append(f"It looks like {' or '.join(likely)}: state that architecture.")
-    elif found := find_form(tensors, architecture, num_classes, image_shape, form):
+    if found:
         changed, others = found
         if not changed and others.only_classes:
             raise UserError(_other_head(path, architecture, others.classes, num_classes))
@@ -167,13 +167,15 @@ def find_form(
       usual form fits them.
     """
 
-    def leaves(form: dict[str, Any]) -> tuple[dict[str, Leaf], tuple[int, int, int]]:
-        least = lookup(architecture).min_image_size[form["stem"]]
-        shape = (max(least, image_shape[0]), max(least, image_shape[1]), image_shape[2])
-        return torch_leaves(variable_shapes(build(architecture, num_classes, **form), shape)), shape
+    def shape(stem: str) -> tuple[int, int, int]:  # of images that are large enough for it
+        least = lookup(architecture).min_image_size[stem]
+        return (max(least, image_shape[0]), max(least, image_shape[1]), image_shape[2])
 
     for depth in dict.fromkeys((form["depth"], *DEPTHS)):
-        ours, _ = leaves({**form, "depth": depth})
+        module = build(architecture, num_classes, **{**form, "depth": depth})
+        ours = torch_leaves(variable_shapes(module, shape(form["stem"])))
+        if 3 * len(ours.keys() & tensors.keys()) < len(ours):
+            return None  # it is another architecture
         if ours.keys() != tensors.keys():
             continue
         for width, stem in itertools.product(
@@ -181,8 +183,7 @@ def find_form(
             sorted(STEMS, key=lambda stem: stem != form["stem"]),
         ):
             tried = {"stem": stem, "width": width, "depth": depth}
-            _, shape = leaves(tried)
-            others = compare(tensors, architecture, num_classes, shape, tried)
+            others = compare(tensors, architecture, num_classes, shape(stem), tried)
             if others is not None:
                 return {k: v for k, v in tried.items() if v != form[k]}, others
     return None
@@ -198,7 +199,8 @@ def _near_widths(
         if len(leaf.torch_shape) == 4 and tensors[name].ndim == 4
     ]
     meant = width * float(np.median(ratios or [1.0]))
-    return tuple(dict.fromkeys((width, *sorted(WIDTHS, key=lambda w: abs(w - meant))[:3])))
+    near = sorted(WIDTHS, key=lambda other: abs(math.log(other / meant)))
+    return tuple(dict.fromkeys((width, *near[:3])))
 
 
 def guess_architecture(tensors: dict[str, np.ndarray]) -> list[str]:
@@ -234,8 +236,8 @@ def _hints(others: Others, num_classes: int, image_shape: tuple[int, int, int]) 
     hints = []
     if others.channels is not None:
         hints.append(
-            f"It reads {others.channels} channels; the images have {channels}. Choose weights for "
-            f"{channels}, or a data set with {others.channels}."
+            f"It reads {_channels(others.channels)}; the images have {_channels(channels)}: choose "
+            "other weights, or another data set."
         )
     if others.classes is not None:
         hints.append(
@@ -248,6 +250,10 @@ def _hints(others: Others, num_classes: int, image_shape: tuple[int, int, int]) 
             "(--image-size; in a config dataset.image_size)."
         )
     return hints
+
+
+def _channels(count: int) -> str:
+    return f"{count} channel{'s' if count > 1 else ''}"
 
 
 def _other_head(path: str, architecture: str, head: int, num_classes: int) -> str:

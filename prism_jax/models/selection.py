@@ -168,10 +168,10 @@ def _taken(prefix: str, names: Mapping[str, Path], others: list[str] | None = No
     parts = [f'from "{inside}"'] if inside else []
     parts += [f'without the prefix "{rest}"'] if rest else []
     if others:
-        listed = " or ".join(f'"{p.rstrip(".")}"' for p in others)
+        keys = [p.rstrip(".") for p in others]
         parts.append(
-            f"the average of the weights; those of the last step are in {listed}, which "
-            f"weights_key takes"
+            f"averaged over the training (weights_key={' or '.join(keys)} takes those of its last "
+            f"step: --weights-key={keys[0]}, in a config networks.NAME.weights_key={keys[0]})"
         )
     left = [
         n for n in names if not n.startswith((prefix, *(others or ()))) and not _OPTIMISER.search(n)
@@ -179,4 +179,6 @@ def _taken(prefix: str, names: Mapping[str, Path], others: list[str] | None = No
     if left:
         shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
         parts.append(f"left out {len(left)} other tensors: {shown}")
+    if not _is_average(prefix) and any(_is_average(n.rpartition(".")[0]) for n in left):
+        parts.append("among them an average, which has not all tensors of the network")
     return f"weights {', '.join(parts)}" if parts else None

@@ -119,22 +119,18 @@ def hash_in_name(name: str, sha256: str) -> str | None:
 
 def _read(name: str, data: bytes) -> Contents:
     """Read one file by its content."""
-    if known := foreign.recognise(name, data):
-        raise UserError(known)
+    header = int.from_bytes(data[:8], "little")
+    if data[8:9] == b"{" and header < 2**27:
+        return _read_safetensors(data)
     if data[:2] == b"PK":
         return _read_zip(data)
     if torch_files.is_legacy(data):
         return torch_files.read_legacy(data)
-    if data[8:9] == b"{":
-        return _read_safetensors(data)
+    if known := foreign.recognise(name, data):
+        raise UserError(known)
     if name.endswith(".msgpack") or 0x81 <= data[0] <= 0x8F or data[0] in (0xDE, 0xDF):
         return flax_files.read_msgpack(data)
-    if data[:1] == b"\x80":
-        raise UserError(
-            "it is a pickle, but not one of torch.save; nothing of it was run. Save its arrays by "
-            "name: safetensors.numpy.save_file(arrays, path)"
-        )
-    raise ValueError("no beginning of a weight file")
+    return torch_files.read_pickle(data)
 
 
 def _read_zip(data: bytes) -> Contents:

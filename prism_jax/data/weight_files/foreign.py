@@ -28,8 +28,8 @@ def _named(*endings: str) -> Callable[[str, bytes], bool]:
 
 
 def _onnx(name: str, data: bytes) -> bool:
-    # A protobuf: the version of its format, then who made it.
-    return name.endswith(".onnx") or (data[:1] == b"\x08" and data[2:3] == b"\x12")
+    # A protobuf: the version of its format, then who made it, or the graph.
+    return name.endswith(".onnx") or (data[:1] == b"\x08" and data[2:3] in (b"\x12", b"\x3a"))
 
 
 KINDS = (

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -155,6 +156,59 @@ class _Size(Inert):
         return tuple(values) if isinstance(values, (list, tuple)) else ()
 
 
+class _Encoded(Inert):
+    """_codecs.encode: bytes, which a pickle that Python 2 can read holds as text."""
+
+    def __new__(cls, text: Any = "", *_: Any) -> Any:
+        return text.encode("latin1") if isinstance(text, str) else b""
+
+
+class _NumpyDType(Inert):
+    """numpy.dtype: a code as "f4"; the byte order is the second part of its state."""
+
+    __slots__ = ()
+
+    def dtype(self) -> np.dtype | None:
+        code, state = self.args[0] if self.args else None, self.state
+        order = state[1] if isinstance(state, tuple) and len(state) > 1 else "="
+        plain = isinstance(code, str) and re.fullmatch(r"[fiub][1248]", code)
+        return (
+            np.dtype(code).newbyteorder(order) if plain and order in ("<", ">", "|", "=") else None
+        )
+
+
+class _NumpyArray(Inert):
+    """numpy's _reconstruct: the array is its state: version, shape, dtype, column-major, bytes."""
+
+    __slots__ = ()
+
+    def array(self) -> np.ndarray | None:
+        match self.state:
+            case (_, tuple(shape), _NumpyDType() as kind, column_major, bytes(data)):
+                return _values(data, kind, shape, "F" if column_major else "C")
+        return None
+
+
+class _NumpyBuffer(_NumpyArray):
+    """numpy's _frombuffer, of protocol 5: bytes, dtype, shape, order."""
+
+    __slots__ = ()
+
+    def array(self) -> np.ndarray | None:
+        match self.args:
+            case (bytes() | bytearray() as data, _NumpyDType() as kind, tuple(shape), order, *_):
+                return _values(bytes(data), kind, shape, "F" if order == "F" else "C")
+        return None
+
+
+def _values(data: bytes, kind: _NumpyDType, shape: tuple, order: str) -> np.ndarray | None:
+    dtype = kind.dtype()
+    if dtype is None or math.prod(shape) * dtype.itemsize != len(data):
+        return None
+    values = np.frombuffer(data, dtype).astype(dtype.newbyteorder("="))
+    return values.reshape(shape, order=order)
+
+
 class _Dict(dict):
     """An ordered or default dict."""
 
@@ -172,6 +226,12 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "defaultdict"): _Dict,
     ("builtins", "set"): _List,
     ("__builtin__", "set"): _List,
+    ("_codecs", "encode"): _Encoded,
+    ("numpy", "dtype"): _NumpyDType,
+    ("numpy.core.multiarray", "_reconstruct"): _NumpyArray,
+    ("numpy._core.multiarray", "_reconstruct"): _NumpyArray,
+    ("numpy.core.numeric", "_frombuffer"): _NumpyBuffer,
+    ("numpy._core.numeric", "_frombuffer"): _NumpyBuffer,
     ("torch", "Size"): _Size,
     ("torch._utils", "_rebuild_tensor"): _Rebuild,  # before 0.4
     ("torch._utils", "_rebuild_tensor_v2"): _Rebuild,
@@ -216,16 +276,18 @@ class Unpickler(pickle.Unpickler):
         return Inert(pid)
 
 
-def tensors_of(found: Any) -> dict[tuple[str, ...], Tensor]:
-    """Every tensor of what was unpickled, by the keys that lead to it.
+def tensors_of(found: Any) -> dict[tuple[str, ...], Tensor | np.ndarray]:
+    """Every tensor and array of what was unpickled, by the keys that lead to it.
 
     A module that was pickled whole gives the names of its state dict.
     """
     seen: set[int] = set()
 
-    def walk(found: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    def walk(found: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
         if isinstance(found, Tensor):
             yield path, found
+        elif isinstance(found, _NumpyArray) and (array := found.array()) is not None:
+            yield path, array
         if not isinstance(found, (dict, list, tuple, Inert)) or isinstance(found, Tensor):
             return
         if id(found) in seen:  # lists may hold one another, or themselves
@@ -266,17 +328,20 @@ def read_zip(archive: zipfile.ZipFile) -> Contents:
 
     TorchScript's archives are of the same make, with the network's code beside it.
     """
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-        raise zipfile.BadZipFile("it is compressed, which torch.save never does")
     (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
     root = pickled.removesuffix("data.pkl")
+    for entry in archive.infolist():  # TorchScript compresses its code, which is not read
+        if entry.compress_type != zipfile.ZIP_STORED and entry.filename.startswith(f"{root}data"):
+            raise zipfile.BadZipFile("it is compressed, which torch.save never does")
     order = f"{root}byteorder"
     if order in archive.namelist() and archive.read(order) != b"little":
         raise UserError("it was written by a big-endian machine; save it as .safetensors")
     unpickler = Unpickler(io.BytesIO(archive.read(pickled)))
     tensors = tensors_of(unpickler.load())
 
-    def array(tensor: Tensor) -> np.ndarray:
+    def array(tensor: Tensor | np.ndarray) -> np.ndarray:
+        if isinstance(tensor, np.ndarray):
+            return tensor
         return _array(tensor, archive.read(f"{root}data/{tensor.storage}"))
 
     script = f"{root}constants.pkl" in archive.namelist()
@@ -299,10 +364,20 @@ def read_legacy(data: bytes) -> Contents:
         if len(storages[key]) != size:
             raise EOFError(f"storage {key} is cut off")
 
-    def array(tensor: Tensor) -> np.ndarray:
-        return _array(tensor, storages[tensor.storage])
+    def array(tensor: Tensor | np.ndarray) -> np.ndarray:
+        return (
+            tensor if isinstance(tensor, np.ndarray) else _array(tensor, storages[tensor.storage])
+        )
 
     return Contents("PyTorch weights", tensors, array, tuple(unpickler.named))
+
+
+def read_pickle(data: bytes) -> Contents:
+    """Read a pickle that is not torch.save's, of NumPy arrays."""
+    unpickler = Unpickler(io.BytesIO(data))
+    return Contents(
+        "pickle of NumPy arrays", tensors_of(unpickler.load()), np.asarray, tuple(unpickler.named)
+    )
 
 
 def _array(tensor: Tensor, storage: bytes) -> np.ndarray:
