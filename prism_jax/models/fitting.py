@@ -173,7 +173,10 @@ def find_form(
 
     for depth in dict.fromkeys((form["depth"], *DEPTHS)):
         module = build(architecture, num_classes, **{**form, "depth": depth})
-        ours = torch_leaves(variable_shapes(module, shape(form["stem"])))
+        try:
+            ours = torch_leaves(variable_shapes(module, shape(form["stem"])))
+        except (TypeError, ValueError, ZeroDivisionError):  # too deep for images of this size
+            continue
         if 3 * len(ours.keys() & tensors.keys()) < len(ours):
             return None  # it is another architecture
         if ours.keys() != tensors.keys():
@@ -209,10 +212,13 @@ def guess_architecture(tensors: dict[str, np.ndarray]) -> list[str]:
     Args:
       tensors: by the file's names.
     """
-    sizes = sum(t.size for name, t in tensors.items() if ".running_" not in name)
+    parameters = sum(t.size for name, t in tensors.items() if ".running_" not in name)
+    batch_norms = sum(name.endswith("running_mean") for name in tensors)
     likely = []
     for name, row in ARCHITECTURES.items():
-        if not 0.5 * row.parameters <= sizes <= 2 * row.parameters:
+        if batch_norms != row.batch_norms:
+            continue
+        if not 0.5 * row.parameters <= parameters <= 2 * row.parameters:
             continue
         ours = rename(tensors, row.weights)
         images = (row.image_size, row.image_size, 3)
