@@ -594,6 +594,8 @@ def violations(e: Experiment) -> list[str]:
                     f"more; enlarge the images, set networks.{name}.stem='small', or leave it out"
                 )
     for name, network in e.networks.items():
+        if network.weights_key is not None and not network.checkpoint:
+            found.append(f"networks.{name}.weights_key needs networks.{name}.checkpoint, the file")
         for field in ("width", "depth"):
             if not getattr(network, field) > 0:
                 found.append(

@@ -70,12 +70,12 @@ def select(
                 f"{', '.join(_places(names))}"
             )
     within = {n: path for n, path in among.items() if not _OPTIMISER.search(n)} or among
-    prefixes = _prefixes(within, wanted)
     fitting = {}
-    for prefix in prefixes:
+    for prefix in _prefixes(within, wanted, len(wanted)):
         if found := _fitting(_under(prefix, within), shapes, wanted, layouts):
             fitting[prefix] = found
     if not fitting:
+        prefixes = _prefixes(within, wanted, len(wanted) // 2)
         nearest = max(prefixes or [""], key=lambda p: _overlap(_under(p, within), wanted, layouts))
         if not _overlap(_under(nearest, within), wanted, layouts):
             nearest = _innermost(within)
@@ -99,15 +99,17 @@ def select(
     return Selection(fitting[chosen[0]], True, _taken(chosen[0], names, others))
 
 
-def _prefixes(names: Mapping[str, Path], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Beginnings that at least as many names have as the architecture has tensors."""
+def _prefixes(
+    names: Mapping[str, Path], wanted: Mapping[str, tuple[int, ...]], least: int
+) -> list[str]:
+    """Beginnings that so many names have at least."""
     counts = Counter([""] * len(names))
     for name in names:
         counts.update(name[: dot.end()] for dot in re.finditer(r"\.", name))
     longest = max(wanted, key=len)  # for a beginning that does not end with a dot
     cut = {n.removesuffix(longest) for n in names if n.endswith(longest)}
     counts.update({p: len(_under(p, names)) for p in cut - counts.keys()})
-    return [p for p, count in counts.items() if count >= len(wanted)]
+    return [p for p, count in counts.items() if count >= least]
 
 
 def _under(prefix: str, names: Mapping[str, Path]) -> dict[str, Path]:

@@ -360,9 +360,7 @@ class Context:
     def teacher_fields(self, name: str) -> dict[str, Any]:
         """What a teacher is made of: its network and either its training or its checkpoint."""
         network = self.config.network(name)
-        fields = {"network": dataclasses.asdict(network)}
-        if network.weights_key is None:  # as in the fingerprints from before it was a field
-            del fields["network"]["weights_key"]
+        fields = {"network": _network_fields(network)}
         if network.checkpoint:
             fields["network"]["checkpoint"] = _weights_digest(network.checkpoint)
         else:
@@ -430,7 +428,7 @@ class Context:
         """What a trained student is made of."""
         fields = {
             "validate": fingerprint_fields("validate", self.config.validate),
-            "network": dataclasses.asdict(self.config.network(student).untrained()),
+            "network": _network_fields(self.config.network(student).untrained()),
             "student_seed": seed,
             "seed": self.config.seed,
             "images": workdir.digest(labelled.fields),
@@ -571,6 +569,12 @@ def own_normalisation(of: Network | Dataset) -> Normalisation | None:
     if of.mean is None or of.std is None:
         return None
     return Normalisation(of.mean, of.std)
+
+
+def _network_fields(network: Network) -> dict[str, Any]:
+    """A network's fields, without one that fingerprints from before it was there do not have."""
+    fields = dataclasses.asdict(network)
+    return {k: v for k, v in fields.items() if k != "weights_key" or v is not None}
 
 
 @functools.cache

@@ -102,6 +102,26 @@ def test_every_kind_gives_the_same_variables(write, network, tmp_path):
     assert "another size" in refused(path, shape=(32, 32, 3))
 
 
+def test_a_key_is_for_files_with_several_networks(network, tmp_path):
+    for write in (as_teacher, as_tree, as_step):
+        path = write(tmp_path / write.__name__, network[1])
+        assert 'weights_key="ema" chooses in a file' in refused(path, key="ema")
+    tensors = to_state_dict(network[1])
+    path = tmp_path / "two.npz"
+    np.savez(path, **{f"a.{n}": t for n, t in tensors.items()},
+             **{f"b.{n}": 2 * t for n, t in tensors.items()})  # fmt: skip
+    assert '"a" or "b"' in refused(path)
+    twice = jax.tree.map(lambda a: 2 * a, network[1])
+    for key, wanted in (("a", network[1]), ("b", twice)):
+        assert jax.tree.all(jax.tree.map(np.array_equal, load(path, key=key), wanted))
+
+
+def test_weights_of_ours_without_their_record(network, tmp_path):
+    (tmp_path / weights.WEIGHTS).write_bytes(weights.pack(network[1]))
+    loaded = load(tmp_path / weights.WEIGHTS)
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded, network[1]))
+
+
 def test_the_file_of_a_teacher_stands_for_its_folder(network, tmp_path):
     folder = as_teacher(tmp_path, network[1])
     loaded = load(folder / weights.WEIGHTS)

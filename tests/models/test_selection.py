@@ -169,6 +169,9 @@ def test_what_does_not_fit_is_still_taken_out_of_its_wrapper():
     less = {name: shape for name, shape in WANTED.items() if name != "fc.weight"}
     found = select(under("model", prefix="module.", of=less), WANTED, LAYOUTS)
     assert not found.fits and found.paths.keys() == less.keys()
+    parts = under("state_dict", prefix="backbone.", of=less) | {("state_dict", "head.w"): (10, 8)}
+    found = select(parts, WANTED, LAYOUTS)
+    assert not found.fits and found.paths.keys() == less.keys() and "head.w" in found.note
     other = {f"stages.{i}.weight": (8,) for i in range(9)} | {"head.weight": (10, 8)}
     found = select(under("model", prefix="module.", of=other), WANTED, LAYOUTS)
     assert not found.fits and found.paths.keys() == other.keys()

@@ -52,6 +52,20 @@ def test_a_head_of_imagenet_is_cut_to_the_classes_of_the_folders(tmp_path):
     assert context(root, network=own).class_indices("big") is None
 
 
+def test_a_teacher_is_another_one_only_where_a_key_is_stated(tmp_path):
+    """Fingerprints from before there were keys still fit."""
+    weights = tmp_path / "w.pth"
+    weights.write_bytes(b"weights")
+    fields = {
+        key: context(
+            tmp_path, network=Network("resnet18", checkpoint=str(weights), weights_key=key)
+        ).teacher_fields("big")
+        for key in (None, "model")
+    }
+    assert "weights_key" not in fields[None]["network"]
+    assert fields["model"]["network"] == {**fields[None]["network"], "weights_key": "model"}
+
+
 def test_classes_that_nobody_knows_have_to_be_stated(tmp_path):
     unknown = context(write_tree(tmp_path / "a", classes=("cat", "dog")))
     with pytest.raises(UserError, match="head of 1000 classes.*networks.big.class_indices"):
