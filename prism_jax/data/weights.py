@@ -28,11 +28,13 @@ from prism_jax.errors import UserError
 from prism_jax.models import build, import_torch, lookup
 from prism_jax.models.fitting import fit
 from prism_jax.models.layouts import rename
+from prism_jax.models.registry import check_image_size
 from prism_jax.models.selection import select
 from prism_jax.types import PyTree
 
 WEIGHTS = "weights.safetensors"
 RECORD = "record.json"
+FILES = (".pth", ".pt", ".th", ".ckpt", ".bin", ".safetensors", ".msgpack", ".npz", ".index.json")
 STATED = ("architecture", "width", "depth", "stem")  # what a record says of a network's form
 
 
@@ -83,7 +85,8 @@ def load(
       UserError: the weights cannot be read, or do not fit.
     """
     form = {"architecture": architecture, "width": width, "depth": depth, "stem": stem}
-    found = read(path, **form, key=key)
+    check_image_size(architecture, min(image_shape[:2]), stem)
+    found = read(path, **form, key=key, num_classes=num_classes, image_shape=image_shape)
     for note in found.notes:
         say(f"{path}: {note}")
     wrong = [f"{k} {v}, not {form[k]}" for k, v in found.stated.items() if v != form[k]]
@@ -107,10 +110,13 @@ def read(
     depth: float = 1.0,
     stem: str = "imagenet",
     key: str | None = None,
+    num_classes: int | None = None,
+    image_shape: tuple[int, int, int] | None = None,
 ) -> Found:
     """Read weights; see the module for what can be read.
 
     Args:
+      num_classes, image_shape: where known; they tell networks of a file apart.
       key: the beginning of the names of those that are meant, in a file with several networks.
 
     Raises:
@@ -120,7 +126,13 @@ def read(
     if file.name == WEIGHTS and (file.parent / RECORD).is_file():
         file = file.parent
     if not file.is_dir():
-        return _read_file(path, key, architecture, width=width, depth=depth, stem=stem)
+        row = lookup(architecture)
+        module = build(
+            architecture, num_classes or row.classes, width=width, depth=depth, stem=stem
+        )
+        shape = image_shape or (row.image_size, row.image_size, 3)
+        leaves = import_torch.torch_leaves(import_torch.variable_shapes(module, shape))
+        return _read_file(path, key, architecture, leaves)
     if key is not None:
         raise UserError(
             f'weights_key="{key}" chooses in a file with several networks; {path} has one. Leave '
@@ -136,23 +148,22 @@ def read(
     return _read_orbax(file)
 
 
-def _read_file(path: str, key: str | None, architecture: str, **form: Any) -> Found:
+def _read_file(
+    path: str, key: str | None, architecture: str, leaves: dict[str, import_torch.Leaf]
+) -> Found:
     """Read the tensors of a file that are the architecture's, or come nearest."""
-    row, contents, sha = lookup(architecture), weight_files.read(path), digest(path)
-    module = build(architecture, row.classes, **form)
-    shape = (row.image_size, row.image_size, 3)
-    leaves = import_torch.torch_leaves(import_torch.variable_shapes(module, shape))
+    contents, sha, layouts = weight_files.read(path), digest(path), lookup(architecture).weights
     try:
         selected = select(
             {path: tensor.shape for path, tensor in contents.tensors.items()},
             {name: leaf.torch_shape for name, leaf in leaves.items()},
-            row.weights,
+            layouts,
             key,
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     tensors = {n: contents.array(contents.tensors[p]) for n, p in selected.paths.items()}
-    tensors = rename(tensors, row.weights)
+    tensors = rename(tensors, layouts)
     if contents.flax and not leaves.keys() & tensors.keys():
         shown = ", ".join(list(selected.paths)[:3])
         raise UserError(
@@ -161,16 +172,19 @@ def _read_file(path: str, key: str | None, architecture: str, **form: Any) -> Fo
             f"({', '.join(list(leaves)[:2])}, ...: see docs/teachers.md). Take the network's "
             "PyTorch weights, or rename the tree"
         )
-    quantised = [name for name in contents.skipped if "qtensor" in name]
-    unlike = weight_files.hash_in_name(epath.Path(path).name, sha)
     notes = [selected.note] if selected.note else []
     if contents.skipped:
         named = ", ".join(contents.skipped[:4]) + (", ..." if len(contents.skipped) > 4 else "")
         notes.append(f"beside the weights it names {named}; nothing of that was run")
-    if unlike:
-        notes.append(f"{unlike} (if it is a date, this is as it should be)")
-    also = f"{quantised[0]}: its quantised tensors are not read" if quantised else unlike
-    return Found(tensors, contents.kind, {}, sha, tuple(notes), also)
+    name = epath.Path(path).name
+    suspicion = weight_files.other_hash(name, sha)
+    if suspicion:
+        notes.append(f"{suspicion} (if it is a date, this is as it should be)")
+    elif digits := weight_files.hash_in_name(name):
+        notes.append(f"its SHA-256 begins with {digits}, as its name says")
+    if quantised := [name for name in contents.skipped if "qtensor" in name]:
+        suspicion = f"{quantised[0]}: its quantised tensors are not read"
+    return Found(tensors, contents.kind, {}, sha, tuple(notes), suspicion)
 
 
 def digest(path: epath.PathLike) -> str:
@@ -271,7 +285,9 @@ def _read_orbax(folder: epath.Path) -> Found:
         if known := foreign.recognise_folder(folder):
             raise UserError(f"{folder}: {known}")
         inside = folder / "checkpoints"
+        files = sorted(f.name for f in folder.iterdir() if f.name.endswith(FILES))
         also = f" (its training's last state is in {inside})" if inside.is_dir() else ""
+        also += f" (name a file in it: {', '.join(files[-3:])})" if files else ""
         raise UserError(
             f"{folder} holds no weights{also}: neither {WEIGHTS} with its {RECORD} (a finished "
             "squeeze/<teacher> folder, or one written by import --out), nor a whole Orbax "

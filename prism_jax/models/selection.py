@@ -15,12 +15,14 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from prism_jax.errors import UserError
-from prism_jax.models.layouts import new_names
+from prism_jax.models.layouts import UNUSED, new_names
 
 Path = tuple[str, ...]  # the keys that lead to a tensor, at last its name
 
 _AVERAGES = {"averaged", "average", "avg", "swa", "shadow", "polyak", "teacher"}
-_OPTIMISER = re.compile(r"(^|[._])(optim\w*|opt|opt_state|\w*sched\w*|\w*scaler)[._]")
+_OPTIMISER = re.compile(r"(^|[._])(opt|optims?|optimi[sz]ers?|sched|schedulers?|scaler)[._]")
+# What PyTorch puts around a part of a network, within its names.
+_AROUND = re.compile(r"(?<=\.)(module|_orig_mod|_(fsdp|checkpoint)_wrapped_module)\.")
 
 
 class Selection(NamedTuple):
@@ -61,7 +63,8 @@ def select(
       UserError: nothing begins with the key; or several networks fit, none of them an average.
     """
     names = {".".join(path): path for path in shapes}
-    among = dict(names)
+    sized = {name: path for name, path in names.items() if shapes[path]}  # no mere numbers
+    among = names
     if key is not None:
         among = {n: path for n, path in names.items() if n.startswith(f"{key.rstrip('.')}.")}
         if not among:
@@ -70,16 +73,17 @@ def select(
                 f"{', '.join(_places(names))}"
             )
     within = {n: path for n, path in among.items() if not _OPTIMISER.search(n)} or among
-    fitting = {}
-    for prefix in _prefixes(within, wanted, len(wanted)):
-        if found := _fitting(_under(prefix, within), shapes, wanted, layouts):
-            fitting[prefix] = found
+    fitting = _all_fitting(within, shapes, wanted, layouts)
+    if not fitting:
+        bare = {_AROUND.sub("", name): path for name, path in within.items()}
+        fitting = _all_fitting(bare, shapes, wanted, layouts) if bare != within else {}
     if not fitting:
         prefixes = _prefixes(within, wanted, len(wanted) // 2)
         nearest = max(prefixes or [""], key=lambda p: _overlap(_under(p, within), wanted, layouts))
         if not _overlap(_under(nearest, within), wanted, layouts):
             nearest = _innermost(within)
-        return Selection(_under(nearest, within), False, _taken(nearest, names))
+        found = _under(nearest, within)
+        return Selection(found, False, _taken(nearest, {nearest: found}, sized))
     if len(fitting) > 1:  # only those of the size that is asked for, where sizes differ
         agreeing = {
             prefix: sum(shapes[path] == wanted[new] for new, path in _ours(found, layouts).items())
@@ -95,8 +99,21 @@ def select(
             f"it holds {len(chosen)} networks that fit; say which by its key: {listed} "
             "(--weights-key=KEY; in a config networks.NAME.weights_key)"
         )
-    others = [p for p in fitting if p != chosen[0]]
-    return Selection(fitting[chosen[0]], True, _taken(chosen[0], names, others))
+    return Selection(fitting[chosen[0]], True, _taken(chosen[0], fitting, sized))
+
+
+def _all_fitting(
+    names: Mapping[str, Path],
+    shapes: Mapping[Path, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+    layouts: tuple[str, ...],
+) -> dict[str, dict[str, Path]]:
+    """The networks that fit, by what their names begin with."""
+    found = {
+        prefix: _fitting(_under(prefix, names), shapes, wanted, layouts)
+        for prefix in _prefixes(names, wanted, len(wanted))
+    }
+    return {prefix: network for prefix, network in found.items() if network}
 
 
 def _prefixes(
@@ -142,7 +159,9 @@ def _overlap(
 
 def _is_average(prefix: str) -> bool:
     words = re.split(r"[._]+", prefix.lower())
-    return any(w in _AVERAGES or w.startswith("ema") or w.endswith("ema") for w in words if w)
+    if "online" in words:  # the network beside its average, in the module that averages
+        return False
+    return any(w in _AVERAGES or w.startswith("ema") or w.endswith("ema") for w in words)
 
 
 def _innermost(names: Mapping[str, Path]) -> str:
@@ -159,9 +178,11 @@ def _places(names: Mapping[str, Path]) -> list[str]:
     return [*shown, "..."] if len(counts) > 6 else shown
 
 
-def _taken(prefix: str, names: Mapping[str, Path], others: list[str] | None = None) -> str | None:
-    """Say in one line which tensors were taken, from which wrapper, without which prefix."""
-    taken = _under(prefix, names)
+def _taken(
+    prefix: str, networks: Mapping[str, dict[str, Path]], names: Mapping[str, Path]
+) -> str | None:
+    """Say in one line which network was taken, from which wrapper, and what was left."""
+    taken = networks[prefix]
     wrapper = os.path.commonprefix([path[:-1] for path in taken.values()])
     while wrapper and not prefix.startswith(".".join(wrapper) + "."):
         wrapper = wrapper[:-1]
@@ -169,15 +190,18 @@ def _taken(prefix: str, names: Mapping[str, Path], others: list[str] | None = No
     rest = prefix[len(inside) + 1 :] if inside else prefix
     parts = [f'from "{inside}"'] if inside else []
     parts += [f'without the prefix "{rest}"'] if rest else []
+    around = {w for p in taken.values() if (w := _AROUND.search(".".join(p)[len(prefix) :]))}
+    parts += [f'without "{around.pop()[0]}" within names'] if around else []
+    others = [p.rstrip(".") for p in networks if p != prefix]
     if others:
-        keys = [p.rstrip(".") for p in others]
         parts.append(
-            f"averaged over the training (weights_key={' or '.join(keys)} takes those of its last "
-            f"step: --weights-key={keys[0]}, in a config networks.NAME.weights_key={keys[0]})"
+            f"averaged over the training (weights_key={' or '.join(others)} takes those of its "
+            f"last step: --weights-key={others[0]}, in a config "
+            f"networks.NAME.weights_key={others[0]})"
         )
-    left = [
-        n for n in names if not n.startswith((prefix, *(others or ()))) and not _OPTIMISER.search(n)
-    ]
+    used = {path for network in networks.values() for path in network.values()}
+    left = [n for n, path in names.items() if path not in used and not _OPTIMISER.search(n)]
+    left = [n for n in left if not UNUSED.search(n)]
     if left:
         shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
         parts.append(f"left out {len(left)} other tensors: {shown}")

@@ -165,6 +165,8 @@ def test_what_is_no_weights_is_explained(network, tmp_path):
     assert "record.json" in message and "Orbax" in message and ".pth" in message
     as_training(tmp_path, network[1])
     assert str(tmp_path / "checkpoints") in refused(tmp_path)
+    as_file(tmp_path, network[1])
+    assert "name a file in it: w.safetensors" in refused(tmp_path)
     tree = as_tree(tmp_path / "other", {"images": np.zeros(3)})
     assert 'has no "params"' in refused(tree)
     (tree / "manifest.ocdbt").write_bytes(b"nonsense")

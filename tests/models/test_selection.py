@@ -64,6 +64,21 @@ def test_prefixes_may_be_repeated_and_mixed():
             assert taken(under("state_dict", prefix="".join(parts)))[0].endswith("".join(parts))
 
 
+@pytest.mark.parametrize("word", ["module", "_orig_mod", "_fsdp_wrapped_module"])
+def test_words_around_a_part_of_the_network(word):
+    """As a DataParallel of the features alone, or a compiled block, leaves them."""
+    shapes = {
+        ("state_dict", name.replace("layer1.", f"layer1.{word}.")): shape
+        for name, shape in WANTED.items()
+    }
+    found = select(shapes, WANTED, LAYOUTS)
+    assert found.fits and found.paths.keys() == WANTED.keys()
+    assert f'without "{word}." within names' in found.note
+    # A network with such a name of its own keeps it.
+    own = {name.replace("layer1.", f"layer1.{word}."): shape for name, shape in WANTED.items()}
+    assert taken(under("model", of=own), wanted=own)[0] == "model."
+
+
 def test_a_prefix_of_the_architecture_is_not_taken_off():
     """All names of this network begin with "encoder.", and a file's may once more."""
     encoder = {f"encoder.{name}": shape for name, shape in WANTED.items()}
@@ -122,6 +137,12 @@ def test_both_as_names_with_prefixes_in_one_dict():
     shapes = under("state_dict", prefix="model.") | under("state_dict", prefix="ema_model.module.")
     assert taken(shapes)[0] == "state_dict.ema_model.module."
     assert taken(shapes, key="state_dict.model")[0] == "state_dict.model."
+
+
+def test_the_network_beside_its_average_in_one_module():
+    shapes = under("ema", "online_model") | under("ema", "ema_model") | under("net")
+    assert taken(shapes)[0] == "ema.ema_model."
+    assert taken(shapes, key="ema.online_model")[0] == "ema.online_model."
 
 
 def test_an_average_of_only_the_parameters_is_left_and_said_to_be():

@@ -28,7 +28,7 @@ from prism_jax.data.weight_files import flax_files, foreign, torch_files
 from prism_jax.data.weight_files.contents import Contents
 from prism_jax.errors import UserError
 
-__all__ = ["Contents", "hash_in_name", "parts", "read"]
+__all__ = ["Contents", "hash_in_name", "other_hash", "parts", "read"]
 
 T = TypeVar("T")
 
@@ -91,7 +91,7 @@ def _explaining(path: str, data: bytes, reads: Callable[[], T]) -> T:
         *(TypeError, ValueError, struct.error, pickle.UnpicklingError, MemoryError),
         *(zipfile.BadZipFile, NotImplementedError, safetensors.SafetensorError),
     ) as error:
-        other = hash_in_name(epath.Path(path).name, hashlib.sha256(data).hexdigest())
+        other = other_hash(epath.Path(path).name, hashlib.sha256(data).hexdigest())
         other = f" It may not be the file that was published: {other}." if other else ""
         raise UserError(
             f"{path} cannot be read as a weight file; it is truncated, damaged or of another "
@@ -105,16 +105,21 @@ def parts(path: epath.PathLike) -> list[epath.Path]:
     return [file, *(_shards(file) if file.name.endswith(_INDEX) else ())]
 
 
-def hash_in_name(name: str, sha256: str) -> str | None:
-    """Say that the digits in a file's name are not its hash; None: they are, or there are none.
+def hash_in_name(name: str) -> str | None:
+    """The digits in a file's name that may be the beginning of its SHA-256 (torch.hub's rule).
 
-    In ``resnet18-f37072fd.pth`` they are the beginning of the SHA-256 (torch.hub's rule). In
-    another name they may be a date.
+    In ``resnet18-f37072fd.pth`` they are; in another name they may be a date.
     """
-    digits = re.search(r"-([0-9a-f]{8,64})\.[^-]*$", name)
-    if not digits or sha256.startswith(digits[1]):
+    found = re.search(r"-([0-9a-f]{8,64})\.[^-]*$", name)
+    return found and found[1]
+
+
+def other_hash(name: str, sha256: str) -> str | None:
+    """Say that the digits in a file's name are not its hash; None: they are, or there are none."""
+    digits = hash_in_name(name)
+    if digits is None or sha256.startswith(digits):
         return None
-    return f"{digits[1]} in its name is not the beginning of its SHA-256, {sha256[:16]}..."
+    return f"{digits} in its name is not the beginning of its SHA-256, {sha256[:16]}..."
 
 
 def _read(name: str, data: bytes) -> Contents:
@@ -130,7 +135,11 @@ def _read(name: str, data: bytes) -> Contents:
         raise UserError(known)
     if name.endswith(".msgpack") or 0x81 <= data[0] <= 0x8F or data[0] in (0xDE, 0xDF):
         return flax_files.read_msgpack(data)
-    return torch_files.read_pickle(data)
+    contents = torch_files.read_pickle(data)
+    arrays = {"/".join(path): tensor for path, tensor in contents.tensors.items()}
+    if flax_files.is_flax(names[-1] for names in contents.tensors):
+        return contents._replace(tensors=flax_files.tensors_of(arrays), flax=True)
+    return contents
 
 
 def _read_zip(data: bytes) -> Contents:
