@@ -63,7 +63,6 @@ def select(
       UserError: nothing begins with the key; or several networks fit, none of them an average.
     """
     names = {".".join(path): path for path in shapes}
-    sized = {name: path for name, path in names.items() if shapes[path]}  # no mere numbers
     among = names
     if key is not None:
         among = {n: path for n, path in names.items() if n.startswith(f"{key.rstrip('.')}.")}
@@ -72,6 +71,7 @@ def select(
                 f'no tensor of it is under weights_key="{key}"; there are '
                 f"{', '.join(_places(names))}"
             )
+    sized = {n: path for n, path in among.items() if shapes[path]}  # no mere numbers
     within = {n: path for n, path in among.items() if not _OPTIMISER.search(n)} or among
     fitting = _all_fitting(within, shapes, wanted, layouts)
     if not fitting:
@@ -204,7 +204,7 @@ def _taken(
     left = [n for n in left if not UNUSED.search(n)]
     if left:
         shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
-        parts.append(f"left out {len(left)} other tensors: {shown}")
+        parts.append(f"left out {len(left)} other tensor{'s' if len(left) > 1 else ''}: {shown}")
     if not _is_average(prefix) and any(_is_average(n.rpartition(".")[0]) for n in left):
         parts.append("among them an average, which has not all tensors of the network")
     return f"weights {', '.join(parts)}" if parts else None
