@@ -362,7 +362,7 @@ def test_no_instruction_of_a_pickle_runs_anything(instruction, tmp_path, monkeyp
     (tmp_path / "hostile.py").write_text(HOSTILE_MODULE)
     (tmp_path / "hostile_when_imported.py").write_text("name = open('executed', 'w').close()")
     pickled = HOSTILE[instruction]
-    found = torch_files.Unpickler(io.BytesIO(pickled)).load()
+    found = torch_files.unpickle(io.BytesIO(pickled))[0]
     assert isinstance(found, torch_files.Inert) or issubclass(found, torch_files.Inert)
     assert not (tmp_path / "executed").exists()
     assert not {"hostile", "hostile_when_imported"} & sys.modules.keys()
@@ -394,12 +394,23 @@ def test_a_hostile_file_gives_its_weights_and_no_more(write, network, tmp_path, 
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize(
+    "put", [b"r\xff\xff\xff\xff", b"p4294967295\n", b"r\xff\xff\xff\x0f", b"q\x09"]
+)
+def test_a_pickle_cannot_ask_for_more_memory_than_it_has_objects(put, tmp_path):
+    """The unpickler's table has as many entries as the largest number: 64 GiB for five bytes."""
+    with pytest.raises(pickle.UnpicklingError, match="that is not there yet"):
+        torch_files.unpickle(io.BytesIO(b"\x80\x02}" + put + b"."))
+    (tmp_path / "w.pkl").write_bytes(b"\x80\x02}" + put + b".")
+    assert "truncated, damaged" in refused(tmp_path / "w.pkl")
+
+
 def test_a_pickle_cannot_change_what_reads_it():
     """State that is set on what a pickle may name: refused or ignored, and not kept."""
     for module, name in torch_files._KNOWN:
         pickled = f"c{module}\n{name}\n".encode() + b"}" + text("seen") + b"I1\nsb."
         try:
-            torch_files.Unpickler(io.BytesIO(pickled)).load()
+            torch_files.unpickle(io.BytesIO(pickled))
         except TypeError:
             pass
         assert not hasattr(torch_files._KNOWN[module, name], "seen")

@@ -16,6 +16,7 @@ import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -89,7 +90,7 @@ def _explaining(path: str, data: bytes, reads: Callable[[], T]) -> T:
     except (
         *(AttributeError, EOFError, IndexError, KeyError, OverflowError, RecursionError),
         *(TypeError, ValueError, struct.error, pickle.UnpicklingError, MemoryError),
-        *(zipfile.BadZipFile, NotImplementedError, safetensors.SafetensorError),
+        *(zipfile.BadZipFile, zlib.error, NotImplementedError, safetensors.SafetensorError),
     ) as error:
         other = other_hash(epath.Path(path).name, hashlib.sha256(data).hexdigest())
         other = f" It may not be the file that was published: {other}." if other else ""

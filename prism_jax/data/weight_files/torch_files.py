@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 import re
 import struct
 import zipfile
@@ -276,6 +277,18 @@ class Unpickler(pickle.Unpickler):
         return Inert(pid)
 
 
+def unpickle(stream: io.BytesIO) -> tuple[Any, Unpickler]:
+    """Read the pickle at which a stream stands, and leave the stream behind it."""
+    start = stream.tell()
+    for opcode, argument, at in pickletools.genops(stream):
+        # The unpickler keeps a table of so many entries: of this number, in a file of a few bytes.
+        if opcode.name.endswith("PUT") and argument > at - start:
+            raise pickle.UnpicklingError(f"it numbers an object {argument} that is not there yet")
+    stream.seek(start)
+    unpickler = Unpickler(stream)
+    return unpickler.load(), unpickler
+
+
 def tensors_of(found: Any) -> dict[tuple[str, ...], Tensor | np.ndarray]:
     """Every tensor and array of what was unpickled, by the keys that lead to it.
 
@@ -336,8 +349,8 @@ def read_zip(archive: zipfile.ZipFile) -> Contents:
     order = f"{root}byteorder"
     if order in archive.namelist() and archive.read(order) != b"little":
         raise UserError("it was written by a big-endian machine; save it as .safetensors")
-    unpickler = Unpickler(io.BytesIO(archive.read(pickled)))
-    tensors = tensors_of(unpickler.load())
+    found, unpickler = unpickle(io.BytesIO(archive.read(pickled)))
+    tensors = tensors_of(found)
 
     def array(tensor: Tensor | np.ndarray) -> np.ndarray:
         if isinstance(tensor, np.ndarray):
@@ -352,12 +365,12 @@ def read_zip(archive: zipfile.ZipFile) -> Contents:
 def read_legacy(data: bytes) -> Contents:
     """Read the format before 1.6: four pickles, then the storages that the last of them lists."""
     stream = io.BytesIO(data)
-    _, _, system = (Unpickler(stream).load() for _ in range(3))
+    _, _, system = (unpickle(stream)[0] for _ in range(3))
     if not system["little_endian"]:
         raise UserError("it was written by a big-endian machine; save it as .safetensors")
-    unpickler = Unpickler(stream)
-    tensors, storages = tensors_of(unpickler.load()), {}
-    for key in Unpickler(stream).load():
+    found, unpickler = unpickle(stream)
+    tensors, storages = tensors_of(found), {}
+    for key in unpickle(stream)[0]:
         (count,) = struct.unpack("<q", stream.read(8))
         size = count * unpickler.itemsize[key]
         storages[key] = stream.read(size) if count >= 0 else b""
@@ -374,10 +387,9 @@ def read_legacy(data: bytes) -> Contents:
 
 def read_pickle(data: bytes) -> Contents:
     """Read a pickle that is not torch.save's, of NumPy arrays."""
-    unpickler = Unpickler(io.BytesIO(data))
-    return Contents(
-        "pickle of NumPy arrays", tensors_of(unpickler.load()), np.asarray, tuple(unpickler.named)
-    )
+    found, unpickler = unpickle(io.BytesIO(data))
+    kind = "pickle of NumPy arrays"
+    return Contents(kind, tensors_of(found), np.asarray, tuple(unpickler.named))
 
 
 def _array(tensor: Tensor, storage: bytes) -> np.ndarray:
