@@ -17,7 +17,9 @@ import sys
 import types
 import zipfile
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -509,17 +511,80 @@ def test_names_of_pytorch_in_an_npz(network, tmp_path):
     assert same(load(tmp_path / "w.npz"), network[0])
 
 
+class Encoder(nn.Module):
+    """A vision transformer of Flax's own layers, with the names of its published weights."""
+
+    second: int  # numbers of the second norm, the attention and the MLP: two code bases differ
+    attention: int
+    mlp: int
+
+    @nn.compact
+    def __call__(self, x):
+        for block in range(2):
+            y = nn.LayerNorm(epsilon=1e-6, name=f"encoderblock_{block}/LayerNorm_0")(x)
+            name = f"encoderblock_{block}/MultiHeadDotProductAttention_{self.attention}"
+            x = x + nn.MultiHeadDotProductAttention(num_heads=3, name=name)(y, y)
+            y = nn.LayerNorm(epsilon=1e-6, name=f"encoderblock_{block}/LayerNorm_{self.second}")(x)
+            name = f"encoderblock_{block}/MlpBlock_{self.mlp}"
+            y = nn.Dense(4 * x.shape[-1], name=f"{name}/Dense_0")(y)
+            x = x + nn.Dense(x.shape[-1], name=f"{name}/Dense_1")(nn.gelu(y, approximate=False))
+        return nn.LayerNorm(epsilon=1e-6, name="encoder_norm")(x)
+
+
+class FlaxViT(nn.Module):
+    encoder: tuple[int, int, int]
+
+    @nn.compact
+    def __call__(self, images_BHWC):
+        x = nn.Conv(192, (16, 16), (16, 16), padding="VALID", name="embedding")(images_BHWC)
+        x = x.reshape(len(x), -1, 192)
+        draw = nn.initializers.normal(1.0)
+        token = self.param("cls", draw, (1, 1, 192))
+        x = jnp.concatenate([jnp.tile(token, (len(x), 1, 1)), x], axis=1)
+        x = x + self.param("pos_embedding", draw, (1, x.shape[1], 192))
+        return nn.Dense(10, name="head")(Encoder(*self.encoder, name="Transformer")(x)[:, 0])
+
+
+@pytest.mark.parametrize(("encoder", "inside"), [((2, 1, 3), True), ((1, 0, 0), False)])
+def test_published_flax_vision_transformers_are_the_same_network(encoder, inside, tmp_path):
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    module = FlaxViT(encoder)
+    variables = random_variables(module, (32, 32, 3), 0)
+    variables = jax.tree.map(lambda a: (0.2 * a).astype(np.float32), variables)
+    wanted = np.asarray(jax.jit(module.apply)(variables, images))
+    tree = {name.removeprefix("params/"): array for name, array in flat(variables).items()}
+    if inside:  # where the older one keeps it
+        tree["Transformer/posembed_input/pos_embedding"] = tree.pop("pos_embedding")
+    else:
+        tree = {f"opt/target/params/{name}": array for name, array in tree.items()}
+    form = {"depth": 1 / 6}
+    ours = jax.jit(build("vit_tiny_patch16_224", 10, **form).apply)
+
+    def logits(tree):
+        np.savez(tmp_path / "vit.npz", **tree)
+        path, shape = str(tmp_path / "vit.npz"), (32, 32, 3)
+        loaded = weights.load(path, "vit_tiny_patch16_224", 10, image_shape=shape, **form)
+        return np.asarray(ours(loaded, images))
+
+    scale = wanted.std()
+    np.testing.assert_allclose(logits(tree) / scale, wanted / scale, atol=1e-4)
+    # The twin: queries and values change places.
+    query, value = (next(n for n in tree if f"/{part}/kernel" in n) for part in ("query", "value"))
+    swapped = {**tree, query: tree[value], value: tree[query]}
+    assert np.abs(logits(swapped) - wanted).max() / scale > 1e-2
+
+
 def test_a_flax_tree_of_other_modules_is_called_one(tmp_path):
     tree = {
-        "params/Transformer/encoderblock_0/LayerNorm_0/scale": np.ones(4, np.float32),
-        "params/Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel": np.ones((4, 8), np.float32),
-        "params/embedding/kernel": np.ones((16, 16, 3, 4), np.float32),
+        "params/stem/root_conv/kernel": np.ones((7, 7, 3, 4), np.float32),
+        "params/stages/0/gn1/scale": np.ones(4, np.float32),
+        "params/stages/0/gn1/bias": np.ones(4, np.float32),
     }
-    np.savez(tmp_path / "vit.npz", **tree)
+    np.savez(tmp_path / "bit.npz", **tree)
     nested = serialization.msgpack_serialize(traverse_util.unflatten_dict(tree, sep="/"))
-    (tmp_path / "vit.msgpack").write_bytes(nested)
-    for name, kind in (("vit.npz", "NumPy .npz"), ("vit.msgpack", "Flax msgpack")):
-        message = refused(tmp_path / name, architecture="vit_tiny_patch16_224", width=1.0)
+    (tmp_path / "bit.msgpack").write_bytes(nested)
+    for name, kind in (("bit.npz", "NumPy .npz"), ("bit.msgpack", "Flax msgpack")):
+        message = refused(tmp_path / name)
         assert f"Flax tree ({kind}) of modules that are not prism_jax's" in message
         assert "PyTorch weights" in message
     np.savez(tmp_path / "objects.npz", w=np.array({"a": 1}, dtype=object))

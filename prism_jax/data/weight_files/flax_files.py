@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 
+from prism_jax.data.weight_files import flax_vit
 from prism_jax.data.weight_files.contents import Contents
 from prism_jax.errors import UserError
 from prism_jax.models.import_torch import to_torch, torch_name
@@ -60,7 +61,7 @@ def tensors_of(tree: Any) -> dict[tuple[str, ...], np.ndarray]:
             yield path, found
 
     tensors = {}
-    for path, array in walk(tree, ()):
+    for path, array in flax_vit.rename(dict(walk(tree, ()))).items():
         if array.dtype == np.dtype("V2"):  # how NumPy stores bfloat16
             array = array.view(jnp.bfloat16)
         at = next((i for i, key in enumerate(path) if key in COLLECTIONS), None)
