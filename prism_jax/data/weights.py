@@ -26,7 +26,7 @@ from prism_jax.data.checkpoints import read_newest
 from prism_jax.data.weight_files import foreign
 from prism_jax.errors import UserError
 from prism_jax.models import build, import_torch, lookup
-from prism_jax.models.fitting import fit
+from prism_jax.models.fitting import fit, guess_architecture
 from prism_jax.models.layouts import rename
 from prism_jax.models.registry import check_image_size
 from prism_jax.models.selection import select
@@ -155,16 +155,17 @@ def _read_file(
     contents, sha, layouts = weight_files.read(path), digest(path), lookup(architecture).weights
     try:
         selected = select(
-            {path: tensor.shape for path, tensor in contents.tensors.items()},
+            {keys: tensor.shape for keys, tensor in contents.tensors.items()},
             {name: leaf.torch_shape for name, leaf in leaves.items()},
             layouts,
             key,
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    tensors = {n: contents.array(contents.tensors[p]) for n, p in selected.paths.items()}
+    tensors = {n: contents.array(contents.tensors[k]) for n, k in selected.paths.items()}
     tensors = rename(tensors, layouts)
-    if contents.flax and not leaves.keys() & tensors.keys():
+    few = 2 * len(leaves.keys() & tensors.keys()) < len(leaves)
+    if contents.flax and few and not guess_architecture(tensors):
         shown = ", ".join(list(selected.paths)[:3])
         raise UserError(
             f"{path} is a Flax tree ({contents.kind}) of modules that are not prism_jax's "
@@ -182,7 +183,7 @@ def _read_file(
         notes.append(f"{suspicion} (if it is a date, this is as it should be)")
     elif digits := weight_files.hash_in_name(name):
         notes.append(f"its SHA-256 begins with {digits}, as its name says")
-    if quantised := [name for name in contents.skipped if "qtensor" in name]:
+    if quantised := [skipped for skipped in contents.skipped if "qtensor" in skipped]:
         suspicion = f"{quantised[0]}: its quantised tensors are not read"
     return Found(tensors, contents.kind, {}, sha, tuple(notes), suspicion)
 

@@ -55,29 +55,30 @@ def fit(
     misshapen = _misshapen(tensors, leaves)
     if leaves.keys() == tensors.keys() and not misshapen:
         for name, tensor in tensors.items():
-            if tensor.dtype not in FLOATS:
+            if tensor.dtype.newbyteorder("=") not in FLOATS:
                 raise UserError(
                     f"{path}: {name} holds {tensor.dtype} numbers, which stand for others "
                     "(quantised weights); give the network's float weights"
                 )
         return {"batch_stats": {}, **from_state_dict(tensors, shapes, np.float32)}
 
+    # With the architecture's names it is probably it, in another form; else probably another.
     hints, alike = [], leaves.keys() == tensors.keys()
     known = (tensors, architecture, num_classes, image_shape, form)
     found = find_form(*known) if alike else None
     likely = [] if found else guess_architecture(tensors)
-    if not (found or likely or alike):
-        found = find_form(*known)
     if likely and architecture not in likely:
         hints.append(f"It looks like {' or '.join(likely)}: state that architecture.")
+    elif not alike:
+        found = find_form(*known)
     if found:
         changed, others = found
         if not changed and others.only_classes:
             raise UserError(_other_head(path, architecture, others.classes, num_classes))
         if changed:
             flags = " ".join(f"--{k}={v}" for k, v in changed.items())
-            fields = ", ".join(f"networks.NAME.{k}={v}" for k, v in changed.items())
-            hints.append(f"It fits with {flags} (in a config {fields}).")
+            fields = " ".join(f"--config.networks.NAME.{k}={v}" for k, v in changed.items())
+            hints.append(f"It fits with {flags} (in a run {fields}).")
         hints += _hints(others, num_classes, image_shape)
     hints += [f"{also}."] if also else []
     if not hints:

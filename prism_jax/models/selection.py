@@ -97,7 +97,7 @@ def select(
         listed = " or ".join(f'"{p.rstrip(".")}"' for p in chosen)
         raise UserError(
             f"it holds {len(chosen)} networks that fit; say which by its key: {listed} "
-            "(--weights-key=KEY; in a config networks.NAME.weights_key)"
+            "(--weights-key=KEY; in a run --config.networks.NAME.weights_key=KEY)"
         )
     return Selection(fitting[chosen[0]], True, _taken(chosen[0], fitting, sized))
 
@@ -196,8 +196,8 @@ def _taken(
     if others:
         parts.append(
             f"averaged over the training (weights_key={' or '.join(others)} takes those of its "
-            f"last step: --weights-key={others[0]}, in a config "
-            f"networks.NAME.weights_key={others[0]})"
+            f"last step: --weights-key={others[0]}, in a run "
+            f"--config.networks.NAME.weights_key={others[0]})"
         )
     used = {path for network in networks.values() for path in network.values()}
     left = [n for n, path in names.items() if path not in used and not _OPTIMISER.search(n)]

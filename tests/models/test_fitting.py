@@ -79,7 +79,7 @@ def test_images_too_small_are_refused_with_the_minimum(small):
         ("resnet18", {"stem": "small", "depth": 0.5}, {}, "--stem=small --depth=0.5"),
         ("convnet_d3_bn", {"width": 0.25}, {"width": 2.0}, "--width=0.25"),
         ("convnet_d3", {}, {"width": 0.5}, "--width=1.0"),
-        ("mobilenet_v2", {"width": 1.4}, {}, "--width=1.4"),
+        ("convnet_d2_bn", {"width": 1.3}, {}, "--width=1.3"),
         ("alexnet", {"stem": "small"}, {}, "--stem=small"),
     ],
 )
@@ -87,7 +87,7 @@ def test_another_form_is_found_and_stated_first(architecture, have, ask, stated)
     state = state_of(architecture, shape=(64, 64, 3), **have)
     message = refused(state, architecture, shape=(64, 64, 3), **{"width": 1.0, **ask})
     first, *rest = message.splitlines()[1:]
-    assert f"It fits with {stated} (in a config networks.NAME." in first
+    assert f"It fits with {stated} (in a run --config.networks.NAME." in first
     assert not any("channel" in line or "head has" in line for line in rest)
     # What the message says to state does fit.
     flags = dict(flag[2:].split("=") for flag in stated.split())

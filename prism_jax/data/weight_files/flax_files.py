@@ -40,8 +40,8 @@ def read_npz(data: bytes) -> Contents:
 
 
 def is_flax(names: Iterable[str]) -> bool:
-    """Whether names are of a flattened Flax tree."""
-    return any("/" in name or name.endswith(("kernel", "scale")) for name in names)
+    """Whether names are of a Flax tree: "a/b/c", or its leaves' own."""
+    return any("/" in name or name in ("kernel", "scale") for name in names)
 
 
 def tensors_of(tree: Any) -> dict[tuple[str, ...], np.ndarray]:

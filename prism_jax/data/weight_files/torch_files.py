@@ -39,16 +39,12 @@ _STORAGES = {
     "BoolStorage": np.bool_,
     "UntypedStorage": np.uint8,  # of dtypes that have no storage of their own
 }
+_INTEGERS = ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8")
+_HALVES = ("bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
 _DTYPES = {
-    **{name: getattr(np, name) for name in ("float64", "float32", "float16", "int64", "int32")},
-    **{name: getattr(np, name) for name in ("int16", "int8", "uint8", "uint16", "uint32")},
-    "uint64": np.uint64,
     "bool": np.bool_,
-    "bfloat16": ml_dtypes.bfloat16,
-    **{
-        name: getattr(ml_dtypes, name)
-        for name in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
-    },
+    **{name: getattr(np, name) for name in ("float64", "float32", "float16", *_INTEGERS)},
+    **{name: getattr(ml_dtypes, name) for name in _HALVES},
 }
 
 
@@ -146,13 +142,15 @@ class _OfType(Inert):
 
 
 class _List(Inert):
-    """A set, or torch.Size."""
+    """A set, whose members need not be hashable here."""
 
     def __new__(cls, values: Any = ()) -> Any:
         return list(values) if isinstance(values, (list, tuple)) else []
 
 
 class _Size(Inert):
+    """torch.Size."""
+
     def __new__(cls, values: Any = ()) -> Any:
         return tuple(values) if isinstance(values, (list, tuple)) else ()
 
@@ -172,10 +170,9 @@ class _NumpyDType(Inert):
     def dtype(self) -> np.dtype | None:
         code, state = self.args[0] if self.args else None, self.state
         order = state[1] if isinstance(state, tuple) and len(state) > 1 else "="
-        plain = isinstance(code, str) and re.fullmatch(r"[fiub][1248]", code)
-        return (
-            np.dtype(code).newbyteorder(order) if plain and order in ("<", ">", "|", "=") else None
-        )
+        if not isinstance(code, str) or not re.fullmatch(r"[fiub][1248]", code):
+            return None
+        return np.dtype(code).newbyteorder(order) if order in ("<", ">", "|", "=") else None
 
 
 class _NumpyArray(Inert):
@@ -378,9 +375,9 @@ def read_legacy(data: bytes) -> Contents:
             raise EOFError(f"storage {key} is cut off")
 
     def array(tensor: Tensor | np.ndarray) -> np.ndarray:
-        return (
-            tensor if isinstance(tensor, np.ndarray) else _array(tensor, storages[tensor.storage])
-        )
+        if isinstance(tensor, np.ndarray):
+            return tensor
+        return _array(tensor, storages[tensor.storage])
 
     return Contents("PyTorch weights", tensors, array, tuple(unpickler.named))
 
