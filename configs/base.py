@@ -193,6 +193,7 @@ def network(**fields) -> ConfigDict:
     c.std = placeholder(tuple)
     c.head_classes = placeholder(int)
     c.class_indices = placeholder(tuple)
+    c.weights_key = placeholder(str)
     c.update(fields)
     return c
 

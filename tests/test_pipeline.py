@@ -301,6 +301,20 @@ def test_teachers_are_imported_from_folders_of_another_run(tmp_path, reference):
     assert imported["top1"] == student["top1"] and imported["batch_norms"] == 0
 
 
+def test_weights_that_do_not_fit_leave_nothing_behind(tmp_path, reference):
+    """What the message says to state can be stated in the same working directory."""
+    weights = reference / "squeeze/first/weights.safetensors"
+    (tmp_path / "w.safetensors").write_bytes(weights.read_bytes())  # without its record
+    root, only = tmp_path / "run", ("--stages=squeeze", "--config.squeeze.teachers=first,outside")
+    given = (*only, "--config.recover.pool=first", f"--from={reference}",
+             f"--config.networks.first.checkpoint={tmp_path / 'w.safetensors'}")  # fmt: skip
+    status, _, err = call(TINY, f"--workdir={root}", *given, "--config.networks.first.width=0.5")
+    assert status == 2 and "--config.networks.first.width=0.125" in err
+    assert not (root / "squeeze/first").exists()
+    ok(root, *given, "--config.networks.first.width=0.125")
+    assert (root / "squeeze/first/weights.safetensors").read_bytes() == weights.read_bytes()
+
+
 # --- adopting -------------------------------------------------------------------------------
 
 

@@ -45,6 +45,7 @@ class Network:
     ``checkpoint`` is a file or folder of weights; without one the network is trained by squeeze.
     ``mean`` and ``std`` state the normalisation of imported weights (default: the dataset's).
     ``class_indices`` picks the dataset's classes from a larger head of ``head_classes``.
+    ``weights_key`` says which of several networks in a file is meant, as "state_dict_ema".
     """
 
     architecture: str
@@ -56,6 +57,7 @@ class Network:
     std: tuple[float, ...] | None = None
     head_classes: int | None = None
     class_indices: tuple[int, ...] | None = None
+    weights_key: str | None = None
 
     def untrained(self) -> Network:
         """The network as a student: without what belongs to imported weights."""

@@ -1,6 +1,6 @@
 """Weights, wherever they are: PyTorch's files, our own teachers, Orbax checkpoints.
 
-    resnet18-f37072fd.pth, x.safetensors    read by models.import_torch
+    resnet18-f37072fd.pth, x.safetensors    and other files: see weight_files
     squeeze/<teacher>/, import --out=DIR    weights.safetensors and record.json
     .../checkpoints/, .../checkpoints/500/  Orbax, of a training of ours
     any other folder of Orbax               a tree with "params" and "batch_stats"
@@ -11,6 +11,7 @@ Nothing in them is ever run, and nothing is written.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,15 +20,21 @@ from etils import epath
 from flax import traverse_util
 from safetensors import numpy as safetensors
 
-from prism_jax.data import workdir
+from prism_jax import progress
+from prism_jax.data import weight_files, workdir
 from prism_jax.data.checkpoints import read_newest
+from prism_jax.data.weight_files import foreign
 from prism_jax.errors import UserError
 from prism_jax.models import build, import_torch, lookup
+from prism_jax.models.fitting import fit, guess_architecture
 from prism_jax.models.layouts import rename
+from prism_jax.models.registry import check_image_size
+from prism_jax.models.selection import select
 from prism_jax.types import PyTree
 
 WEIGHTS = "weights.safetensors"
 RECORD = "record.json"
+FILES = (".pth", ".pt", ".th", ".ckpt", ".bin", ".safetensors", ".msgpack", ".npz", ".index.json")
 STATED = ("architecture", "width", "depth", "stem")  # what a record says of a network's form
 
 
@@ -39,12 +46,16 @@ class Found(NamedTuple):
       kind: what they were, in words.
       stated: of ``STATED``, what a record says.
       sha256: of the file; of a folder's files.
+      notes: a line each, what a person should know of how they were read.
+      suspicion: what to add where they do not fit.
     """
 
     tensors: dict[str, np.ndarray]
     kind: str
     stated: dict[str, Any]
     sha256: str
+    notes: tuple[str, ...] = ()
+    suspicion: str | None = None
 
 
 def load(
@@ -56,13 +67,16 @@ def load(
     width: float = 1.0,
     depth: float = 1.0,
     stem: str = "imagenet",
+    key: str | None = None,
+    say: Callable[[str], None] = progress.say,
 ) -> PyTree:
     """Load weights as the variables of an architecture.
 
     Args:
       path: see the module.
-      architecture, num_classes, image_shape, width, depth, stem: as for
-        ``import_torch.fit``.
+      architecture, num_classes, image_shape, width, depth, stem: as for ``fitting.fit``.
+      key: see ``read``.
+      say: is told how a file was read.
 
     Returns:
       Float32 NumPy arrays: "params" and "batch_stats".
@@ -72,30 +86,59 @@ def load(
     """
     form: dict[str, Any]
     form = {"architecture": architecture, "width": width, "depth": depth, "stem": stem}
-    found = read(path, **form)
+    check_image_size(architecture, min(image_shape[:2]), stem)
+    found = read(path, **form, key=key, num_classes=num_classes, image_shape=image_shape)
+    for note in found.notes:
+        say(f"{path}: {note}")
     wrong = [f"{k} {v}, not {form[k]}" for k, v in found.stated.items() if v != form[k]]
     if wrong:
         raise UserError(f"{path} was made with {'; '.join(wrong)}: state what it was made with")
-    return import_torch.fit(
-        found.tensors, path, num_classes=num_classes, image_shape=image_shape, **form
+    return fit(
+        found.tensors,
+        path,
+        num_classes=num_classes,
+        image_shape=image_shape,
+        also=found.suspicion,
+        **form,
     )
 
 
 def read(
-    path: str, architecture: str, *, width: float = 1.0, depth: float = 1.0, stem: str = "imagenet"
+    path: str,
+    architecture: str,
+    *,
+    width: float = 1.0,
+    depth: float = 1.0,
+    stem: str = "imagenet",
+    key: str | None = None,
+    num_classes: int | None = None,
+    image_shape: tuple[int, int, int] | None = None,
 ) -> Found:
     """Read weights; see the module for what can be read.
+
+    Args:
+      num_classes, image_shape: where known; they tell networks of a file apart.
+      key: the beginning of the names of those that are meant, in a file with several networks.
 
     Raises:
       UserError: they cannot be read.
     """
-    row, file = lookup(architecture), epath.Path(path)
+    file = epath.Path(path)
     if file.name == WEIGHTS and (file.parent / RECORD).is_file():
         file = file.parent
     if not file.is_dir():
-        tensors = rename(import_torch.read_checkpoint(path), row.weights)
-        kind = "safetensors weights" if file.suffix == ".safetensors" else "PyTorch weights"
-        return Found(tensors, kind, {}, digest(path))
+        row = lookup(architecture)
+        module = build(
+            architecture, num_classes or row.classes, width=width, depth=depth, stem=stem
+        )
+        shape = image_shape or (row.image_size, row.image_size, 3)
+        leaves = import_torch.torch_leaves(import_torch.variable_shapes(module, shape))
+        return _read_file(path, key, architecture, leaves)
+    if key is not None:
+        raise UserError(
+            f'weights_key="{key}" chooses in a file with several networks; {path} has one. Leave '
+            "it out"
+        )
     if (file / WEIGHTS).is_file() and (file / RECORD).is_file():
         return _read_teacher(file)
     if checkpoint := read_newest(file):
@@ -106,15 +149,58 @@ def read(
     return _read_orbax(file)
 
 
+def _read_file(
+    path: str, key: str | None, architecture: str, leaves: dict[str, import_torch.Leaf]
+) -> Found:
+    """Read the tensors of a file that are the architecture's, or come nearest."""
+    contents, sha, layouts = weight_files.read(path), digest(path), lookup(architecture).weights
+    try:
+        selected = select(
+            {keys: tensor.shape for keys, tensor in contents.tensors.items()},
+            {name: leaf.torch_shape for name, leaf in leaves.items()},
+            layouts,
+            key,
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    tensors = {n: contents.array(contents.tensors[k]) for n, k in selected.paths.items()}
+    tensors = rename(tensors, layouts)
+    few = 2 * len(leaves.keys() & tensors.keys()) < len(leaves)
+    if contents.flax and few and not guess_architecture(tensors):
+        shown = ", ".join(list(selected.paths)[:3])
+        raise UserError(
+            f"{path} is a Flax tree ({contents.kind}) of modules that are not prism_jax's "
+            f"{architecture}: {shown}, ... Read are trees with our modules' names "
+            f"({', '.join(list(leaves)[:2])}, ...: see docs/teachers.md). Take the network's "
+            "PyTorch weights, or rename the tree"
+        )
+    notes = [selected.note] if selected.note else []
+    if contents.skipped:
+        named = ", ".join(contents.skipped[:4]) + (", ..." if len(contents.skipped) > 4 else "")
+        notes.append(f"beside the weights it names {named}; nothing of that was run")
+    name = epath.Path(path).name
+    suspicion = weight_files.other_hash(name, sha)
+    if suspicion:
+        notes.append(f"{suspicion} (if it is a date, this is as it should be)")
+    elif digits := weight_files.hash_in_name(name):
+        notes.append(f"its SHA-256 begins with {digits}, as its name says")
+    if quantised := [skipped for skipped in contents.skipped if "qtensor" in skipped]:
+        suspicion = f"{quantised[0]}: its quantised tensors are not read"
+    return Found(tensors, contents.kind, {}, sha, tuple(notes), suspicion)
+
+
 def digest(path: epath.PathLike) -> str:
     """SHA-256 of a weight file; of a folder, of the names and contents of what is read from it.
+
+    Of an index of shards, of its and their contents.
 
     Raises:
       UserError: there is nothing.
     """
     file = epath.Path(path)
     if file.is_file():
-        return sha256(file.read_bytes())
+        each = [sha256(part.read_bytes()) for part in weight_files.parts(file)]
+        return each[0] if len(each) == 1 else sha256("".join(each).encode())
     if not file.is_dir():
         raise UserError(f"no checkpoint file at {path}")
     if (file / WEIGHTS).is_file():
@@ -198,8 +284,12 @@ def _read_orbax(folder: epath.Path) -> Found:
         if (item / "_METADATA").is_file():
             break
     else:
+        if known := foreign.recognise_folder(folder):
+            raise UserError(f"{folder}: {known}")
         inside = folder / "checkpoints"
+        files = sorted(f.name for f in folder.iterdir() if f.name.endswith(FILES))
         also = f" (its training's last state is in {inside})" if inside.is_dir() else ""
+        also += f" (name a file in it: {', '.join(files[-3:])})" if files else ""
         raise UserError(
             f"{folder} holds no weights{also}: neither {WEIGHTS} with its {RECORD} (a finished "
             "squeeze/<teacher> folder, or one written by import --out), nor a whole Orbax "

@@ -8,6 +8,7 @@ every name.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -151,22 +152,30 @@ def rename(tensors: dict[str, np.ndarray], layouts: tuple[str, ...]) -> dict[str
     """Give a file's tensors our names and drop what no network needs.
 
     Args:
-      tensors: by the file's names; a ``module.`` in front is cut off.
+      tensors: by the file's names.
       layouts: keys of ``LAYOUTS``; only those whose sign is seen are applied.
     """
-    names = [name.removeprefix("module.") for name in tensors]
-    seen = [LAYOUTS[k] for k in layouts if any(re.search(LAYOUTS[k].sign, n) for n in names)]
-    rules = [(re.compile(old), new) for layout in seen for old, new in layout.rules]
     renamed = {}
-    for name, tensor in zip(names, tensors.values(), strict=True):
-        if UNUSED.search(name):
-            continue
-        ours = name
-        for pattern, replacement in rules:
-            ours = pattern.sub(replacement, ours)
+    for name, ours in new_names(tensors, layouts).items():
+        tensor = tensors[name]
         if ours.endswith("layer_scale"):
             tensor = tensor.reshape(-1, 1, 1)
         elif name.startswith("pre_logits.") and tensor.ndim == 4:  # a dense layer as a convolution
             tensor = tensor.reshape(len(tensor), -1)
         renamed[ours] = tensor
     return renamed
+
+
+def new_names(names: Iterable[str], layouts: tuple[str, ...]) -> dict[str, str]:
+    """Our names by the file's, without those that no network needs; see :func:`rename`."""
+    names = list(names)
+    seen = [LAYOUTS[k] for k in layouts if any(re.search(LAYOUTS[k].sign, n) for n in names)]
+    rules = [(re.compile(old), new) for layout in seen for old, new in layout.rules]
+    found = {}
+    for name in names:
+        if UNUSED.search(name):
+            continue
+        found[name] = name
+        for pattern, replacement in rules:
+            found[name] = pattern.sub(replacement, found[name])
+    return found

@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from prism_jax.config import batch_layout, bn_group_of
+from prism_jax.config import Network, batch_layout, bn_group_of
 from prism_jax.core import batching
 from prism_jax.core.augment import Augment
 from prism_jax.data import weights, workdir
@@ -30,7 +30,10 @@ NEUTRAL = {
 
 # Fields that came later, with the value that means what was before: then they are left out, and
 # older work keeps its fingerprint.
-LATER: dict[str, dict[str, Any]] = {"recover": {"short_classes": "refuse"}}
+LATER: dict[str, dict[str, Any]] = {
+    "recover": {"short_classes": "refuse"},
+    "network": {"weights_key": None},
+}
 
 TOGETHER = "of two images at least"  # BatchNorm groups, where equal ones would be of one image
 
@@ -42,19 +45,24 @@ BITS_VERSION = 2
 def section(name: str, values: Any) -> dict[str, Any]:
     """A section's fields that decide bits, as JSON values, and the code's version."""
     fields = json.loads(json.dumps(dataclasses.asdict(values)))
-    later = LATER.get(name, {})
-    kept = {
-        k: v
-        for k, v in fields.items()
-        if k not in NEUTRAL.get(name, ()) and not (k in later and v == later[k])
-    }
+    kept = {k: v for k, v in fields.items() if k not in NEUTRAL.get(name, ())}
+    kept = _without_later(name, kept)
     return {**kept, "bits_version": BITS_VERSION}
+
+
+def _without_later(name: str, fields: dict[str, Any]) -> dict[str, Any]:
+    later = LATER.get(name, {})
+    return {k: v for k, v in fields.items() if not (k in later and v == later[k])}
+
+
+def _network(network: Network) -> dict[str, Any]:
+    return _without_later("network", dataclasses.asdict(network))
 
 
 def teacher(context: Context, name: str) -> dict[str, Any]:
     """What a teacher is made of: its network and either its training or its checkpoint."""
     network = context.config.network(name)
-    fields = {"network": dataclasses.asdict(network)}
+    fields: dict[str, Any] = {"network": _network(network)}
     if network.checkpoint:
         fields["network"]["checkpoint"] = _weights_digest(network.checkpoint)
     else:
@@ -133,7 +141,7 @@ def validate(context: Context, labelled: LabelledSet, student: str, seed: int) -
     """What a trained student is made of."""
     fields: dict[str, Any] = {
         "validate": section("validate", context.config.validate),
-        "network": dataclasses.asdict(context.config.network(student).untrained()),
+        "network": _network(context.config.network(student).untrained()),
         "student_seed": seed,
         "seed": context.config.seed,
         "images": workdir.digest(labelled.fields),

@@ -41,15 +41,18 @@ def run(context: Context) -> None:
     for name in context.work.deal(
         "squeeze", context.config.squeeze.teachers, lambda: pending(context)
     ):
-        folder = context.networks.folder(name)
-        context.work.begin(folder, fingerprints.teacher(context, name))
+        folder, fields = context.networks.folder(name), fingerprints.teacher(context, name)
         make = _import if context.config.network(name).checkpoint else _train
+        if make is _train:
+            context.work.begin(folder, fields)
         with enough_memory(
             f"Lower squeeze.batch_size (now {context.config.squeeze.batch_size} images). It "
             f"belongs to what teachers are made from, so start in another workdir: "
             f"--workdir=<new> --from={context.root}."
         ):
             variables, record = make(context, name, folder)
+        if make is _import:  # only now: weights that do not fit leave nothing behind
+            context.work.begin(folder, fields)
         data = pack(jax.device_get(variables))
         workdir.write_bytes(folder / WEIGHTS, data)
         leaves = jax.tree.leaves(variables["params"])
@@ -227,15 +230,20 @@ def _import(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, di
     assert network.checkpoint is not None
     context.say(f"importing {name} from {network.checkpoint}")
     module = context.networks.build(name)
-    variables = load(
-        network.checkpoint,
-        network.architecture,
-        module.num_classes,
-        image_shape=context.inputs.image_shape,
-        width=network.width,
-        depth=network.depth,
-        stem=network.stem,
-    )
+    try:
+        variables = load(
+            network.checkpoint,
+            network.architecture,
+            module.num_classes,
+            image_shape=context.inputs.image_shape,
+            width=network.width,
+            depth=network.depth,
+            stem=network.stem,
+            key=network.weights_key,
+            say=lambda line: context.say(_naming(name, line)),
+        )
+    except UserError as error:
+        raise UserError(_naming(name, str(error))) from None
     images, labels = context.inputs.test_set()
     result = test(
         module,
@@ -251,3 +259,8 @@ def _import(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, di
         "top1": result.top1,
         "top5": result.top5,
     }
+
+
+def _naming(name: str, text: str) -> str:
+    """Advice on a network's fields, with its name."""
+    return text.replace("networks.NAME.", f"networks.{name}.")

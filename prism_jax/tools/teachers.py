@@ -51,7 +51,8 @@ from prism_jax.data.weights import read as read_weights
 from prism_jax.errors import UserError
 from prism_jax.main import prepare_environment
 from prism_jax.models import ARCHITECTURES, build, lookup
-from prism_jax.models.import_torch import fit, torch_leaves, variable_shapes
+from prism_jax.models.fitting import fit
+from prism_jax.models.import_torch import torch_leaves, variable_shapes
 from prism_jax.models.registry import STEMS
 from prism_jax.paths import at_home
 from prism_jax.types import Normalisation, PyTree
@@ -103,6 +104,7 @@ def load_weights(
     width: float = 1.0,
     depth: float = 1.0,
     stem: str = "imagenet",
+    key: str | None = None,
 ) -> Weights:
     """Load weights whose number of classes and of channels need not be known.
 
@@ -112,12 +114,15 @@ def load_weights(
       num_classes: checked against the file's head, which decides.
       image_size: of the images it will read; only some networks' weights depend on it.
       width, depth, stem: as for ``build``; a folder's record decides its own.
+      key: the beginning of the tensors' names, in a file with several networks.
 
     Raises:
       UserError: the file cannot be read or does not fit.
     """
     row = lookup(architecture)
-    found = read_weights(path, architecture, width=width, depth=depth, stem=stem)
+    found = read_weights(path, architecture, width=width, depth=depth, stem=stem, key=key)
+    for note in found.notes:
+        progress.say(f"{path}: {note}")
     size = image_size or row.image_size
     if found.stated.get("architecture", architecture) != architecture:
         raise UserError(
@@ -141,7 +146,8 @@ def load_weights(
             "leave it out (to use only some of them, see --class-indices of evaluate)"
         )
     shape = (size, size, channels)
-    variables = fit(found.tensors, path, num_classes=head, image_shape=shape, **form)
+    also = found.suspicion
+    variables = fit(found.tensors, path, num_classes=head, image_shape=shape, also=also, **form)
     module = build(num_classes=head, **form)
     return Weights(module, variables, head, shape, form["stem"], found.kind, found.sha256)
 
@@ -571,6 +577,7 @@ def _load(options: argparse.Namespace) -> Weights:
         width=options.width,
         depth=options.depth,
         stem=options.stem,
+        key=options.weights_key,
     )
 
 
@@ -673,9 +680,10 @@ def parser() -> argparse.ArgumentParser:
         add(
             "file",
             type=at_home,
-            help=".pth, .safetensors, a squeeze/<teacher> folder, Orbax",
+            help=".pth, .safetensors, .msgpack, .npz, a squeeze/<teacher> folder, Orbax",
         )
         add("--architecture", required=True, help="a name of `list`")
+        add("--weights-key", help="of a file with several networks: what the names begin with")
         add("--num-classes", type=_positive(int), help="of the head (default: as in the file)")
         add("--image-size", type=_positive(int), help="side in pixels (default: the usual one)")
         add("--width", type=_positive(float), default=1.0, help="multiplier of the channels")

@@ -135,6 +135,10 @@ REFUSED = {
     "a folder for nothing": (
         {"recover__initialise_from": "set"}, "names set", "'real'", "recover.initialise=folder",
     ),
+    "a key without a file": (
+        {"networks__resnet18": base.network(architecture="resnet18", weights_key="ema")},
+        "networks.resnet18.weights_key", "networks.resnet18.checkpoint",
+    ),
     "no pool": ({"recover__pool": ()}, "recover.pool is empty", "at least one network"),
     "parts": ({"validate__accumulate": 3}, "validate.batch_size 50", "validate.accumulate=3"),
     "parts of other batches": (

@@ -102,6 +102,26 @@ def test_every_kind_gives_the_same_variables(write, network, tmp_path):
     assert "another size" in refused(path, shape=(32, 32, 3))
 
 
+def test_a_key_is_for_files_with_several_networks(network, tmp_path):
+    for write in (as_teacher, as_tree, as_step):
+        path = write(tmp_path / write.__name__, network[1])
+        assert 'weights_key="ema" chooses in a file' in refused(path, key="ema")
+    tensors = to_state_dict(network[1])
+    path = tmp_path / "two.npz"
+    np.savez(path, **{f"a.{n}": t for n, t in tensors.items()},
+             **{f"b.{n}": 2 * t for n, t in tensors.items()})  # fmt: skip
+    assert '"a" or "b"' in refused(path)
+    twice = jax.tree.map(lambda a: 2 * a, network[1])
+    for key, wanted in (("a", network[1]), ("b", twice)):
+        assert jax.tree.all(jax.tree.map(np.array_equal, load(path, key=key), wanted))
+
+
+def test_weights_of_ours_without_their_record(network, tmp_path):
+    (tmp_path / weights.WEIGHTS).write_bytes(weights.pack(network[1]))
+    loaded = load(tmp_path / weights.WEIGHTS)
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded, network[1]))
+
+
 def test_the_file_of_a_teacher_stands_for_its_folder(network, tmp_path):
     folder = as_teacher(tmp_path, network[1])
     loaded = load(folder / weights.WEIGHTS)
@@ -145,6 +165,8 @@ def test_what_is_no_weights_is_explained(network, tmp_path):
     assert "record.json" in message and "Orbax" in message and ".pth" in message
     as_training(tmp_path, network[1])
     assert str(tmp_path / "checkpoints") in refused(tmp_path)
+    as_file(tmp_path, network[1])
+    assert "name a file in it: w.safetensors" in refused(tmp_path)
     tree = as_tree(tmp_path / "other", {"images": np.zeros(3)})
     assert 'has no "params"' in refused(tree)
     (tree / "manifest.ocdbt").write_bytes(b"nonsense")

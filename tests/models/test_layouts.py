@@ -112,8 +112,6 @@ def names(architecture, *given):
 )  # fmt: skip
 def test_names_of_other_code_bases(architecture, renamed):
     assert names(architecture, *renamed) == list(renamed.values())
-    behind_module = [f"module.{name}" for name in renamed]
-    assert names(architecture, *behind_module) == list(renamed.values())
 
 
 def test_our_own_names_stay_and_counters_go():

@@ -14,7 +14,7 @@ from prism_jax import plan
 from prism_jax.config import Network, resolve
 from prism_jax.data.sources import open_source
 from prism_jax.errors import UserError
-from prism_jax.stages import analyse
+from prism_jax.stages import analyse, fingerprints
 from prism_jax.stages import squeeze as squeezing
 from prism_jax.stages.context import Context
 
@@ -51,6 +51,23 @@ def test_a_head_of_imagenet_is_cut_to_the_classes_of_the_folders(tmp_path):
     assert context(root, network=stated).networks.class_indices("big") == (7, 8)
     own = Network("resnet18", head_classes=2)
     assert context(root, network=own).networks.class_indices("big") is None
+
+
+def test_a_teacher_is_another_one_only_where_a_key_is_stated(tmp_path):
+    """Fingerprints from before there were keys still fit."""
+    weights = tmp_path / "w.pth"
+    weights.write_bytes(b"weights")
+    fields = {
+        key: fingerprints.teacher(
+            context(
+                tmp_path, network=Network("resnet18", checkpoint=str(weights), weights_key=key)
+            ),
+            "big",
+        )
+        for key in (None, "model")
+    }
+    assert "weights_key" not in fields[None]["network"]
+    assert fields["model"]["network"] == {**fields[None]["network"], "weights_key": "model"}
 
 
 def test_classes_that_nobody_knows_have_to_be_stated(tmp_path):

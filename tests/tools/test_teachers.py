@@ -284,6 +284,29 @@ def test_import_without_a_own_normalisation_says_so(capsys, weights_file):
     assert "weight files do not say it" in out
 
 
+def test_the_average_in_a_file_is_taken_and_the_plain_one_can_be(capsys, tmp_path, network):
+    plain, average = (
+        to_state_dict(network[1]),
+        to_state_dict(with_head(network[1], range(9, -1, -1))),
+    )
+    two = {f"model.{n}": t for n, t in plain.items()}
+    two |= {f"model_ema.module.{n}": t for n, t in average.items()}
+    np.savez(tmp_path / "two.npz", **two)
+    kept = {}
+    for key in ("model", "model_ema"):
+        folder = tmp_path / key
+        arguments = [tmp_path / "two.npz", *EVALUATE, f"--weights-key={key}", f"--out={folder}"]
+        assert run(capsys, "import", *arguments)[0] == 0
+        kept[key] = weights.unpack_variables((folder / "weights.safetensors").read_bytes())
+    assert jax.tree.all(jax.tree.map(np.array_equal, kept["model"], network[1]))
+    head = [kept[key]["params"]["classifier"]["bias"] for key in kept]
+    np.testing.assert_array_equal(head[0], head[1][::-1])
+    _, out, _ = run(capsys, "import", tmp_path / "two.npz", *EVALUATE)
+    assert "averaged over the training" in out and "--weights-key=model," in out
+    err = refused(capsys, "import", tmp_path / "two.npz", *EVALUATE, "--weights-key=ema")
+    assert '"model" (' in err and '"model_ema" (' in err
+
+
 # --- list, and a person's mistakes ------------------------------------------------------------
 
 

@@ -30,6 +30,8 @@ def violations(e: Experiment) -> Iterator[str]:
         where = next(field for field, names in used.items() if name in names)
         yield from _readable(e, where, name)
     for name, network in e.networks.items():
+        if network.weights_key is not None and not network.checkpoint:
+            yield f"networks.{name}.weights_key needs networks.{name}.checkpoint, the file"
         for field in ("width", "depth"):
             value = getattr(network, field)
             if not value > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
 import warnings
@@ -38,8 +39,11 @@ def own_info(name: str, path: str | None) -> DatasetInfo:
       UserError: there are no images at ``path``.
     """
     if path is None:
+        near = difflib.get_close_matches(name, DATASETS, n=1)
+        meant = f" (did you mean {near[0]!r}?)" if near else ""
         raise UserError(
-            f"dataset.name is {name}, a set of your own; say where its images are with "
+            f"dataset.name is {name!r}{meant}; it is none of {', '.join(DATASETS)} and "
+            f"{TFDS}<builder>, so it is a set of your own: say where its images are with "
             f"--config.dataset.path=DIR (train/<class>/<image> and test/<class>/<image>), and "
             f"dataset.source ({', '.join(KINDS)})"
         )
