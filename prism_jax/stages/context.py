@@ -24,6 +24,7 @@ from prism_jax.config import (
     Dtype,
     Experiment,
     Network,
+    Recover,
     fingerprint_fields,
     to_dict,
 )
@@ -376,10 +377,7 @@ class Context:
     def statistics_fields(self, name: str) -> dict[str, dict[str, Any]]:
         """What those statistics of real images are made of that recover matches, by kind."""
         recover, squeeze = self.config.recover, self.config.squeeze
-        kinds = []
-        if recover.iterations and recover.alpha_bn:
-            kinds += ["conv"] if {"conv", "patch"} & set(recover.match) else []
-            kinds += ["class"] if recover.class_share else []
+        kinds = statistic_kinds(recover)
         if not kinds:
             return {}
         views = ("batch_size", "crop_min", "crop_pad", "flip")
@@ -551,6 +549,15 @@ class Context:
 
     def say(self, text: str) -> None:
         progress.say(text)
+
+
+def statistic_kinds(recover: Recover) -> list[str]:
+    """The kinds of statistics of real images that are measured for recover."""
+    kinds = []
+    if recover.iterations and recover.alpha_bn:
+        kinds += ["conv"] if {"conv", "patch"} & set(recover.match) else []
+        kinds += ["class"] if recover.class_share else []
+    return kinds
 
 
 def first_classes(source: ImageSource, count: int) -> ImageSource:

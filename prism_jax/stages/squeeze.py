@@ -81,10 +81,10 @@ def refusal(what: str, folder: epath.Path, lines: list[str]) -> str:
     )
 
 
-def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dict[str, Any]]:
-    squeeze, dataset = context.config.squeeze, context.config.dataset
-    source = context.open("train")
-    recipe = TrainRecipe(
+def recipe_of(context: Context, name: str) -> TrainRecipe:
+    """How a teacher is trained."""
+    squeeze = context.config.squeeze
+    return TrainRecipe(
         views=f"squeeze/view/{name}",
         augment=Augment(squeeze.crop_min, squeeze.flip, crop_pad=squeeze.crop_pad),
         loss="ce",
@@ -94,9 +94,14 @@ def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dic
         weight_decay=squeeze.weight_decay,
         schedule=squeeze.schedule,
     )
+
+
+def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dict[str, Any]]:
+    squeeze, dataset = context.config.squeeze, context.config.dataset
+    source = context.open("train")
     trainer = Trainer(
         context.build(name, dtype=squeeze.dtype),
-        recipe,
+        recipe_of(context, name),
         context.normalisation,
         view_seed=squeeze.seed,
         seed=squeeze.seed,
