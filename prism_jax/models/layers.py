@@ -4,7 +4,8 @@
 inside a loop is 10 to 15 times slower unless the input gradient is a convolution with an
 explicitly transposed kernel; a depthwise convolution is 10 to 80 times slower than shifted
 multiply-adds; a map smaller than its kernel costs 50 times its share. :func:`choose_form` picks
-the form of each pass, ``FORMS`` holds them. Other platforms run the plain ``lax`` convolution.
+the form of each pass, ``FORMS`` holds them. Other platforms run the plain ``lax`` convolution
+but for products of a matrix, which need no window.
 Frozen networks have their kernels transposed once, by :func:`with_flipped_kernels`.
 """
 
@@ -85,10 +86,6 @@ def conv2d(
     Returns:
       (B, H', W', features) with H' = floor((H + 2 padding - height) / stride) + 1.
     """
-    height, width = kernel_HWIO.shape[:2]
-    apart = height == width and height in (1, stride)
-    if apart and padding == 0 and groups == 1:
-        return _dot(x_BHWC, kernel_HWIO, stride)
     spec = Spec(x_BHWC.shape, kernel_HWIO.shape, stride, padding, groups)
     return _conv(x_BHWC, kernel_HWIO, flipped_HWOI, spec)
 
@@ -117,20 +114,6 @@ def with_flipped_kernels(variables: PyTree) -> PyTree:
     return {**variables, "flipped": traverse_util.unflatten_dict(flipped)}
 
 
-def _dot(x_BHWC: Array, kernel_HWIO: Array, stride: int) -> Array:
-    """Convolve with windows that do not overlap: a matrix product, differentiated as one."""
-    size = kernel_HWIO.shape[0]
-    if size == 1:
-        return x_BHWC[:, ::stride, ::stride] @ kernel_HWIO[0, 0]
-    batch, height, width, channels = x_BHWC.shape
-    rows, columns = height // size, width // size
-    windows = x_BHWC[:, : rows * size, : columns * size]
-    windows = windows.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
-    return windows.reshape(batch, rows, columns, -1) @ kernel_HWIO.reshape(
-        -1, kernel_HWIO.shape[-1]
-    )
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _conv(x_BHWC: Array, kernel_HWIO: Array, flipped_HWOI: Array | None, spec: Spec) -> Array:
     return _run("forward", x_BHWC, kernel_HWIO, spec)
@@ -148,7 +131,7 @@ def _conv_backward(spec: Spec, saved: tuple[Array, Array, Array | None], dy_BHWC
         dx_BHWC = lax.platform_dependent(
             dy_BHWC, kernel_HWIO, flipped_HWOI,
             cpu=lambda dy, _, flipped: slide(dy, flipped, spec),
-            default=lambda dy, kernel, _: _lax_input_gradient(dy, kernel, spec),
+            default=lambda dy, kernel, _: _LAX.input_gradient(dy, kernel, spec),
         )  # fmt: skip
     else:
         dx_BHWC = _run("input_gradient", dy_BHWC, kernel_HWIO, spec)
@@ -170,9 +153,14 @@ def choose_form(step: str, spec: Spec, platform: str) -> str:
     Returns:
       A key of ``FORMS``.
     """
+    height, width, per_group, features = spec.kernel_shape
+    # Windows that do not overlap are rows of a matrix. XLA:GPU fuses the slicing that a stride
+    # needs into the product, and its tiling of that ends the process (openxla/xla 47381).
+    apart = height == width and height in (1, spec.stride) and spec.padding == 0
+    if apart and spec.groups == 1 and (platform == "cpu" or spec.stride == 1):
+        return "product"
     if platform != "cpu":
         return "lax"
-    height, width, per_group, features = spec.kernel_shape
     if spec.groups > 1:
         if per_group > 1:
             return "split"
@@ -192,11 +180,14 @@ def choose_form(step: str, spec: Spec, platform: str) -> str:
 def _run(step: str, left: Array, right: Array, spec: Spec) -> Array:
     """Run one step; the platform is known when the program is lowered, not when it is traced."""
 
-    def branch(platform: str) -> Callable[[Array, Array], Array]:
-        function = getattr(FORMS[choose_form(step, spec, platform)], step)
+    def branch(form: str) -> Callable[[Array, Array], Array]:
+        function = getattr(FORMS[form], step)
         return lambda left, right: function(left, right, spec)
 
-    return lax.platform_dependent(left, right, cpu=branch("cpu"), default=branch("gpu"))
+    on_cpu, elsewhere = (choose_form(step, spec, platform) for platform in ("cpu", "gpu"))
+    if on_cpu == elsewhere:
+        return branch(on_cpu)(left, right)
+    return lax.platform_dependent(left, right, cpu=branch(on_cpu), default=branch(elsewhere))
 
 
 def _lax_forward(x_BHWC: Array, kernel_HWIO: Array, spec: Spec) -> Array:
@@ -210,16 +201,32 @@ def _lax_forward(x_BHWC: Array, kernel_HWIO: Array, spec: Spec) -> Array:
     )
 
 
-def _lax_input_gradient(dy_BHWC: Array, kernel_HWIO: Array, spec: Spec) -> Array:
-    x_BHWC = jax.ShapeDtypeStruct(spec.x_shape, dy_BHWC.dtype)
-    transpose = jax.linear_transpose(lambda x: _lax_forward(x, kernel_HWIO, spec), x_BHWC)
-    return transpose(dy_BHWC)[0]
+def _transposed(forward: Callable[[Array, Array, Spec], Array]) -> Form:
+    """A form whose gradients are JAX's of its forward pass, which is linear in each argument."""
+
+    def input_gradient(dy_BHWC: Array, kernel_HWIO: Array, spec: Spec) -> Array:
+        x_BHWC = jax.ShapeDtypeStruct(spec.x_shape, dy_BHWC.dtype)
+        transpose = jax.linear_transpose(lambda x: forward(x, kernel_HWIO, spec), x_BHWC)
+        return transpose(dy_BHWC)[0]
+
+    def kernel_gradient(x_BHWC: Array, dy_BHWC: Array, spec: Spec) -> Array:
+        kernel_HWIO = jax.ShapeDtypeStruct(spec.kernel_shape, dy_BHWC.dtype)
+        transpose = jax.linear_transpose(lambda k: forward(x_BHWC, k, spec), kernel_HWIO)
+        return transpose(dy_BHWC)[0]
+
+    return Form(forward, input_gradient, kernel_gradient)
 
 
-def _lax_kernel_gradient(x_BHWC: Array, dy_BHWC: Array, spec: Spec) -> Array:
-    kernel_HWIO = jax.ShapeDtypeStruct(spec.kernel_shape, dy_BHWC.dtype)
-    transpose = jax.linear_transpose(lambda k: _lax_forward(x_BHWC, k, spec), kernel_HWIO)
-    return transpose(dy_BHWC)[0]
+def _product(x_BHWC: Array, kernel_HWIO: Array, spec: Spec) -> Array:
+    """Convolve with windows that do not overlap: a matrix product."""
+    size, _, _, features = spec.kernel_shape
+    if size == 1:
+        return x_BHWC[:, :: spec.stride, :: spec.stride] @ kernel_HWIO[0, 0]
+    batch, _, _, channels = spec.x_shape
+    rows, columns = spec.output_size
+    windows = x_BHWC[:, : rows * size, : columns * size]
+    windows = windows.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
+    return windows.reshape(batch, rows, columns, -1) @ kernel_HWIO.reshape(-1, features)
 
 
 def _dense_input_gradient(dy_BHWC: Array, kernel_HWIO: Array, spec: Spec) -> Array:
@@ -413,8 +420,10 @@ def _split(step: str) -> Callable[[Array, Array, Spec], Array]:
 
 _DENSE = {"contract": _stacked_product}
 _DEPTHWISE = {"contract": _sum_of_products, "tap": operator.itemgetter(0)}
+_LAX = _transposed(_lax_forward)
 FORMS = {
-    "lax": Form(_lax_forward, _lax_input_gradient, _lax_kernel_gradient),
+    "lax": _LAX,
+    "product": _transposed(_product),
     "dense": Form(_lax_forward, _dense_input_gradient, _dense_kernel_gradient, _slide_flipped),
     "two rows": Form(
         _two_rows_forward, _two_rows_input_gradient, _dense_kernel_gradient, _two_rows_slide
