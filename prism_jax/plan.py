@@ -13,6 +13,7 @@ from etils import epath
 from rich.table import Table
 
 from prism_jax import labelling, measuring, parallel, progress, synthesis
+from prism_jax.accelerators.targets import Target
 from prism_jax.config import Experiment, batch_layout, budget_of
 from prism_jax.data.label_store import LabelPlan
 from prism_jax.data.sources import info_of, open_source
@@ -69,12 +70,16 @@ def _unknown_outputs(context: Context) -> list[str]:
     return lines
 
 
-def show(experiment: Experiment, workdir: str, *, measure: bool) -> None:
+def show(
+    experiment: Experiment, workdir: str, *, measure: bool, target: Target | None = None
+) -> None:
     """Print the plan; with ``measure`` also hours and memory, from three dispatches.
 
     The dispatches run on random weights and images of the right shapes: no data and no teachers
-    are needed, and nothing is written.
+    are needed, and nothing is written. With a target its compiler is asked in their place.
     """
+    from prism_jax.accelerators import forecast
+
     layout = batch_layout(experiment)
     recover, relabel = experiment.recover, experiment.relabel
     images = recover.ipc * experiment.dataset.num_classes
@@ -119,7 +124,9 @@ def show(experiment: Experiment, workdir: str, *, measure: bool) -> None:
         "disk": f"at most {megabytes(image_bytes)} of images, "
         f"{megabytes(label_bytes)} of soft labels",
     }
-    if measure:
+    if target:
+        rows |= forecast.rows(experiment, target)
+    elif measure:
         rows |= _measured(experiment, layout.slots * layout.classes, iterations, batches)
     for name, value in rows.items():
         table.add_row(name, value)
@@ -139,7 +146,7 @@ def _measured(e: Experiment, batch: int, iterations: int, label_batches: int) ->
     label_batch = min(e.relabel.batch_size, e.recover.ipc * e.dataset.num_classes)
     per_batch = _time_labels(e, label_batch)
     hours = label_batches * per_batch / len(jax.local_devices()) / 3600
-    return rows | {"relabel takes": f"about {_hours(hours)}: {per_batch:.3g} s a batch"}
+    return rows | {"relabel takes": f"about {hours_of(hours)}: {per_batch:.3g} s a batch"}
 
 
 def recover_bytes(e: Experiment) -> int | None:
@@ -175,7 +182,7 @@ def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, s
     hours = iterations * seconds / devices / 3600
     note = f", measured with {size} images a batch and scaled" if size != batch else ""
     rows["recover takes"] = (
-        f"about {_hours(hours)} on {devices} device(s): {seconds:.3g} s an iteration{note}"
+        f"about {hours_of(hours)} on {devices} device(s): {seconds:.3g} s an iteration{note}"
     )
     if peak is not None:
         scaled = peak * batch / size
@@ -279,7 +286,8 @@ def _memory(device: jax.Device) -> int | None:
     return stats.get("bytes_limit")
 
 
-def _hours(hours: float) -> str:
+def hours_of(hours: float) -> str:
+    """A duration for people."""
     if hours < 1 / 60:
         return f"{3600 * hours:.0f} s"
     return f"{60 * hours:.0f} min" if hours < 1 else f"{hours:.1f} h"
