@@ -12,13 +12,12 @@ import numpy as np
 from etils import epath
 from rich.table import Table
 
-from prism_jax import labelling, measuring, parallel, progress, synthesis
+from prism_jax import labelling, parallel, programs, progress, synthesis
 from prism_jax.accelerators.targets import Target
 from prism_jax.config import Experiment, batch_layout, budget_of
 from prism_jax.data.label_store import LabelPlan
 from prism_jax.data.sources import info_of, open_source
 from prism_jax.errors import UserError
-from prism_jax.models.import_torch import variable_shapes
 from prism_jax.stages.context import Context
 from prism_jax.teachers import TeacherPool, describe
 
@@ -153,18 +152,16 @@ def recover_bytes(e: Experiment) -> int | None:
     """What one image batch takes on a device in recover, as compiled; None without iterations."""
     if not e.recover.iterations:
         return None
-    pool = _with_blank_statistics(e, _random_pool(e, e.recover.pool, blank=True))
-    recipe = _recipe(e)
-    engine = synthesis.engine(pool, recipe, devices=jax.local_devices()[:1], how=e.parallel.map)
-    layout = batch_layout(e)
-    lanes = [_random_lane(e, engine, pool, recipe, layout.slots * layout.classes)]
-    return _total(engine.compile(0, lanes).memory_analysis())
+    one = dataclasses.replace(e, parallel=dataclasses.replace(e.parallel, recover_devices=1))
+    with parallel.described(jax.local_devices()[:1]):
+        return _total(programs.find(one, "recover").lower().compile().memory_analysis())
 
 
 def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, str]:
     """Hours and the peak memory of recover."""
     device = jax.local_devices()[0]
-    pool = _with_blank_statistics(e, _random_pool(e, e.recover.pool))
+    context = Context(e, "unused")
+    pool = programs.with_blank_statistics(context, _random_pool(e, e.recover.pool))
     recipe = _recipe(e)
     engine = synthesis.engine(pool, recipe, devices=[device], how=e.parallel.map)
     available = _memory(device)
@@ -192,8 +189,8 @@ def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, s
     return rows
 
 
-def _random_pool(e: Experiment, names: tuple[str, ...], *, blank: bool = False) -> TeacherPool:
-    """Teachers with random weights; with zeros, which cost no compilation, if ``blank``."""
+def _random_pool(e: Experiment, names: tuple[str, ...]) -> TeacherPool:
+    """Teachers with random weights."""
     context = Context(e, "unused")
     teachers, variables = [], []
     for name in names:
@@ -201,26 +198,9 @@ def _random_pool(e: Experiment, names: tuple[str, ...], *, blank: bool = False) 
         indices = e.network(name).class_indices
         teachers.append(describe(name, module, context.image_shape, class_indices=indices))
         image = np.zeros((1, *context.image_shape), np.float32)
-        if blank:
-            shapes = variable_shapes(module, context.image_shape)
-            drawn = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-        else:
-            drawn = jax.jit(module.init)(jax.random.key(0), image)
+        drawn = jax.jit(module.init)(jax.random.key(0), image)
         variables.append({"batch_stats": {}, **drawn})
     return TeacherPool(tuple(teachers), tuple(variables), context.normalisation)
-
-
-def _with_blank_statistics(e: Experiment, pool: TeacherPool) -> TeacherPool:
-    """The pool with zeros for those statistics of real images that recover matches."""
-    if not e.recover.class_share and {"conv", "patch"}.isdisjoint(e.recover.match):
-        return pool
-    shape, patch = Context(e, "unused").image_shape, e.recover.statistic_patch
-    classes = e.dataset.num_classes if e.recover.class_share else 0
-    variables = [
-        v | measuring.blank(teacher, v, shape, patch=patch, num_classes=classes)
-        for teacher, v in zip(pool.teachers, pool.variables, strict=True)
-    ]
-    return dataclasses.replace(pool, variables=tuple(variables))
 
 
 def _recipe(e: Experiment) -> synthesis.Recipe:

@@ -17,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 from prism_jax import course, initialise, measuring, parallel, rng, training
 from prism_jax.config import Experiment, batch_layout, bn_group_of, budget_of
+from prism_jax.errors import UserError
 from prism_jax.models.import_torch import variable_shapes
 from prism_jax.stages import analyse, recover, relabel, squeeze, statistics, validate
 from prism_jax.stages.context import Context, statistic_kinds
@@ -58,26 +59,37 @@ class Shapes(Context):
         return tuple(range(classes))
 
 
-def programs_of(experiment: Experiment) -> Iterator[Program]:
-    """The programs of every stage, in the order in which a run first needs them."""
+def programs_of(experiment: Experiment, *stages: str) -> Iterator[Program]:
+    """The programs of some stages, by default of all, in the order a run first needs them."""
     context = Shapes(experiment)
-    for stage in (_squeeze, _statistics, _recover, _relabel, _validate, _analyse):
-        yield from stage(context)
+    for stage in stages or STAGES:
+        yield from STAGES[stage](context)
 
 
-def recover_pool(context: Context) -> TeacherPool:
-    """The teachers that recover reads, with room for the statistics that it matches."""
+def find(experiment: Experiment, name: str) -> Program:
+    """A program by its name.
+
+    Raises:
+      UserError: there is none of that name.
+    """
+    stage = name.split("/")[0]
+    there = list(programs_of(experiment, *([stage] if stage in STAGES else [])))
+    for program in there:
+        if program.name == name:
+            return program
+    raise UserError(f"there is no program {name!r}; there are: {', '.join(p.name for p in there)}")
+
+
+def with_blank_statistics(context: Context, pool: TeacherPool) -> TeacherPool:
+    """Recover's pool with zeros for those statistics of real images that it matches."""
     e = context.config
-    pool = context.pool(e.recover.pool, e.recover.dtype)
     if not statistic_kinds(e.recover):
         return pool
+    patch = e.recover.statistic_patch
     classes = e.dataset.num_classes if e.recover.class_share else 0
     variables = [
-        v
-        | measuring.blank(
-            teacher, v, context.image_shape, patch=e.recover.statistic_patch, num_classes=classes
-        )
-        for teacher, v in zip(pool.teachers, pool.variables, strict=True)
+        v | measuring.blank(t, v, context.image_shape, patch=patch, num_classes=classes)
+        for t, v in zip(pool.teachers, pool.variables, strict=True)
     ]
     return dataclasses.replace(pool, variables=tuple(variables))
 
@@ -117,7 +129,8 @@ def _recover(context: Shapes) -> Iterator[Program]:
         yield Program("recover/scorer", lambda: _scorer(context, name))
     if not e.recover.iterations:
         return
-    pool, recipe = recover_pool(context), recover.recipe_of(context)
+    pool = context.pool(e.recover.pool, e.recover.dtype)
+    pool, recipe = with_blank_statistics(context, pool), recover.recipe_of(context)
     start = _images(context, layout.slots * layout.classes, np.float32)
     labels = jax.ShapeDtypeStruct(start.shape[:1], np.int32)
     unit = UnitBatch(np.int32(0), np.int32(0), np.int32(budget_of(e, 0)), labels)
@@ -189,6 +202,16 @@ def _analyse(context: Shapes) -> Iterator[Program]:
         arguments = context.load_variables(name), _images(context, analyse.EMBEDDED, np.uint8)
         embedder = analyse.embedder(context, name)
         yield Program("analyse", lambda: embedder.lower(*_on_one(arguments)))
+
+
+STAGES: dict[str, Callable[[Shapes], Iterator[Program]]] = {
+    "squeeze": _squeeze,
+    "statistics": _statistics,
+    "recover": _recover,
+    "relabel": _relabel,
+    "validate": _validate,
+    "analyse": _analyse,
+}
 
 
 # --- small parts --------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ class Found:
       collectives: every one, by kind and place.
       cost: of an iteration, see ``account``; None where it did not compile.
       needed_bytes: what a program that does not fit would take, where the compiler says it.
+      around: the flag with which it compiled where it does not without a device, or "".
     """
 
     outcome: str
@@ -60,6 +61,7 @@ class Found:
     collectives: tuple[str, ...] = ()
     cost: account.Account | None = None
     needed_bytes: int | None = None
+    around: str = ""
 
 
 def flags_of(experiment: Experiment) -> str:
@@ -128,6 +130,16 @@ def compile_program(
     return Found(**answer | {"collectives": tuple(answer.get("collectives", ()))})
 
 
+def compile_around(experiment: Experiment, target: Target, program: str, **given: Any) -> Found:
+    """As ``compile_program``; what does not compile without a device, by the way around that."""
+    found = compile_program(experiment, target, program, **given)
+    if found.outcome != DEVICELESS:
+        return found
+    flags = f"{flags_of(experiment)} {WITHOUT_TRITON}".strip()
+    found = compile_program(experiment, target, program, **given | {"flags": flags})
+    return dataclasses.replace(found, around=WITHOUT_TRITON)
+
+
 def _kill(process: subprocess.Popen) -> tuple[str, str]:
     """End a process and what it started (ptxas), and read what it had said."""
     os.killpg(process.pid, signal.SIGKILL)
@@ -156,12 +168,7 @@ def _answer(order: dict[str, Any]) -> dict[str, Any]:
     target = targets.parse(order["target"])
     experiment = resolve(order["experiment"])
     with parallel.described(targets.devices_of(target)):
-        for program in programs.programs_of(experiment):
-            if program.name == order["program"]:
-                break
-        else:
-            names = ", ".join(p.name for p in programs.programs_of(experiment))
-            raise UserError(f"there is no program {order['program']!r} in it; there are: {names}")
+        program = programs.find(experiment, order["program"])
         began = time.perf_counter()
         lowered = program.lower()
         lowered_at = time.perf_counter()

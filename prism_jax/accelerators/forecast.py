@@ -182,11 +182,9 @@ def _compile(e: Experiment, target: Target, program: str) -> tuple[Found, str]:
       UserError: it is neither.
     """
     progress.say(f"compiling {program} for {target.name}")
-    done, note = compiling.compile_program(e, target, program), ""
-    if done.outcome == compiling.DEVICELESS:
-        flags = f"{compiling.flags_of(e)} {compiling.WITHOUT_TRITON}".strip()
-        done = compiling.compile_program(e, target, program, flags=flags)
-        note = f", with {compiling.WITHOUT_TRITON}: without a device XLA cannot tile its products"
+    done, note = compiling.compile_around(e, target, program), ""
+    if done.around:
+        note = f", with {done.around}: without a device XLA does not tile one of its products"
     if done.outcome in (compiling.COMPILED, compiling.MEMORY):
         return done, note
     raise UserError(f"the compiler for {target.name} {done.outcome} on {program}: {done.line}")

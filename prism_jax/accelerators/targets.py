@@ -136,6 +136,8 @@ def parse(name: str) -> Target:
     Raises:
       UserError: there is no such machine; the message names those there are.
     """
+    if device := DEVICES.get(name):
+        return Target(name, device, (1,) * max(1, device.dimensions))
     gpu = re.fullmatch(r"(\w+?)(?:x(\d+))?", name)
     tpu = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if tpu and (device := DEVICES.get(tpu[1])) and device.platform == "tpu":
@@ -150,8 +152,6 @@ def parse(name: str) -> Target:
     if gpu and (device := DEVICES.get(gpu[1])) and device.platform == "cuda":
         if (count := int(gpu[2] or 1)) > 0:
             return Target(name, device, (count,))
-    if name in DEVICES:  # a TPU without a shape: one chip
-        return Target(name, DEVICES[name], (1,) * DEVICES[name].dimensions)
     raise UserError(f"--target={name} is unknown; there are: {known()}")
 
 
