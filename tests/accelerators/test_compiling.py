@@ -55,7 +55,8 @@ def test_another_end_is_a_failure_with_its_last_line(monkeypatch):
 @pytest.mark.parametrize(
     ("said", "outcome", "needed"),
     [
-        ("INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot", "not without a device", None),
+        ("INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot", "not without a device",
+         None),
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. "
          "Exceeded hbm capacity by 4.75G.", "out of memory", int(20.5 * (1 << 30))),
         ("UNIMPLEMENTED: no such instruction", "failed", None),

@@ -15,6 +15,7 @@ from prism_jax.errors import UserError
 
 H100, V5E = targets.parse("h100"), targets.parse("v5e:2x2")
 GIB = 1 << 30
+OTHER = "convnet_d2_bn"
 
 
 def compiler(each: int, weights: int = GIB, **more):
@@ -26,9 +27,7 @@ def compiler(each: int, weights: int = GIB, **more):
         asked.append(size)
         total = weights + each * size
         memory = {"arguments": weights, "total": total}
-        cost = Account(
-            Cost(10, 1e9, 1e12, 0.002, 3e6), {"convnet_d2_bn": Cost(4, 0, 0, 0.001, 6e6)}
-        )
+        cost = Account(Cost(10, 1e9, 1e12, 0.002, 3e6), {OTHER: Cost(4, 0, 0, 0.001, 6e6)})
         found = Found("compiled", memory=memory, cost=cost, **more)
         if target.device.platform == "tpu" and total > target.device.memory_bytes:
             found = Found("out of memory", needed_bytes=total, **more)
@@ -39,6 +38,7 @@ def compiler(each: int, weights: int = GIB, **more):
 
 def planned(monkeypatch, target, each, *, batch=4, classes=100, weights=GIB, **more):
     fields = {"dataset__num_classes": classes, "recover__batch_size": batch, "recover__ipc": 1}
+    fields["recover__granularity"] = "per_iteration"
     made = experiment(["convnet_d1_bn", "convnet_d2_bn"], side=16, **fields)
     compile_program, asked = compiler(each, weights, **more)
     monkeypatch.setattr(compiling, "compile_program", compile_program)
