@@ -51,7 +51,8 @@ def measure(target: str, pool: str, dtype: str, timeout: float) -> dict:
     found = compiling.compile_around(made, machine, "recover", timeout=timeout)
     row = {
         "target": target, "pool": pool, "dtype": dtype, "commit": commit(),
-        "outcome": found.outcome, "line": found.line, "around": found.around, "needed_bytes": found.needed_bytes,
+        "outcome": found.outcome, "line": found.line, "around": found.around,
+        "needed_bytes": found.needed_bytes,
         "lower_seconds": found.lower_seconds, "compile_seconds": found.compile_seconds,
         "memory": found.memory, "collectives": found.collectives,
     }  # fmt: skip
@@ -59,6 +60,7 @@ def measure(target: str, pool: str, dtype: str, timeout: float) -> dict:
         for name, cost in (
             ("mean", found.cost.mean(forecast.shares(made))),
             ("all read", found.cost.mean({})),
+            ("primary alone", found.cost.always),
         ):
             row[name] = {
                 "milliseconds": 1e3 * forecast.seconds_of(cost, machine),

@@ -283,11 +283,11 @@ class DataMesh:
     On one device this is plain ``jax.jit``.
     """
 
-    def __init__(self, devices: tuple[jax.Device, ...]):
-        """Take devices; a single one must be JAX's default."""
+    def __init__(self, devices: tuple[jax.Device, ...], *, described: bool = False):
+        """Take devices; a single one must be JAX's default, unless it is described."""
         mesh = Mesh(np.array(devices), (ROWS,))
         self.count = len(devices)
-        self._plain = self.count == 1 and not _DESCRIBED.get()
+        self._plain = self.count == 1 and not described
         self._everywhere = NamedSharding(mesh, P())
         self._by_rows = NamedSharding(mesh, P(ROWS))
 
@@ -327,10 +327,12 @@ class DataMesh:
 def data_mesh(count: int = 1) -> DataMesh:
     """The first local devices; always the same object, so that programs are compiled once."""
     assert 1 <= count <= local_devices(), count
-    return _data_mesh(tuple(_of_this_process()[:count]))
+    return _data_mesh(tuple(_of_this_process()[:count]), bool(_DESCRIBED.get()))
 
 
-_data_mesh = functools.cache(DataMesh)
+@functools.cache
+def _data_mesh(devices: tuple[jax.Device, ...], described: bool) -> DataMesh:
+    return DataMesh(devices, described=described)
 
 
 def arrived(tree: PyTree) -> PyTree:

@@ -61,6 +61,16 @@ def test_a_training_step_from_shapes_is_the_step_from_arrays():
     assert "sharding" in real
 
 
+def test_a_mesh_of_described_devices_is_another_one():
+    image = np.zeros((BATCH, *SHAPE), np.uint8)
+    assert isinstance(parallel.data_mesh(1).put(image), jax.Array)
+    with parallel.described(jax.local_devices()[:1]):
+        assert isinstance(parallel.data_mesh(1).put(image), jax.ShapeDtypeStruct)
+        assert parallel.local_devices() == 1
+    assert isinstance(parallel.data_mesh(1).put(image), jax.Array)
+    assert parallel.local_devices() == jax.local_device_count()
+
+
 def test_every_stage_has_its_programs_and_no_name_comes_twice():
     found = names_of(digits_ipc10.get_config())
     assert len(found) == len(set(found))

@@ -38,7 +38,7 @@ def compiler(each: int, weights: int = GIB, **more):
 
 def planned(monkeypatch, target, each, *, batch=4, classes=100, weights=GIB, **more):
     fields = {"dataset__num_classes": classes, "recover__batch_size": batch, "recover__ipc": 1}
-    fields["recover__granularity"] = "per_iteration"
+    fields |= {"recover__granularity": "per_iteration", "recover__iterations": 1000}
     made = experiment(["convnet_d1_bn", "convnet_d2_bn"], side=16, **fields)
     compile_program, asked = compiler(each, weights, **more)
     monkeypatch.setattr(compiling, "compile_program", compile_program)
@@ -73,13 +73,13 @@ def test_slow_compilations_are_not_repeated(monkeypatch):
 
 
 def test_hours_by_hand(monkeypatch):
-    """25 units on four chips are seven rounds of four iterations each."""
+    """25 units on four chips are seven rounds of a thousand iterations each."""
     found, _, made = planned(monkeypatch, V5E, 1)
     share = forecast.shares(made)
     assert share["convnet_d1_bn"] == 1.0 and 0.3 < share["convnet_d2_bn"] < 0.7
     seconds = (3e6 + share["convnet_d2_bn"] * 6e6) / 1.5e9
     assert f"{1e3 * seconds:.3g} ms an iteration, on 4 device(s)" in found["recover takes"]
-    assert found["recover takes"].startswith("about 0 s")
+    assert found["recover takes"].startswith(f"about {7000 * seconds:.0f} s:")
     assert found["collectives"] == "none"
     gpu, _, _ = planned(monkeypatch, H100, 1)
     seconds = 0.002 + share["convnet_d2_bn"] * 0.001
