@@ -6,6 +6,10 @@ BIN := $(VENV)/bin
 MAIN := $(BIN)/python -m prism_jax.main
 PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile
 
+# The compilers of GPUs and TPUs have an environment of their own, see pyproject.toml.
+COMPILERS := .venv-compilers
+TEST_ACCELERATORS := $(COMPILERS)/bin/python -m pytest -q -n 2 tests/accelerators
+
 # The runs behind the tables of the README: three seeds of everything but the teachers, which
 # every run adopts from the demo's. A run that stopped continues; a finished one is only read.
 TEACHERS := runs/digits_ipc10
@@ -15,16 +19,17 @@ RESULTS := $(foreach c,$(RESULTS_CONFIGS),$(foreach s,$(RESULTS_SEEDS),runs/resu
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo results test test-all golden lint format clean
+.PHONY: help demo results test test-accelerators test-all compilers golden lint format clean
 
 help:
 	@echo "make demo      distil scikit-learn's digits on the CPU: PRISM, then SRe2L beside it"
 	@echo "make results   the runs behind the README's tables (resumable)"
 	@echo "make test      the fast tests"
+	@echo "make test-accelerators  what GPUs' and TPUs' compilers make of the programs; no device"
 	@echo "make test-all  every test"
 	@echo "make golden    the resolved configs, written anew after a change that is meant"
 	@echo "make lint      what CI checks; 'make format' repairs most of it"
-	@echo "make clean     remove .venv and caches; runs/ is kept"
+	@echo "make clean     remove .venv, .venv-compilers and caches; runs/ is kept"
 
 demo: $(VENV)/.installed
 	$(MAIN) --config=configs/digits_ipc10.py
@@ -42,8 +47,15 @@ results: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(PYTEST)
 
-test-all: $(VENV)/.installed-test
+test-accelerators: compilers
+	$(TEST_ACCELERATORS)
+
+test-all: $(VENV)/.installed-test compilers
 	$(PYTEST) -m ""
+	$(TEST_ACCELERATORS) -m ""
+
+compilers:
+	@$(MAKE) --no-print-directory VENV=$(COMPILERS) $(COMPILERS)/.installed-test,compilers
 
 golden: $(VENV)/.installed-test
 	$(BIN)/python tests/config/make_golden.py
@@ -58,7 +70,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(COMPILERS) .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:

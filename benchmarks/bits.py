@@ -106,13 +106,14 @@ def main() -> None:
     )
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     parser.add_argument("--out", help="write OUT.json and OUT.md")
+    parser.add_argument("--modes", default="on,off", help="of parallel.deterministic")
     parser.add_argument("arguments", nargs="*", help="the flags of prism_jax.main, after --")
     given = parser.parse_args()
     root = given.workdir.resolve()
     if root.exists():
         sys.exit(f"--workdir={given.workdir} is there already; name a new one")
     machine, rows = measuring.machine(), {}
-    for mode in ("on", "off"):
+    for mode in given.modes.split(","):
         arguments = [
             *(given.arguments or DEFAULT),
             f"--config.parallel.deterministic={mode == 'on'}",

@@ -85,7 +85,7 @@ class Labeller:
                 ]
             return ENSEMBLES[recipe.ensemble](jnp.stack(logits), weights_T)
 
-        devices = devices or jax.local_devices()[:1]
+        devices = devices or parallel.devices()[:1]
         self._map = parallel.LaneMap(label, pool.variables, arity=3, devices=devices, how=how)
 
     def epoch(
@@ -110,6 +110,11 @@ class Labeller:
             ended, begun = begun, self._begin(images_uint8_NHWC, epoch, first, batches, seed)
             yield from map(self._end, ended)
         yield from map(self._end, begun)
+
+    def lower(self, image_shape: tuple[int, int, int], size: int) -> jax.stages.Lowered:
+        """The program that labels batches of ``size`` images, to be compiled and inspected."""
+        images = jax.ShapeDtypeStruct((size, *image_shape), np.uint8)
+        return self._map.lower_for(np.int32(0), np.int32(0), images)
 
     def _end(self, begun: SoftLabels) -> SoftLabels:
         return begun._replace(logits_BK=self._map.fetch(begun.logits_BK))

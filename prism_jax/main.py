@@ -49,6 +49,8 @@ Flags:
     --from=DIR           adopt every finished stage of another workdir that fits
     --stages=A,B         only these stages
     --plan               print what would be done and what it would cost, then stop
+    --target=MACHINE     with --plan: on another machine (h100, h100x8, v5e:4x4, ...), by its
+                         compiler; no such device is needed
     --distributed=MODE   auto (default): join the processes that SLURM, Open MPI, Kubernetes or a
                          TPU pod started; off: this process alone; on: let JAX find out
     --coordinator=HOST:PORT --processes=N --process=I
@@ -69,7 +71,8 @@ Exit status: 0 done, 2 something given cannot be used, 130 or 143 stopped by Ctr
 """
 
 _WITH_VALUE = (
-    "--workdir", "--from", "--stages", "--distributed", "--coordinator", "--processes", "--process",
+    "--workdir", "--from", "--stages", "--target", "--distributed", "--coordinator", "--processes",
+    "--process",
 )  # fmt: skip
 _PATHS = ("config", "workdir", "from")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -126,6 +129,7 @@ def _main(argv: list[str]) -> int:
     problems: list[str] = []
     config, given = parse(argv, problems)
     stages = parse_stages(given.stages, problems)
+    target = parse_target(given, problems)
     prepare_environment(config, problems)
     if not given.plan:
         join_processes(given)
@@ -143,7 +147,7 @@ def _main(argv: list[str]) -> int:
     if given.plan:
         from prism_jax import plan
 
-        plan.show(experiment, workdir, measure=True)
+        plan.show(experiment, workdir, measure=True, target=target)
         return 0
     check_requirements(experiment, workdir)
 
@@ -254,6 +258,7 @@ def _parse(argv: Sequence[str]) -> tuple[Any, flags.FlagValues]:
     flags.DEFINE_string("from", None, "workdir to adopt from", flag_values=values)
     flags.DEFINE_list("stages", None, "stages to run", flag_values=values)
     flags.DEFINE_bool("plan", False, "print the plan and stop", flag_values=values)
+    flags.DEFINE_string("target", None, "the machine of the plan", flag_values=values)
     flags.DEFINE_string("distributed", "auto", "auto, on or off", flag_values=values)
     flags.DEFINE_string("coordinator", None, "host:port of process 0", flag_values=values)
     flags.DEFINE_integer("processes", None, "how many processes", flag_values=values)
@@ -332,6 +337,22 @@ def parse_stages(given: Sequence[str] | None, problems: list[str]) -> tuple[str,
             meant = f"; did you mean {near[0]}?" if near else ""
             problems.append(f"unknown stage {stage!r}{meant}; allowed: {', '.join(STAGES)}")
     return tuple(stage for stage in STAGES if stage in given)
+
+
+def parse_target(given: flags.FlagValues, problems: list[str]) -> Any:
+    """The machine of the plan, or None; what is wrong with it goes to ``problems``."""
+    if given.target is None:
+        return None
+    from prism_jax.accelerators import targets
+
+    if not given.plan:
+        problems.append(f"--target={given.target} goes with --plan; a run is where it is started")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs: no device is looked for
+    try:
+        return targets.parse(given.target)
+    except UserError as error:
+        problems.append(str(error))
+        return None
 
 
 # --- before and beside the work -------------------------------------------------------------

@@ -7,6 +7,9 @@ A *lane* is one device working on one image batch of its own. Lanes share the te
 and the program, and nothing else: the compiled step holds no collective, so lanes may run
 different numbers of iterations, draw different teachers, and start and finish independently.
 
+Devices may be *described* instead of here (:func:`described`): programs are then built and
+compiled for them as for others, on shapes alone, and cannot be run.
+
 Processes share work, not arrays: each takes its part of a list on which all agree, writes its
 results to the common working directory, and waits for the others' to appear there. There are no
 collectives: where a stage begins, the main process tells the others what is missing.
@@ -15,6 +18,7 @@ collectives: where a stage begins, the main process tells the others what is mis
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +26,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from prism_jax.errors import UserError
@@ -33,6 +37,42 @@ T = TypeVar("T")
 AXIS = "lane"
 ROWS = "rows"
 MAPS = ("shard_map", "pmap")
+
+_DESCRIBED: contextvars.ContextVar[tuple[jax.Device, ...]] = contextvars.ContextVar(
+    "described", default=()
+)
+
+
+@contextlib.contextmanager
+def described(devices: Sequence[jax.Device]) -> Iterator[None]:
+    """Build programs for devices of a ``jax.experimental.topologies`` description.
+
+    Inside, they are all the devices there are; what is placed on them keeps its shape, its type
+    and its place, and may itself be a ``jax.ShapeDtypeStruct``.
+    """
+    token = _DESCRIBED.set(tuple(devices))
+    try:
+        yield
+    finally:
+        _DESCRIBED.reset(token)
+
+
+def devices() -> list[jax.Device]:
+    """The devices of this process, or those described in their place."""
+    return list(_DESCRIBED.get()) or jax.local_devices()
+
+
+def put(tree: PyTree, where: Sharding) -> PyTree:
+    """A tree on the devices of a sharding; its shapes, where these are only described."""
+    if _DESCRIBED.get():
+        return jax.tree.map(lambda x: shape_of(x, sharding=where), tree)
+    return jax.device_put(tree, where)
+
+
+def shape_of(x: Any, lead: tuple[int, ...] = (), **place: Sharding) -> jax.ShapeDtypeStruct:
+    """The shape and type of a leaf, with axes in front of its own."""
+    dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
+    return jax.ShapeDtypeStruct((*lead, *np.shape(x)), dtype, **place)
 
 
 class LaneMap:
@@ -66,7 +106,7 @@ class LaneMap:
             raise ValueError(f"how is {how!r}; allowed: {', '.join(MAPS)}")
         self.devices = list(devices)
         self._mesh = Mesh(np.array(self.devices), (AXIS,))
-        self._shared = jax.device_put(shared, NamedSharding(self._mesh, P()))
+        self._shared = put(shared, NamedSharding(self._mesh, P()))
         self.traces = 0  # once per shape, whatever subset, unit or count is run
 
         def counted(*arguments):
@@ -91,6 +131,8 @@ class LaneMap:
         The leaves are copied, so that donating them cannot take the caller's arrays.
         """
         sharding = SingleDeviceSharding(self.devices[lane])
+        if _DESCRIBED.get():
+            return jax.tree.map(lambda x: shape_of(x, (1,), sharding=sharding), tree)
         return arrived(jax.tree.map(lambda x: jax.device_put(np.array(x)[None], sharding), tree))
 
     @staticmethod
@@ -110,9 +152,18 @@ class LaneMap:
         """
         return self._split(self._mapped(*self._arguments(seed, lanes)))
 
-    def compile(self, seed: int, lanes: Sequence[tuple[PyTree, ...]]) -> Any:
+    def lower(self, seed: int, lanes: Sequence[tuple[PyTree, ...]]) -> jax.stages.Lowered:
+        """The program for such arguments, to be compiled and inspected."""
+        return self._mapped.lower(*self._arguments(seed, lanes))
+
+    def lower_for(self, *trees: PyTree) -> jax.stages.Lowered:
+        """The program for lanes of such trees, of which only the shapes count where described."""
+        lanes = [tuple(self.place(tree, at) for tree in trees) for at in range(len(self))]
+        return self.lower(0, lanes)
+
+    def compile(self, seed: int, lanes: Sequence[tuple[PyTree, ...]]) -> jax.stages.Compiled:
         """The compiled program for such arguments, to be inspected (HLO, memory)."""
-        return self._mapped.lower(*self._arguments(seed, lanes)).compile()
+        return self.lower(seed, lanes).compile()
 
     def _arguments(self, seed, lanes):
         assert len(lanes) == len(self), "one lane tuple per device"
@@ -124,6 +175,8 @@ class LaneMap:
 
         def join(*shards):
             shape = (len(self.devices), *shards[0].shape[1:])
+            if _DESCRIBED.get():
+                return jax.ShapeDtypeStruct(shape, shards[0].dtype, sharding=sharding)
             return jax.make_array_from_single_device_arrays(shape, sharding, list(shards))
 
         return jax.tree.map(join, *lanes)
@@ -159,7 +212,7 @@ class SpanMap:
         groups = [devices[at : at + span] for at in range(0, len(devices), span)]
         self._span = span
         self._meshes = [Mesh(np.array(group), (ROWS,)) for group in groups]
-        self._shared = [jax.device_put(shared, NamedSharding(m, P())) for m in self._meshes]
+        self._shared = [put(shared, NamedSharding(m, P())) for m in self._meshes]
         self.traces = 0
 
         def counted(*arguments):
@@ -173,9 +226,8 @@ class SpanMap:
 
     def place(self, tree: PyTree, lane: int) -> PyTree:
         """A tree on one lane's devices: images divided, all else on each of them."""
-        return arrived(
-            jax.tree.map(lambda x: jax.device_put(np.array(x), self._where(x, lane)), tree)
-        )
+        copy = (lambda x: x) if _DESCRIBED.get() else np.array
+        return arrived(jax.tree.map(lambda x: put(copy(x), self._where(x, lane)), tree))
 
     def _where(self, x: Any, lane: int) -> NamedSharding:
         by_images = np.ndim(x) == 4 and np.shape(x)[0] % self._span == 0
@@ -198,9 +250,17 @@ class SpanMap:
             for at, result in enumerate(results)
         ]
 
-    def compile(self, seed: int, lanes: Sequence[tuple[PyTree, ...]]) -> Any:
+    def lower(self, seed: int, lanes: Sequence[tuple[PyTree, ...]]) -> jax.stages.Lowered:
+        """The program of the first lane, see ``LaneMap``."""
+        return self._jit.lower(self._shared[0], np.uint32(seed), *lanes[0])
+
+    def lower_for(self, *trees: PyTree) -> jax.stages.Lowered:
+        """The program for lanes of such trees, see ``LaneMap``."""
+        return self.lower(0, [tuple(self.place(tree, 0) for tree in trees)])
+
+    def compile(self, seed: int, lanes: Sequence[tuple[PyTree, ...]]) -> jax.stages.Compiled:
         """The compiled program of the first lane."""
-        return self._jit.lower(self._shared[0], np.uint32(seed), *lanes[0]).compile()
+        return self.lower(seed, lanes).compile()
 
 
 def _shard_map(function: Callable, mesh: Mesh, arity: int) -> Callable:
@@ -225,10 +285,11 @@ class DataMesh:
     On one device this is plain ``jax.jit``.
     """
 
-    def __init__(self, devices: tuple[jax.Device, ...]):
-        """Take devices; a single one must be JAX's default."""
+    def __init__(self, devices: tuple[jax.Device, ...], *, described: bool = False):
+        """Take devices; a single one must be JAX's default, unless it is described."""
         mesh = Mesh(np.array(devices), (ROWS,))
         self.count = len(devices)
+        self._plain = self.count == 1 and not described
         self._everywhere = NamedSharding(mesh, P())
         self._by_rows = NamedSharding(mesh, P(ROWS))
 
@@ -239,18 +300,18 @@ class DataMesh:
 
     def replicate(self, tree: PyTree) -> PyTree:
         """A tree on every device."""
-        return tree if self.count == 1 else jax.device_put(tree, self._everywhere)
+        return tree if self._plain else put(tree, self._everywhere)
 
     def put(self, x: np.ndarray) -> jax.Array:
         """An array of a batch: its rows divided, or all of it on every device where they do not."""
-        if self.count == 1:
+        if self._plain:
             return arrived(jax.device_put(x))
         where = self._by_rows if self.divides(np.shape(x)) else self._everywhere
-        return arrived(jax.device_put(x, where))
+        return arrived(put(x, where))
 
     def spread(self, tree: PyTree) -> PyTree:
         """A batch where the program reads it."""
-        if self.count > 1:
+        if not self._plain:
             return jax.tree.map(self.put, tree)
         return jax.tree.map(lambda x: self.put(x) if isinstance(x, np.ndarray) else x, tree)
 
@@ -265,11 +326,15 @@ class DataMesh:
         return jax.lax.with_sharding_constraint(x, self._by_rows)
 
 
-@functools.cache
 def data_mesh(count: int = 1) -> DataMesh:
     """The first local devices; always the same object, so that programs are compiled once."""
-    assert 1 <= count <= jax.local_device_count(), count
-    return DataMesh(tuple(jax.local_devices()[:count]))
+    assert 1 <= count <= local_devices(), count
+    return _data_mesh(tuple(_of_this_process()[:count]), bool(_DESCRIBED.get()))
+
+
+@functools.cache
+def _data_mesh(devices: tuple[jax.Device, ...], described: bool) -> DataMesh:
+    return DataMesh(devices, described=described)
 
 
 def arrived(tree: PyTree) -> PyTree:
@@ -278,7 +343,12 @@ def arrived(tree: PyTree) -> PyTree:
     A CPU's program whose arguments are there runs in the calling thread, which keeps the memory of
     its temporaries from call to call (``main.prepare_environment``); others run elsewhere.
     """
-    return jax.block_until_ready(tree) if jax.default_backend() == "cpu" else tree
+    return jax.block_until_ready(tree) if on_cpu() else tree
+
+
+def on_cpu() -> bool:
+    """Whether programs run on a CPU."""
+    return not _DESCRIBED.get() and jax.default_backend() == "cpu"
 
 
 @contextlib.contextmanager
@@ -329,13 +399,18 @@ def find_devices() -> None:
 
 def local_devices() -> int:
     """How many devices this process has."""
-    return jax.local_device_count()
+    return len(_of_this_process())
+
+
+def _of_this_process() -> list[jax.Device]:
+    """Devices that a training can be spread over: of described ones, those of the first host."""
+    return [d for d in devices() if d.process_index == devices()[0].process_index]
 
 
 def lane_devices(limit: int, span: int = 1) -> list[jax.Device]:
     """The local devices to use for ``limit`` independent batches of ``span`` devices each."""
-    lanes = min(max(1, limit), jax.local_device_count() // span)
-    return jax.local_devices()[: lanes * span]
+    lanes = min(max(1, limit), len(devices()) // span)
+    return devices()[: lanes * span]
 
 
 # --- processes ------------------------------------------------------------------------------

@@ -12,18 +12,18 @@ import numpy as np
 from etils import epath
 from rich.table import Table
 
-from prism_jax import labelling, progress, synthesis
+from prism_jax import labelling, parallel, programs, progress, synthesis
+from prism_jax.accelerators.targets import Target
 from prism_jax.config import Experiment, Layout, batch_layout, budget_of
 from prism_jax.config.layout import LEAST_IMAGES
 from prism_jax.data.label_store import LabelPlan
 from prism_jax.data.sources import info_of, open_source
 from prism_jax.errors import UserError
-from prism_jax.models.import_torch import variable_shapes
+from prism_jax.progress import hours_of, megabytes
 from prism_jax.stages import relabel
 from prism_jax.stages.context import Context
 from prism_jax.stages.inputs import Inputs
 from prism_jax.stages.makers import optimise
-from prism_jax.synthesis import measuring
 from prism_jax.teachers import TeacherPool, describe
 
 DISPATCHES = 3
@@ -74,12 +74,16 @@ def _unknown_outputs(context: Context) -> list[str]:
     return lines
 
 
-def show(experiment: Experiment, workdir: str, *, measure: bool) -> None:
+def show(
+    experiment: Experiment, workdir: str, *, measure: bool, target: Target | None = None
+) -> None:
     """Print the plan; with ``measure`` also hours and memory, from three dispatches.
 
     The dispatches run on random weights and images of the right shapes: no data and no teachers
-    are needed, and nothing is written.
+    are needed, and nothing is written. With a target its compiler is asked in their place.
     """
+    from prism_jax.accelerators import forecast
+
     layout = batch_layout(experiment)
     recover, relabel = experiment.recover, experiment.relabel
     images = recover.ipc * experiment.dataset.num_classes
@@ -125,7 +129,9 @@ def show(experiment: Experiment, workdir: str, *, measure: bool) -> None:
         "disk": f"at most {megabytes(image_bytes)} of images, "
         f"{megabytes(label_bytes)} of soft labels",
     }
-    if measure:
+    if target:
+        rows |= forecast.rows(experiment, target)
+    elif measure:
         rows |= _measured(experiment, layout.size, iterations, batches)
     for name, value in rows.items():
         table.add_row(name, value)
@@ -142,11 +148,6 @@ def _few(e: Experiment, layout: Layout) -> str:
     )
 
 
-def megabytes(count: float) -> str:
-    """Bytes in decimal units."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
 def _measured(e: Experiment, batch: int, iterations: int, label_batches: int) -> dict[str, str]:
     """Hours of recover and relabel on this machine, and recover's memory."""
     rows = _measured_recover(e, batch, iterations) if iterations else {}
@@ -155,25 +156,23 @@ def _measured(e: Experiment, batch: int, iterations: int, label_batches: int) ->
     label_batch = min(e.relabel.batch_size, e.recover.ipc * e.dataset.num_classes)
     per_batch = _time_labels(e, label_batch)
     hours = label_batches * per_batch / len(jax.local_devices()) / 3600
-    return rows | {"relabel takes": f"about {_hours(hours)}: {per_batch:.3g} s a batch"}
+    return rows | {"relabel takes": f"about {hours_of(hours)}: {per_batch:.3g} s a batch"}
 
 
 def recover_bytes(e: Experiment) -> int | None:
     """What one image batch takes on a device in recover, as compiled; None without iterations."""
     if not e.recover.iterations:
         return None
-    pool = _with_blank_statistics(e, _random_pool(e, e.recover.pool, blank=True))
-    recipe = optimise.recipe_of(e)
-    engine = synthesis.engine(pool, recipe, devices=jax.local_devices()[:1], how=e.parallel.map)
-    layout = batch_layout(e)
-    lanes = [_random_lane(e, engine, pool, recipe, layout.size)]
-    return _total(engine.compile(0, lanes).memory_analysis())
+    one = dataclasses.replace(e, parallel=dataclasses.replace(e.parallel, recover_devices=1))
+    with parallel.described(jax.local_devices()[:1]):
+        return _total(programs.find(one, "recover").lower().compile().memory_analysis())
 
 
 def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, str]:
     """Hours and the peak memory of recover."""
     device = jax.local_devices()[0]
-    pool = _with_blank_statistics(e, _random_pool(e, e.recover.pool))
+    context = Context(e, "unused")
+    pool = programs.with_blank_statistics(context, _random_pool(e, e.recover.pool))
     recipe = optimise.recipe_of(e)
     engine = synthesis.engine(pool, recipe, devices=[device], how=e.parallel.map)
     available = _memory(device)
@@ -191,7 +190,7 @@ def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, s
     hours = iterations * seconds / devices / 3600
     note = f", measured with {size} images a batch and scaled" if size != batch else ""
     rows["recover takes"] = (
-        f"about {_hours(hours)} on {devices} device(s): {seconds:.3g} s an iteration{note}"
+        f"about {hours_of(hours)} on {devices} device(s): {seconds:.3g} s an iteration{note}"
     )
     if peak is not None:
         scaled = peak * batch / size
@@ -201,8 +200,8 @@ def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, s
     return rows
 
 
-def _random_pool(e: Experiment, names: tuple[str, ...], *, blank: bool = False) -> TeacherPool:
-    """Teachers with random weights; with zeros, which cost no compilation, if ``blank``."""
+def _random_pool(e: Experiment, names: tuple[str, ...]) -> TeacherPool:
+    """Teachers with random weights."""
     context = Context(e, "unused")
     teachers, variables = [], []
     for name in names:
@@ -210,26 +209,9 @@ def _random_pool(e: Experiment, names: tuple[str, ...], *, blank: bool = False) 
         indices = e.network(name).class_indices
         teachers.append(describe(name, module, context.inputs.image_shape, class_indices=indices))
         image = np.zeros((1, *context.inputs.image_shape), np.float32)
-        if blank:
-            shapes = variable_shapes(module, context.inputs.image_shape)
-            drawn = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-        else:
-            drawn = jax.jit(module.init)(jax.random.key(0), image)
+        drawn = jax.jit(module.init)(jax.random.key(0), image)
         variables.append({"batch_stats": {}, **drawn})
     return TeacherPool(tuple(teachers), tuple(variables), context.inputs.normalisation)
-
-
-def _with_blank_statistics(e: Experiment, pool: TeacherPool) -> TeacherPool:
-    """The pool with zeros for those statistics of real images that recover matches."""
-    if not e.recover.class_share and {"conv", "patch"}.isdisjoint(e.recover.match):
-        return pool
-    shape, patch = Inputs(e).image_shape, e.recover.statistic_patch
-    classes = e.dataset.num_classes if e.recover.class_share else 0
-    variables = [
-        v | measuring.blank(teacher, v, shape, patch=patch, num_classes=classes)
-        for teacher, v in zip(pool.teachers, pool.variables, strict=True)
-    ]
-    return dataclasses.replace(pool, variables=tuple(variables))
 
 
 def _random_lane(e: Experiment, engine: synthesis.Engine, pool, recipe, size: int) -> tuple:
@@ -284,9 +266,3 @@ def _memory(device: jax.Device) -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     stats = device.memory_stats() or {}
     return stats.get("bytes_limit")
-
-
-def _hours(hours: float) -> str:
-    if hours < 1 / 60:
-        return f"{3600 * hours:.0f} s"
-    return f"{60 * hours:.0f} min" if hours < 1 else f"{hours:.1f} h"

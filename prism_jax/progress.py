@@ -207,3 +207,15 @@ def _drawn(bar: Bar) -> Iterator[None]:
             if outermost:
                 _display.stop()
                 _display = None
+
+
+def megabytes(count: float) -> str:
+    """Bytes in decimal units."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def hours_of(hours: float) -> str:
+    """A duration for people."""
+    if hours < 1 / 60:
+        return f"{3600 * hours:.0f} s"
+    return f"{60 * hours:.0f} min" if hours < 1 else f"{hours:.1f} h"

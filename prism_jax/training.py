@@ -152,13 +152,7 @@ def initial_state(
 ) -> TrainState:
     """Fresh weights from the stream "train/init" of ``seed``."""
     images = jnp.zeros((1, *image_shape), jnp.float32)
-    # Initialisation runs once: compile it fast, not well (a quarter of the time on a CPU).
-    options: dict[str, Any] | None
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    if jax.default_backend() != "cpu":
-        options = None
-    init = jax.jit(functools.partial(module.init, train=False), compiler_options=options)
-    variables = init(rng.stream(rng.root(seed), "train/init"), images)
+    variables = jitted_init(module)(rng.stream(rng.root(seed), "train/init"), images)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     # One program for all of its zeros: every shape is compiled apart otherwise.
     opt_state = jax.jit(OPTIMISERS[recipe.optimiser](recipe).init)(params)
@@ -166,6 +160,14 @@ def initial_state(
     if recipe.ema is not None:  # a copy: the step may reuse the memory of both
         state = state._replace(ema=jax.tree.map(jnp.copy, state.variables))
     return state
+
+
+def jitted_init(module: nn.Module) -> Callable:
+    """Fresh variables, compiled: ``f(key, images)``."""
+    # It runs once: compile it fast, not well (a quarter of the time on a CPU).
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    options = options if parallel.on_cpu() else None
+    return jax.jit(functools.partial(module.init, train=False), compiler_options=options)
 
 
 def train_step(
@@ -302,13 +304,20 @@ class Trainer:
 
     def step(self, state: TrainState, batch: TrainBatch) -> tuple[TrainState, Array]:
         """One optimiser step; the loss stays on the device."""
+        return self._step(*self._call(state, batch))
+
+    def lower(self, state: TrainState, batch: TrainBatch) -> jax.stages.Lowered:
+        """The program of a step for arguments of such shapes, to be compiled and inspected."""
+        return self._step.lower(*self._call(state, batch))
+
+    def _call(self, state: TrainState, batch: TrainBatch) -> tuple:
         view_epoch = batch.epoch if batch.view_epoch is None else batch.view_epoch
         batch = batch._replace(
             epoch=np.int32(batch.epoch),
             batch=np.int32(batch.batch),
             view_epoch=np.int32(view_epoch),
         )
-        return self._step(*self._arguments, self.mesh.replicate(state), self.mesh.spread(batch))
+        return *self._arguments, self.mesh.replicate(state), self.mesh.spread(batch)
 
     def test(
         self, state: TrainState, images_uint8: Images, labels, *, batch_size: int = 256
@@ -329,9 +338,11 @@ def _jitted_step(
 
 
 @functools.cache
-def _jitted_forward(
+def jitted_forward(
     module: nn.Module, normalisation: Normalisation, mesh: parallel.DataMesh
 ) -> Callable:
+    """The logits of uint8 images in evaluation mode, compiled: ``f(variables, images)``."""
+
     def forward(variables, images_uint8_BHWC):
         logits_BK: Any = module.apply(variables, pixels.normalise(images_uint8_BHWC, normalisation))
         return at_least_float32(logits_BK)
@@ -358,7 +369,7 @@ def test(
       mesh: the devices that share a batch.
     """
     mesh = mesh or parallel.data_mesh()
-    forward = _jitted_forward(module, normalisation, mesh)
+    forward = jitted_forward(module, normalisation, mesh)
     variables = mesh.replicate(variables)
     count = len(labels_N)
     batch_size = mesh.count * -(-min(batch_size, count) // mesh.count)

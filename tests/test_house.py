@@ -23,7 +23,9 @@ LAYERS = (
     ("config",),
     ("analysis",),
     ("stages",),
-    ("pipeline", "plan"),
+    ("pipeline", "programs"),
+    ("accelerators",),
+    ("plan",),
     ("main", "compare"),
     ("tools",),
 )

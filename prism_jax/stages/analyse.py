@@ -6,9 +6,10 @@ summary.json  report.html
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics as st
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -28,8 +29,10 @@ from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.stages.inputs import own_normalisation
 from prism_jax.stages.makers import start
 from prism_jax.teachers import embed
+from prism_jax.types import Array, PyTree
 
 DIVERSITY = "diversity.json"
+EMBEDDED = 100  # images per call of the network that diversity is measured in
 
 
 def folder(context: Context) -> epath.Path:
@@ -148,21 +151,28 @@ def initial_images(context: Context) -> Images:
     return context.inputs.hold(LazyImages(read, (classes * ipc, *context.inputs.image_shape)))
 
 
+def embedder(context: Context, name: str) -> Callable:
+    """A network's embeddings of uint8 images, compiled: ``f(variables, images)``."""
+    module = context.networks.build(name)
+    own = own_normalisation(context.config.network(name))
+
+    @jax.jit
+    def read(variables: PyTree, images_uint8_BHWC: Array) -> Array:
+        normalised = pixels.normalise(images_uint8_BHWC, own or context.inputs.normalisation)
+        return embed(module, variables, normalised)
+
+    return read
+
+
 def _cosines(context, images, initial, labels) -> dict[str, float | None]:
     """Intra-class cosine similarity in a network outside the pool: synthetic, initial, real."""
     name = context.config.analyse.network
     if name is None:
         return dict.fromkeys(("synthetic", "initial", "real"))
-    module, variables = context.networks.build(name), context.networks.load(name)
-    own = own_normalisation(context.config.network(name))
-
-    @jax.jit
-    def read(images_uint8_BHWC):
-        normalised = pixels.normalise(images_uint8_BHWC, own or context.inputs.normalisation)
-        return embed(module, variables, normalised)
+    read = functools.partial(embedder(context, name), context.networks.load(name))
 
     def cosine(images_uint8, labels_N) -> float | None:
-        found = diversity.embeddings(read, images_uint8, batch_size=100)
+        found = diversity.embeddings(read, images_uint8, batch_size=EMBEDDED)
         return diversity.intra_class_cosine(found, labels_N)
 
     real_images, real_labels = context.inputs.test_set()

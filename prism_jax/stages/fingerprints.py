@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from prism_jax.config import Network, batch_layout, bn_group_of
+from prism_jax.config import Network, Recover, batch_layout, bn_group_of
 from prism_jax.core import batching
 from prism_jax.core.augment import Augment
 from prism_jax.data import weights, workdir
@@ -80,10 +80,7 @@ def pool(context: Context, names: Sequence[str]) -> dict[str, str]:
 def statistics(context: Context, name: str) -> dict[str, dict[str, Any]]:
     """What those statistics of real images are made of that recover matches, by kind."""
     recover, squeeze = context.config.recover, context.config.squeeze
-    kinds = []
-    if recover.iterations and recover.alpha_bn:
-        kinds += ["conv"] if {"conv", "patch"} & set(recover.match) else []
-        kinds += ["class"] if recover.class_share else []
+    kinds = statistic_kinds(recover)
     if not kinds:
         return {}
     views = ("batch_size", "crop_min", "crop_pad", "flip")
@@ -99,6 +96,15 @@ def statistics(context: Context, name: str) -> dict[str, dict[str, Any]]:
     if "class" in found:
         found["class"]["views"] = "of whole batches"  # those of a short one were its own before
     return found
+
+
+def statistic_kinds(recover: Recover) -> list[str]:
+    """The kinds of statistics of real images that are measured for recover."""
+    kinds = []
+    if recover.iterations and recover.alpha_bn:
+        kinds += ["conv"] if {"conv", "patch"} & set(recover.match) else []
+        kinds += ["class"] if recover.class_share else []
+    return kinds
 
 
 def recover(context: Context) -> dict[str, Any]:

@@ -57,8 +57,13 @@ def recipe_of(config: Experiment, batch_size: int) -> LabelRecipe:
 
 
 def plan_of(context: Context, labelled: LabelledSet) -> label_store.LabelPlan:
-    """The geometry of the store; a set smaller than a batch is one batch."""
-    relabel, count = context.config.relabel, len(labelled.labels_N)
+    """The geometry of a set's store."""
+    return plan_for(context, len(labelled.labels_N))
+
+
+def plan_for(context: Context, count: int) -> label_store.LabelPlan:
+    """The geometry of a store for so many images; a set smaller than a batch is one batch."""
+    relabel = context.config.relabel
     return label_store.LabelPlan.of(
         count,
         context.config.dataset.num_classes,

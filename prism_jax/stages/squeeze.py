@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from prism_jax import parallel
+from prism_jax.config import Experiment
 from prism_jax.core.augment import Augment
 from prism_jax.data import workdir
 from prism_jax.data.pipeline import batches, num_batches
@@ -175,10 +176,10 @@ def refusal(what: str, folder: epath.Path, lines: list[str]) -> str:
     )
 
 
-def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dict[str, Any]]:
-    squeeze, dataset = context.config.squeeze, context.config.dataset
-    source = context.inputs.open("train")
-    recipe = TrainRecipe(
+def recipe_of(config: Experiment, name: str) -> TrainRecipe:
+    """How a teacher is trained."""
+    squeeze = config.squeeze
+    return TrainRecipe(
         views=f"squeeze/view/{name}",
         augment=Augment(squeeze.crop_min, squeeze.flip, crop_pad=squeeze.crop_pad),
         loss="ce",
@@ -188,9 +189,14 @@ def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dic
         weight_decay=squeeze.weight_decay,
         schedule=squeeze.schedule,
     )
+
+
+def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dict[str, Any]]:
+    squeeze, dataset = context.config.squeeze, context.config.dataset
+    source = context.inputs.open("train")
     trainer = Trainer(
         context.networks.build(name, dtype=squeeze.dtype),
-        recipe,
+        recipe_of(context.config, name),
         context.inputs.normalisation,
         view_seed=squeeze.seed,
         seed=squeeze.seed,

@@ -81,7 +81,7 @@ def run(context: Context) -> None:
     mine = context.work.deal("statistics", parts, missing, prepare)
     with progress.task("statistics", len(mine), unit="shard") as bar:
         for (teacher, kind), group in itertools.groupby(mine, lambda part: part[:2]):
-            measurer = _measurer(context, teacher, kind)
+            measurer = measurer_of(context, teacher, kind)
             for part in group:
                 tree = _measure(context, measurer, kind, part.shard)
                 workdir.write_bytes(_shard_file(context, part), weights.pack(tree))
@@ -144,7 +144,8 @@ def _shard_file(context: Context, part: Part) -> epath.Path:
     return root / "shards" / f"{part.shard:05d}.safetensors"
 
 
-def _measurer(context: Context, teacher: str, kind: str) -> Measurer:
+def measurer_of(context: Context, teacher: str, kind: str) -> Measurer:
+    """One kind of statistics in one teacher, on every device."""
     pool, squeeze = context.networks.pool([teacher]), context.config.squeeze
     return Measurer(
         pool.teachers[0],
@@ -157,7 +158,7 @@ def _measurer(context: Context, teacher: str, kind: str) -> Measurer:
         crop_pad=squeeze.crop_pad,
         flip=squeeze.flip,
         seed=squeeze.seed,
-        devices=jax.local_devices(),
+        devices=parallel.devices(),
         how=context.config.parallel.map,
     )
 

@@ -104,7 +104,7 @@ def prepare(
     unit = batches[-1][0]
     if not (recipe.perturb_rho and recipe.perturb_steps):
         return unit
-    step = _ascent(recipe, pool.teachers[recipe.primary], pool.normalisation)
+    step = ascent_of(recipe, pool.teachers[recipe.primary], pool.normalisation)
     variables = pool.variables[recipe.primary]
     weights = variables["params"]
     for batch, start_BHWC in batches:
@@ -118,7 +118,7 @@ def prepare(
 
 
 @functools.cache
-def _ascent(recipe: Recipe, teacher: Teacher, normalisation: Normalisation) -> Callable:
+def ascent_of(recipe: Recipe, teacher: Teacher, normalisation: Normalisation) -> Callable:
     """One step uphill in the cross entropy of a batch's first view, compiled."""
 
     def step(weights, variables, seed, unit, start_BHWC):

@@ -52,7 +52,7 @@ def engine(
             recipe, pool.teachers, pool.normalisation, variables, seed, unit, state, count
         )
 
-    devices = devices or jax.local_devices()[:span]
+    devices = devices or parallel.devices()[:span]
     if span > 1:
         return parallel.SpanMap(chunk, pool.variables, devices=devices, span=span, donate=(1,))
     return parallel.LaneMap(chunk, pool.variables, arity=3, devices=devices, how=how, donate=(1,))

@@ -75,7 +75,7 @@ class Measurer:
                 return of_batch(variables, images_BHWC)
             return jax.vmap(of_batch, in_axes=(None, 0))(variables, images_BHWC[:, None])
 
-        devices = devices or jax.local_devices()[:1]
+        devices = devices or parallel.devices()[:1]
         self._map = parallel.LaneMap(measure, variables, arity=3, devices=devices, how=how)
 
     def total(self, batches: Iterable[Batch], *, group: int) -> Sum:
@@ -90,6 +90,11 @@ class Measurer:
             total = wide if total is None else jax.tree.map(np.add, total, wide)
             count += weight
         return count, total
+
+    def lower(self, image_shape: tuple[int, int, int], size: int) -> jax.stages.Lowered:
+        """The program that measures batches of ``size`` images, to be compiled and inspected."""
+        images = jax.ShapeDtypeStruct((size, *image_shape), np.uint8)
+        return self._map.lower_for(np.int32(0), np.int32(0), images)
 
     def _measure(self, batches: Iterable[Batch], group: int) -> Iterator[tuple[int, PyTree]]:
         waiting: list[Batch] = []

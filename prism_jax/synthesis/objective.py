@@ -42,9 +42,10 @@ def teacher_gradient(recipe: Recipe, teacher: Teacher, normalisation: Normalisat
         return loss, (read, memory)
 
     def gradient(variables, viewed_BHWC, shown, memory):
-        (_, (read, memory)), gradient_BHWC = jax.value_and_grad(energy, has_aux=True)(
-            viewed_BHWC, variables, shown, memory
-        )
+        with jax.named_scope(f"teacher/{teacher.name}"):  # what it costs is found by this name
+            (_, (read, memory)), gradient_BHWC = jax.value_and_grad(energy, has_aux=True)(
+                viewed_BHWC, variables, shown, memory
+            )
         return read, memory, gradient_BHWC
 
     return gradient

@@ -269,6 +269,17 @@ def centred(images_BHWC: np.ndarray, size: int) -> np.ndarray:
     return np.pad(images_BHWC, ((0, 0), edges, edges, (0, 0)))
 
 
+def log_probabilities_of(teacher: Teacher, normalisation: Normalisation) -> Callable:
+    """A teacher's log-probabilities of normalised images, compiled: ``f(variables, images)``."""
+
+    @jax.jit
+    def log_probabilities(variables: PyTree, images_BHWC: Array) -> Array:
+        reading = teacher.read(variables, images_BHWC, normalisation, statistics=False)
+        return jax.nn.log_softmax(reading.logits_BK)
+
+    return log_probabilities
+
+
 def scorer(teacher: Teacher, variables: PyTree, normalisation: Normalisation, size: int) -> Scorer:
     """How sure a teacher is of images' class; smaller ones are shown in the middle of ``size``.
 
@@ -276,10 +287,7 @@ def scorer(teacher: Teacher, variables: PyTree, normalisation: Normalisation, si
     how many images are asked for.
     """
 
-    @jax.jit
-    def log_probabilities(variables, images_BHWC: Array) -> Array:
-        reading = teacher.read(variables, images_BHWC, normalisation, statistics=False)
-        return jax.nn.log_softmax(reading.logits_BK)
+    log_probabilities = log_probabilities_of(teacher, normalisation)
 
     def score(images_uint8_BHWC: np.ndarray, cls: int) -> np.ndarray:
         found = []

@@ -96,9 +96,7 @@ def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Ma
     pool = context.networks.pool(config.recover.pool, config.recover.dtype)
     pool = statistics.with_targets(context, pool)
     check_sizes(context, pool, recipe)
-    span = config.parallel.recover_devices
-    devices = parallel.lane_devices(len(waiting), span)
-    engine = synthesis.engine(pool, recipe, devices=devices, how=config.parallel.map, span=span)
+    engine = engine_of(context, pool, recipe, len(waiting))
     queue = deque(waiting)
     lanes: list[Lane | None] = [None] * len(engine)
     writer = MetricsWriter(own_file(root), tensorboard_dir=root / "tensorboard")
@@ -147,6 +145,15 @@ def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Ma
                     lane.checkpoints.close()
                 context.stop.check()
     writer.close()
+
+
+def engine_of(
+    context: Context, pool: TeacherPool, recipe: synthesis.Recipe, waiting: int
+) -> synthesis.Engine:
+    """The engine for so many units, on as many devices as have one."""
+    how, span = context.config.parallel.map, context.config.parallel.recover_devices
+    devices = parallel.lane_devices(waiting, span)
+    return synthesis.engine(pool, recipe, devices=devices, how=how, span=span)
 
 
 def _start(context: Context, root: epath.Path, engine, pool, recipe, unit: Unit, at: int) -> Lane:

@@ -1,0 +1,154 @@
+"""Our side of the benchmarks on the device at hand, beside what its compiler led to expect.
+
+    python benchmarks/on_device.py --out=benchmarks/results/on_device
+
+Started by ``on_device.sh``, which says what comes before and after. Each row is written as soon
+as it is there; the estimates are those of ``targets.py`` for this device, where it has any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+
+import measuring
+
+# In order of worth: what is timed, with what.
+ROWS = (
+    ("recover", {"pool": "prism", "precision": "float32"}),
+    ("recover", {"pool": "resnet18", "precision": "float32"}),
+    ("recover", {"pool": "prism", "precision": "bfloat16"}),
+    ("recover", {"pool": "resnet18", "precision": "bfloat16"}),
+    ("recover", {"pool": "resnet18", "precision": "float32", "deterministic": False}),
+    ("relabel", {"teachers": "resnet18", "precision": "float32"}),
+    ("relabel", {"teachers": "four networks", "precision": "float32"}),
+    ("validate", {"network": "resnet18", "precision": "bfloat16"}),
+)
+ROUNDS = 5
+ESTIMATES = measuring.ROOT / "benchmarks" / "results" / "targets.json"
+
+
+def side_of(what: str, spec: dict):
+    """Our side of a benchmark."""
+    import recover
+    import relabel
+    import validate
+
+    return {"recover": recover, "relabel": relabel, "validate": validate}[what].our_side(spec)
+
+
+def measure(what: str, spec: dict, seconds: float) -> dict:
+    """Milliseconds of one iteration, batch or step; the first call's seconds too."""
+    least = 2 if what == "recover" and spec["pool"] == "prism" else 1
+    began = time.perf_counter()
+    side = side_of(what, spec)
+    side.run(least)
+    first = time.perf_counter() - began
+
+    def turn(count: int) -> float:
+        began = time.perf_counter()
+        side.run(count)
+        return time.perf_counter() - began
+
+    count = least * max(1, round(seconds / max(turn(least), 1e-6)))
+    turn(count)  # another program or another draw may come with another count
+    each = [turn(count) / count for _ in range(ROUNDS)]
+    return {
+        "milliseconds": 1e3 * statistics.median(each),
+        "spread": 1e3 * (max(each) - min(each)),
+        "iterations": count * ROUNDS,
+        "seconds to the first": first,
+        "facts": side.facts(),
+    }
+
+
+@functools.cache
+def _estimates() -> list[dict]:
+    return json.loads(ESTIMATES.read_text())["rows"] if ESTIMATES.exists() else []
+
+
+def estimate(kind: str, what: str, spec: dict) -> float | None:
+    """Milliseconds by the compiler, every other teacher drawn in half of the iterations."""
+    name = kind.lower().replace(" ", "")
+    for row in _estimates():
+        same = (row["pool"], row["dtype"]) == (spec.get("pool"), spec["precision"])
+        if what == "recover" and same and row["target"] in name and "mean" in row:
+            ends = row["primary alone"], row["all read"]
+            return statistics.fmean(end["milliseconds"] for end in ends)
+    return None
+
+
+def table(rows: list[dict]) -> str:
+    """The results in Markdown."""
+    lines = [
+        "| what | with | measured, ms | spread | estimate, ms | measured / estimate | first, s |",
+        "|:--|:--|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        expected = row["estimate"]
+        more = f"{expected:.2f} | {row['milliseconds'] / expected:.2f}" if expected else "– | –"
+        given = ", ".join(str(v) for v in row["with"].values())
+        lines.append(
+            f"| {row['what']} | {given} | {row['milliseconds']:.2f} | {row['spread']:.2f} | {more} "
+            f"| {row['seconds to the first']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", required=True, help="write OUT.json and OUT.md")
+    parser.add_argument("--row", type=int, help="of ROWS: measure it in this process")
+    parser.add_argument("--shape", default="100x224", help="batch x side")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a round")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds for all rows")
+    given = parser.parse_args()
+    path = pathlib.Path(f"{given.out}.json")
+    if given.row is None:
+        path.unlink(missing_ok=True)
+        deadline = time.monotonic() + given.limit
+        for row in range(len(ROWS)):  # a process each: one that ends takes no other with it
+            left = deadline - time.monotonic()
+            command = [sys.executable, __file__, *sys.argv[1:], f"--row={row}"]
+            if left < 10 or os.spawnvp(os.P_WAIT, "timeout", ["timeout", f"{left:.0f}", *command]):
+                print(f"not measured: {ROWS[row][0]} with {ROWS[row][1]}", flush=True)
+        return
+    what, chosen = ROWS[given.row]
+    batch, size = map(int, given.shape.split("x"))
+    import ours
+
+    spec = {
+        "device": "gpu", "batch": batch, "size": size, "classes": 1000, "small_stem": size <= 32,
+        "roll": size // 7, "deterministic": True, "profile": None, **chosen,
+    }  # fmt: skip
+    ours.begin(spec)
+    import jax
+
+    from prism_jax.main import commit
+
+    device = jax.devices()[0]
+    spec["device"] = "cpu" if device.platform == "cpu" else "gpu"
+    found = measure(what, spec, given.seconds)
+    row = {"what": what, "with": chosen, "estimate": estimate(device.device_kind, what, spec)}
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    machine = {
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "jax": jax.__version__,
+        "commit": commit(),
+        "images": given.shape,
+    }
+    rows.append(row | found)
+    measuring.write({"machine": machine, "rows": rows}, table(rows), given.out)
+
+
+if __name__ == "__main__":
+    main()

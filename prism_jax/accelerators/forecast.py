@@ -1,0 +1,210 @@
+"""The plan of a run on a machine that is not here, from what its compiler says."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prism_jax import progress, rng, synthesis
+from prism_jax.accelerators import compiling, targets
+from prism_jax.accelerators.account import Cost
+from prism_jax.accelerators.compiling import Found
+from prism_jax.accelerators.targets import Target
+from prism_jax.config import Experiment, batch_layout, budget_of
+from prism_jax.data.pipeline import num_batches
+from prism_jax.errors import UserError
+from prism_jax.programs import shapes_of
+from prism_jax.progress import hours_of, megabytes
+from prism_jax.stages.makers.optimise import recipe_of
+
+TRIES = 3  # compilations that look for the largest batch
+PATIENCE = 600.0  # seconds that they may take together; beyond it a proportion must do
+SAMPLES = 64  # of slots and of iterations, in which draws are counted
+
+
+def rows(e: Experiment, target: Target) -> dict[str, str]:
+    """Lines of the plan: what recover, relabel and validate would take.
+
+    Raises:
+      UserError: the compiler is not installed, or it ended or hung on a program.
+    """
+    if missing := targets.compiler_missing(target):
+        raise UserError(missing)
+    device = target.device
+    found = {
+        "target": f"{target.name}: {target.chips} device(s) with {_gigabytes(device.memory_bytes)}"
+        f" each; its compiler's word, nothing is run"
+    }
+    if e.recover.iterations:
+        found |= _recover(e, target)
+    images = e.recover.ipc * e.dataset.num_classes
+    if e.soft_labels:
+        batches = e.relabel.epochs * num_batches(images, min(e.relabel.batch_size, images))
+        done, note = _compile(e, target, "relabel")
+        at_once = min(target.chips, num_batches(images, e.relabel.batch_size))
+        found["relabel takes"] = _stage(target, done, batches / at_once, f"a batch{note}")
+    steps = e.validate.epochs * num_batches(images, min(e.validate.batch_size, images))
+    trainings = len(e.validate.seeds) * (1 + len(e.validate.controls))
+    for student in e.validate.students:
+        done, note = _compile(e, target, f"validate/{student}")
+        found[f"{student} takes"] = _stage(
+            target, done, steps * trainings, f"a step, {trainings} trainings on one host{note}"
+        )
+    return found
+
+
+def shares(e: Experiment) -> dict[str, float]:
+    """In which share of all iterations each teacher of recover's pool is read."""
+    layout, recipe = batch_layout(e), recipe_of(e)
+    pool = shapes_of(e).networks.pool(e.recover.pool)
+
+    def drawn(slot, step):
+        unit = synthesis.UnitBatch(slot, np.int32(0), np.int32(1), np.int32(0))
+        key = rng.root(np.uint32(e.seed))
+        draw = synthesis.draw_teachers(recipe, pool.teachers, key, unit, step)
+        return (draw.logit_weights_T > 0) | (draw.statistic_weights_T > 0)
+
+    slots = layout.slots * jnp.arange(min(layout.groups, SAMPLES), dtype=jnp.int32)
+    steps = jnp.linspace(1, e.recover.iterations - 1, SAMPLES).astype(jnp.int32)
+    every = jax.vmap(jax.vmap(drawn, (None, 0)), (0, None))
+    means_T = np.asarray(jax.jit(every)(slots, steps)).mean((0, 1))
+    return dict(zip(pool.names, map(float, means_T), strict=True))
+
+
+def seconds_of(cost: Cost, target: Target) -> float:
+    """What an iteration takes: a TPU's cycles by its clock; a GPU's least time."""
+    clock = target.device.clock_hz
+    return cost.cycles / clock if clock else cost.seconds
+
+
+def capacity(target: Target) -> int:
+    """Bytes of a device that a run may use."""
+    return int(target.device.usable * target.device.memory_bytes)
+
+
+def fits(done: Found, target: Target) -> bool:
+    """Whether a program was compiled, and its memory is there."""
+    return done.outcome == compiling.COMPILED and done.memory["total"] <= capacity(target)
+
+
+# --- recover ----------------------------------------------------------------------------------
+
+
+def _recover(e: Experiment, target: Target) -> dict[str, str]:
+    layout = batch_layout(e)
+    size, units = layout.size, layout.groups * layout.blocks
+    done, note = _compile(e, target, "recover")
+    found = {}
+    if done.cost:
+        found["recover compiles"] = (
+            f"in {done.compile_seconds:.0f} s, lowered in {done.lower_seconds:.0f} s{note}"
+        )
+        found["collectives"] = "; ".join(dict.fromkeys(done.collectives)) or "none"
+        cost = done.cost.mean(shares(e))
+        lanes = max(1, min(units, target.chips // e.parallel.recover_devices))
+        budgets = [budget_of(e, group * layout.slots) for group in range(layout.groups)]
+        rounds = math.ceil(units / lanes) * sum(budgets) / len(budgets)
+        devices = lanes * e.parallel.recover_devices
+        found["recover takes"] = _stage(
+            target, done, rounds, f"an iteration, on {devices} device(s)", cost
+        )
+    found["memory"] = _memory(e, target, done, size)
+    return found
+
+
+def _memory(e: Experiment, target: Target, done: Found, size: int) -> str:
+    """What recover takes of a device's memory, and the largest batch that fits."""
+    room = capacity(target)
+    has = f"{megabytes(room)} of a device" + " that JAX takes" * (target.device.usable < 1)
+    needed = done.memory.get("total") or done.needed_bytes
+    if fits(done, target):
+        said = f"{megabytes(needed)} in recover of {has}"
+    elif needed:
+        said = f"{megabytes(needed)} in recover: {megabytes(needed - room)} more than {has}"
+    else:
+        said = f"more than {has}, and the compiler does not say by how much"
+    largest, compiled = largest_batch(e, target, done, size)
+    if largest is None:
+        return f"{said}; no smaller batch that was tried fits"
+    how = "compiled" if compiled else "by proportion, not compiled"
+    if largest == size:
+        return f"{said}; recover.batch_size={size} is the largest that fits ({how})"
+    return f"{said}; recover.batch_size={largest} would fit ({how})"
+
+
+def batch_sizes(e: Experiment) -> list[int]:
+    """The values of ``recover.batch_size`` that divide the set equally, rising."""
+    layout = batch_layout(e)
+    sizes = [layout.slots * c for c in range(1, layout.total + 1) if layout.total % c == 0]
+    return [size for size in sizes if size % e.parallel.recover_devices == 0]
+
+
+def largest_batch(e: Experiment, target: Target, done: Found, size: int) -> tuple[int | None, bool]:
+    """The largest batch that fits, and whether it was compiled, by at most ``TRIES`` compilations.
+
+    Args:
+      done: what became of the batch of ``size`` images.
+
+    Returns:
+      None for the batch where none was found that fits.
+    """
+    sizes, room = batch_sizes(e), capacity(target)
+    good, bad = (size, None) if fits(done, target) else (None, size)
+    weights = done.memory.get("arguments", 0)
+    for _ in range(TRIES):
+        left = [s for s in sizes if s > (good or 0) and s < (bad or math.inf)]
+        total = done.memory.get("total") or done.needed_bytes
+        each = (total - weights) / size if total else math.inf
+        hopeful = [s for s in left if weights + each * s <= room]
+        if good is not None and not hopeful or not left:
+            break
+        guess = max(hopeful) if hopeful else left[len(left) // 2 if total is None else 0]
+        if TRIES * (done.lower_seconds + done.compile_seconds) > PATIENCE:
+            return guess, False
+        size = guess
+        recover = dataclasses.replace(e.recover, batch_size=size)
+        done, _ = _compile(dataclasses.replace(e, recover=recover), target, "recover")
+        good, bad = (size, bad) if fits(done, target) else (good, size)
+    return good, True
+
+
+# --- small parts ------------------------------------------------------------------------------
+
+
+def _compile(e: Experiment, target: Target, program: str) -> tuple[Found, str]:
+    """A program, compiled or out of memory, and what was done to get it.
+
+    Raises:
+      UserError: it is neither.
+    """
+    progress.say(f"compiling {program} for {target.name}")
+    done, note = compiling.compile_around(e, target, program), ""
+    if done.around:
+        note = f", with {done.around}: without a device XLA does not tile one of its products"
+    if done.outcome in (compiling.COMPILED, compiling.MEMORY):
+        return done, note
+    raise UserError(f"the compiler for {target.name} {done.outcome} on {program}: {done.line}")
+
+
+def _stage(target: Target, done: Found, times: float, what: str, cost: Cost | None = None) -> str:
+    """How long something takes that is done so many times."""
+    if done.cost is None:
+        return f"unknown: the program does not fit ({done.line})"
+    cost = cost or done.cost.mean({})
+    seconds = seconds_of(cost, target)
+    if target.device.clock_hz:
+        said = f"{cost.cycles / 1e6:.1f} M cycles by the compiler's estimate"
+        bound = "about"
+    else:
+        said = f"{cost.bytes / 1e9:.2f} GB, {cost.flops / 1e12:.2f} TFLOP, {cost.launches:.0f}"
+        said, bound = f"{said} launches: a lower bound", "at least"
+    duration = hours_of(times * seconds / 3600)
+    return f"{bound} {duration}: {1e3 * seconds:.3g} ms {what} ({said})"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / (1 << 30):.0f} GiB"

@@ -1,0 +1,86 @@
+"""What a compiler may do to the process it runs in, seen without a compiler.
+
+The process at the other end is the real one; what it runs first plays the compiler.
+"""
+
+from __future__ import annotations
+
+import pytest
+from helpers.accelerators import experiment
+
+from prism_jax.accelerators import compiling, targets
+from prism_jax.errors import UserError
+
+MADE = experiment(["convnet_d1_bn"], side=16)
+H100 = targets.parse("h100")
+
+ABORT = """
+import os, sys
+print("F1128 10:00:00.123456    1234 tiling.cc:627] Check failed: size == dim (784 vs. 56)",
+      file=sys.stderr)
+print("*** Check failure stack trace: ***\\n    @     0x7f4617a623f1  xla::Tile()", file=sys.stderr)
+sys.stderr.flush()
+os.abort()
+"""
+HANG = """
+import sys, time
+print("still at it", file=sys.stderr, flush=True)
+time.sleep(600)
+"""
+
+
+def compile_with(monkeypatch, prelude: str, **given):
+    monkeypatch.setattr(targets, "compiler_missing", lambda target: None)
+    return compiling.compile_program(MADE, H100, "recover", prelude=prelude, **given)
+
+
+def test_an_abort_is_told_with_the_check_that_failed(monkeypatch):
+    found = compile_with(monkeypatch, ABORT)
+    assert found.outcome == compiling.ABORTED
+    assert found.line == "SIGABRT: tiling.cc:627] Check failed: size == dim (784 vs. 56)"
+    assert found.cost is None
+
+
+def test_a_hang_ends(monkeypatch):
+    found = compile_with(monkeypatch, HANG, timeout=12)
+    assert found.outcome == compiling.HUNG
+    assert "no end after 12 s" in found.line and "still at it" in found.line
+
+
+def test_another_end_is_a_failure_with_its_last_line(monkeypatch):
+    found = compile_with(monkeypatch, "raise RuntimeError('what is this?')")
+    assert (found.outcome, found.line) == (compiling.FAILED, "RuntimeError: what is this?")
+
+
+@pytest.mark.parametrize(
+    ("said", "outcome", "needed"),
+    [
+        ("INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot", "not without a device",
+         None),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. "
+         "Exceeded hbm capacity by 4.75G.", "out of memory", int(20.5 * (1 << 30))),
+        ("UNIMPLEMENTED: no such instruction", "failed", None),
+    ],
+)  # fmt: skip
+def test_refusals_are_told_apart(said, outcome, needed):
+    found = compiling._refused(f"\n{said}\nmore of it")
+    assert (found["outcome"], found.get("needed_bytes")) == (outcome, needed)
+    assert found["line"] == said
+
+
+def test_a_missing_compiler_is_said_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(targets, "compiler_missing", lambda target: "install it")
+    monkeypatch.setattr(compiling.subprocess, "Popen", None)
+    with pytest.raises(UserError, match="install it"):
+        compiling.compile_program(MADE, H100, "recover")
+
+
+def test_a_run_s_flags_are_the_command_line_s(monkeypatch):
+    from prism_jax import main
+
+    for deterministic in (True, False):
+        made = experiment(["convnet_d1_bn"], side=16, parallel__deterministic=deterministic)
+        monkeypatch.delenv("XLA_FLAGS", raising=False)
+        monkeypatch.setattr("jax.config.update", lambda *_: None)
+        main.prepare_environment({"parallel": {"deterministic": deterministic}}, [])
+        assert compiling.os.environ.get("XLA_FLAGS", "") == compiling.flags_of(made)

@@ -1,0 +1,142 @@
+"""The plan for a machine that is not here: arithmetic on what its compiler says."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from helpers.accelerators import experiment
+from helpers.command import ROOT, call
+
+from prism_jax.accelerators import compiling, forecast, targets
+from prism_jax.accelerators.account import Account, Cost
+from prism_jax.accelerators.compiling import Found
+from prism_jax.errors import UserError
+
+H100, V5E = targets.parse("h100"), targets.parse("v5e:2x2")
+GIB = 1 << 30
+OTHER = "convnet_d2_bn"
+
+
+def compiler(each: int, weights: int = GIB, **more):
+    """A compiler for which an image takes ``each`` bytes; and what it was asked."""
+    asked = []
+
+    def compile_program(made, target, program, **given):
+        size = made.recover.batch_size or 4
+        asked.append(size)
+        total = weights + each * size
+        memory = {"arguments": weights, "total": total}
+        cost = Account(Cost(10, 1e9, 1e12, 0.002, 3e6), {OTHER: Cost(4, 0, 0, 0.001, 6e6)})
+        found = Found("compiled", memory=memory, cost=cost, **more)
+        if target.device.platform == "tpu" and total > target.device.memory_bytes:
+            found = Found("out of memory", needed_bytes=total, **more)
+        return found
+
+    return compile_program, asked
+
+
+def planned(monkeypatch, target, each, *, batch=4, classes=100, weights=GIB, **more):
+    fields = {"dataset__num_classes": classes, "recover__batch_size": batch, "recover__ipc": 1}
+    fields |= {"recover__granularity": "per_iteration", "recover__iterations": 1000}
+    made = experiment(["convnet_d1_bn", "convnet_d2_bn"], side=16, **fields)
+    compile_program, asked = compiler(each, weights, **more)
+    monkeypatch.setattr(compiling, "compile_program", compile_program)
+    monkeypatch.setattr(targets, "compiler_missing", lambda target: None)
+    return forecast.rows(made, target), asked, made
+
+
+def test_a_batch_that_fits_and_the_largest_that_would(monkeypatch):
+    found, asked, _ = planned(monkeypatch, H100, GIB)  # 60 GiB are JAX's: 59 images
+    assert "recover.batch_size=50 would fit (compiled)" in found["memory"]
+    assert asked[:2] == [4, 50]
+
+
+def test_a_batch_that_cannot_fit(monkeypatch):
+    found, asked, _ = planned(monkeypatch, V5E, GIB, batch=100)
+    over = 101 * GIB - 16 * GIB
+    assert f"{over / 1e9:.2f} GB more" in found["memory"]
+    assert "recover.batch_size=10 would fit (compiled)" in found["memory"]
+    assert found.get("recover takes") is None and len(asked) <= 1 + forecast.TRIES + 3
+
+
+def test_nothing_fits(monkeypatch):
+    found, asked, _ = planned(monkeypatch, V5E, 20 * GIB, batch=100)
+    assert "no smaller batch that was tried fits" in found["memory"]
+    assert len(asked) <= 1 + forecast.TRIES + 3
+
+
+def test_slow_compilations_are_not_repeated(monkeypatch):
+    found, asked, _ = planned(monkeypatch, H100, GIB, compile_seconds=800.0)
+    assert "recover.batch_size=50 would fit (by proportion, not compiled)" in found["memory"]
+    assert 50 not in asked
+
+
+def test_hours_by_hand(monkeypatch):
+    """25 units on four chips are seven rounds of a thousand iterations each."""
+    found, _, made = planned(monkeypatch, V5E, 1)
+    share = forecast.shares(made)
+    assert share["convnet_d1_bn"] == 1.0 and 0.3 < share["convnet_d2_bn"] < 0.7
+    seconds = (3e6 + share["convnet_d2_bn"] * 6e6) / 1.5e9
+    assert f"{1e3 * seconds:.3g} ms an iteration, on 4 device(s)" in found["recover takes"]
+    assert found["recover takes"].startswith(f"about {7000 * seconds:.0f} s:")
+    assert found["collectives"] == "none"
+    gpu, _, _ = planned(monkeypatch, H100, 1)
+    seconds = 0.002 + share["convnet_d2_bn"] * 0.001
+    assert f"{1e3 * seconds:.3g} ms an iteration" in gpu["recover takes"]
+    assert gpu["recover takes"].startswith("at least") and "lower bound" in gpu["recover takes"]
+
+
+def test_collectives_are_shown_with_their_place(monkeypatch):
+    found, _, _ = planned(monkeypatch, H100, 1, collectives=("all-reduce in jit(f)/psum",) * 2)
+    assert found["collectives"] == "all-reduce in jit(f)/psum"
+
+
+@pytest.mark.parametrize("outcome", [compiling.ABORTED, compiling.HUNG, compiling.FAILED])
+def test_a_compiler_that_ends_is_one_message(monkeypatch, outcome):
+    monkeypatch.setattr(targets, "compiler_missing", lambda target: None)
+    told = Found(outcome, "SIGABRT: x.cc:1] Check failed: a == b")
+    monkeypatch.setattr(compiling, "compile_program", lambda *_, **__: told)
+    with pytest.raises(UserError, match=f"{outcome} on recover: SIGABRT: x.cc:1"):
+        forecast.rows(experiment(["convnet_d1_bn"], side=16), H100)
+
+
+def test_a_program_that_needs_a_device_goes_around(monkeypatch):
+    monkeypatch.setattr(targets, "compiler_missing", lambda target: None)
+    compile_program, _ = compiler(1)
+
+    def refusing(made, target, program, flags=None):
+        if flags is None:
+            return Found(compiling.DEVICELESS, "Couldn't find output tile sizes")
+        assert flags == f"{compiling.DETERMINISTIC} {compiling.WITHOUT_TRITON}"
+        return compile_program(made, target, program)
+
+    monkeypatch.setattr(compiling, "compile_program", refusing)
+    found = forecast.rows(experiment(["convnet_d2_bn"], side=16), H100)
+    assert compiling.WITHOUT_TRITON in found["recover compiles"]
+
+
+def test_the_sizes_that_are_tried_are_those_that_the_config_takes():
+    made = experiment(["convnet_d1_bn"], side=16, dataset__num_classes=12)
+    sizes = forecast.batch_sizes(made)
+    assert sizes == [1, 2, 3, 4, 6, 12]
+    for size in sizes:
+        recover = dataclasses.replace(made.recover, batch_size=size)
+        forecast.batch_layout(dataclasses.replace(made, recover=recover))
+
+
+TINY = f"--config={ROOT / 'tests' / 'configs' / 'tiny.py'}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--plan", "--target=h200"), "--target=h200 is unknown; there are: GPUs a100"),
+        (("--target=h100",), "--target=h100 goes with --plan"),
+        (("--plan", "--target=h100"), "pip install"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong_with_a_target(monkeypatch, arguments, said):
+    monkeypatch.setattr(targets, "_MODULES", {"cuda": "no_such_module", "tpu": "no_such_module"})
+    status, out, err = call(TINY, *arguments)
+    assert status == 2 and said in err and not out

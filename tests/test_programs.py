@@ -1,0 +1,112 @@
+"""The programs of a run, built from shapes: they are those that the run itself launches."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from configs import digits_ipc10
+from configs.methods import dwa, edc, fadrm, gvbsm
+from prism_jax import parallel, programs
+from prism_jax.config import resolve
+from prism_jax.core.augment import Augment
+from prism_jax.core.pixels import IMAGENET
+from prism_jax.models import build
+from prism_jax.synthesis import Recipe, UnitBatch, engine, initial_state
+from prism_jax.teachers import TeacherPool
+from prism_jax.training import TrainBatch, Trainer, TrainRecipe
+
+SHAPE, BATCH = (16, 16, 3), 4
+
+
+def names_of(config) -> list[str]:
+    with parallel.described(jax.local_devices()[:2]):
+        return [program.name for program in programs.programs_of(resolve(config))]
+
+
+def pool() -> TeacherPool:
+    module = build("convnet_d2_bn", 10)
+    variables = module.init(jax.random.key(0), np.zeros((1, *SHAPE), np.float32))
+    return TeacherPool.of({"net": (module, variables)}, image_shape=SHAPE, normalisation=IMAGENET)
+
+
+@pytest.mark.parametrize("how", [{}, {"how": "pmap"}, {"span": 2}])
+def test_the_engine_from_shapes_is_the_engine_from_arrays(how):
+    devices, full = jax.local_devices()[:2], pool()
+    images = np.zeros((BATCH, *SHAPE), np.float32)
+    unit = UnitBatch(np.int32(0), np.int32(0), np.int32(9), np.zeros(BATCH, np.int32))
+    state = jax.device_get(initial_state(full, Recipe(), images))
+    real = engine(full, Recipe(), devices=devices, **how).lower_for(unit, state, np.int32(1))
+    with parallel.described(devices):
+        shapes = jax.tree.map(parallel.shape_of, (unit, state, np.int32(1)))
+        described = engine(full, Recipe(), devices=devices, **how).lower_for(*shapes)
+    assert described.as_text() == real.as_text()
+    other = engine(full, Recipe(roll=1), devices=devices, **how)
+    assert other.lower_for(unit, state, np.int32(1)).as_text() != real.as_text()
+
+
+def test_a_training_step_from_shapes_is_the_step_from_arrays():
+    recipe = TrainRecipe("train/view", Augment(0.5, True))
+    batch = TrainBatch(0, 0, np.zeros((BATCH, *SHAPE), np.uint8), np.zeros(BATCH, np.int32))
+    given = {"view_seed": 0, "seed": 0, "devices": 2}
+
+    def trainer() -> Trainer:
+        return Trainer(build("convnet_d2_bn", 10), recipe, IMAGENET, **given)
+
+    real = trainer().lower(trainer().start(SHAPE), batch).as_text()
+    with parallel.described(jax.local_devices()):
+        state = jax.eval_shape(lambda: trainer().start(SHAPE))
+        assert trainer().lower(state, batch).as_text() == real
+    assert "sharding" in real
+
+
+def test_a_mesh_of_described_devices_is_another_one():
+    image = np.zeros((BATCH, *SHAPE), np.uint8)
+    assert isinstance(parallel.data_mesh(1).put(image), jax.Array)
+    with parallel.described(jax.local_devices()[:1]):
+        assert isinstance(parallel.data_mesh(1).put(image), jax.ShapeDtypeStruct)
+        assert parallel.local_devices() == 1
+    assert isinstance(parallel.data_mesh(1).put(image), jax.Array)
+    assert parallel.local_devices() == jax.local_device_count()
+
+
+def test_every_stage_has_its_programs_and_no_name_comes_twice():
+    found = names_of(digits_ipc10.get_config())
+    assert len(found) == len(set(found))
+    assert {name.split("/")[0] for name in found} == {
+        "squeeze", "recover", "relabel", "validate", "analyse"
+    }  # fmt: skip
+    assert {"squeeze/convnet", "squeeze/convnet/init", "squeeze/convnet/test"} <= set(found)
+    assert {"validate/resnet18", "validate/resnet18/hard"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "wanted"),
+    [
+        (gvbsm, "digits", {"statistics/conv/resnet18"}),
+        (edc, "digits", {"statistics/class/resnet18"}),
+        (dwa, "digits", {"recover/perturb"}),
+        (fadrm, "digits", {"recover/scorer", "recover/10x16"}),
+    ],
+)
+def test_methods_bring_programs_of_their_own(method, words, wanted):
+    found = names_of(method.get_config(words))
+    assert len(found) == len(set(found))
+    assert wanted <= set(found), found
+
+
+def test_what_does_not_divide_is_a_program_of_its_own():
+    config = digits_ipc10.get_config()
+    config.relabel.batch_size = config.validate.batch_size = 48
+    config.validate.accumulate = 1
+    assert {"relabel/last", "validate/resnet18/last"} <= set(names_of(config))
+    assert not {"relabel/last", "validate/resnet18/last"} & set(names_of(digits_ipc10.get_config()))
+
+
+def test_the_head_of_published_weights_is_cut_without_the_data():
+    config = digits_ipc10.get_config()
+    config.networks.resnet18.head_classes = 1000
+    shapes = programs.Shapes(resolve(config))
+    assert shapes.class_indices("resnet18") == tuple(range(10))
+    assert shapes.pool(["resnet18"]).teachers[0].class_indices == tuple(range(10))
