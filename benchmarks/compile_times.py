@@ -27,8 +27,8 @@ from prism_jax import parallel
 from prism_jax.core import losses, statistics
 from prism_jax.core.augment import Augment
 from prism_jax.core.pixels import IMAGENET
+from prism_jax.environment import commit
 from prism_jax.errors import UserError
-from prism_jax.main import commit
 from prism_jax.models import ARCHITECTURES, build, layers, registry
 from prism_jax.training import OPTIMISERS, TrainBatch, TrainRecipe, TrainState, train_step
 

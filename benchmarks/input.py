@@ -41,8 +41,8 @@ from prism_jax.data import label_store
 from prism_jax.data.datasets import IMAGENET_NORMALISATION
 from prism_jax.data.pipeline import batches, epoch_order
 from prism_jax.data.sources import decoding, open_source, read_all
+from prism_jax.environment import commit
 from prism_jax.labelling import ORDER, VIEWS
-from prism_jax.main import commit
 from prism_jax.models import build
 from prism_jax.training import Trainer, TrainRecipe, soft_batches
 from prism_jax.types import SoftLabels

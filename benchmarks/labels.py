@@ -36,8 +36,8 @@ from PIL import Image
 from prism_jax.core.augment import Augment
 from prism_jax.core.codec import Coding, decode, encode
 from prism_jax.data import label_store, weights
+from prism_jax.environment import commit
 from prism_jax.labelling import VIEWS, Labeller, LabelRecipe, OnlineLabels
-from prism_jax.main import commit
 from prism_jax.models import build
 from prism_jax.teachers import TeacherPool
 from prism_jax.training import Trainer, TrainRecipe, soft_batches

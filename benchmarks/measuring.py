@@ -224,7 +224,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 def machine() -> dict[str, Any]:
     """Where this runs, and on what versions."""
-    from prism_jax.main import commit
+    from prism_jax.environment import commit
 
     def printed(*command: str) -> str | None:
         if not shutil.which(command[0]):

@@ -27,7 +27,7 @@ import torch_peer
 from jax import lax
 
 from prism_jax.core.pixels import IMAGENET
-from prism_jax.main import commit
+from prism_jax.environment import commit
 from prism_jax.models import build, layers
 from prism_jax.synthesis import Recipe, Shown, teacher_gradient
 from prism_jax.teachers import describe

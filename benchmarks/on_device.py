@@ -132,7 +132,7 @@ def main() -> None:
     ours.begin(spec)
     import jax
 
-    from prism_jax.main import commit
+    from prism_jax.environment import commit
 
     device = jax.devices()[0]
     spec["device"] = "cpu" if device.platform == "cpu" else "gpu"

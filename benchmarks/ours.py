@@ -11,9 +11,10 @@ import measuring
 
 def begin(spec: dict[str, Any]) -> None:
     """Prepare the environment as the command line does, before JAX starts."""
-    from prism_jax import main
+    from prism_jax import environment
 
-    main.prepare_environment({"parallel": {"deterministic": spec.get("deterministic", True)}}, [])
+    deterministic = spec.get("deterministic", True)
+    environment.prepare_environment({"parallel": {"deterministic": deterministic}}, [])
 
 
 def random_pool(names: tuple[str, ...], spec: dict[str, Any]):

@@ -29,7 +29,7 @@ from sklearn.datasets import load_sample_images
 
 from prism_jax.core import losses, pixels, statistics
 from prism_jax.data import weights
-from prism_jax.main import commit
+from prism_jax.environment import commit
 from prism_jax.models import ARCHITECTURES, build
 from prism_jax.types import AnyArray, PyTree
 

@@ -20,7 +20,7 @@ import platform
 import jax
 import measuring
 
-from prism_jax.main import commit
+from prism_jax.environment import commit
 
 TARGETS = (
     "a100", "rtx4090", "l4", "h100", "h100x8", "b200",

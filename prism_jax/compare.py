@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    from prism_jax.main import parse, prepare_environment
+    from prism_jax.environment import prepare_environment
+    from prism_jax.main import parse
 
     problems: list[str] = []
     config, given = parse(argv, problems)
@@ -185,7 +186,7 @@ class Comparison:
     def run(self, stop: Any, argv: Sequence[str]) -> None:
         """Everything that is missing, and the tables."""
         from prism_jax import progress
-        from prism_jax.main import provenance
+        from prism_jax.environment import provenance
 
         command = {"command": "python -m prism_jax.compare " + shlex.join(argv)}
 

@@ -2,22 +2,16 @@
 
     python -m prism_jax.main --config=configs/digits_ipc10.py
 
-The environment is prepared before JAX is imported: the number of threads decides the bits on a
-CPU, and is fixed when the first backend is created.
+JAX is imported once ``environment`` has prepared for it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import difflib
 import errno
 import functools
-import importlib.metadata
 import os
 import pathlib
-import platform
-import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,6 +21,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from prism_jax.config import KINDS, STAGES
+from prism_jax.environment import prepare_environment, provenance
 from prism_jax.errors import UserError
 from prism_jax.paths import at_home
 
@@ -75,7 +70,6 @@ _WITH_VALUE = (
     "--process",
 )  # fmt: skip
 _PATHS = ("config", "workdir", "from")
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _UNWRITABLE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR,
 )  # fmt: skip
@@ -358,47 +352,6 @@ def parse_target(given: flags.FlagValues, problems: list[str]) -> Any:
 # --- before and beside the work -------------------------------------------------------------
 
 
-def prepare_environment(config: Any, problems: list[str]) -> None:
-    """Fix what decides bits and speed, before JAX creates a backend.
-
-    NPROC is the size of XLA's CPU thread pool. Values already in the environment win.
-    """
-    nproc = os.environ.setdefault("NPROC", "8")
-    if not nproc.isdecimal() or int(nproc) == 0:
-        problems.append(f"NPROC in the environment is {nproc!r}; it must be a positive number")
-    deterministic = config.get("parallel", {}).get("deterministic") is True
-    if deterministic and "xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
-        flag = "--xla_gpu_deterministic_ops=true"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    keep_freed_memory()
-
-    import jax
-
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_folder(jax.__version__))
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # A CPU's programs run in the thread that calls them, whose heap keeps their temporaries
-    # (``keep_freed_memory``). The heaps of other threads do not, and one heap for all of them is
-    # left in pieces by compiling, and contended: steps of 1.6 times the time after a compilation.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc reuse what is freed.
-
-    By default it returns the temporaries of every training step to the system, which maps and
-    zeroes them for the next one: a third of a small network's step (measured). The main thread's
-    heap alone keeps pieces of any size, see ``prepare_environment``.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-        libc.mallopt(option, 1 << 30)
-
-
 def join_processes(given: flags.FlagValues) -> None:
     """Join the other processes of this run, where there are any."""
     from prism_jax import parallel, progress
@@ -411,12 +364,6 @@ def join_processes(given: flags.FlagValues) -> None:
     )
     if not parallel.is_main():
         progress.speak_as(parallel.name())
-
-
-def cache_folder(jax_version: str) -> pathlib.Path:
-    """Where compiled programs are kept: per JAX version and processor type."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return pathlib.Path(home) / "prism_jax" / f"jax-{jax_version}-{platform.machine()}"
 
 
 def check_requirements(experiment: Any, workdir: str) -> None:
@@ -432,60 +379,6 @@ def check_requirements(experiment: Any, workdir: str) -> None:
         plan.show(experiment, workdir, measure=False)
         lines = "\n".join(f"  - {line}" for line in missing)
         raise UserError(f"{experiment.name} needs what is not there:\n{lines}")
-
-
-def provenance(argv: Sequence[str]) -> dict[str, Any]:
-    """What made the results: commit, versions, machine."""
-    import flax
-    import jax
-    import numpy
-    import optax
-
-    import prism_jax
-
-    versions = {
-        "prism_jax": prism_jax.__version__,
-        "python": platform.python_version(),
-        **{m.__name__.split(".")[0]: m.__version__ for m in (jax, flax, optax, numpy)},
-        "orbax": importlib.metadata.version("orbax-checkpoint"),  # importing it takes half a second
-    }
-    devices = jax.local_devices()
-    machine = {
-        "platform": devices[0].platform,
-        "devices": len(devices),
-        "device_kind": devices[0].device_kind,
-        "processes": jax.process_count(),
-        "cpus": os.cpu_count(),
-        "nproc": int(os.environ["NPROC"]),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-    stats = devices[0].memory_stats() or {}  # None on a CPU
-    return {
-        "commit": commit(),
-        "command": "python -m prism_jax.main " + shlex.join(argv),
-        "versions": versions,
-        "machine": machine,
-        "peak_bytes": stats.get("peak_bytes_in_use"),
-    }
-
-
-def commit() -> str | None:
-    """The checkout's commit, with "+" where it has changes; None outside a checkout."""
-    here = pathlib.Path(__file__).resolve().parent.parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    head = git("rev-parse", "--short=12", "HEAD")
-    if head and git("status", "--porcelain", "--untracked-files=no"):
-        head += "+"
-    return head or None
 
 
 if __name__ == "__main__":

@@ -341,7 +341,7 @@ def arrived(tree: PyTree) -> PyTree:
     """Arrays just sent to a device; on a CPU they are there when this returns.
 
     A CPU's program whose arguments are there runs in the calling thread, which keeps the memory of
-    its temporaries from call to call (``main.prepare_environment``); others run elsewhere.
+    its temporaries from call to call (``environment.prepare_environment``); others run elsewhere.
     """
     return jax.block_until_ready(tree) if on_cpu() else tree
 

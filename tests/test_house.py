@@ -13,7 +13,7 @@ PACKAGE = "prism_jax"
 
 # From the ground up. A module imports from its own layer and from those below.
 LAYERS = (
-    ("types", "rng", "errors", "paths", "progress"),
+    ("types", "rng", "errors", "paths", "progress", "environment"),
     ("parallel",),
     ("models",),
     ("core",),

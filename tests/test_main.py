@@ -10,6 +10,7 @@ import sys
 import pytest
 from helpers.command import ROOT, TINY, call, environment, run, snapshot
 
+from prism_jax import environment as prepared
 from prism_jax import main
 from prism_jax.config import STAGES
 
@@ -265,7 +266,7 @@ def test_glibc_alone_is_told_to_keep_freed_memory(monkeypatch, libc, told):
         def mallopt(option, value):
             options.add(option)
 
-    monkeypatch.setattr(main.platform, "libc_ver", lambda: (libc, ""))
-    monkeypatch.setattr(main.ctypes, "CDLL", lambda name: Library)
-    main.keep_freed_memory()
+    monkeypatch.setattr(prepared.platform, "libc_ver", lambda: (libc, ""))
+    monkeypatch.setattr(prepared.ctypes, "CDLL", lambda name: Library)
+    prepared.keep_freed_memory()
     assert options == told

@@ -48,8 +48,8 @@ from prism_jax.data.datasets import DATASETS, DatasetInfo
 from prism_jax.data.sources import SOURCES, ImageSource, info_of, open_source
 from prism_jax.data.weights import RECORD, WEIGHTS, pack, sha256
 from prism_jax.data.weights import read as read_weights
+from prism_jax.environment import prepare_environment
 from prism_jax.errors import UserError
-from prism_jax.main import prepare_environment
 from prism_jax.models import ARCHITECTURES, build, lookup
 from prism_jax.models.fitting import fit
 from prism_jax.models.import_torch import torch_leaves, variable_shapes

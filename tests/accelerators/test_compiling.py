@@ -76,11 +76,11 @@ def test_a_missing_compiler_is_said_before_anything_runs(monkeypatch):
 
 
 def test_a_run_s_flags_are_the_command_line_s(monkeypatch):
-    from prism_jax import main
+    from prism_jax import environment
 
     for deterministic in (True, False):
         made = experiment(["convnet_d1_bn"], side=16, parallel__deterministic=deterministic)
         monkeypatch.delenv("XLA_FLAGS", raising=False)
         monkeypatch.setattr("jax.config.update", lambda *_: None)
-        main.prepare_environment({"parallel": {"deterministic": deterministic}}, [])
+        environment.prepare_environment({"parallel": {"deterministic": deterministic}}, [])
         assert compiling.os.environ.get("XLA_FLAGS", "") == compiling.flags_of(made)
