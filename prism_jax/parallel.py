@@ -386,7 +386,7 @@ def find_devices() -> None:
     try:
         jax.local_devices()
     except Exception as error:  # JAX raises several kinds, an AssertionError without a text too
-        wanted = jax.config.read("jax_platforms") or ""
+        wanted = jax.config.jax_platforms or ""  # type: ignore[attr-defined]  # made at run time
         said = (str(error).splitlines() or ["it sees none of this kind"])[0]
         remedies = [_INSTALLED[name] for name in wanted.split(",") if name in _INSTALLED]
         if wanted:

@@ -8,7 +8,7 @@ from helpers.command import ROOT, TINY, run
 
 from prism_jax import compare, parallel
 from prism_jax.errors import UserError
-from prism_jax.tools import teachers
+from prism_jax.tools.teachers import __main__ as teachers
 
 
 def refuse(error):

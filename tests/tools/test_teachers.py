@@ -22,7 +22,8 @@ from prism_jax.data.datasets import DATASETS
 from prism_jax.data.sources import open_source, read_all
 from prism_jax.models import ARCHITECTURES, build
 from prism_jax.models.import_torch import to_state_dict
-from prism_jax.tools import teachers
+from prism_jax.tools.teachers import __main__ as teachers
+from prism_jax.tools.teachers import commands, reading
 from prism_jax.types import Normalisation
 
 DIGITS = DATASETS["digits"]
@@ -103,7 +104,7 @@ def test_a_random_network_is_not_called_permuted(digits, seed):
     init = jax.jit(lambda key: module.init(key, np.zeros((1, 16, 16, 1), np.float32)))
     variables = init(jax.random.key(seed, impl="threefry2x32"))
     mean, std = (np.array(c, np.float32) for c in ((0.3054,), (0.3187,)))
-    logits = np.asarray(teachers._forward(module, variables, images, mean, std))
+    logits = np.asarray(reading._forward(module, variables, images, mean, std))
     assert class_order.find_order(logits, labels, np.arange(10), 10) is None
 
 
@@ -126,7 +127,7 @@ def test_evaluate_gives_the_accuracy_of_training_test(capsys, weights_file, netw
 def test_limit_draws_from_all_classes(capsys, weights_file):
     _, out, _ = run(capsys, "evaluate", weights_file, *ON_DIGITS, "--limit=100")
     assert "100 of 360 images" in out and "have no image" not in out
-    assert (teachers._chosen(5, 9) == np.arange(5)).all()
+    assert (commands._chosen(5, 9) == np.arange(5)).all()
 
 
 def test_a_permuted_head_is_found_and_repaired(capsys, tmp_path, network, digits):
@@ -187,7 +188,7 @@ def test_a_wrong_normalisation_is_named(capsys, weights_file, monkeypatch):
     assert "--mean=0.3054 --std=0.3187" in out
     # Without the right one among those tried, none is named.
     others = {"another": Normalisation((40.0,), (9.0,))}
-    monkeypatch.setattr(teachers, "usual_normalisations", lambda info: others)
+    monkeypatch.setattr(reading, "usual_normalisations", lambda info: others)
     _, out, _ = run(capsys, "evaluate", weights_file, *ON_DIGITS, *wrong)
     assert "seems wrong" not in out and "not visibly better than chance" in out
 
@@ -199,7 +200,7 @@ def test_a_normalisation_that_costs_only_a_part_is_named(capsys, weights_file, m
     assert "the normalisation seems wrong: with digits's own mean and std" in out
     # A weak network in its own normalisation: nothing is said.
     others = {"another": Normalisation((40.0,), (9.0,))}
-    monkeypatch.setattr(teachers, "usual_normalisations", lambda info: others)
+    monkeypatch.setattr(reading, "usual_normalisations", lambda info: others)
     _, out, _ = run(capsys, "evaluate", weights_file, *ON_DIGITS, *partly)
     assert "try another" in out and "seems wrong" not in out and "chance" not in out
 
