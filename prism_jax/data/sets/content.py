@@ -1,0 +1,45 @@
+"""What a writer is given: a finished set, in label order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Content(NamedTuple):
+    """A set to be given away.
+
+    Attributes:
+      images_NHWC: uint8, class-major.
+      labels_N: int32.
+      classes: folder, index and name of every class, in label order.
+      ipc: images of each class.
+      soft_NK: float32, one mean label (probabilities) per image; None: there are none.
+      weights_N: float32, how much each image counts; None: they count alike.
+      provenance: what made it, as JSON values.
+      accuracies: top-1 by set (the synthetic one and its controls) and student, from the run's
+        summary; empty where it has none.
+      licence: of the set, in a word that Hugging Face knows.
+    """
+
+    images_NHWC: np.ndarray
+    labels_N: np.ndarray
+    classes: Sequence[Mapping[str, Any]]
+    ipc: int
+    soft_NK: np.ndarray | None
+    weights_N: np.ndarray | None
+    provenance: Mapping[str, Any]
+    accuracies: Mapping[str, Mapping[str, str]] = {}
+    licence: str = "unknown"
+
+    def file_of(self, index: int) -> str:
+        """Where the image at a position lies in an ImageFolder."""
+        cls, slot = divmod(index, self.ipc)
+        return f"{self.classes[cls]['folder']}/{slot:05d}.png"
+
+    @property
+    def experiment(self) -> Mapping[str, Any]:
+        """The config of the run that made it."""
+        return self.provenance["experiment"]

@@ -1,0 +1,85 @@
+"""Folders of images, one per class, as torchvision's ImageFolder reads them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from prism_jax.data.sets.base import Found, Stated
+from prism_jax.data.sources import EXTENSIONS, ImageSource
+
+SPLITS = ("train", "val", "validation", "test")
+
+
+def sniff(path: str) -> bool:
+    """Whether there are folders with images in them."""
+    return os.path.isdir(path) and bool(_tree(path)[1])
+
+
+def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
+    """A folder of class folders, or one around them or around ``train``."""
+    del stated, real
+    root, folders, files = _tree(path)
+
+    def read(index: int) -> bytes:
+        with open(os.path.join(root, names[index]), "rb") as file:
+            return file.read()
+
+    names, labels = in_order(folders, files)
+    return Found(
+        "folder",
+        tuple(folders),
+        False,
+        "class folders",
+        labels,
+        name=lambda i: os.path.join(root, names[i]),
+        read=read,
+        stamp=lambda i: f"{names[i]}\0{os.path.getsize(os.path.join(root, names[i]))}\n",
+    )
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is one of the set's images, by its name."""
+    base = os.path.basename(name)
+    return base.lower().endswith(EXTENSIONS) and not base.startswith(".")
+
+
+def in_order(folders: Sequence[str], files: Iterable[str]) -> tuple[list[str], np.ndarray]:
+    """Images class by class, in the order of their names, and the positions of their classes."""
+    at = {folder: i for i, folder in enumerate(folders)}
+    ordered = sorted(files, key=lambda f: (at[f.split("/")[0]], *os.path.split(f)))
+    return ordered, np.array([at[f.split("/")[0]] for f in ordered], np.int64)
+
+
+def class_root(files: Iterable[str]) -> str:
+    """The folder of the class folders, "" or one with a slash at its end, among a tree's images.
+
+    One folder around all others is a wrapper; of splits, ``train`` is meant.
+    """
+    paths, root = [f.split("/") for f in files], ""
+    while paths and all(len(parts) > 2 for parts in paths):
+        heads = {parts[0] for parts in paths}
+        head = "train" if "train" in heads and heads <= set(SPLITS) else min(heads)
+        if len(heads) > 1 and head != "train":
+            break
+        paths = [parts[1:] for parts in paths if parts[0] == head]
+        root += f"{head}/"
+    return root
+
+
+def _tree(path: str) -> tuple[str, list[str], list[str]]:
+    """The folder of the class folders, those folders sorted, and their images relative to it."""
+    files = []
+    for folder, below, names in os.walk(path, followlinks=True):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        inside = os.path.relpath(folder, path).replace(os.sep, "/")
+        if inside != ".":
+            files += [f"{inside}/{name}" for name in names if is_image(name)]
+    inner = class_root(files)
+    files = [name.removeprefix(inner) for name in files if name.startswith(inner)]
+    root = os.path.join(path, inner) if inner else path
+    with os.scandir(root) as entries:
+        folders = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    return root, folders if files else [], files
