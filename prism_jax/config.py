@@ -149,6 +149,10 @@ class Recover:
     # where images start, and what they go through
     initialise: str
     initialise_from: str | None
+    initialise_classes: tuple[str, ...] | None
+    initialise_mean: tuple[float, ...] | None
+    initialise_std: tuple[float, ...] | None
+    initialise_whitening: Literal["none", "zca"] | None
     scorer: str | None
     patch_factor: int
     patch_images: int
@@ -292,7 +296,10 @@ class Experiment:
 # Fields that change no bits, or that only say where the same bits come from: they enter no
 # fingerprint.
 NEUTRAL = {
-    "recover": ("initialise_from", "steps_per_dispatch", "checkpoint_seconds"),
+    "recover": (
+        *("initialise_from", "initialise_classes", "initialise_mean", "initialise_std"),
+        *("initialise_whitening", "steps_per_dispatch", "checkpoint_seconds"),
+    ),
     "relabel": ("mode",),
     "validate": ("students", "seeds", "controls", "checkpoint_seconds"),
     "squeeze": ("teachers", "seed"),

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from prism_jax.data.label_store import LabelReader
+
 
 class Content(NamedTuple):
     """A set to be given away.
@@ -18,6 +20,7 @@ class Content(NamedTuple):
       ipc: images of each class.
       soft_NK: float32, one mean label (probabilities) per image; None: there are none.
       weights_N: float32, how much each image counts; None: they count alike.
+      reader: the stored labels of every view; None: there are none.
       provenance: what made it, as JSON values.
       accuracies: top-1 by set (the synthetic one and its controls) and student, from the run's
         summary; empty where it has none.
@@ -30,6 +33,7 @@ class Content(NamedTuple):
     ipc: int
     soft_NK: np.ndarray | None
     weights_N: np.ndarray | None
+    reader: LabelReader | None
     provenance: Mapping[str, Any]
     accuracies: Mapping[str, Mapping[str, str]] = {}
     licence: str = "unknown"
@@ -38,6 +42,12 @@ class Content(NamedTuple):
         """Where the image at a position lies in an ImageFolder."""
         cls, slot = divmod(index, self.ipc)
         return f"{self.classes[cls]['folder']}/{slot:05d}.png"
+
+    @property
+    def title(self) -> str:
+        """What to call it."""
+        of = "" if self.provenance["set"] == "synthetic" else f" ({self.provenance['set']})"
+        return f"{self.experiment['name']}{of}"
 
     @property
     def experiment(self) -> Mapping[str, Any]:

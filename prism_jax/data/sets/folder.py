@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from PIL import Image
 
 from prism_jax.data.sets.base import Found, Stated
+from prism_jax.data.sets.card import card
+from prism_jax.data.sets.content import Content
 from prism_jax.data.sources import EXTENSIONS, ImageSource
 
 SPLITS = ("train", "val", "validation", "test")
@@ -83,3 +88,44 @@ def _tree(path: str) -> tuple[str, list[str], list[str]]:
     with os.scandir(root) as entries:
         folders = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     return root, folders if files else [], files
+
+
+def write_images(folder: str, content: Content) -> None:
+    """One folder per class, in label order."""
+    for i, image in enumerate(content.images_NHWC):
+        path = os.path.join(folder, content.file_of(i))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(png(image))
+
+
+def png(image_HWC: np.ndarray) -> bytes:
+    """An image, grey or RGB, as a PNG file."""
+    buffer = io.BytesIO()
+    grey = image_HWC.shape[-1] == 1
+    Image.fromarray(image_HWC[..., 0] if grey else image_HWC).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+_READING = """    from datasets import load_dataset
+    load_dataset("imagefolder", data_dir="DIR", split="train")
+
+or `torchvision.datasets.ImageFolder("DIR/train")`. Sorted as text, the folders are in label order;
+`classes.json` has their names."""
+
+
+def write(folder: str, content: Content) -> None:
+    """``train/<class>/<slot>.png`` and a data card; weights, where there are any, in a table."""
+    train = os.path.join(folder, "train")
+    write_images(train, content)
+    if content.weights_N is not None:
+        rows = [
+            {"file_name": content.file_of(i), "label": int(label), "weight": float(weight)}
+            for i, (label, weight) in enumerate(
+                zip(content.labels_N, content.weights_N, strict=True)
+            )
+        ]
+        with open(os.path.join(train, "metadata.jsonl"), "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
+        file.write(card(content, title=content.title, reading=_READING))

@@ -6,7 +6,6 @@ The names of the classes are in the schema's metadata, as ``datasets`` writes th
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -14,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from prism_jax.data.sets.base import (
     Found,
@@ -25,13 +23,25 @@ from prism_jax.data.sets.base import (
     inside,
     needed,
 )
+from prism_jax.data.sets.card import card
 from prism_jax.data.sets.content import Content
+from prism_jax.data.sets.folder import png
 from prism_jax.data.sources import ImageSource
 from prism_jax.errors import UserError
 
 IMAGES, LABELS = ("image", "img", "images"), ("label", "labels", "fine_label", "class", "cls")
 WEIGHTS, SOFT = ("weight", "weights"), ("soft_label", "soft_labels")
 _SHARD = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})(?:-[0-9a-f]+)?\.parquet")
+_FIELDS = """configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/train-*"""
+_READING = """    from datasets import load_dataset
+    load_dataset("DIR", split="train")
+
+`image`, `label` with the names of the classes, and `soft_label`, one mean label per image, where
+there is one."""
 _OTHER_SPLITS = ("val", "validation", "valid", "dev", "test")
 
 
@@ -98,7 +108,7 @@ def write(folder: str, content: Content) -> None:
     pa = needed("pyarrow", "writing parquet files")
     pq = needed("pyarrow.parquet", "writing parquet files")
     names = [entry["name"] for entry in content.classes]
-    encoded = [_png(image) for image in content.images_NHWC]
+    encoded = [png(image) for image in content.images_NHWC]
     paths = [content.file_of(i).replace("/", "_") for i in range(len(encoded))]
     columns = {
         "image": pa.array(
@@ -123,13 +133,8 @@ def write(folder: str, content: Content) -> None:
     )
     os.makedirs(os.path.join(folder, "data"))
     pq.write_table(table, os.path.join(folder, "data", "train-00000-of-00001.parquet"))
-
-
-def _png(image_HWC: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    grey = image_HWC.shape[-1] == 1
-    Image.fromarray(image_HWC[..., 0] if grey else image_HWC).save(buffer, "PNG")
-    return buffer.getvalue()
+    with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
+        file.write(card(content, title=content.title, reading=_READING, fields=_FIELDS))
 
 
 def _files(path: str) -> list[str]:
