@@ -179,12 +179,14 @@ class Relabel:
     """Soft labels over augmented views.
 
     ``mode`` changes no bit: "online" makes the labels while students train, and stores none.
+    ``labels_from`` takes those of the synthetic set from elsewhere.
     ``priors`` (percent, one per teacher) and ``prior_temperature`` are those of the ensemble
     "committee". ``teacher_mode`` "train" lets BatchNorm use the statistics of the batch, or of
     groups of ``bn_group`` images.
     """
 
     mode: Literal["store", "online"]
+    labels_from: str | None
     teachers: tuple[str, ...]
     ensemble: str
     priors: tuple[float, ...] | None
@@ -300,7 +302,7 @@ NEUTRAL = {
         *("initialise_from", "initialise_classes", "initialise_mean", "initialise_std"),
         *("initialise_whitening", "steps_per_dispatch", "checkpoint_seconds"),
     ),
-    "relabel": ("mode",),
+    "relabel": ("mode", "labels_from"),
     "validate": ("students", "seeds", "controls", "checkpoint_seconds"),
     "squeeze": ("teachers", "seed"),
 }
@@ -434,6 +436,7 @@ def violations(e: Experiment) -> list[str]:
     from prism_jax import combinations
     from prism_jax.core import ensemble, losses, schedules
     from prism_jax.data import datasets, sources
+    from prism_jax.data.sets import stated
     from prism_jax.models import ARCHITECTURES
 
     found: list[str] = []
@@ -669,6 +672,7 @@ def violations(e: Experiment) -> list[str]:
             f"recover.initialise_from names {e.recover.initialise_from}, but recover.initialise is "
             f"{e.recover.initialise!r}, which reads no folder; set recover.initialise=folder"
         )
+    found += stated.violations(e)
     found += _training_violations(e)
     return found
 

@@ -43,6 +43,7 @@ class ImageSet:
       soft_NK: float32 logits over our labels, one label per image; None: the set has none.
       weights_N: float32 of mean 1; None: the images count alike.
       notes: what a person should know of how it was read.
+      places_N: the place of each image in the set's own order; of folders, ImageFolder's.
 
     Raises:
       UserError: no such set, other classes or another number of them, or too few images.
@@ -82,17 +83,17 @@ class ImageSet:
                 f"because recover.ipc is {ipc}",
                 stacklevel=2,
             )
-        self._at = np.concatenate([here[:ipc] for here in images.values()])
+        self.places_N = np.concatenate([here[:ipc] for here in images.values()])
         soft, weights = found.soft_NK, found.weights_N
-        self.soft_NK = None if soft is None else soft[self._at][:, order]
-        self.weights_N = None if weights is None else _of_mean_one(root, weights[self._at])
+        self.soft_NK = None if soft is None else soft[self.places_N][:, order]
+        self.weights_N = None if weights is None else _of_mean_one(root, weights[self.places_N])
         self._said_resized = False
 
     def __len__(self) -> int:
-        return len(self._at)
+        return len(self.places_N)
 
     def image(self, index: int) -> np.ndarray:
-        at = int(self._at[index])
+        at = int(self.places_N[index])
         name = self._found.name(at)
         try:
             stored = self._found.read(at)
@@ -139,7 +140,7 @@ class ImageSet:
     @functools.cached_property
     def _description(self) -> dict[str, Any]:
         listing = hashlib.sha256()
-        for at in self._at.tolist():
+        for at in self.places_N.tolist():
             listing.update(self._found.stamp(at).encode("utf-8", "surrogateescape"))
         if self.weights_N is not None:
             listing.update(self.weights_N.tobytes())

@@ -13,6 +13,8 @@ With one, beside classes.json and provenance.json:
     folder      README.md (a data card), train/<class>/<slot>.png, as Hugging Face has image folders
     parquet     README.md, data/train-00000-of-00001.parquet, as Hugging Face's datasets writes it
     dd_ranking  images.pt, labels.pt, lr.pt and config.yaml, as DD-Ranking takes them
+    fkd         README.md, images/<class>/<slot>.png, labels/epoch_<e>/batch_<b>.tar, as SRe2L's
+                relabel writes them and its train_FKD reads them
     npz         set.npz alone
 
 DIR appears whole or not at all.
@@ -34,10 +36,11 @@ from prism_jax.analysis import summary
 from prism_jax.data import image_set, workdir
 from prism_jax.data.datasets import DATASETS, DatasetInfo
 from prism_jax.data.label_store import MANIFEST, LabelReader
-from prism_jax.data.sets import dd_ranking, folder, npz, parquet
+from prism_jax.data.sets import dd_ranking, fkd, folder, npz, parquet
 from prism_jax.data.sets.classes import wnids
 from prism_jax.data.sets.content import Content
 from prism_jax.errors import UserError
+from prism_jax.labelling import drawn
 from prism_jax.main import joined
 
 SYNTHETIC = "synthetic"
@@ -48,6 +51,7 @@ WRITERS: dict[str, Callable[[str, Content], None]] = {
     "folder": folder.write,
     "parquet": parquet.write,
     "dd_ranking": dd_ranking.write,
+    "fkd": fkd.write,
     "npz": npz.write,
 }
 
@@ -150,6 +154,7 @@ def export(
         None if reader is None else mean_soft_labels(reader),
         None if weights is None else np.array(weights, np.float32),
         reader,
+        lambda record: drawn(record, images.shape[1:3], reader.manifest["view"]),
         provenance | {"soft_labels": how, **ran},
         _accuracies(root),
         licence,
@@ -262,6 +267,8 @@ def _labels(
 ) -> tuple[LabelReader | None, dict[str, Any]]:
     """The stored soft labels of the set, and how they were made."""
     folder = (root if control is None else root / "controls" / control) / "relabel"
+    if control is None and (where := ran["experiment"]["relabel"].get("labels_from")):
+        return None, {"what": f"none, relabel.labels_from={where} reads labels made elsewhere"}
     if not (folder / MANIFEST).exists():
         if ran["experiment"]["relabel"]["mode"] == "online":
             return None, {"what": "none, relabel.mode=online stores none"}

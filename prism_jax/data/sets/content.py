@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from prism_jax.data.label_store import LabelReader
+from prism_jax.types import Mix, SoftLabels, View
 
 
 class Content(NamedTuple):
@@ -21,6 +22,7 @@ class Content(NamedTuple):
       soft_NK: float32, one mean label (probabilities) per image; None: there are none.
       weights_N: float32, how much each image counts; None: they count alike.
       reader: the stored labels of every view; None: there are none.
+      drawn: record of ``reader`` -> the view and the mix that it labels.
       provenance: what made it, as JSON values.
       accuracies: top-1 by set (the synthetic one and its controls) and student, from the run's
         summary; empty where it has none.
@@ -34,6 +36,7 @@ class Content(NamedTuple):
     soft_NK: np.ndarray | None
     weights_N: np.ndarray | None
     reader: LabelReader | None
+    drawn: Callable[[SoftLabels], tuple[View, Mix]]
     provenance: Mapping[str, Any]
     accuracies: Mapping[str, Mapping[str, str]] = {}
     licence: str = "unknown"
