@@ -93,6 +93,7 @@ def say_top1(context: Context, labelled: LabelledSet) -> None:
     if not isinstance(source, ImageSet) or path.exists() or not parallel.is_main():
         return
     labels, classes = labelled.labels_N, context.config.dataset.num_classes
+    official = context.info.class_names
     found: dict[str, float] = {}
     for name in context.config.relabel.teachers:
         logits_NK = _logits(context, name, labelled.images_uint8_NHWC)
@@ -108,7 +109,7 @@ def say_top1(context: Context, labelled: LabelledSet) -> None:
             np.arange(classes),
             classes,
             class_names=source.class_names,
-            official_names=context.info.class_names,
+            official_names=official if official and len(official) == classes else None,
         )
         if other is not None:
             moved = np.flatnonzero(other.order_K != np.arange(classes))
