@@ -128,6 +128,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.relabel = ConfigDict()
     c.relabel.mode = "store"  # or "online": labels are made while students train
+    c.relabel.order = "own"  # or "torch": SRe2L's code then reads exported labels as they are
     c.relabel.labels_from = placeholder(str)  # FKD labels in a folder; "set": those of the images
     c.relabel.teachers = ("resnet18",)
     c.relabel.ensemble = "single"

@@ -179,13 +179,15 @@ class Relabel:
     """Soft labels over augmented views.
 
     ``mode`` changes no bit: "online" makes the labels while students train, and stores none.
-    ``labels_from`` takes those of the synthetic set from elsewhere.
+    ``order`` is that of the images in an epoch: "torch" is PyTorch's RandomSampler's, seed 42.
+    ``labels_from`` takes the labels of the synthetic set from elsewhere.
     ``priors`` (percent, one per teacher) and ``prior_temperature`` are those of the ensemble
     "committee". ``teacher_mode`` "train" lets BatchNorm use the statistics of the batch, or of
     groups of ``bn_group`` images.
     """
 
     mode: Literal["store", "online"]
+    order: Literal["own", "torch"]
     labels_from: str | None
     teachers: tuple[str, ...]
     ensemble: str
@@ -302,7 +304,7 @@ NEUTRAL = {
         *("initialise_from", "initialise_classes", "initialise_mean", "initialise_std"),
         *("initialise_whitening", "steps_per_dispatch", "checkpoint_seconds"),
     ),
-    "relabel": ("mode", "labels_from"),
+    "relabel": ("mode", "order", "labels_from"),  # the last two: Context.relabel_fields
     "validate": ("students", "seeds", "controls", "checkpoint_seconds"),
     "squeeze": ("teachers", "seed"),
 }

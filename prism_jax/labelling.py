@@ -18,6 +18,7 @@ from prism_jax.core.codec import Coding
 from prism_jax.core.ensemble import ENSEMBLES, votes
 from prism_jax.data.label_store import LabelPlan, rounded
 from prism_jax.data.pipeline import epoch_order, num_batches
+from prism_jax.data.sets.fkd import torch_orders
 from prism_jax.teachers import TeacherPool, batch_statistics
 from prism_jax.types import Mix, Normalisation, SoftLabels, View
 
@@ -39,6 +40,8 @@ class LabelRecipe:
       bn_group: with "train", images per group that is normalised by itself; None: the batch.
       parts: with ``bn_group``, of the batch, none of which shares a group with another: a student's
         ``accumulate``. It matters where an epoch's last batch is short.
+      order: of the images: "own", or "torch" as PyTorch's RandomSampler with the seed 42 gives it,
+        whatever the seed.
     """
 
     augment: Augment
@@ -49,6 +52,19 @@ class LabelRecipe:
     teacher_mode: str = "eval"
     bn_group: int | None = None
     parts: int = 1
+    order: str = "own"
+
+    def of_epoch(self, seed: int, epoch: int, count: int) -> np.ndarray:
+        """The order of the images in an epoch: int32 (count,)."""
+        if self.order == "own":
+            return epoch_order(seed, ORDER, epoch, count)
+        return _torch_orders(count, 2 ** epoch.bit_length())[epoch]
+
+
+@functools.lru_cache(maxsize=2)
+def _torch_orders(count: int, epochs: int) -> np.ndarray:
+    """Those of more epochs begin with those of fewer: doubled when they are used up."""
+    return torch_orders(count, epochs).astype(np.int32)
 
 
 class Labeller:
@@ -90,7 +106,7 @@ class Labeller:
     def epoch(
         self, images_uint8_NHWC: np.ndarray, epoch: int, *, seed: int, start: int = 0
     ) -> Iterator[SoftLabels]:
-        """Label one epoch: every image once, in the order of the stream "relabel/order".
+        """Label one epoch: every image once, in the recipe's order.
 
         Args:
           start: the first batch that is wanted.
@@ -100,7 +116,7 @@ class Labeller:
           size does not divide.
         """
         count, size = len(images_uint8_NHWC), self.recipe.batch_size
-        order = epoch_order(seed, ORDER, epoch, count)
+        order = self.recipe.of_epoch(seed, epoch, count)
         indices = [order[b * size : (b + 1) * size] for b in range(num_batches(count, size))]
         width = len(self._map)
         begun: list = []  # on the devices, while the host works on what came before

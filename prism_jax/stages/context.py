@@ -431,6 +431,8 @@ class Context:
             "seed": self.config.seed,
             "images": workdir.digest(labelled.fields),
         }
+        if self.config.relabel.order != "own":
+            fields["order"] = self.config.relabel.order
         if self.config.relabel.labels_from and labelled.name == "synthetic":
             return {**fields, "labels": self._given_labels}
         fields["teachers"] = self.pool_fields(self.config.relabel.teachers)

@@ -52,6 +52,7 @@ def recipe_of(context: Context, batch_size: int) -> LabelRecipe:
         relabel.teacher_mode,
         relabel.bn_group,
         context.config.label_parts,
+        relabel.order,
     )
 
 

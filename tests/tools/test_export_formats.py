@@ -199,6 +199,37 @@ def test_pytorch_finds_each_batch_as_the_reference_does(made, reference):
             np.testing.assert_array_equal(logits.float(), same.logits_BK)
 
 
+def test_labels_in_pytorchs_order_need_no_change_of_the_reference(finished, tmp_path):
+    """Its sampler and its table of first images alone lead to the file of each batch."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    arguments = (TINY, f"--workdir={finished}", "--stages=relabel", "--config.relabel.order=torch")
+    status, _, err = call(*arguments, "--config.validate.controls=random_real_hard")
+    assert status == 0, err
+    export.export(finished, tmp_path / "set", form="fkd")
+    assert fkd.ORDER not in (tmp_path / "set" / "README.md").read_text()
+    ours = LabelReader(finished / "relabel")
+    generators = [torch.Generator() for _ in range(2)]
+    samplers = []
+    for generator in generators:  # one replays the labels, the other one trains
+        generator.manual_seed(42)
+        samplers.append(torch.utils.data.RandomSampler(range(8), generator=generator))
+    for epoch in range(6):
+        first_of = {batch[0]: number for number, batch in enumerate(_in_fours(samplers[0]))}
+        for batch in _in_fours(samplers[1]):
+            number = first_of[batch[0]]
+            found = torch.load(
+                tmp_path / "set" / "labels" / f"epoch_{epoch}" / f"batch_{number}.tar"
+            )
+            same = ours[epoch * 2 + number]
+            assert batch == same.index_B.tolist()
+            np.testing.assert_array_equal(found[5].float(), same.logits_BK)
+
+
+def _in_fours(sampler):
+    indices = list(sampler)
+    return [indices[:4], indices[4:]]
+
+
 def test_weights_go_out_and_come_back(finished, tmp_path):
     manifest = workdir.read_record(finished / "recover" / "manifest.json")
     weights = [0.5, 1.5, 1, 1, 2, 0, 1, 1]

@@ -299,10 +299,14 @@ def _mix(partner: Any, lam: Any, box: Any, count: int, size: int) -> Mix:
 # --- out --------------------------------------------------------------------------------------
 
 
-_READING = f"""`images` is the ImageFolder of the set and `labels` the FKD labels of its views, for
-`train_FKD.py --train-dir=DIR/images --fkd-path=DIR/labels/`. The batches are not in the order of
-PyTorch's RandomSampler: `{ORDER}` has it, (epochs, images). Two lines of the reference read it, the
-first where it makes its sampler, the second where it makes `img2batch_idx_list`:
+_READING = """`images` is the ImageFolder of the set and `labels` the FKD labels of its views:
+
+    train_FKD.py --train-dir=DIR/images --fkd-path=DIR/labels/ --batch-size={size} --epochs={epochs}
+"""
+_OWN_ORDER = f"""
+The batches are not in the order of PyTorch's RandomSampler: `{ORDER}` has theirs,
+(epochs, images). Two lines of the reference read it, the first where it makes its sampler, the
+second where it makes `img2batch_idx_list`:
 
     sampler = [int(i) for i in torch.load("DIR/{ORDER}")[epoch]]  # of each epoch
     self.img2batch_idx_list = torch.load("DIR/{BATCHES}")"""
@@ -349,5 +353,8 @@ def write(folder: str, content: Content) -> None:
     torch_file.save(os.path.join(folder, ORDER), orders)
     firsts = [{int(order[i]): i // size for i in range(0, len(order), size)} for order in orders]
     torch_file.save(os.path.join(folder, BATCHES), firsts)
+    reading = _READING.format(size=size, epochs=reader.plan.epochs)
+    if view.get("order", "own") == "own":
+        reading += _OWN_ORDER
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
-        file.write(card(content, title=content.title, reading=_READING))
+        file.write(card(content, title=content.title, reading=reading))
