@@ -293,7 +293,7 @@ class Context:
         recover = self.config.recover
         if recover.initialise != "folder":
             return self.open("train")
-        found = ImageSet(
+        return ImageSet(
             recover.initialise_from,
             self.info,
             self.open("train"),
@@ -304,9 +304,6 @@ class Context:
             ),
             classes=recover.initialise_classes,
         )
-        for note in found.notes if parallel.is_main() else ():
-            self.say(note)
-        return found
 
     def initial_images(self, classes_B: np.ndarray, slots_B: np.ndarray) -> np.ndarray:
         """Where recover starts with these images: float32, normalised."""

@@ -33,7 +33,7 @@ def has_labels(context: Context, labelled: LabelledSet) -> bool:
 
 
 def check(context: Context) -> None:
-    """Refuse, before any work, an imported set that cannot be used as the config says.
+    """Say how an imported set was read, and refuse, before any work, what cannot be done with it.
 
     Raises:
       UserError: weights under a loss that knows none, or soft labels that are not there.
@@ -41,6 +41,8 @@ def check(context: Context) -> None:
     source, config = context.initial_source, context.config
     if not isinstance(source, ImageSet):
         return
+    for note in source.notes if parallel.is_main() else ():
+        context.say(note)
     if source.weights_N is not None and config.validate.loss == "dist":
         raise UserError(
             f"the images of {config.recover.initialise_from} have weights, and validate.loss="

@@ -152,8 +152,9 @@ def test_pytorch_reads_the_tensors_and_the_config_says_their_space(made, pixels,
     ran = json.loads((folder / "provenance.json").read_text())["experiment"]["validate"]
     assert float(rate) == pytest.approx(ran["learning_rate"]) and rate.shape == ()
     assert (config["ipc"], config["num_epochs"], config["optimizer"]) == (2, 6, "adamw")
-    assert config["soft_label_criterion"] == "mse_gt" and config["soft_label_mode"] == "S"
-    assert config["weight_decay"] == 0.01 and config["loss_fn_kwargs"]["ce_weight"] == 0.1
+    assert config["soft_label_criterion"] == "kl" and config["soft_label_mode"] == "S"
+    assert config["loss_fn_kwargs"] == {"temperature": 1.0, "scale_loss": False}
+    assert config["weight_decay"] == 0.01 and config["lr_scheduler"] == "lambda_cos"
     # Found beside the tensors, the config is the space that the import asks for.
     np.testing.assert_array_equal(read_all(opened(folder), threads=1)[0], pixels)
 

@@ -65,8 +65,6 @@ def config(content: Content, space: Normalisation) -> str:
     """The text of a config of DD-Ranking for this set."""
     experiment, validate = content.experiment, content.experiment["validate"]
     data, size = experiment["dataset"], content.images_NHWC.shape[1]
-    soft = content.soft_NK is not None
-    criterion, numbers = _loss(validate)
     method, ipc = experiment["recover"]["method"], content.ipc
     name = _NAMES.get(data["name"])
     students = validate["students"]
@@ -107,8 +105,7 @@ def config(content: Content, space: Normalisation) -> str:
         "  - name: ToTensor",
         _normalise(space),
         "",
-        *([f"soft_label_mode: S\nsoft_label_criterion: {criterion}", "loss_fn_kwargs:", *numbers]
-          if soft else []),
+        *(["soft_label_mode: S", *_loss(validate)] if content.soft_NK is not None else []),
         f"optimizer: {validate['optimiser']}",
         f"lr_scheduler: {_SCHEDULES.get(validate['schedule'], 'cosine')}"
         + ("" if validate["schedule"] in _SCHEDULES else f"  # ours: {validate['schedule']}"),
@@ -145,13 +142,20 @@ def _test_steps(data: dict[str, Any], size: int) -> list[str]:
     return [resize, f"  - name: CenterCrop\n    args:\n      size: {size}"]
 
 
-def _loss(validate: dict[str, Any]) -> tuple[str, list[str]]:
-    """Their criterion and its numbers."""
-    if validate["loss"] == "mse_gt":
-        return "mse_gt", ["  mse_weight: 1.0", f"  ce_weight: {_number(validate['ce_weight'])}"]
+def _loss(validate: dict[str, Any]) -> list[str]:
+    """The divergence from the label of each image, and the run's own loss where it is another.
+
+    Their mse_gt needs hard labels beside the soft ones, which mode S does not hand to it.
+    """
+    divergence = validate["loss"] in ("kl", "kl_t2")
+    temperature = _number(validate["temperature"]) if divergence else "1.0"
     scaled = str(validate["loss"] == "kl_t2").lower()
-    temperature = f"  temperature: {_number(validate['temperature'])}"
-    return "kl", [temperature, f"  scale_loss: {scaled}"]
+    mse = f"{{mse_weight: 1.0, ce_weight: {_number(validate['ce_weight'])}}}"
+    own = f"  # in mode M: mse_gt, {mse}" if validate["loss"] == "mse_gt" else ""
+    return [
+        f"soft_label_criterion: kl{own}",
+        f"loss_fn_kwargs:\n  temperature: {temperature}\n  scale_loss: {scaled}",
+    ]
 
 
 def _number(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 
 import numpy as np
@@ -14,6 +15,7 @@ MEAN, STD, WHITENING = (f"recover.initialise_{n}" for n in ("mean", "std", "whit
 WHITENINGS = ("none", "zca")
 ZCA_EPSILON = 0.1  # of kornia's ZCAWhitening as MTT, DATM and DD-Ranking use it
 ZCA_LARGEST = 4096  # numbers of an image: its covariance is that number squared
+_INVERSES: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # of the real images seen last
 _TOLD = 0.01  # a share of clipped values above this is told
 
 
@@ -84,15 +86,19 @@ def _asked(path: str, images: np.ndarray) -> str:
     def flags(mean: str, std: str) -> str:
         return f"--config.{MEAN}={mean} --config.{STD}={std}"
 
-    zeros, ones = (f"({','.join([n] * channels)},)" for n in ("0.0", "1.0"))
+    zeros, ones = (",".join([number] * channels) for number in "01")
     return (
-        f"{path} has float images from {images.min():.3g} to {images.max():.3g} (mean "
-        f"{np.round(mean, 3).tolist()}, deviation {np.round(std, 3).tolist()} per channel), and "
+        f"{path} has float images from {images.min():.3g} to {images.max():.3g} (per channel mean "
+        f"{_words(mean)}, deviation {_words(std)}), and "
         f"the file does not say in which space. State one of\n"
         f"  {flags(zeros, ones)}   as they are: 0 is black, 1 is white\n"
         f"  {flags('M', 'S')}   normalised by these numbers, as the method's code has them\n"
         f"  --config.{WHITENING}=zca   whitened (MTT and DATM with --zca on CIFAR)"
     )
+
+
+def _words(numbers: np.ndarray) -> str:
+    return " ".join(f"{number:.3g}" for number in numbers)
 
 
 def unwhitened(path: str, images_NHWC: np.ndarray, real: ImageSource) -> np.ndarray:
@@ -117,7 +123,11 @@ def unwhitened(path: str, images_NHWC: np.ndarray, real: ImageSource) -> np.ndar
             f"{images_NHWC.shape[1:]}, from which the whitening was computed; they have "
             f"{pixels.shape[1:]}: set dataset.image_size"
         )
-    mean, inverse = zca_inverse(_flat(pixels.astype(np.float32) / np.float32(255)))
+    key = json.dumps(real.describe())
+    if key not in _INVERSES:  # a run looks at its set more than once; this takes a minute
+        _INVERSES.clear()
+        _INVERSES[key] = zca_inverse(_flat(pixels.astype(np.float32) / np.float32(255)))
+    mean, inverse = _INVERSES[key]
     rows = _flat(images_NHWC) @ inverse + mean
     height, width, channels = images_NHWC.shape[1:]
     return rows.reshape(-1, channels, height, width).transpose(0, 2, 3, 1).astype(np.float32)
