@@ -152,6 +152,10 @@ class Recover:
     # where images start, and what they go through
     initialise: str
     initialise_from: Path | None
+    initialise_classes: tuple[str, ...] | None
+    initialise_mean: tuple[float, ...] | None
+    initialise_std: tuple[float, ...] | None
+    initialise_whitening: Literal["none", "zca"] | None
     scorer: str | None
     patch_factor: int
     patch_images: int
@@ -178,12 +182,16 @@ class Relabel:
     """Soft labels over augmented views.
 
     ``mode`` changes no bit: "online" makes the labels while students train, and stores none.
+    ``order`` is that of the images in an epoch: "torch" is PyTorch's RandomSampler's, seed 42.
+    ``labels_from`` takes the labels of the synthetic set from elsewhere.
     ``priors`` (percent, one per teacher) and ``prior_temperature`` are those of the ensemble
     "committee". ``teacher_mode`` "train" lets BatchNorm use the statistics of the batch, or of
     groups of ``bn_group`` images.
     """
 
     mode: Literal["store", "online"]
+    order: Literal["own", "torch"]
+    labels_from: Path | None
     teachers: tuple[str, ...]
     ensemble: str
     priors: tuple[float, ...] | None
@@ -295,8 +303,11 @@ class Experiment:
 # Fields that change no bits, or that only say where the same bits come from: they enter no
 # fingerprint.
 NEUTRAL = {
-    "recover": ("initialise_from", "steps_per_dispatch", "checkpoint_seconds"),
-    "relabel": ("mode",),
+    "recover": (
+        *("initialise_from", "initialise_classes", "initialise_mean", "initialise_std"),
+        *("initialise_whitening", "steps_per_dispatch", "checkpoint_seconds"),
+    ),
+    "relabel": ("mode", "order", "labels_from"),  # the last two: Context.relabel_fields
     "validate": ("students", "seeds", "controls", "checkpoint_seconds"),
     "squeeze": ("teachers", "seed"),
 }
@@ -394,6 +405,8 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     elif origin is tuple:
         if arguments[0] is str:  # "a,b" is ("a", "b"), also as the one value of a flag
             value = (value,) if isinstance(value, str) else value
+            if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
+                value = [str(v) for v in value]  # names that are numbers, in a flag
             if all(isinstance(v, str) for v in value):
                 value = [part.strip() for v in value for part in v.split(",") if part.strip()]
         if isinstance(value, (list, tuple)):
@@ -438,6 +451,7 @@ def violations(e: Experiment) -> list[str]:
     from prism_jax import combinations
     from prism_jax.core import ensemble, losses, schedules
     from prism_jax.data import datasets, sources
+    from prism_jax.data.sets import stated
     from prism_jax.models import ARCHITECTURES
 
     found: list[str] = []
@@ -673,6 +687,7 @@ def violations(e: Experiment) -> list[str]:
             f"recover.initialise_from names {e.recover.initialise_from}, but recover.initialise is "
             f"{e.recover.initialise!r}, which reads no folder; set recover.initialise=folder"
         )
+    found += stated.violations(e)
     found += _training_violations(e)
     return found
 

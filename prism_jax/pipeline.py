@@ -11,7 +11,16 @@ from prism_jax import parallel
 from prism_jax.config import STAGES
 from prism_jax.data import workdir
 from prism_jax.errors import UserError
-from prism_jax.stages import analyse, controls, recover, relabel, squeeze, statistics, validate
+from prism_jax.stages import (
+    analyse,
+    controls,
+    imported,
+    recover,
+    relabel,
+    squeeze,
+    statistics,
+    validate,
+)
 from prism_jax.stages.context import RECORD, Context, LabelledSet
 
 
@@ -48,6 +57,7 @@ def check(context: Context) -> None:
     context.open("train")
     squeeze.pending(context)
     recover.pending(context)
+    imported.check(context)
 
 
 def _squeeze(context: Context) -> None:
@@ -66,6 +76,8 @@ def _relabel(context: Context) -> None:
     for labelled in sets(context):
         if not labelled.soft:
             continue
+        if labelled.name == "synthetic":
+            imported.say_top1(context, labelled)
         if labelled.name != "synthetic":
             controls.write(context, labelled)
         if not relabel.is_done(context, labelled):

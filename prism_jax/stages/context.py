@@ -31,8 +31,9 @@ from prism_jax.core import batching
 from prism_jax.core.augment import Augment
 from prism_jax.data import weights, workdir
 from prism_jax.data.datasets import DatasetInfo
-from prism_jax.data.exchange import ImageSet, existing_folder
+from prism_jax.data.exchange import ImageSet, Stated
 from prism_jax.data.lazy import Images, LazyImages, OneByOne, hold
+from prism_jax.data.sets.fkd import digest
 from prism_jax.data.sources import ImageSource, Subset, info_of, open_source
 from prism_jax.data.weights import RECORD, WEIGHTS, sha256, unpack_variables
 from prism_jax.errors import UserError
@@ -120,6 +121,7 @@ class LabelledSet:
       labels_N: int32 classes.
       fields: what made the images; they enter the fingerprints of labels and students.
       soft: whether it is given soft labels.
+      weights_N: how much each image counts, 1 on average; None: alike.
     """
 
     name: str
@@ -128,6 +130,7 @@ class LabelledSet:
     labels_N: np.ndarray
     fields: dict[str, Any]
     soft: bool
+    weights_N: np.ndarray | None = None
 
     @functools.cached_property
     def images_uint8_NHWC(self) -> Images:
@@ -286,16 +289,20 @@ class Context:
 
     @functools.cached_property
     def initial_source(self) -> ImageSource:
-        """Where recover starts: the training images, or the folder that the config names."""
+        """Where recover starts: the training images, or the set that the config names."""
         recover = self.config.recover
         if recover.initialise != "folder":
             return self.open("train")
         return ImageSet(
-            existing_folder(recover.initialise_from),
+            recover.initialise_from,
             self.info,
             self.open("train"),
             ipc=recover.ipc,
             image_size=self.config.dataset.image_size,
+            stated=Stated(
+                recover.initialise_mean, recover.initialise_std, recover.initialise_whitening
+            ),
+            classes=recover.initialise_classes,
         )
 
     def initial_images(self, classes_B: np.ndarray, slots_B: np.ndarray) -> np.ndarray:
@@ -416,13 +423,23 @@ class Context:
     def relabel_fields(self, labelled: LabelledSet) -> dict[str, Any]:
         """What soft labels are made of."""
         parts = self.config.label_parts
-        return {
+        fields = {
             "relabel": fingerprint_fields("relabel", self.config.relabel),
             "seed": self.config.seed,
             "images": workdir.digest(labelled.fields),
-            "teachers": self.pool_fields(self.config.relabel.teachers),
-            **({"parts": parts} if parts > 1 else {}),
         }
+        if self.config.relabel.order != "own":
+            fields["order"] = self.config.relabel.order
+        if self.config.relabel.labels_from and labelled.name == "synthetic":
+            return {**fields, "labels": self._given_labels}
+        fields["teachers"] = self.pool_fields(self.config.relabel.teachers)
+        return {**fields, **({"parts": parts} if parts > 1 else {})}
+
+    @functools.cached_property
+    def _given_labels(self) -> str:
+        """What identifies labels that were made elsewhere."""
+        where = self.config.relabel.labels_from
+        return sha256(self.initial_source.soft_NK.tobytes()) if where == "set" else digest(where)
 
     def validate_fields(self, labelled: LabelledSet, student: str, seed: int) -> dict[str, Any]:
         """What a trained student is made of."""

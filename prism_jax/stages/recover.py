@@ -118,14 +118,16 @@ def synthetic_set(context: Context) -> LabelledSet:
         raise UserError(
             f"{root} has no finished images; run the recover stage first (--stages=recover,...)"
         )
-    records = workdir.read_record(root / "manifest.json")["units"]
-    images = context.once("synthetic images", lambda: _read_images(context, records))
+    manifest = workdir.read_record(root / "manifest.json")
+    images = context.once("synthetic images", lambda: _read_images(context, manifest["units"]))
     labels = np.repeat(
         np.arange(context.config.dataset.num_classes, dtype=np.int32), context.config.recover.ipc
     )
     fields = context.recover_fields()
     soft = context.config.soft_labels
-    return LabelledSet("synthetic", context.root, lambda: images, labels, fields, soft)
+    weights = manifest.get("weights")
+    weights = None if weights is None else np.array(weights, np.float32)
+    return LabelledSet("synthetic", context.root, lambda: images, labels, fields, soft, weights)
 
 
 def run(context: Context) -> None:
@@ -167,6 +169,10 @@ def run(context: Context) -> None:
         "pool": list(config.recover.pool),
         "units": records,
     }
+    # Optimised further, images are others than those that the weights were found for.
+    weights = getattr(context.initial_source, "weights_N", None)
+    if weights is not None and not config.recover.iterations:
+        manifest["weights"] = weights.tolist()
     workdir.write_record(root / "manifest.json", manifest)
 
 
