@@ -90,6 +90,32 @@ def test_a_tar_file(tmp_path, around, mode):
     assert_same(path)
 
 
+@pytest.mark.parametrize("kind", ["", ".zip", ".tar", ".tar.gz"])
+def test_what_is_no_image_is_named_and_counted(tmp_path, capsys, kind):
+    path, others = tmp_path / f"set{kind}", {"a.txt": b"", ".DS_Store": b"", "Thumbs.db": b"x"}
+    files = {**tree(), **{f"{CLASSES[0]}/{name}": data for name, data in others.items()}}
+    files["c_dog/1"] = files.pop("c_dog/1.png")  # told by its first bytes
+    files["stray.png"], files["README.md"] = png(PIXELS[0]), b"the format's own"
+    if not kind:
+        write_tree(path, files)
+        (path / CLASSES[1] / "self").symlink_to(".")
+    elif kind == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+    else:
+        with tarfile.open(path, "w:gz" if kind.endswith("gz") else "w") as tar:
+            for name, data in files.items():
+                entry = tarfile.TarInfo(name)
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    found = assert_same(path)
+    said = capsys.readouterr().out
+    assert found.left_out == 4 + (not kind)
+    assert "1 x in no class folder: stray.png" in said and "README" not in said
+    assert all(name in said for name in others)
+
+
 def test_links_in_a_tar_file_are_followed(tmp_path):
     files = tree("set/")
     kinds = {"set/b_cat/1.png": tarfile.LNKTYPE, "set/c_dog/1.png": tarfile.SYMTYPE}
