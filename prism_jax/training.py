@@ -258,7 +258,7 @@ def train_step(
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema), loss
 
 
-def importance(weights_B: Array | None, mix: Mix) -> Array | None:
+def importance(weights_B: AnyArray | None, mix: Mix) -> AnyArray | None:
     """How much mixed images count: what they are made of, in the shares of its pixels."""
     if weights_B is None:
         return None

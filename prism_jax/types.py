@@ -105,9 +105,9 @@ class View(NamedTuple):
       roll: (..., 2) int32 (down, right), with wrap-around, after the flip.
     """
 
-    crop: Array
-    flip: Array
-    roll: Array
+    crop: AnyArray
+    flip: AnyArray
+    roll: AnyArray
 
 
 class Mix(NamedTuple):
@@ -120,10 +120,10 @@ class Mix(NamedTuple):
       blend: (...) float32, MixUp's pixel weight of image i itself; 1 for CutMix.
     """
 
-    partner_B: Array
-    box: Array
-    weight: Array
-    blend: Array
+    partner_B: AnyArray
+    box: AnyArray
+    weight: AnyArray
+    blend: AnyArray
 
 
 class SynthState(NamedTuple):

@@ -60,7 +60,7 @@ def augment(
     return mixing.apply_mix(views.apply_view(images_BHWC, view), mix), mix
 
 
-def show(images_uint8_BHWC: Array, view: View, mix: Mix, normalisation: Normalisation) -> Array:
+def show(images_uint8_BHWC: AnyArray, view: View, mix: Mix, normalisation: Normalisation) -> Array:
     """Images through a view and a mix that are known: float32 images_BHWC, normalised."""
     images_BHWC = pixels.normalise(images_uint8_BHWC, normalisation)
     return mixing.apply_mix(views.apply_view(images_BHWC, view), mix)

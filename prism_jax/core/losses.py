@@ -25,16 +25,16 @@ class Targets(NamedTuple):
 
     labels_B: AnyArray
     partners_B: AnyArray
-    weight: Array
+    weight: AnyArray
     logits_BK: AnyArray | None = None
     importance_B: AnyArray | None = None
 
 
-def average(losses: Array, targets: Targets) -> Array:
+def average(losses: AnyArray, targets: Targets) -> Array:
     """The mean of losses (B,) or (B, K), each image's times its importance."""
     if targets.importance_B is not None:
         losses = losses * targets.importance_B.reshape(-1, *[1] * (losses.ndim - 1))
-    return losses.mean()
+    return jnp.mean(losses)
 
 
 def cross_entropy(logits_BK: Array, labels_B: AnyArray) -> Array:

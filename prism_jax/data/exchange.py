@@ -99,9 +99,10 @@ class ImageSet:
             stored = self._found.read(at)
         except OSError as error:
             raise DamagedFile(name, f"cannot be read ({error})", _WHOLE) from error
-        image, size = (self._resized if isinstance(stored, np.ndarray) else self._decoded)(
-            stored, name
-        )
+        if isinstance(stored, np.ndarray):
+            image, size = self._resized(stored, name)
+        else:
+            image, size = self._decoded(stored, name)
         if size != (self._size, self._size) and not self._said_resized:
             self._said_resized = True
             warnings.warn(

@@ -43,6 +43,7 @@ from prism_jax.errors import UserError
 from prism_jax.labelling import drawn
 from prism_jax.main import joined
 from prism_jax.paths import at_home
+from prism_jax.types import Mix, SoftLabels, View
 
 SYNTHETIC = "synthetic"
 CONTROLS = ("random_real",)
@@ -144,6 +145,11 @@ def export(
         *(provenance[key] for key in ("num_classes", "class_names", "imagenet_indices")),
     )
     weights = provenance.pop("weights")
+
+    def shown(record: SoftLabels) -> tuple[View, Mix]:
+        assert reader is not None  # it gave the record
+        return drawn(record, images.shape[1:3], reader.manifest["view"])
+
     content = Content(
         images,
         labels,
@@ -152,7 +158,7 @@ def export(
         None if reader is None else mean_soft_labels(reader),
         None if weights is None else np.array(weights, np.float32),
         reader,
-        lambda record: drawn(record, images.shape[1:3], reader.manifest["view"]),
+        shown,
         provenance | {"soft_labels": how, **ran},
         _accuracies(root),
         licence,

@@ -73,12 +73,18 @@ def _open_tar(path: str) -> Archive:
         tarfile.open(path, "r:").close()
     except tarfile.ReadError:
         with tarfile.open(path, "r:*") as tar:
-            found = _named(tars.members(tar, lambda member: tar.extractfile(member).read()))
+            found = _named(tars.members(tar, lambda member: _content(tar, member)))
         sizes = {name: len(data) for name, data in found.files.items()}
         return sizes, found.unreadable, found.files.__getitem__
     found = _named(tars.index(*file_state(path)))
     sizes = {name: length for name, (_, length) in found.files.items()}
     return sizes, found.unreadable, lambda name: tars.read(path, found.files[name])
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None  # members() asks for files alone
+    return file.read()
 
 
 def _named(tar: tars.Tar) -> tars.Tar:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -68,13 +68,13 @@ class Found(NamedTuple):
 Opener = Callable[[str, Stated, ImageSource], Found]
 
 
-def by_position(labels: list[int] | list[str]) -> tuple[tuple[str, ...], bool, np.ndarray]:
+def by_position(labels: Sequence[int | str]) -> tuple[tuple[str, ...], bool, np.ndarray]:
     """Classes, whether they are numbered, and positions among them, of labels without a table."""
     if all(isinstance(label, (int, np.integer)) for label in labels):
         numbers = sorted(set(map(int, labels)))
-        at = {number: i for i, number in enumerate(numbers)}
+        place = {number: i for i, number in enumerate(numbers)}
         classes = tuple(map(str, numbers))
-        return classes, True, np.array([at[int(label)] for label in labels], np.int64)
+        return classes, True, np.array([place[int(label)] for label in labels], np.int64)
     names = sorted(set(map(str, labels)))
     at = {name: i for i, name in enumerate(names)}
     return tuple(names), False, np.array([at[str(label)] for label in labels], np.int64)
@@ -82,7 +82,7 @@ def by_position(labels: list[int] | list[str]) -> tuple[tuple[str, ...], bool, n
 
 def pixel_stamp(image_HWC: np.ndarray) -> str:
     """A line that identifies an image by its pixels."""
-    return f"{image_HWC.shape} {hashlib.sha256(np.ascontiguousarray(image_HWC)).hexdigest()}\n"
+    return f"{image_HWC.shape} {hashlib.sha256(image_HWC.tobytes()).hexdigest()}\n"
 
 
 def checked_weights(path: str, weights: object, count: int) -> np.ndarray | None:

@@ -146,8 +146,9 @@ def _numbers(names: Sequence[str]) -> list[int] | None:
     """The number of each name, where all are one text and a number of their own."""
     if all(map(_WNID.fullmatch, names)):
         return None
-    matches = [_NUMBER.fullmatch(name) if name.isascii() else None for name in names]
-    if None in matches or len({match[1] for match in matches}) > 1:
+    found = [_NUMBER.fullmatch(name) if name.isascii() else None for name in names]
+    matches = [match for match in found if match is not None]
+    if len(matches) < len(names) or len({match[1] for match in matches}) > 1:
         return None
     numbers = [int(match[2]) for match in matches]
     return numbers if len(set(numbers)) == len(numbers) else None

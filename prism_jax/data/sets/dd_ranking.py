@@ -35,8 +35,8 @@ def write(folder: str, content: Content) -> None:
     """
     os.makedirs(folder, exist_ok=True)
     space = normalisation_of(content)
-    images = content.images_NHWC.astype(np.float32) / np.float32(255)
-    images = (images - np.float32(space.mean)) / np.float32(space.std)
+    images: np.ndarray = content.images_NHWC.astype(np.float32) / np.float32(255)
+    images = (images - np.array(space.mean, np.float32)) / np.array(space.std, np.float32)
     labels: np.ndarray = content.labels_N.astype(np.int64)
     if content.soft_NK is not None:
         labels = np.log(np.maximum(content.soft_NK, np.finfo(np.float32).tiny))

@@ -48,13 +48,13 @@ def torch_orders(count: int, epochs: int, *, seed: int = SEED, draws: int = 2) -
     """
     state = np.random.RandomState(seed).get_state(legacy=False)
     bits = np.random.MT19937()
-    bits.state = state
+    bits.state = {"bit_generator": "MT19937", "state": state["state"]}
     orders = np.empty((epochs, count), np.int64)
     for epoch in range(epochs):
         for number in range(draws):
-            random = bits.random_raw(count - 1) if count > 1 else []
+            random = bits.random_raw(count - 1) if count > 1 else np.zeros(0, np.uint64)
             if number == 0:
-                orders[epoch] = _exchanged(np.asarray(random, np.uint64), count)
+                orders[epoch] = _exchanged(random, count)
     return orders
 
 
@@ -229,6 +229,7 @@ class FkdLabels:
         for epoch in range(min(1, self._epochs - 1), min(4, self._epochs)):
             for batch in range(min(self.plan.batches_per_epoch, 20)):
                 record = self._record(epoch, batch, orders[epoch])
+                assert record.shown is not None
                 own_B = labels_N[record.index_B]
                 partner_B = own_B[record.shown[1].partner_B]
                 largest_B = record.logits_BK.argmax(1)

@@ -50,7 +50,7 @@ def to_pixels(path: str, images: np.ndarray, stated: Stated, real: ImageSource) 
                 f"{MEAN} and {STD} have {len(stated.mean)} and {len(stated.std)} numbers; the "
                 f"images of {path} have {channels} channels"
             )
-        images = images * np.float32(stated.std) + np.float32(stated.mean)
+        images = images * np.array(stated.std, np.float32) + np.array(stated.mean, np.float32)
     outside = float(((images < -0.5 / 255) | (images > 255.5 / 255)).mean())
     if outside > _TOLD:
         warnings.warn(

@@ -164,7 +164,7 @@ def _whole(path: str, files: list[str]) -> list[str]:
             "files of one of them to a folder of their own"
         )
     for stem, of in groups:
-        there = {int(match[2]) for match in shards}
+        there = {int(match[2]) for match in shards if match}
         if missing := sorted(set(range(int(of))) - there):
             raise UserError(f"{path}: {stem}-{missing[0]:05d}-of-{of}.parquet is missing; fetch it")
     return files

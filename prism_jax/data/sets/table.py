@@ -40,6 +40,7 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
             files.append(inside(root, str(row[FILE])))
             rows.append(row)
     label = column(rows, LABELS)
+    assert label is not None  # sniff has seen it
     for file, row in zip(files, rows, strict=True):
         if row.get(label) in (None, ""):
             raise UserError(f"{path}: its table gives {file} no {label}")

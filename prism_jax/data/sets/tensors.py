@@ -129,6 +129,7 @@ def _labels(
             )
         return num_classes, hard, None, []
     soft = checked_soft(file, labels, count, num_classes)
+    assert soft is not None  # there are labels
     largest = soft.argmax(1)
     if count % num_classes:
         return num_classes, largest, soft, ["its hard labels are the largest of the soft ones"]

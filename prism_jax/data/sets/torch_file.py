@@ -18,7 +18,7 @@ import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -113,7 +113,8 @@ def _scalar(kind: _NumpyType, data: bytes | str) -> bool | int | float:
     data = data.encode("latin1") if isinstance(data, str) else data
     if kind.name not in ("b1", *(f"{k}{n}" for k in "iuf" for n in (1, 2, 4, 8))):
         raise UserError(f"it holds a number of type {kind.name!r}")
-    order = kind.order if kind.order in "<>" else "="
+    order: Literal["<", ">", "="]
+    order = "<" if kind.order == "<" else ">" if kind.order == ">" else "="
     return np.frombuffer(data, np.dtype(kind.name).newbyteorder(order), 1)[0].item()
 
 
