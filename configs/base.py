@@ -100,6 +100,12 @@ def get_config(arg: str = "") -> ConfigDict:
     # Initial images; a scorer (unset: the primary) chooses those of "mosaic" and "real_median".
     c.recover.initialise = "real"
     c.recover.initialise_from = placeholder(str)
+    # What the files of that set do not say: its classes in the order of the labels ("text" or
+    # "numbers": sorted so), and the space of float images.
+    c.recover.initialise_classes = placeholder(tuple)
+    c.recover.initialise_mean = placeholder(tuple)
+    c.recover.initialise_std = placeholder(tuple)
+    c.recover.initialise_whitening = placeholder(str)  # "none" or "zca"
     c.recover.short_classes = "refuse"  # "repeat": with fewer than ipc images, one comes again
     c.recover.scorer = placeholder(str)
     c.recover.patch_factor = 2  # patches per side of a mosaic
@@ -124,6 +130,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.relabel = ConfigDict()
     c.relabel.mode = "store"  # or "online": labels are made while students train
+    c.relabel.order = "own"  # or "torch": SRe2L's code then reads exported labels as they are
+    c.relabel.labels_from = placeholder(str)  # FKD labels in a folder; "set": those of the images
     c.relabel.teachers = ("resnet18",)
     c.relabel.ensemble = "single"
     c.relabel.priors = placeholder(tuple)  # of "committee", percent

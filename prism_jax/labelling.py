@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from prism_jax import parallel, rng
-from prism_jax.core.augment import Augment, augment
+from prism_jax.core.augment import Augment, augment, draw
 from prism_jax.core.codec import Coding
 from prism_jax.core.ensemble import ENSEMBLES, votes
 from prism_jax.data.label_store import LabelPlan, rounded
 from prism_jax.data.lazy import Images
 from prism_jax.data.pipeline import epoch_order, num_batches
+from prism_jax.data.sets.fkd import torch_orders
 from prism_jax.teachers import TeacherPool, batch_statistics
-from prism_jax.types import Normalisation, SoftLabels
+from prism_jax.types import Mix, Normalisation, SoftLabels, View
 
 VIEWS = "relabel/view"
 ORDER = "relabel/order"
@@ -40,6 +41,8 @@ class LabelRecipe:
       bn_group: with "train", images per group that is normalised by itself; None: the batch.
       parts: with ``bn_group``, of the batch, none of which shares a group with another: a student's
         ``accumulate``. It matters where an epoch's last batch is short.
+      order: of the images: "own", or "torch" as PyTorch's RandomSampler with the seed 42 gives it,
+        whatever the seed.
     """
 
     augment: Augment
@@ -50,6 +53,19 @@ class LabelRecipe:
     teacher_mode: str = "eval"
     bn_group: int | None = None
     parts: int = 1
+    order: str = "own"
+
+    def of_epoch(self, seed: int, epoch: int, count: int) -> np.ndarray:
+        """The order of the images in an epoch: int32 (count,)."""
+        if self.order == "own":
+            return epoch_order(seed, ORDER, epoch, count)
+        return _torch_orders(count, 2 ** epoch.bit_length())[epoch]
+
+
+@functools.lru_cache(maxsize=2)
+def _torch_orders(count: int, epochs: int) -> np.ndarray:
+    """Those of more epochs begin with those of fewer: doubled when they are used up."""
+    return torch_orders(count, epochs).astype(np.int32)
 
 
 class Labeller:
@@ -91,7 +107,7 @@ class Labeller:
     def epoch(
         self, images_uint8_NHWC: Images, epoch: int, *, seed: int, start: int = 0
     ) -> Iterator[SoftLabels]:
-        """Label one epoch: every image once, in the order of the stream "relabel/order".
+        """Label one epoch: every image once, in the recipe's order.
 
         Args:
           start: the first batch that is wanted.
@@ -101,7 +117,7 @@ class Labeller:
           size does not divide.
         """
         count, size = len(images_uint8_NHWC), self.recipe.batch_size
-        order = epoch_order(seed, ORDER, epoch, count)
+        order = self.recipe.of_epoch(seed, epoch, count)
         indices = [order[b * size : (b + 1) * size] for b in range(num_batches(count, size))]
         width = len(self._map)
         begun: list = []  # on the devices, while the host works on what came before
@@ -170,6 +186,32 @@ class OnlineLabels:
             batch = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class FixedLabels:
+    """One label per image, whatever the view: of those who publish such beside their images.
+
+    Attributes:
+      logits_NK: float32.
+      plan: batches and epochs; the images stand in them as in labels that are made here.
+      seed: of their order.
+    """
+
+    logits_NK: np.ndarray
+    plan: LabelPlan
+    seed: int
+
+    def read(self, *, start: int = 0, epochs: int | None = None) -> Iterator[SoftLabels]:
+        """As ``LabelReader.read``."""
+        per_epoch, size = self.plan.batches_per_epoch, self.plan.batch_size
+        epochs = self.plan.epochs if epochs is None else epochs
+        for number in range(start, epochs * per_epoch):
+            epoch, batch = divmod(number, per_epoch)
+            epoch %= self.plan.epochs
+            order = epoch_order(self.seed, ORDER, epoch, self.plan.count)
+            index_B = order[batch * size : (batch + 1) * size]
+            yield SoftLabels(epoch, batch, index_B, self.logits_NK[index_B])
+
+
 def shown(
     record: SoftLabels,
     images_uint8_NHWC: np.ndarray,
@@ -191,6 +233,28 @@ def shown(
     coordinates = np.int32(record.epoch), np.int32(record.batch)
     images_BHWC = images_uint8_NHWC[record.index_B]
     return np.array(_show(how, normalisation, np.uint32(view["seed"]), *coordinates, images_BHWC))
+
+
+def drawn(
+    record: SoftLabels, image_size: tuple[int, int], view: Mapping[str, Any]
+) -> tuple[View, Mix]:
+    """How the images of a record were cropped, flipped and mixed: arrays of NumPy.
+
+    Args:
+      record: its coordinates and the number of its images.
+      image_size: (height, width) in pixels.
+      view: what a store's manifest says under "view".
+    """
+    how = Augment(**{field.name: view[field.name] for field in dataclasses.fields(Augment)})
+    coordinates = np.int32(record.epoch), np.int32(record.batch)
+    seed, count = np.uint32(view["seed"]), len(record.index_B)
+    return jax.device_get(_draw(how, image_size, count, seed, *coordinates))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _draw(how: Augment, image_size: tuple[int, int], count: int, seed, epoch, batch):
+    key = rng.stream(rng.root(seed), VIEWS, epoch, batch)
+    return draw(key, count, image_size, how)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -16,6 +16,7 @@ from prism_jax.stages import (
     analyse,
     controls,
     fingerprints,
+    imported,
     recover,
     relabel,
     squeeze,
@@ -59,6 +60,7 @@ def check(context: Context) -> None:
     start.check(context)
     squeeze.pending(context)
     recover.pending(context)
+    imported.check(context)
 
 
 def _squeeze(context: Context) -> None:
@@ -78,6 +80,8 @@ def _relabel(context: Context) -> None:
     for labelled in sets(context):
         if not labelled.soft:
             continue
+        if labelled.name == "synthetic":
+            imported.say_top1(context, labelled)
         if labelled.name != "synthetic":
             controls.write(context, labelled)
         if not relabel.is_done(context, labelled):

@@ -20,13 +20,22 @@ import optax
 
 from prism_jax import parallel, rng
 from prism_jax.core import batching, losses, pixels, schedules
-from prism_jax.core.augment import Augment, augment
+from prism_jax.core.augment import Augment, augment, show
 from prism_jax.core.statistics import at_least_float32
 from prism_jax.data.lazy import Images, read_ahead
 from prism_jax.data.pipeline import continuous_index, num_batches, read_batches
 from prism_jax.errors import UserError
 from prism_jax.models import layers
-from prism_jax.types import AnyArray, Array, Integer, Normalisation, PyTree, SoftLabels
+from prism_jax.types import (
+    AnyArray,
+    Array,
+    Integer,
+    Mix,
+    Normalisation,
+    PyTree,
+    SoftLabels,
+    View,
+)
 
 
 def kernels(params: PyTree) -> PyTree:
@@ -128,7 +137,9 @@ class TrainBatch(NamedTuple):
     """One batch: its coordinates, pixels, hard labels, and soft labels or None.
 
     ``view_epoch`` is the epoch whose views and mixes are shown: another one than ``epoch`` where
-    soft labels of fewer epochs come again; None means ``epoch``.
+    soft labels of fewer epochs come again; None means ``epoch``. ``weights_B`` is how much each
+    image counts, 1 on average over the set; None means alike. ``shown`` are view and mix of labels
+    that were made elsewhere; None means that they are drawn.
     """
 
     epoch: Integer
@@ -137,6 +148,8 @@ class TrainBatch(NamedTuple):
     labels_B: AnyArray
     logits_BK: AnyArray | None = None
     view_epoch: Integer | None = None
+    weights_B: AnyArray | None = None
+    shown: tuple[View, Mix] | None = None
 
 
 class TestResult(NamedTuple):
@@ -192,9 +205,13 @@ def train_step(
     Returns:
       The new state, and the loss averaged over the batch.
     """
-    assert batch.view_epoch is not None  # Trainer.step states it
-    key = rng.stream(rng.root(view_seed), recipe.views, batch.view_epoch, batch.batch)
-    images_BHWC, mix = augment(key, batch.images_uint8_BHWC, recipe.augment, normalisation)
+    if batch.shown is None:
+        assert batch.view_epoch is not None  # Trainer.step states it
+        key = rng.stream(rng.root(view_seed), recipe.views, batch.view_epoch, batch.batch)
+        images_BHWC, mix = augment(key, batch.images_uint8_BHWC, recipe.augment, normalisation)
+    else:
+        view, mix = batch.shown
+        images_BHWC = show(batch.images_uint8_BHWC, view, mix, normalisation)
     # One mask for the whole batch: each pass takes its own rows of it.
     dropout = rng.stream(rng.root(seed), "train/dropout", batch.epoch, batch.batch)
     dropout = rng.stream(dropout, "part", 0)
@@ -204,6 +221,7 @@ def train_step(
         batch.labels_B[mix.partner_B],
         mix.weight,
         None if batch.logits_BK is None else batch.logits_BK.astype(jnp.float32),
+        importance(batch.weights_B, mix),
     )
 
     def objective(params, batch_stats, part: batching.Pass):
@@ -240,6 +258,13 @@ def train_step(
         if not recipe.ema_statistics:
             ema["batch_stats"] = batch_stats
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema), loss
+
+
+def importance(weights_B: AnyArray | None, mix: Mix) -> AnyArray | None:
+    """How much mixed images count: what they are made of, in the shares of its pixels."""
+    if weights_B is None:
+        return None
+    return mix.weight * weights_B + (1.0 - mix.weight) * weights_B[mix.partner_B]
 
 
 def student_loss(
@@ -414,6 +439,7 @@ def soft_batches(
     *,
     per_epoch: int,
     start: int = 0,
+    weights_N: np.ndarray | None = None,
 ) -> Iterable[TrainBatch]:
     """The images that each record labels, in the order of the records.
 
@@ -421,13 +447,19 @@ def soft_batches(
       records: whole epochs in any order, from global batch ``start`` of the training on; an
         epoch that comes again shows the same views again.
       per_epoch: batches per epoch.
+      weights_N: how much each image counts.
     """
     read = read_ahead(images_uint8_NHWC, records, lambda record: np.asarray(record.index_B))
     for number, (record, pixels_BHWC) in enumerate(read, start):
         yield TrainBatch(
             number // per_epoch, record.batch, pixels_BHWC, labels_N[np.asarray(record.index_B)],
-            np.asarray(record.logits_BK), view_epoch=record.epoch,
+            np.asarray(record.logits_BK), record.epoch, _of(weights_N, record.index_B),
+            record.shown,
         )  # fmt: skip
+
+
+def _of(weights_N: np.ndarray | None, index_B: np.ndarray) -> np.ndarray | None:
+    return None if weights_N is None else weights_N[np.asarray(index_B)]
 
 
 def hard_batches(
@@ -439,6 +471,7 @@ def hard_batches(
     seed: int,
     name: str,
     start: int = 0,
+    weights_N: np.ndarray | None = None,
 ) -> Iterable[TrainBatch]:
     """Batches of one size over passes that follow one another, from batch ``start`` on."""
     count = len(labels_N)
@@ -447,7 +480,12 @@ def hard_batches(
     def read(number: int) -> TrainBatch:
         number = int(number)
         index = continuous_index(number, count=count, batch_size=batch_size, seed=seed, name=name)
-        return TrainBatch(*divmod(number, per_epoch), images_uint8_NHWC[index], labels_N[index])
+        return TrainBatch(
+            *divmod(number, per_epoch),
+            images_uint8_NHWC[index],
+            labels_N[index],
+            weights_B=_of(weights_N, index),
+        )
 
     return read_batches(range(start, epochs * per_epoch), read, threads=_ahead(images_uint8_NHWC))
 

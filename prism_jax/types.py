@@ -105,9 +105,9 @@ class View(NamedTuple):
       roll: (..., 2) int32 (down, right), with wrap-around, after the flip.
     """
 
-    crop: Array
-    flip: Array
-    roll: Array
+    crop: AnyArray
+    flip: AnyArray
+    roll: AnyArray
 
 
 class Mix(NamedTuple):
@@ -120,10 +120,10 @@ class Mix(NamedTuple):
       blend: (...) float32, MixUp's pixel weight of image i itself; 1 for CutMix.
     """
 
-    partner_B: Array
-    box: Array
-    weight: Array
-    blend: Array
+    partner_B: AnyArray
+    box: AnyArray
+    weight: AnyArray
+    blend: AnyArray
 
 
 class SynthState(NamedTuple):
@@ -141,18 +141,21 @@ class SynthState(NamedTuple):
 class SoftLabels(NamedTuple):
     """One record of the label store: the ensemble's logits for one batch of one epoch.
 
-    The view and the mix are not stored: they are functions of (seed, epoch, batch).
+    The view and the mix are not stored: they are functions of (seed, epoch, batch). Labels that
+    somebody else made bring theirs along.
 
     Attributes:
       epoch, batch: coordinates of the record; ``batch`` counts within its epoch.
       index_B: int32, which images of the labelled set, in store order.
       logits_BK: float32; what a store gives back is rounded and pruned by ``core.codec``.
+      shown: (View, Mix), with a leading axis B in each part, of labels from elsewhere; None: drawn.
     """
 
     epoch: int
     batch: int
     index_B: Any
     logits_BK: Any
+    shown: tuple[View, Mix] | None = None
 
 
 class Unit(NamedTuple):

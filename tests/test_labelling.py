@@ -18,10 +18,20 @@ from prism_jax.core import batching
 from prism_jax.core.augment import Augment, augment
 from prism_jax.data import label_store
 from prism_jax.data.label_store import LabelPlan
-from prism_jax.labelling import ORDER, VIEWS, Labeller, LabelRecipe, OnlineLabels, shown
+from prism_jax.labelling import (
+    ORDER,
+    VIEWS,
+    FixedLabels,
+    Labeller,
+    LabelRecipe,
+    OnlineLabels,
+    drawn,
+    shown,
+)
 from prism_jax.models import layers
 from prism_jax.teachers import TeacherPool, batch_statistics
-from prism_jax.training import Trainer, TrainRecipe, soft_batches
+from prism_jax.training import Trainer, TrainRecipe, importance, soft_batches
+from prism_jax.types import Mix
 
 COUNT, BATCH, SIZE = 23, 5, 16  # five batches, the last of three images
 HOW = Augment(crop_min=0.25, flip=True, mix="cutmix")
@@ -250,6 +260,60 @@ def test_what_a_record_shows_is_replayed_from_the_manifest(per):
     for other in ({"seed": 4}, {"mix": "none"}):
         twin = shown(record, images(), {**view, **other}, GREY).reshape(seen.shape)
         assert np.abs(twin - seen).max() > 0.1
+
+
+@pytest.mark.parametrize("mix", ["none", "cutmix", "mixup"])
+def test_labels_from_elsewhere_bring_their_views(mix):
+    """Whatever the student's own seed, crops and mix: it is shown what the record says."""
+    how = dataclasses.replace(HOW, mix=mix)
+    view = {**dataclasses.asdict(how), "ensemble": "single", "seed": 3}
+
+    def bringing(record, of):
+        crops, mixed = drawn(of, (SIZE, SIZE), view)
+        rows = len(of.index_B)  # per image, as somebody else's come
+        box, weight, blend = (np.broadcast_to(x, (rows, *x.shape)) for x in mixed[1:])
+        return record._replace(shown=(crops, Mix(mixed.partner_B, box, weight, blend)))
+
+    records = mirror_records(how)[5:]
+    recipe = TrainRecipe(VIEWS, dataclasses.replace(HOW, crop_min=1.0), loss="mse_gt", epochs=2)
+    trainer = Trainer(Mirror(), recipe, GREY, view_seed=77, seed=0)
+    state = jax.device_get(trainer.start((SIZE, SIZE, 1)))
+
+    def losses(records):
+        zeros = np.zeros(COUNT, np.int32)
+        batches = soft_batches(images(), zeros, records, per_epoch=5)
+        return [float(trainer.step(state, batch)[1]) for batch in batches]
+
+    assert max(losses([bringing(r, of=r) for r in records])) < 1e-9
+    twins = [bringing(r, of=r._replace(batch=r.batch + 5)) for r in records]
+    assert min(losses(twins)) > 1e-2
+
+
+def test_one_label_per_image_follows_its_image():
+    logits = np.random.default_rng(5).normal(size=(COUNT, 3)).astype(np.float32)
+    plan = LabelPlan(COUNT, 3, BATCH, epochs=2, precision="float32")
+    found = list(FixedLabels(logits, plan, seed=3).read(epochs=5))
+    assert [(r.epoch, r.batch) for r in found] == [(e % 2, b) for e in range(5) for b in range(5)]
+    for record, same in zip(found, [*mirror_records()] * 2, strict=False):
+        np.testing.assert_array_equal(record.index_B, same.index_B)  # in the order of ours
+        np.testing.assert_array_equal(record.logits_BK, logits[same.index_B])
+    rest = FixedLabels(logits, plan, seed=3).read(start=7, epochs=5)
+    for record, same in zip(rest, found[7:], strict=True):
+        np.testing.assert_array_equal(record.logits_BK, same.logits_BK)
+
+
+def test_weights_follow_their_images_and_mixed_ones_share_theirs():
+    weights = np.arange(COUNT, dtype=np.float32)
+    records = mirror_records()[:2]
+    batches = soft_batches(
+        images(), np.zeros(COUNT, np.int32), records, per_epoch=5, weights_N=weights
+    )
+    for record, batch in zip(records, batches, strict=True):
+        assert batch.weights_B.tolist() == record.index_B.tolist()
+    mix = Mix(np.array([1, 2, 0]), np.zeros(4), np.float32(0.75), np.float32(1))
+    found = importance(np.array([4.0, 0.0, 8.0]), mix)
+    assert found.tolist() == [3.0, 2.0, 7.0]  # 3/4 of its own, 1/4 of its partner's
+    assert importance(None, mix) is None
 
 
 def test_labels_that_come_again_show_the_same_views_at_later_rates():

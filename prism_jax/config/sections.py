@@ -146,6 +146,10 @@ class Recover:
     # where images start, and what they go through
     initialise: str
     initialise_from: Path | None
+    initialise_classes: tuple[str, ...] | None
+    initialise_mean: tuple[float, ...] | None
+    initialise_std: tuple[float, ...] | None
+    initialise_whitening: Literal["none", "zca"] | None
     short_classes: Literal["refuse", "repeat"]
     scorer: str | None
     patch_factor: int
@@ -173,12 +177,16 @@ class Relabel:
     """Soft labels over augmented views.
 
     ``mode`` changes no bit: "online" makes the labels while students train, and stores none.
+    ``order`` is that of the images in an epoch: "torch" is PyTorch's RandomSampler's, seed 42.
+    ``labels_from`` takes the labels of the synthetic set from elsewhere.
     ``priors`` (percent, one per teacher) and ``prior_temperature`` are those of the ensemble
     "committee". ``teacher_mode`` "train" lets BatchNorm use the statistics of the batch, or of
     groups of ``bn_group`` images.
     """
 
     mode: Literal["store", "online"]
+    order: Literal["own", "torch"]
+    labels_from: Path | None
     teachers: tuple[str, ...]
     ensemble: str
     priors: tuple[float, ...] | None

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from prism_jax import rng
 from prism_jax.core import mixing, pixels, views
-from prism_jax.types import AnyArray, Array, Mix, Normalisation
+from prism_jax.types import AnyArray, Array, Mix, Normalisation, View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,19 @@ def augment(
     if how.patch_shuffle > 1:
         order = sample_order(rng.stream(key, "shuffle"), batch, how.patch_shuffle)
         images_BHWC = shuffle(images_BHWC, order)
+    view, mix = draw(key, batch, (height, width), how)
+    return mixing.apply_mix(views.apply_view(images_BHWC, view), mix), mix
+
+
+def show(images_uint8_BHWC: AnyArray, view: View, mix: Mix, normalisation: Normalisation) -> Array:
+    """Images through a view and a mix that are known: float32 images_BHWC, normalised."""
+    images_BHWC = pixels.normalise(images_uint8_BHWC, normalisation)
+    return mixing.apply_mix(views.apply_view(images_BHWC, view), mix)
+
+
+def draw(key: Array, batch: int, image_size: tuple[int, int], how: Augment) -> tuple[View, Mix]:
+    """The crops and flips, one per image, and the mix that ``augment`` applies."""
+    height, width = image_size
     view = views.sample_view(
         rng.stream(key, "view"),
         (height, width),
@@ -73,7 +86,7 @@ def augment(
         alpha=how.mix_alpha,
         per_image=how.mix_per == "image",
     )
-    return mixing.apply_mix(views.apply_view(images_BHWC, view), mix), mix
+    return view, mix
 
 
 def sample_order(key: Array, batch: int, bands: int) -> Array:

@@ -20,12 +20,21 @@ class Targets(NamedTuple):
       partners_B: hard labels of their mix partners.
       weight: () or (B,) float32, the share of an image's own pixels in its mix; 1 without one.
       logits_BK: the teachers' logits for the mixed images, or None.
+      importance_B: how much each image counts, 1 on average over the set; None: alike.
     """
 
     labels_B: AnyArray
     partners_B: AnyArray
-    weight: Array
+    weight: AnyArray
     logits_BK: AnyArray | None = None
+    importance_B: AnyArray | None = None
+
+
+def average(losses: AnyArray, targets: Targets) -> Array:
+    """The mean of losses (B,) or (B, K), each image's times its importance."""
+    if targets.importance_B is not None:
+        losses = losses * targets.importance_B.reshape(-1, *[1] * (losses.ndim - 1))
+    return jnp.mean(losses)
 
 
 def cross_entropy(logits_BK: Array, labels_B: AnyArray) -> Array:
@@ -47,10 +56,10 @@ def mse_gt(student_BK: Array, targets: Targets, *, ce_weight: float, temperature
     """
     del temperature
     assert targets.logits_BK is not None
-    loss = jnp.square(student_BK - targets.logits_BK).mean()
+    loss = average(jnp.square(student_BK - targets.logits_BK), targets)
     if ce_weight:
         # Reference: the label is the unmixed image's own; its mix partner's is ignored.
-        loss += ce_weight * cross_entropy(student_BK, targets.labels_B)
+        loss += ce_weight * average(cross_entropies(student_BK, targets.labels_B), targets)
     return loss
 
 
@@ -62,9 +71,9 @@ def kl(student_BK: Array, targets: Targets, *, ce_weight: float, temperature: fl
     assert targets.logits_BK is not None
     teacher_BK = jax.nn.log_softmax(targets.logits_BK / temperature)
     log_student_BK = jax.nn.log_softmax(student_BK / temperature)
-    loss = (jnp.exp(teacher_BK) * (teacher_BK - log_student_BK)).sum(-1).mean()
+    loss = average((jnp.exp(teacher_BK) * (teacher_BK - log_student_BK)).sum(-1), targets)
     if ce_weight:
-        loss += ce_weight * cross_entropy(student_BK, targets.labels_B)
+        loss += ce_weight * average(cross_entropies(student_BK, targets.labels_B), targets)
     return loss
 
 
@@ -72,7 +81,7 @@ def kl_t2(student_BK: Array, targets: Targets, *, ce_weight: float, temperature:
     """``kl`` with the divergence multiplied by T^2 (Hinton et al., 2015)."""
     loss = temperature**2 * kl(student_BK, targets, ce_weight=0.0, temperature=temperature)
     if ce_weight:
-        loss += ce_weight * cross_entropy(student_BK, targets.labels_B)
+        loss += ce_weight * average(cross_entropies(student_BK, targets.labels_B), targets)
     return loss
 
 
@@ -82,9 +91,10 @@ def dist(student_BK: Array, targets: Targets, *, ce_weight: float, temperature: 
         T^2 (1 - mean_b r(s_b, t_b))  +  T^2 (1 - mean_k r(s_k, t_k))
 
     with s, t = softmax(logits / T), rows b (inter-class) and columns k (intra-class), both terms
-    with weight 1. The columns make it depend on which images are in a batch together.
+    with weight 1. The columns make it depend on which images are in a batch together, so images
+    cannot count differently.
     """
-    assert targets.logits_BK is not None
+    assert targets.logits_BK is not None and targets.importance_B is None
     s_BK, t_BK = (
         jax.nn.softmax(logits_BK / temperature) for logits_BK in (student_BK, targets.logits_BK)
     )
@@ -92,7 +102,7 @@ def dist(student_BK: Array, targets: Targets, *, ce_weight: float, temperature: 
     intra = 1.0 - pearson(s_BK.T, t_BK.T).mean()
     loss = temperature**2 * (inter + intra)
     if ce_weight:
-        loss += ce_weight * cross_entropy(student_BK, targets.labels_B)
+        loss += ce_weight * average(cross_entropies(student_BK, targets.labels_B), targets)
     return loss
 
 
@@ -108,7 +118,7 @@ def ce(student_BK: Array, targets: Targets, *, ce_weight: float, temperature: fl
     del ce_weight, temperature
     own_B = cross_entropies(student_BK, targets.labels_B)
     partner_B = cross_entropies(student_BK, targets.partners_B)
-    return (targets.weight * own_B + (1.0 - targets.weight) * partner_B).mean()
+    return average(targets.weight * own_B + (1.0 - targets.weight) * partner_B, targets)
 
 
 STUDENT_LOSSES: dict[str, Callable[..., Array]] = {

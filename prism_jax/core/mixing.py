@@ -81,7 +81,7 @@ def sample_mix(
 def apply_mix(images_BHWC: Array, mix: Mix) -> Array:
     """Blend every image with its partner, and paste the partner's box into it."""
     partners_BHWC = images_BHWC[mix.partner_B]
-    blend = mix.blend.astype(images_BHWC.dtype)[..., None, None, None]
+    blend = jnp.asarray(mix.blend, images_BHWC.dtype)[..., None, None, None]
     images_BHWC = blend * images_BHWC + (1.0 - blend) * partners_BHWC
     _, height, width, _ = images_BHWC.shape
     top, left, bottom, right = (mix.box[..., i, None] for i in range(4))

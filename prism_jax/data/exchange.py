@@ -1,72 +1,52 @@
-"""Image sets that somebody else made, as torchvision's ImageFolder reads them.
-
-<root>/<class>/<image>
-"""
+"""Image sets that somebody else made, in whatever format, as images of the classes of the data."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import io
-import os
-import re
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 from PIL import Image
 
-from prism_jax.data.datasets import DatasetInfo, imagenet_wnids
+from prism_jax.data import sets
+from prism_jax.data.datasets import DatasetInfo
 from prism_jax.data.image_set import DamagedFile
-from prism_jax.data.sources import ImageSource, class_order, decode, kinds
-from prism_jax.data.sources.files import walk
+from prism_jax.data.sets.base import NOTHING_STATED, Stated
+from prism_jax.data.sets.classes import class_map, wnids
+from prism_jax.data.sources import ImageSource, decode
+from prism_jax.data.sources.decoding import square
 from prism_jax.errors import UserError
 
-_WNID = re.compile(r"n[0-9]{8}")
-_NEEDED = (
-    "recover.initialise=folder needs recover.initialise_from to be a local folder with one folder "
-    "per class and images in it, of any kind that Pillow reads"
-)
-
-
-def wnids(imagenet_indices: Sequence[int] | None) -> tuple[str, ...] | None:
-    """The WordNet IDs of classes of ImageNet; None where they are not known."""
-    known = imagenet_wnids()
-    if imagenet_indices is None or not known:
-        return None
-    return tuple(known[index] for index in imagenet_indices)
-
-
-def existing_folder(root: epath.PathLike) -> str:
-    """The path of a set.
-
-    Raises:
-      UserError: there is no folder.
-    """
-    if not os.path.isdir(root):
-        raise UserError(f"there is no folder {root}; {_NEEDED}")
-    return os.fspath(root)
+__all__ = ["ImageSet", "Stated", "wnids"]
 
 
 class ImageSet:
-    """A folder with equally many images of every class, as an ``ImageSource``.
+    """A set with equally many images of every class, as an ``ImageSource``.
 
-    Images are class-major, in the order of their names. One of exactly the wanted size is taken
-    as it is; another is resized as a whole (its shorter side to ``image_size``, then the centre),
-    and that is said once.
+    Images are class-major, in the order of the set. One of exactly the wanted size is taken as it
+    is; another is resized as a whole (its shorter side to ``image_size``, then the centre), and
+    that is said once.
 
     Args:
-      root: the folder of the class folders; files beside them are ignored.
+      root: the file or folder, see ``data.sets``.
       info: the data set that the classes belong to.
-      real: its images; folders named by WordNet IDs or by its class names get its labels, others
-        theirs by their order.
+      real: its images; see ``data.sets.classes`` for how the set's classes become its labels.
       ipc: images of each class, the first ones.
       image_size: side in pixels.
+      stated, classes: what a person says of the set, see ``Stated`` and ``class_map``.
+
+    Attributes:
+      soft_NK: float32 logits over our labels, one label per image; None: the set has none.
+      weights_N: float32 of mean 1; None: the images count alike.
+      notes: what a person should know of how it was read.
+      places_N: the place of each image in the set's own order; of folders, ImageFolder's.
 
     Raises:
-      UserError: no such folder, other classes or another number of them, or too few images.
+      UserError: no such set, other classes or another number of them, or too few images.
     """
 
     def __init__(
@@ -77,22 +57,25 @@ class ImageSet:
         *,
         ipc: int,
         image_size: int,
+        stated: Stated = NOTHING_STATED,
+        classes: tuple[str, ...] | None = None,
     ):
-        self._root, self._info, self._size = existing_folder(root), info, image_size
+        root = str(root)
+        self._found = found = sets.open_set(root, stated, real)
+        self._info, self._size, self.notes = info, image_size, found.notes
         self.num_classes = num_classes = real.num_classes
         self.class_names, self.imagenet_indices = real.class_names, real.imagenet_indices
+        self.left_out = found.left_out
         self.labels_N = np.repeat(np.arange(num_classes, dtype=np.int32), ipc)
-        classes = self._classes(real)
-        others = kinds.Others(list)
-        images = {name: self._images(name, others) for name in classes}
-        self.left_out = kinds.left_out(self._root, others)
-        short = [f"{name} has {len(found)}" for name, found in images.items() if len(found) < ipc]
+        order = class_map(root, found, real, info, classes)
+        images = {found.classes[at]: np.flatnonzero(found.labels_N == at) for at in order}
+        short = [f"{name} has {len(here)}" for name, here in images.items() if len(here) < ipc]
         most, least = (f(map(len, images.values())) for f in (max, min))
         if short:
             raise UserError(
                 f"recover.ipc={ipc} needs {ipc} images of every class, but {len(short)} of the "
                 f"{num_classes} classes in {root} have fewer ({', '.join(short[:5])}"
-                f"{', ...' if len(short) > 5 else ''}); this folder allows up to {least}"
+                f"{', ...' if len(short) > 5 else ''}); this set allows up to {least}"
             )
         if most > ipc:
             warnings.warn(
@@ -100,61 +83,54 @@ class ImageSet:
                 f"because recover.ipc is {ipc}",
                 stacklevel=2,
             )
-        self._names = [name for found in images.values() for name in found[:ipc]]
+        self.places_N = np.concatenate([here[:ipc] for here in images.values()])
+        soft, weights = found.soft_NK, found.weights_N
+        self.soft_NK = None if soft is None else soft[self.places_N][:, order]
+        self.weights_N = None if weights is None else _of_mean_one(root, weights[self.places_N])
         self._said_resized = False
 
-    def _classes(self, real: ImageSource) -> Sequence[str]:
-        """The class folders in label order."""
-        with os.scandir(self._root) as entries:
-            names = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
-        if len(names) != self.num_classes:
-            raise UserError(
-                f"{self._root} has {len(names)} class folders, but dataset.num_classes is "
-                f"{self.num_classes}; {_NEEDED}"
-            )
-        ids = wnids(real.imagenet_indices)
-        for order in (ids, real.class_names, self._info.class_names):
-            if order and set(order) == set(names):
-                return order
-        if ids and all(map(_WNID.fullmatch, names)):
-            others = sorted(set(names) - set(ids))
-            raise UserError(
-                f"{self._root} has {len(others)} class folders of other classes than the data has "
-                f"({', '.join(others[:3])}{', ...' if len(others) > 3 else ''})"
-            )
-        return class_order(names)
-
-    def _images(self, cls: str, others: kinds.Others) -> list[str]:
-        """The images of a class, relative to the root; ``others`` receives the other files."""
-        files = sorted(walk(self._root, others, cls), key=os.path.split)
-        return kinds.images_of(
-            files, lambda path: open(os.path.join(self._root, path), "rb"), others
-        )
-
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.places_N)
 
     def image(self, index: int) -> np.ndarray:
-        path = os.path.join(self._root, self._names[index])
-        with open(path, "rb") as file:
-            data = file.read()
+        at = int(self.places_N[index])
+        name = self._found.name(at)
+        try:
+            stored = self._found.read(at)
+        except OSError as error:
+            raise DamagedFile(name, f"cannot be read ({error})", _WHOLE) from error
+        if isinstance(stored, np.ndarray):
+            image, size = self._resized(stored, name)
+        else:
+            image, size = self._decoded(stored, name)
+        if size != (self._size, self._size) and not self._said_resized:
+            self._said_resized = True
+            warnings.warn(
+                f"{name} has {size[0]} x {size[1]} pixels; it, and every other image of "
+                f"another size than dataset.image_size={self._size}, is resized",
+                stacklevel=2,
+            )
+        return image
+
+    def _resized(self, pixels_HWC: np.ndarray, name: str) -> tuple[np.ndarray, tuple[int, int]]:
+        """The image at the wanted size, and its width and height before."""
+        height, width, channels = pixels_HWC.shape
+        if (height, width, channels) == (self._size, self._size, self._info.channels):
+            return pixels_HWC, (width, height)
+        picture = Image.fromarray(pixels_HWC[..., 0] if channels == 1 else pixels_HWC)
+        return square(picture, self._info.channels, self._size, resize_ratio=1.0), (width, height)
+
+    def _decoded(self, data: bytes, name: str) -> tuple[np.ndarray, tuple[int, int]]:
         try:
             image = decode(
-                data, path, channels=self._info.channels, image_size=self._size, resize_ratio=1.0
+                data, name, channels=self._info.channels, image_size=self._size, resize_ratio=1.0
             )
         except DamagedFile as error:
-            raise DamagedFile(error.path, error.problem, "Get a whole copy of the set.") from error
-        if not self._said_resized:
-            with Image.open(io.BytesIO(data)) as stored:
-                size = stored.size
-            if size != (self._size, self._size):
-                self._said_resized = True
-                warnings.warn(
-                    f"{path} has {size[0]} x {size[1]} pixels; it, and every other image of "
-                    f"another size than dataset.image_size={self._size}, is resized",
-                    stacklevel=2,
-                )
-        return image
+            raise DamagedFile(error.path, error.problem, _WHOLE) from error
+        if self._said_resized:
+            return image, (self._size, self._size)
+        with Image.open(io.BytesIO(data)) as opened:
+            return image, opened.size
 
     def original(self, index: int) -> np.ndarray:
         return self.image(index)
@@ -165,13 +141,25 @@ class ImageSet:
     @functools.cached_property
     def _description(self) -> dict[str, Any]:
         listing = hashlib.sha256()
-        for name in self._names:
-            size = os.path.getsize(os.path.join(self._root, name))
-            listing.update(f"{name}\0{size}\n".encode("utf-8", "surrogateescape"))
+        for at in self.places_N.tolist():
+            listing.update(self._found.stamp(at).encode("utf-8", "surrogateescape"))
+        if self.weights_N is not None:
+            listing.update(self.weights_N.tobytes())
         return {
             "name": self._info.name,
-            "split": "folder",
+            "split": self._found.format,
             "count": len(self),
             "image_size": self._size,
             "digest": listing.hexdigest(),
         }
+
+
+_WHOLE = "Get a whole copy of the set."
+
+
+def _of_mean_one(root: str, weights_N: np.ndarray) -> np.ndarray:
+    """Weights that leave the size of a loss as it is."""
+    mean = weights_N.mean(dtype=np.float64)
+    if not mean:
+        raise UserError(f"{root}: the images that recover.ipc takes all have the weight 0")
+    return (weights_N / mean).astype(np.float32)

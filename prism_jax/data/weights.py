@@ -142,9 +142,9 @@ def read(
     if (file / WEIGHTS).is_file() and (file / RECORD).is_file():
         return _read_teacher(file)
     if checkpoint := read_newest(file):
-        step, leaves, meta = checkpoint
+        step, arrays, meta = checkpoint
         averaged = meta.get("averaged", False)
-        tensors = _named(leaves, averaged, architecture, width, depth, stem, path)
+        tensors = _named(arrays, averaged, architecture, width, depth, stem, path)
         return Found(tensors, f"Orbax checkpoint of step {step} of a training", {}, digest(path))
     return _read_orbax(file)
 

@@ -49,7 +49,7 @@ def fit(
       UserError: they do not fit; everything that does not is told at once, after what would.
     """
     check_image_size(architecture, min(image_shape[:2]), stem)
-    form = {"width": width, "depth": depth, "stem": stem}
+    form: dict[str, Any] = {"width": width, "depth": depth, "stem": stem}
     shapes = variable_shapes(build(architecture, num_classes, **form), image_shape)
     leaves = torch_leaves(shapes)
     misshapen = _misshapen(tensors, leaves)
@@ -60,7 +60,7 @@ def fit(
                     f"{path}: {name} holds {tensor.dtype} numbers, which stand for others "
                     "(quantised weights); give the network's float weights"
                 )
-        return {"batch_stats": {}, **from_state_dict(tensors, shapes, np.float32)}
+        return {"batch_stats": {}, **from_state_dict(tensors, shapes, np.dtype(np.float32))}
 
     # With the architecture's names it is probably it, in another form; else probably another.
     hints, alike = [], leaves.keys() == tensors.keys()
@@ -73,8 +73,8 @@ def fit(
         found = find_form(*known)
     if found:
         changed, others = found
-        if not changed and others.only_classes:
-            raise UserError(_other_head(path, architecture, others.classes, num_classes))
+        if not changed and (theirs := others.only_classes) is not None:
+            raise UserError(_other_head(path, architecture, theirs, num_classes))
         if changed:
             flags = " ".join(f"--{k}={v}" for k, v in changed.items())
             fields = " ".join(f"--config.networks.NAME.{k}={v}" for k, v in changed.items())
@@ -99,8 +99,9 @@ class Others(NamedTuple):
     resized: bool = False
 
     @property
-    def only_classes(self) -> bool:
-        return self == Others(classes=self.classes) and self.classes is not None
+    def only_classes(self) -> int | None:
+        """The file's classes, where nothing else differs."""
+        return self.classes if self == Others(classes=self.classes) else None
 
 
 def compare(
@@ -113,20 +114,20 @@ def compare(
     """Say in what tensors differ from a network; None: in more than ``Others`` can say."""
     rows, columns, channels = image_shape
 
-    def leaves(more_classes: int, *shape: int) -> dict[str, Leaf]:
+    def leaves(more_classes: int, shape: tuple[int, int, int]) -> dict[str, Leaf]:
         module = build(architecture, num_classes + more_classes, **form)
         return torch_leaves(variable_shapes(module, shape))
 
-    ours = leaves(0, *image_shape)
+    ours = leaves(0, image_shape)
     misshapen = _misshapen(tensors, ours)
     if ours.keys() != tensors.keys() or len(misshapen) > 8:  # more than a head and a first layer
         return None
     if not misshapen:
         return Others()
     causes = {
-        "classes": leaves(1, *image_shape),
-        "channels": leaves(0, rows, columns, channels + 1),
-        "resized": leaves(0, 2 * rows, 2 * columns, channels),
+        "classes": leaves(1, image_shape),
+        "channels": leaves(0, (rows, columns, channels + 1)),
+        "resized": leaves(0, (2 * rows, 2 * columns, channels)),
     }
     found: dict[str, set[int]] = {}
     for name, leaf in misshapen.items():

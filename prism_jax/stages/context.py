@@ -32,6 +32,7 @@ class LabelledSet:
       labels_N: int32 classes.
       fields: what made the images; they enter the fingerprints of labels and students.
       soft: whether it is given soft labels.
+      weights_N: how much each image counts, 1 on average; None: alike.
     """
 
     name: str
@@ -40,6 +41,7 @@ class LabelledSet:
     labels_N: np.ndarray
     fields: dict[str, Any]
     soft: bool
+    weights_N: np.ndarray | None = None
 
     @functools.cached_property
     def images_uint8_NHWC(self) -> Images:

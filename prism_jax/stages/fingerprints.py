@@ -17,13 +17,17 @@ from prism_jax.config import Network, Recover, batch_layout, bn_group_of
 from prism_jax.core import batching
 from prism_jax.core.augment import Augment
 from prism_jax.data import weights, workdir
+from prism_jax.stages import imported
 from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.synthesis.start import SCORING
 
 # Fields that change no bits, or that only say where the same bits come from.
 NEUTRAL = {
-    "recover": ("initialise_from", "steps_per_dispatch", "checkpoint_seconds"),
-    "relabel": ("mode",),
+    "recover": (
+        *("initialise_from", "initialise_classes", "initialise_mean", "initialise_std"),
+        *("initialise_whitening", "steps_per_dispatch", "checkpoint_seconds"),
+    ),
+    "relabel": ("mode", "labels_from"),
     "validate": ("students", "seeds", "controls", "checkpoint_seconds"),
     "squeeze": ("teachers", "seed", "least_top1"),
 }
@@ -32,6 +36,7 @@ NEUTRAL = {
 # older work keeps its fingerprint.
 LATER: dict[str, dict[str, Any]] = {
     "recover": {"short_classes": "refuse"},
+    "relabel": {"order": "own"},
     "network": {"weights_key": None},
 }
 
@@ -130,14 +135,19 @@ def recover(context: Context) -> dict[str, Any]:
 def relabel(context: Context, labelled: LabelledSet) -> dict[str, Any]:
     """What soft labels are made of."""
     parts, settings = context.config.label_parts, context.config.relabel
+    fields = {
+        "relabel": section("relabel", settings),
+        "seed": context.config.seed,
+        "images": workdir.digest(labelled.fields),
+    }
+    if imported.has_labels(context, labelled):
+        return {**fields, "labels": imported.digest_of_labels(context)}
     together = settings.teacher_mode == "train" and _spares(
         labelled, settings.batch_size, accumulate=parts, bn_group=settings.bn_group
     )
     return {
-        "relabel": section("relabel", context.config.relabel),
-        "seed": context.config.seed,
-        "images": workdir.digest(labelled.fields),
-        "teachers": pool(context, context.config.relabel.teachers),
+        **fields,
+        "teachers": pool(context, settings.teachers),
         **({"parts": parts} if parts > 1 else {}),
         **({"groups": TOGETHER} if together else {}),
     }

@@ -11,7 +11,7 @@ import numpy as np
 
 from prism_jax.config import Dataset, Experiment, Network
 from prism_jax.data.datasets import DatasetInfo
-from prism_jax.data.exchange import ImageSet, existing_folder
+from prism_jax.data.exchange import ImageSet, Stated
 from prism_jax.data.lazy import Images, LazyImages, OneByOne, hold
 from prism_jax.data.sources import ImageSource, Subset, info_of, open_source
 from prism_jax.errors import UserError
@@ -71,16 +71,20 @@ class Inputs:
 
     @functools.cached_property
     def start(self) -> ImageSource:
-        """Where recover starts: the training images, or the folder that the config names."""
+        """Where recover starts: the training images, or the set that the config names."""
         recover = self.config.recover
         if recover.initialise != "folder":
             return self.open("train")
         return ImageSet(
-            existing_folder(recover.initialise_from),
+            recover.initialise_from,
             self.info,
             self.open("train"),
             ipc=recover.ipc,
             image_size=self.config.dataset.image_size,
+            stated=Stated(
+                recover.initialise_mean, recover.initialise_std, recover.initialise_whitening
+            ),
+            classes=recover.initialise_classes,
         )
 
     def hold(self, images: LazyImages) -> Images:

@@ -18,6 +18,7 @@ from prism_jax import parallel
 from prism_jax.config import batch_layout, members, unit_budget, units
 from prism_jax.core import pixels
 from prism_jax.data import image_set, workdir
+from prism_jax.data.exchange import ImageSet
 from prism_jax.data.lazy import Images
 from prism_jax.data.metrics import gather
 from prism_jax.errors import UserError
@@ -71,14 +72,16 @@ def synthetic_set(context: Context) -> LabelledSet:
         raise UserError(
             f"{root} has no finished images; run the recover stage first (--stages=recover,...)"
         )
-    records = workdir.read_record(root / "manifest.json")["units"]
-    images = context.once("synthetic images", lambda: _read_images(context, records))
+    manifest = workdir.read_record(root / "manifest.json")
+    images = context.once("synthetic images", lambda: _read_images(context, manifest["units"]))
     labels = np.repeat(
         np.arange(context.config.dataset.num_classes, dtype=np.int32), context.config.recover.ipc
     )
     fields = fingerprints.recover(context)
     soft = context.config.soft_labels
-    return LabelledSet("synthetic", context.root, lambda: images, labels, fields, soft)
+    weights = manifest.get("weights")
+    weights = None if weights is None else np.array(weights, np.float32)
+    return LabelledSet("synthetic", context.root, lambda: images, labels, fields, soft, weights)
 
 
 def run(context: Context) -> None:
@@ -122,6 +125,11 @@ def run(context: Context) -> None:
         "pool": list(config.recover.pool),
         "units": records,
     }
+    # Optimised further, images are others than those that the weights were found for.
+    source = context.inputs.start
+    if isinstance(source, ImageSet) and source.weights_N is not None:
+        if not config.recover.iterations:
+            manifest["weights"] = source.weights_N.tolist()
     workdir.write_record(root / "manifest.json", manifest)
 
 

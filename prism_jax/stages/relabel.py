@@ -21,10 +21,11 @@ from prism_jax import parallel, progress
 from prism_jax.config import Experiment
 from prism_jax.core.augment import Augment
 from prism_jax.data import image_set, label_store, workdir
+from prism_jax.data.sets.fkd import FkdLabels
 from prism_jax.errors import UserError
-from prism_jax.labelling import Labeller, LabelRecipe, OnlineLabels
+from prism_jax.labelling import FixedLabels, Labeller, LabelRecipe, OnlineLabels
 from prism_jax.parallel import enough_memory
-from prism_jax.stages import fingerprints
+from prism_jax.stages import fingerprints, imported
 from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.types import SoftLabels
 
@@ -53,6 +54,7 @@ def recipe_of(config: Experiment, batch_size: int) -> LabelRecipe:
         relabel.teacher_mode,
         relabel.bn_group,
         config.label_parts,
+        relabel.order,
     )
 
 
@@ -84,7 +86,7 @@ def pending(context: Context, labelled: LabelledSet) -> list[int]:
 
 def is_done(context: Context, labelled: LabelledSet) -> bool:
     """Whether the labels are there, or need not be."""
-    if context.config.relabel.mode == "online":
+    if context.config.relabel.mode == "online" or imported.has_labels(context, labelled):
         return True
     return not pending(context, labelled) and (folder(labelled) / DONE).exists()
 
@@ -161,13 +163,18 @@ def setting_aside(context: Context, labelled: LabelledSet) -> Iterator[None]:
         raise image_set.DamagedFile(error.path, error.problem, again) from error
 
 
-def open_labels(context: Context, labelled: LabelledSet) -> label_store.LabelReader | OnlineLabels:
+Labels = label_store.LabelReader | OnlineLabels | FkdLabels | FixedLabels
+
+
+def open_labels(context: Context, labelled: LabelledSet) -> Labels:
     """The labels of a set: stored, and checked to be of these settings and about these very
-    images, or made when they are read.
+    images, made when they are read, or made by somebody else.
 
     Raises:
       UserError: they are not there, or were made from something else.
     """
+    if imported.has_labels(context, labelled):
+        return imported.open_labels(context, labelled)
     if context.config.relabel.mode == "online":
         plan = plan_of(context, labelled)
         labeller = _online_labeller(context, plan)

@@ -14,14 +14,13 @@ from etils import epath
 from prism_jax.config import bn_group_of
 from prism_jax.core.augment import Augment
 from prism_jax.data import workdir
-from prism_jax.data.label_store import LabelReader
 from prism_jax.data.pipeline import num_batches
 from prism_jax.data.weights import RECORD
-from prism_jax.labelling import OnlineLabels
 from prism_jax.parallel import enough_memory
 from prism_jax.stages import fingerprints
 from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.stages.loop import train
+from prism_jax.stages.relabel import Labels
 from prism_jax.training import TrainBatch, Trainer, TrainRecipe, hard_batches, soft_batches
 
 
@@ -47,7 +46,7 @@ def pending(context: Context, labelled: LabelledSet) -> list[tuple[str, int]]:
 def run(
     context: Context,
     labelled: LabelledSet,
-    labels: LabelReader | OnlineLabels | None,
+    labels: Labels | None,
     augment: Augment,
     todo: Sequence[tuple[str, int]],
 ) -> None:
@@ -122,7 +121,7 @@ def _is_done(context: Context, labelled: LabelledSet, student: str, seed: int) -
 def _train(
     context: Context,
     labelled: LabelledSet,
-    labels: LabelReader | OnlineLabels | None,
+    labels: Labels | None,
     augment: Augment,
     student: str,
     seed: int,
@@ -138,10 +137,13 @@ def _train(
     def from_batch(start: int) -> Iterable[TrainBatch]:
         if labels:
             records = labels.read(start=start, epochs=epochs)
-            return soft_batches(images, targets, records, per_epoch=per_epoch, start=start)
+            return soft_batches(
+                images, targets, records, per_epoch=per_epoch, start=start,
+                weights_N=labelled.weights_N,
+            )  # fmt: skip
         return hard_batches(
             images, targets, batch_size=size, epochs=epochs, seed=context.config.seed,
-            name="relabel/order", start=start,
+            name="relabel/order", start=start, weights_N=labelled.weights_N,
         )  # fmt: skip
 
     devices = context.train_devices(

@@ -1,10 +1,21 @@
 """Give a distilled set to others: python -m prism_jax.tools.export --workdir=RUN --to=DIR
 
+Without --format:
+
     DIR/<class>/<slot>.png   as torchvision's ImageFolder reads it; <class> is the wnid where the
                              data set has them, else the class index with leading zeros
     DIR/classes.json         folder, index and name of every class
     DIR/set.npz              images, labels, mean soft labels, class names, provenance
     DIR/provenance.json      what made the set
+
+With one, beside classes.json and provenance.json:
+
+    folder      README.md (a data card), train/<class>/<slot>.png, as Hugging Face has image folders
+    parquet     README.md, data/train-00000-of-00001.parquet, as Hugging Face's datasets writes it
+    dd_ranking  images.pt, labels.pt, lr.pt and config.yaml, as DD-Ranking takes them
+    fkd         README.md, images/<class>/<slot>.png, labels/epoch_<e>/batch_<b>.tar, as SRe2L's
+                relabel writes them and its train_FKD reads them
+    npz         set.npz alone
 
 DIR appears whole or not at all.
 """
@@ -12,23 +23,39 @@ DIR appears whole or not at all.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
 from etils import epath
 
-from prism_jax.data import exchange, image_set, workdir
+from prism_jax.analysis import words
+from prism_jax.data import image_set, workdir
 from prism_jax.data.datasets import DATASETS, DatasetInfo
 from prism_jax.data.label_store import MANIFEST, LabelReader
+from prism_jax.data.sets import dd_ranking, fkd, folder, npz, parquet
+from prism_jax.data.sets.classes import wnids
+from prism_jax.data.sets.content import Content
 from prism_jax.errors import UserError
+from prism_jax.labelling import drawn
 from prism_jax.main import joined
 from prism_jax.paths import at_home
+from prism_jax.types import Mix, SoftLabels, View
 
 SYNTHETIC = "synthetic"
 CONTROLS = ("random_real",)
+
+# (folder, set) -> the files of a format in it
+WRITERS: dict[str, Callable[[str, Content], None]] = {
+    "folder": folder.write,
+    "parquet": parquet.write,
+    "dd_ranking": dd_ranking.write,
+    "fkd": fkd.write,
+    "npz": npz.write,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         given = _parser().parse_args(argv or ["--help"])
-        export(given.workdir, given.to, control=given.control)
+        export(
+            given.workdir,
+            given.to,
+            control=given.control,
+            form=given.format,
+            licence=given.licence,
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -73,16 +106,27 @@ def _parser() -> argparse.ArgumentParser:
     add("--workdir", type=at_home, required=True, help="a run whose images are finished")
     add("--to", type=at_home, required=True, help="the folder to make; it must not be there")
     add("--control", choices=CONTROLS, help="export this control instead of the synthetic set")
+    add("--format", choices=WRITERS, help="see above")
+    add("--licence", default="unknown", help="of the set, for its data card: cc-by-4.0, mit, ...")
     return parser
 
 
-def export(root: epath.PathLike, to: epath.PathLike, *, control: str | None = None) -> None:
-    """Write a finished set as an ImageFolder and an .npz file.
+def export(
+    root: epath.PathLike,
+    to: epath.PathLike,
+    *,
+    control: str | None = None,
+    form: str | None = None,
+    licence: str = "unknown",
+) -> None:
+    """Write a finished set.
 
     Args:
       root: the working directory of a run.
       to: the folder to make.
       control: which control to export; None: the synthetic set.
+      form: a key of ``WRITERS``; None: an ImageFolder and an .npz file.
+      licence: of the set.
 
     Raises:
       UserError: the target is there, the run is not finished, or its images or labels are damaged.
@@ -93,39 +137,70 @@ def export(root: epath.PathLike, to: epath.PathLike, *, control: str | None = No
     if not (root / "config.json").exists():
         raise UserError(f"--workdir={root} is no working directory of a run (no config.json)")
     ran = workdir.read_json(root / "config.json")
-    folder = root / "recover" if control is None else root / "controls" / control
-    images, labels, provenance = _images(root, folder, ran, control)
-    soft_labels, how = _soft_labels(root, ran, provenance, control)
+    made = root / "recover" if control is None else root / "controls" / control
+    images, labels, provenance = _images(root, made, ran, control)
+    reader, how = _labels(root, ran, provenance, control)
     classes = class_table(
         DATASETS.get(ran["experiment"]["dataset"]["name"]),
         *(provenance[key] for key in ("num_classes", "class_names", "imagenet_indices")),
     )
-    provenance |= {"soft_labels": how, **ran}
+    weights = provenance.pop("weights")
 
-    arrays: dict[str, Any] = {"images": images, "labels": labels}
-    if soft_labels is not None:
-        arrays["soft_labels"] = soft_labels
-    arrays["class_names"] = np.array([c["name"] for c in classes])
-    arrays["provenance"] = np.array(workdir.to_json(provenance))
+    def shown(record: SoftLabels) -> tuple[View, Mix]:
+        assert reader is not None  # it gave the record
+        return drawn(record, images.shape[1:3], reader.manifest["view"])
 
+    content = Content(
+        images,
+        labels,
+        classes,
+        provenance["ipc"],
+        None if reader is None else mean_soft_labels(reader),
+        None if weights is None else np.array(weights, np.float32),
+        reader,
+        shown,
+        provenance | {"soft_labels": how, **ran},
+        _accuracies(root),
+        licence,
+    )
     temporary = to.parent / f".{to.name}.tmp"
     if temporary.exists():  # an export that was killed
         temporary.rmtree()
     try:
-        for entry in classes:
-            (temporary / entry["folder"]).mkdir(parents=True)
-            for slot in range(provenance["ipc"]):
-                stored = image_set.image_path(folder / "images", entry["index"], slot)
-                stored.copy(temporary / entry["folder"] / stored.name)
-        with (temporary / "set.npz").open("wb") as file:
-            np.savez(file, **arrays)
+        temporary.mkdir(parents=True)
+        if form is None:
+            _copy_images(made, temporary, content)
+            npz.write(os.fspath(temporary), content)
+        else:
+            WRITERS[form](os.fspath(temporary), content)
         workdir.write_json(temporary / "classes.json", classes)
-        workdir.write_json(temporary / "provenance.json", provenance)
+        workdir.write_json(temporary / "provenance.json", content.provenance)
         temporary.rename(to)
     except BaseException:
         temporary.rmtree(missing_ok=True)
         raise
     print(f"{to}: {len(images)} images of {len(classes)} classes; soft labels: {how['what']}")
+
+
+def _copy_images(made: epath.Path, to: epath.Path, content: Content) -> None:
+    """The PNG files of the run, byte for byte."""
+    for index in range(len(content.images_NHWC)):
+        target = to / content.file_of(index)
+        target.parent.mkdir(exist_ok=True)
+        image_set.image_path(made / "images", *divmod(index, content.ipc)).copy(target)
+
+
+def _accuracies(root: epath.Path) -> dict[str, dict[str, str]]:
+    """Top-1 of every set and student in words; empty where the run has no summary."""
+    if not (root / "summary.json").exists():
+        return {}
+    found = workdir.read_json(root / "summary.json")
+    students = words.students(found)
+    return {
+        row.label: dict(zip(students, map(words.accuracy, row.entries), strict=True))
+        for row in words.accuracy_rows(found)
+        if any(row.entries)
+    }
 
 
 def class_table(
@@ -143,7 +218,7 @@ def class_table(
         ``ImageSource``.
     """
     names = list(class_names or info and info.class_names or map(str, range(num_classes)))
-    ids = exchange.wnids(imagenet_indices)
+    ids = wnids(imagenet_indices)
     if ids and imagenet_indices and info and info.class_names and info.imagenet_indices:
         known = dict(zip(info.imagenet_indices, info.class_names, strict=True))
         names = [known[index] for index in imagenet_indices]
@@ -188,15 +263,18 @@ def _images(
         "imagenet_indices": recovered.get("imagenet_indices"),
         "ipc": ipc,
         "images_sha256": digest,
+        "weights": recovered.get("weights") if control is None else None,
         "fingerprint": workdir.read_fingerprint(root / "recover") if control is None else None,
     }  # fmt: skip
 
 
-def _soft_labels(
+def _labels(
     root: epath.Path, ran: dict[str, Any], provenance: dict[str, Any], control: str | None
-) -> tuple[np.ndarray | None, dict[str, Any]]:
-    """The mean soft label of every image, and how it was made."""
+) -> tuple[LabelReader | None, dict[str, Any]]:
+    """The stored soft labels of the set, and how they were made."""
     folder = (root if control is None else root / "controls" / control) / "relabel"
+    if control is None and (where := ran["experiment"]["relabel"].get("labels_from")):
+        return None, {"what": f"none, relabel.labels_from={where} reads labels made elsewhere"}
     if not (folder / MANIFEST).exists():
         if ran["experiment"]["relabel"]["mode"] == "online":
             return None, {"what": "none, relabel.mode=online stores none"}
@@ -209,7 +287,7 @@ def _soft_labels(
     what = "the mean over all stored views of an image of softmax(logits)"
     if (mix := manifest["view"].get("mix", "none")) != "none":
         what += f"; the views are mixed ({mix}) with other images of the set"
-    return mean_soft_labels(reader), {"what": what, **manifest}
+    return reader, {"what": what, **manifest}
 
 
 def mean_soft_labels(reader: LabelReader) -> np.ndarray:

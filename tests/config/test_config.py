@@ -139,6 +139,25 @@ REFUSED = {
         {"networks__resnet18": base.network(architecture="resnet18", weights_key="ema")},
         "networks.resnet18.weights_key", "networks.resnet18.checkpoint",
     ),
+    "a space of nothing": ({"recover__initialise_mean": (0.5,)}, "recover.initialise_std is None"),
+    "half a space": (
+        {"recover__initialise": "folder", "recover__initialise_from": "set",
+         "recover__initialise_mean": (0.5,), "recover__initialise_std": (0.0,)},
+        "recover.initialise_std is (0.0,)", "must be positive",
+    ),
+    "a whitening": (
+        {"recover__initialise": "folder", "recover__initialise_from": "set",
+         "recover__initialise_whitening": "pca"},
+        "recover.initialise_whitening is 'pca'", "allowed: none, zca",
+    ),
+    "classes of no set": (
+        {"recover__initialise_classes": ("cat", "dog")}, "recover.initialise_classes", "'real'",
+    ),
+    "labels for nobody": (
+        {"relabel__labels_from": "labels", "validate__loss": "ce", "validate__controls": ()},
+        "relabel.labels_from is labels", "read no soft labels",
+    ),
+    "labels of no set": ({"relabel__labels_from": "set"}, "initialise=folder", "relabel.mix=none"),
     "no pool": ({"recover__pool": ()}, "recover.pool is empty", "at least one network"),
     "parts": ({"validate__accumulate": 3}, "validate.batch_size 50", "validate.accumulate=3"),
     "parts of other batches": (

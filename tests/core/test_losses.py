@@ -207,3 +207,35 @@ def test_gradients_against_torch_in_float64(case, x64):
         jnp.asarray(STUDENT_BK)
     )
     np.testing.assert_allclose(gradient, student.grad.numpy(), rtol=1e-9, atol=1e-14)
+
+
+# --- images that count differently ------------------------------------------------------------
+
+COUNTS = np.array([2, 0, 1, 1, 2, 0])
+
+
+@pytest.mark.parametrize("name", ["mse_gt", "kl", "kl_t2", "ce"])
+def test_an_image_of_weight_two_counts_as_two(name, x64):
+    """Weights that are counts, 1 on average, against a batch in which images stand so often."""
+    repeated = np.repeat(np.arange(6), COUNTS)
+    numbers = {"ce_weight": 0.3, "temperature": 2.0}
+    weighted = Targets(
+        LABELS_B, PARTNERS_B, WEIGHT, TEACHER_BK, jnp.asarray(COUNTS, jnp.float64)
+    )  # fmt: skip
+    stated = Targets(LABELS_B[repeated], PARTNERS_B[repeated], WEIGHT, TEACHER_BK[repeated])
+    found = STUDENT_LOSSES[name](STUDENT_BK, weighted, **numbers)
+    wanted = STUDENT_LOSSES[name](STUDENT_BK[repeated], stated, **numbers)
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+    alike = STUDENT_LOSSES[name](STUDENT_BK, weighted._replace(importance_B=None), **numbers)
+    assert abs(alike - wanted) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["mse_gt", "kl", "kl_t2", "ce"])
+def test_equal_weights_change_no_bit(name):
+    targets = Targets(LABELS_B, PARTNERS_B, WEIGHT, jnp.asarray(TEACHER_BK, jnp.float32))
+    student = jnp.asarray(STUDENT_BK, jnp.float32)
+    ones = targets._replace(importance_B=jnp.ones(6, jnp.float32))
+    losses = [
+        STUDENT_LOSSES[name](student, t, ce_weight=0.3, temperature=2.0) for t in (targets, ones)
+    ]
+    assert losses[0] == losses[1]

@@ -37,7 +37,7 @@ def _own(e: Experiment) -> Iterator[str]:
     known = [*datasets.DATASETS, f"{datasets.TFDS}<builder>"]
     if near := difflib.get_close_matches(d.name, known, n=1, cutoff=0.75):
         yield (
-            f"dataset.name is {d.name!r}; did you mean {near[0]}? The known ones are "
+            f"dataset.name is {d.name!r} (did you mean {near[0]}?); the known ones are "
             f"{', '.join(known)}; a set of your own needs a name that is not so near to them"
         )
     elif not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", d.name):

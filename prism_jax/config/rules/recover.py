@@ -8,6 +8,7 @@ from prism_jax.config.layout import Layout, batch_layout
 from prism_jax.config.rules.common import not_negative, one_of, positive, share
 from prism_jax.config.sections import Experiment
 from prism_jax.core import priors, schedules
+from prism_jax.data.sets.floats import MEAN, STD, WHITENING, WHITENINGS
 from prism_jax.errors import UserError
 from prism_jax.models import ARCHITECTURES
 from prism_jax.synthesis import KINDS, METHODS, sampling
@@ -49,6 +50,7 @@ def violations(e: Experiment) -> Iterator[str]:
         yield from _course(e, layout)
         yield from _terms(e, layout)
         yield from _start(e)
+    yield from _stated(e)
 
 
 def _numbers(e: Experiment) -> Iterator[str]:
@@ -250,3 +252,26 @@ def _start(e: Experiment) -> Iterator[str]:
             f"recover.initialise_from names {r.initialise_from}, but recover.initialise is "
             f"{r.initialise!r}, which reads no folder; set recover.initialise=folder"
         )
+
+
+def _stated(e: Experiment) -> Iterator[str]:
+    """What is said of a set that somebody else made."""
+    r = e.recover
+    mean, std = r.initialise_mean, r.initialise_std
+    if (mean is None) != (std is None) or (mean and std and len(mean) != len(std)):
+        yield (
+            f"{MEAN} is {mean} and {STD} is {std}; they belong together, with one number per "
+            f"channel each"
+        )
+    if std and min(std) <= 0:
+        yield f"{STD} is {std}; its numbers must be positive"
+    if r.initialise_whitening is not None:
+        yield from one_of(WHITENING, r.initialise_whitening, WHITENINGS)
+    if r.initialise != "folder":
+        for name in ("classes", "mean", "std", "whitening"):
+            if getattr(r, f"initialise_{name}") is not None:
+                yield (
+                    f"recover.initialise_{name} says something of the set that "
+                    f"recover.initialise_from names, and recover.initialise is {r.initialise!r}, "
+                    f"which reads none; leave it unset, or set recover.initialise=folder"
+                )

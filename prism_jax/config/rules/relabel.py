@@ -52,3 +52,27 @@ def violations(e: Experiment) -> Iterator[str]:
             f"relabel.top_k is {r.top_k}; it must be smaller than dataset.num_classes="
             f"{e.dataset.num_classes}, or unset to keep all"
         )
+    if r.labels_from:
+        yield from _elsewhere(e)
+
+
+def _elsewhere(e: Experiment) -> Iterator[str]:
+    """Labels that somebody else made."""
+    r = e.relabel
+    if not e.soft_labels:
+        yield (
+            f"relabel.labels_from is {r.labels_from}, and with validate.loss='ce' students read "
+            f"no soft labels; leave it unset, or choose another validate.loss"
+        )
+    if r.labels_from != "set":
+        return
+    if e.recover.initialise != "folder" or e.recover.iterations:
+        yield (
+            "relabel.labels_from is 'set', the labels that came with imported images; it needs "
+            "recover.initialise=folder and recover.iterations=0"
+        )
+    if r.mix != "none" or r.patch_shuffle > 1:
+        yield (
+            "relabel.labels_from is 'set', one label per image, which is not that of mixed or "
+            "shuffled images; set relabel.mix=none and relabel.patch_shuffle=1"
+        )

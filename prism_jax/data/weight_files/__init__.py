@@ -18,7 +18,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -166,7 +166,7 @@ def _read_safetensors(data: bytes) -> Contents:
         arrays[name] = values.reshape(entry["shape"])
     if flax_files.is_flax(arrays):
         return Contents("safetensors weights", flax_files.tensors_of(arrays), flax=True)
-    tensors = {(name,): array for name, array in arrays.items()}
+    tensors: dict[tuple[str, ...], Any] = {(name,): array for name, array in arrays.items()}
     return Contents("safetensors weights", tensors)
 
 

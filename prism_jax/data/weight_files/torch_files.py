@@ -16,7 +16,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -56,6 +56,9 @@ class Inert:
     """
 
     __slots__ = ("args", "items", "state")
+    args: tuple[Any, ...]
+    items: dict[Any, Any]
+    state: Any
 
     def __new__(cls, *args: Any, **_: Any) -> Any:
         made = object.__new__(cls)
@@ -169,7 +172,7 @@ class _NumpyDType(Inert):
 
     def dtype(self) -> np.dtype | None:
         code, state = self.args[0] if self.args else None, self.state
-        order = state[1] if isinstance(state, tuple) and len(state) > 1 else "="
+        order: Any = state[1] if isinstance(state, tuple) and len(state) > 1 else "="
         if not isinstance(code, str) or not re.fullmatch(r"[fiub][1248]", code):
             return None
         return np.dtype(code).newbyteorder(order) if order in ("<", ">", "|", "=") else None
@@ -199,7 +202,9 @@ class _NumpyBuffer(_NumpyArray):
         return None
 
 
-def _values(data: bytes, kind: _NumpyDType, shape: tuple, order: str) -> np.ndarray | None:
+def _values(
+    data: bytes, kind: _NumpyDType, shape: tuple[Any, ...], order: Literal["C", "F"]
+) -> np.ndarray | None:
     dtype = kind.dtype()
     if dtype is None or math.prod(shape) * dtype.itemsize != len(data):
         return None
@@ -279,7 +284,10 @@ def unpickle(stream: io.BytesIO) -> tuple[Any, Unpickler]:
     start = stream.tell()
     for opcode, argument, at in pickletools.genops(stream):
         # The unpickler keeps a table of so many entries: of this number, in a file of a few bytes.
-        if opcode.name.endswith("PUT") and argument > at - start:
+        if not opcode.name.endswith("PUT"):
+            continue
+        assert argument is not None and at is not None  # it has one, and the stream tells
+        if argument > at - start:
             raise pickle.UnpicklingError(f"it numbers an object {argument} that is not there yet")
     stream.seek(start)
     unpickler = Unpickler(stream)

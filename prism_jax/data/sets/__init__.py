@@ -1,0 +1,53 @@
+"""Distilled sets as people publish them, told by looking at what is there."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+from prism_jax.data.sets import archive, folder, npz, parquet, table, tensors
+from prism_jax.data.sets.base import Found, Stated
+from prism_jax.data.sources import ImageSource
+from prism_jax.errors import UserError
+
+# Each module has sniff(path) and open_set(path, stated, real).
+FORMATS: dict[str, ModuleType] = {
+    "npz": npz,
+    "parquet": parquet,
+    "archive": archive,
+    "tensors": tensors,
+    "table": table,
+    "folder": folder,
+}
+
+KINDS = (
+    "a folder with one folder of images per class, such a tree in a .tar or .zip file, Hugging "
+    "Face's parquet files or images with metadata.csv or metadata.jsonl, DD-Ranking's images.pt "
+    "and labels.pt, the .pt files of MTT and DATM, or an .npz file"
+)
+
+
+def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
+    """Open a set of whatever format it is.
+
+    Args:
+      path: a file or folder.
+      stated: what its files do not say.
+      real: the real training images.
+
+    Raises:
+      UserError: there is nothing, nothing that is a set, or several sets.
+    """
+    if not os.path.exists(path):
+        raise UserError(f"there is no folder or file {path}; recover.initialise_from takes {KINDS}")
+    looks = [name for name, module in FORMATS.items() if module.sniff(path)]
+    if "table" in looks and "folder" in looks:
+        looks.remove("folder")  # the table is about the images of the folder
+    if len(looks) > 1:
+        raise UserError(
+            f"{path} can be read in several ways ({', '.join(looks)}); name the very file or the "
+            "folder of the one that is meant"
+        )
+    if not looks:
+        raise UserError(f"{path} is no set that can be read; recover.initialise_from takes {KINDS}")
+    return FORMATS[looks[0]].open_set(path, stated, real)

@@ -1,0 +1,118 @@
+"""A folder of images with a table beside them: Hugging Face's ``metadata.csv`` or ``.jsonl``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from typing import Any
+
+import numpy as np
+
+from prism_jax.data.sets.base import (
+    Found,
+    Stated,
+    by_position,
+    checked_soft,
+    checked_weights,
+    inside,
+)
+from prism_jax.data.sources import ImageSource
+from prism_jax.errors import UserError
+
+TABLES = ("metadata.csv", "metadata.jsonl")
+FILE, LABELS = "file_name", ("label", "labels", "class", "class_name")
+WEIGHTS, SOFT = ("weight", "weights"), ("soft_label", "soft_labels")
+
+
+def sniff(path: str) -> bool:
+    """Whether there is a table that says the labels; one of captions alone says none."""
+    return any(column(rows, LABELS) for _, rows in _tables(path))
+
+
+def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
+    """The images that the tables name, in their order."""
+    del stated, real
+    files, rows = [], []
+    for root, table in _tables(path):
+        for row in table:
+            files.append(inside(root, str(row[FILE])))
+            rows.append(row)
+    label = column(rows, LABELS)
+    assert label is not None  # sniff has seen it
+    for file, row in zip(files, rows, strict=True):
+        if row.get(label) in (None, ""):
+            raise UserError(f"{path}: its table gives {file} no {label}")
+    classes, numbered, labels = by_position([_number(row[label]) for row in rows])
+
+    def read(index: int) -> bytes:
+        with open(files[index], "rb") as file:
+            return file.read()
+
+    def each(names: tuple[str, ...]) -> list[Any] | None:
+        found = column(rows, names)
+        return None if found is None else [_value(row.get(found)) for row in rows]
+
+    return Found(
+        "table",
+        classes,
+        numbered,
+        "classes",
+        labels,
+        name=lambda i: files[i],
+        read=read,
+        stamp=lambda i: f"{os.path.relpath(files[i], path)}\0{os.path.getsize(files[i])}\n",
+        soft_NK=checked_soft(path, each(SOFT), len(files), len(classes)),
+        weights_N=checked_weights(path, each(WEIGHTS), len(files)),
+    )
+
+
+def column(rows: Any, names: tuple[str, ...]) -> str | None:
+    """The first of these columns that the rows have."""
+    have = set().union(*(row.keys() for row in rows))
+    return next((name for name in names if name in have), None)
+
+
+def _tables(path: str) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The tables with their folders: of the folder itself, or of ``train`` in it."""
+    if not os.path.isdir(path):
+        return []
+    for root in (path, os.path.join(path, "train")):
+        found = [os.path.join(root, name) for name in TABLES]
+        if there := [file for file in found if os.path.isfile(file)]:
+            return [(root, _read(file)) for file in there]
+    return []
+
+
+def _read(file: str) -> list[dict[str, Any]]:
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as opened:
+            text = opened.read()
+        if file.endswith(".csv"):
+            rows = list(csv.DictReader(io.StringIO(text)))
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        if not all(isinstance(row, dict) and row.get(FILE) for row in rows):
+            raise ValueError(f"a row without {FILE}")
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{file} is no table of images ({error}); repair or fetch it") from error
+    return rows
+
+
+def _number(label: Any) -> int | str:
+    """A label as a number where it is one: a table of text has no other way to say it."""
+    if isinstance(label, (int, np.integer)) and not isinstance(label, bool):
+        return int(label)
+    text = str(label)
+    return int(text) if text.isascii() and text.isdigit() and str(int(text)) == text else text
+
+
+def _value(cell: Any) -> Any:
+    """A number or a list of numbers; a CSV file writes it as text."""
+    if isinstance(cell, str):
+        try:
+            return json.loads(cell)
+        except ValueError:
+            return cell
+    return cell

@@ -1,0 +1,175 @@
+"""Sets and labels that somebody else made: what is checked and said of them, and their labels.
+
+recover/imported.json   what the label teachers say of an imported set
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from prism_jax import parallel
+from prism_jax.analysis.class_order import find_order, looks_trained
+from prism_jax.core import pixels
+from prism_jax.data import workdir
+from prism_jax.data.exchange import ImageSet
+from prism_jax.data.label_store import LabelPlan
+from prism_jax.data.lazy import Images, chunks
+from prism_jax.data.sets import fkd
+from prism_jax.data.sets.classes import FLAG
+from prism_jax.data.weights import sha256
+from prism_jax.errors import UserError
+from prism_jax.labelling import FixedLabels
+from prism_jax.stages.context import Context, LabelledSet
+
+RECORD = "imported.json"
+OF_THE_SET = "set"  # relabel.labels_from: the soft labels that came with the images
+
+_BATCH = 100
+
+
+def has_labels(context: Context, labelled: LabelledSet) -> bool:
+    """Whether a set's labels come from elsewhere; controls are always labelled here."""
+    return bool(context.config.relabel.labels_from) and labelled.name == "synthetic"
+
+
+def check(context: Context) -> None:
+    """Say how an imported set was read, and refuse, before any work, what cannot be done with it.
+
+    Raises:
+      UserError: weights under a loss that knows none, or soft labels that are not there.
+    """
+    source, config = context.inputs.start, context.config
+    if not isinstance(source, ImageSet):
+        return
+    for note in source.notes if parallel.is_main() else ():
+        context.say(note)
+    if source.weights_N is not None and config.validate.loss == "dist":
+        raise UserError(
+            f"the images of {config.recover.initialise_from} have weights, and validate.loss="
+            "'dist' compares the images of a batch with one another, which cannot count "
+            "differently; choose another validate.loss"
+        )
+    if config.relabel.labels_from == OF_THE_SET:
+        _soft_of_set(context)
+
+
+def _soft_of_set(context: Context) -> np.ndarray:
+    """The soft labels that came with the images: float32 logits (N, K).
+
+    Raises:
+      UserError: none did.
+    """
+    source = context.inputs.start
+    if not isinstance(source, ImageSet) or source.soft_NK is None:
+        raise UserError(
+            f"relabel.labels_from is 'set', and {context.config.recover.initialise_from} has no "
+            f"soft labels"
+        )
+    return source.soft_NK
+
+
+def open_labels(context: Context, labelled: LabelledSet) -> fkd.FkdLabels | FixedLabels:
+    """The labels of the imported set, or of this run's images, made elsewhere.
+
+    Raises:
+      UserError: they are not there, not whole, or not of these images and batches.
+    """
+    config, count = context.config, len(labelled.labels_N)
+    where, source = config.relabel.labels_from, context.inputs.start
+    size = min(config.relabel.batch_size, count)
+    assert where is not None  # has_labels
+    if where == OF_THE_SET:
+        plan = LabelPlan(
+            count, config.dataset.num_classes, size, config.relabel.epochs, precision="float32"
+        )
+        return FixedLabels(_soft_of_set(context), plan, config.seed)
+    found = fkd.FkdLabels(
+        where,
+        labels_N=labelled.labels_N,
+        num_classes=config.dataset.num_classes,
+        image_size=config.dataset.image_size,
+        places_N=source.places_N if isinstance(source, ImageSet) else None,
+    )
+    if found.plan.batch_size != size:
+        raise UserError(
+            f"{where} labels batches of {found.plan.batch_size} images, in which students train; "
+            f"set relabel.batch_size and validate.batch_size (now {size}) to that"
+        )
+    for note in found.notes:
+        context.say(note)
+    return found
+
+
+def digest_of_labels(context: Context) -> str:
+    """What identifies labels that were made elsewhere."""
+    where = context.config.relabel.labels_from
+    assert where is not None  # has_labels
+    if where == OF_THE_SET:
+        return sha256(_soft_of_set(context).tobytes())
+    return context.once("digest of given labels", lambda: fkd.digest(where))
+
+
+def say_top1(context: Context, labelled: LabelledSet) -> None:
+    """Say how many of an imported set's images the label teachers find to be what they are called.
+
+    Images whose classes were mixed up are seen at once: none is. Said once in a workdir.
+    """
+    source, path = context.inputs.start, context.root / "recover" / RECORD
+    if not isinstance(source, ImageSet) or path.exists() or not parallel.is_main():
+        return
+    labels, classes = labelled.labels_N, context.config.dataset.num_classes
+    official = context.inputs.info.class_names
+    found: dict[str, float] = {}
+    for name in context.config.relabel.teachers:
+        logits_NK = _logits(context, name, labelled.images_uint8_NHWC)
+        right_N = logits_NK.argmax(1) == labels
+        found[name] = float(right_N.mean())
+        context.say(
+            f"{name} finds {found[name]:.1%} of the imported images to be of their class (chance "
+            f"is {1 / classes:.1%})"
+        )
+        other = find_order(
+            logits_NK,
+            labels,
+            np.arange(classes),
+            classes,
+            class_names=source.class_names,
+            official_names=official if official and len(official) == classes else None,
+        )
+        if other is not None:
+            moved = np.flatnonzero(other.order_K != np.arange(classes))
+            seen = [f"{c} look like {other.order_K[c]}" for c in moved[:5]]
+            context.say(
+                f"warning: with the classes in another order it would be {other.top1:.1%}"
+                f"{f' ({other.why})' if other.why else ''}: images of class {', '.join(seen)}"
+                f"{', ...' if len(moved) > 5 else ''}. State the order with --config.{FLAG}"
+            )
+        elif not looks_trained(right_N, classes):
+            context.say(
+                f"warning: {name} knows next to none of them. Likely causes, in order: classes in "
+                f"another order ({FLAG}), float images in another space "
+                "(recover.initialise_mean, _std, _whitening), images that this teacher cannot read"
+            )
+    context.work.acquire()
+    workdir.write_json(path, {"format": source.describe()["split"], "top1": found})
+
+
+def _logits(context: Context, name: str, images: Images) -> np.ndarray:
+    """A teacher's logits of whole images: float32 (N, K)."""
+    pool = context.networks.pool([name])
+    teacher, variables = pool.teachers[0], pool.variables[0]
+
+    @jax.jit
+    def read(variables, images_uint8_BHWC):
+        images_BHWC = pixels.normalise(images_uint8_BHWC, context.inputs.normalisation)
+        return teacher.read(
+            variables, images_BHWC, context.inputs.normalisation, statistics=False
+        ).logits_BK
+
+    found = []
+    for part in chunks(len(images), _BATCH):
+        rows = images[part]
+        padded = rows[np.resize(np.arange(len(rows)), min(_BATCH, len(images)))]
+        found.append(np.asarray(read(variables, padded))[: len(rows)])
+    return np.concatenate(found)

@@ -1,0 +1,384 @@
+"""One set of pixels in every format in which people publish sets: the same images and labels."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from prism_jax.data.datasets import DATASETS
+from prism_jax.data.exchange import ImageSet, Stated
+from prism_jax.data.sets import torch_file
+from prism_jax.data.sets.base import NOTHING_STATED
+from prism_jax.data.sources import ArraySource, read_all
+from prism_jax.errors import UserError
+
+CLASSES, IPC, SIZE = ("b_cat", "c_dog", "a_bird"), 2, 8  # not in the order of the alphabet
+LABELS = np.repeat(np.arange(3), IPC)
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, SIZE, SIZE, 3), np.uint8)
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+FLOATS = ((PIXELS / np.float32(255) - np.float32(MEAN)) / np.float32(STD)).astype(np.float32)
+FLOATS = FLOATS.transpose(0, 3, 1, 2)
+STATED = Stated(MEAN, STD)
+WEIGHTS = np.array([1, 2, 3, 0, 4, 2], np.float32)
+SHUFFLED = np.array([4, 0, 5, 2, 1, 3])  # an order of rows that keeps the order in each class
+
+
+def opened(
+    path, *, stated=NOTHING_STATED, ipc=IPC, names=CLASSES, size=SIZE, name="imagenet", **more
+):
+    real = ArraySource(np.zeros((3, SIZE, SIZE, 3), np.uint8), np.arange(3), num_classes=3)
+    real.class_names = names
+    return ImageSet(path, DATASETS[name], real, ipc=ipc, image_size=SIZE, stated=stated)
+
+
+def assert_same(path, **arguments) -> ImageSet:
+    found = opened(path, **arguments)
+    images, labels = read_all(found, threads=2)
+    np.testing.assert_array_equal(images, PIXELS)
+    assert labels.tolist() == LABELS.tolist()
+    return found
+
+
+def png(image) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def tree(root=""):
+    """Path and bytes of each image in class folders."""
+    return {
+        f"{root}{CLASSES[label]}/{slot % IPC}.png": png(image)
+        for slot, (label, image) in enumerate(zip(LABELS, PIXELS, strict=True))
+    }
+
+
+def write_tree(folder, files):
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+
+# --- folders and archives ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("around", ["", "set/", "train/", "a/b/"])
+def test_a_folder_whatever_is_around_it(tmp_path, around):
+    write_tree(tmp_path, tree(around))
+    (tmp_path / "README.md").write_text("")
+    if around == "train/":
+        write_tree(tmp_path, {"test/a_bird/9.png": png(PIXELS[0])})
+    assert_same(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize("around", ["", "./", "set/train/"])
+def test_a_tar_file(tmp_path, around, mode):
+    path = tmp_path / ("set.tar" if mode == "w" else "set.tar.gz")
+    with tarfile.open(path, mode) as tar:
+        for name, data in {**tree(around), f"{around}.hidden/0.png": b""}.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    assert_same(path)
+
+
+@pytest.mark.parametrize("kind", ["", ".zip", ".tar", ".tar.gz"])
+def test_what_is_no_image_is_named_and_counted(tmp_path, capsys, kind):
+    path, others = tmp_path / f"set{kind}", {"a.txt": b"", ".DS_Store": b"", "Thumbs.db": b"x"}
+    files = {**tree(), **{f"{CLASSES[0]}/{name}": data for name, data in others.items()}}
+    files["c_dog/1"] = files.pop("c_dog/1.png")  # told by its first bytes
+    files["stray.png"], files["README.md"] = png(PIXELS[0]), b"the format's own"
+    if not kind:
+        write_tree(path, files)
+        (path / CLASSES[1] / "self").symlink_to(".")
+    elif kind == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+    else:
+        with tarfile.open(path, "w:gz" if kind.endswith("gz") else "w") as tar:
+            for name, data in files.items():
+                entry = tarfile.TarInfo(name)
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    found = assert_same(path)
+    said = capsys.readouterr().out
+    assert found.left_out == 4 + (not kind)
+    assert "1 x in no class folder: stray.png" in said and "README" not in said
+    assert all(name in said for name in others)
+
+
+def test_links_in_a_tar_file_are_followed(tmp_path):
+    files = tree("set/")
+    kinds = {"set/b_cat/1.png": tarfile.LNKTYPE, "set/c_dog/1.png": tarfile.SYMTYPE}
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            if name in kinds:
+                where = tarfile.TarInfo(f"set/hidden/{name[4]}.dat")
+                where.size = len(data)
+                tar.addfile(where, io.BytesIO(data))
+                entry.type = kinds[name]
+                link = where.name if entry.type == tarfile.LNKTYPE else f"../hidden/{name[4]}.dat"
+                entry.linkname = link
+                tar.addfile(entry)
+            else:
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    assert_same(tmp_path / "set.tar")
+    with tarfile.open(tmp_path / "lost.tar", "w") as tar:
+        entry = tarfile.TarInfo("a/0.png")
+        entry.type, entry.linkname = tarfile.SYMTYPE, "../../elsewhere.png"
+        tar.addfile(entry)
+    with pytest.raises(UserError, match="a/0.png is a link to ../../elsewhere.png, outside"):
+        opened(tmp_path / "lost.tar")
+
+
+def test_a_zip_file(tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in {**tree("set/"), "__MACOSX/set/b_cat/._0.png": b""}.items():
+            archive.writestr(name, data)
+    assert_same(tmp_path / "set.zip")
+    (tmp_path / "set.zip").write_bytes((tmp_path / "set.zip").read_bytes()[:-40])
+    with pytest.raises(UserError, match="set.zip is not a whole tar or zip file"):
+        opened(tmp_path / "set.zip")
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("named", [True, False])
+def test_images_with_a_table(tmp_path, kind, named):
+    rows = [
+        {
+            "file_name": f"images/{i}.png",
+            "label": CLASSES[LABELS[i]] if named else int(LABELS[i]),
+            "weight": float(WEIGHTS[i]),
+        }
+        for i in SHUFFLED
+    ]
+    write_tree(tmp_path / "train", {f"images/{i}.png": png(x) for i, x in enumerate(PIXELS)})
+    table = tmp_path / "train" / f"metadata.{kind}"
+    if kind == "csv":
+        with table.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        table.write_text("\n".join(map(json.dumps, rows)))
+    found = assert_same(tmp_path)
+    np.testing.assert_allclose(found.weights_N, WEIGHTS / WEIGHTS.mean())
+    assert opened(tmp_path).describe() == found.describe()
+    rows[0]["weight"] += 1
+    if kind == "jsonl":
+        table.write_text("\n".join(map(json.dumps, rows)))
+        assert opened(tmp_path).describe() != found.describe()
+
+
+def test_a_table_that_leads_elsewhere_or_says_nothing(tmp_path):
+    write_tree(tmp_path, tree())
+    table = tmp_path / "metadata.jsonl"
+    table.write_text(json.dumps({"file_name": "b_cat/0.png", "text": "a caption"}))
+    assert_same(tmp_path)  # it is about something else; the folders say the labels
+    table.write_text(json.dumps({"file_name": "../x.png", "label": 0}))
+    with pytest.raises(UserError, match="names ../x.png, which is not inside the folder"):
+        opened(tmp_path)
+    table.write_text('{"file_name": ')
+    with pytest.raises(UserError, match="metadata.jsonl is no table of images"):
+        opened(tmp_path)
+
+
+# --- parquet ----------------------------------------------------------------------------------
+
+
+def write_parquet(path, rows, *, label, names=None, as_path=None, plain=False, **columns):
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow.parquet as pq
+
+    images = [
+        png(PIXELS[i]) if plain
+        else {"bytes": None if as_path else png(PIXELS[i]), "path": as_path and as_path(i)}
+        for i in rows
+    ]  # fmt: skip
+    kind = pa.binary() if plain else pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table({"image": pa.array(images, kind), "label": label, **columns})
+    if names:
+        features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+        said = json.dumps({"info": {"features": features}})
+        table = table.replace_schema_metadata({"huggingface": said})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path)
+
+
+def test_parquet_with_names_in_another_order(tmp_path):
+    """The numbers are positions in the schema's names, which are not in our order."""
+    names = sorted(CLASSES)
+    label = [names.index(CLASSES[LABELS[i]]) for i in SHUFFLED]
+    assert label != [LABELS[i] for i in SHUFFLED]
+    write_parquet(tmp_path / "set.parquet", SHUFFLED, label=label, names=names)
+    assert_same(tmp_path / "set.parquet")
+    write_parquet(tmp_path / "bare.parquet", SHUFFLED, label=label)  # the twin, without names
+    with pytest.raises(AssertionError):
+        assert_same(tmp_path / "bare.parquet")
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_parquet_shards_of_text_labels(tmp_path, plain):
+    for shard, rows in enumerate((SHUFFLED[:2], SHUFFLED[2:5], SHUFFLED[5:])):
+        write_parquet(
+            tmp_path / "data" / f"train-{shard:05d}-of-00003.parquet", rows,
+            label=[CLASSES[LABELS[i]] for i in rows], plain=plain, weight=WEIGHTS[rows],
+        )  # fmt: skip
+    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", [0], label=["other"])
+    found = assert_same(tmp_path)
+    np.testing.assert_allclose(found.weights_N, WEIGHTS / WEIGHTS.mean())
+    (tmp_path / "data" / "train-00001-of-00003.parquet").unlink()
+    with pytest.raises(UserError, match="train-00001-of-00003.parquet is missing"):
+        opened(tmp_path)
+
+
+def test_parquet_with_paths(tmp_path):
+    write_tree(tmp_path, {f"images/{i}.png": png(x) for i, x in enumerate(PIXELS)})
+    write_parquet(
+        tmp_path / "set.parquet", range(6), label=LABELS, as_path=lambda i: f"images/{i}.png"
+    )
+    assert_same(tmp_path / "set.parquet")
+    (tmp_path / "images" / "3.png").unlink()
+    with pytest.raises(UserError, match="row 3 cannot be read .*whole copy of the set"):
+        opened(tmp_path / "set.parquet").image(3)
+
+
+def test_parquet_of_other_things(tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "set.parquet")
+    with pytest.raises(UserError, match="the columns text, and none that is called image or img"):
+        opened(tmp_path)
+    (tmp_path / "set.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="cannot be read as parquet"):
+        opened(tmp_path)
+
+
+# --- tensors and arrays -----------------------------------------------------------------------
+
+
+def write_tensors(folder, **tensors):
+    folder.mkdir(exist_ok=True)
+    for name, tensor in tensors.items():
+        torch_file.save(folder / f"{name}.pt", tensor)
+    return folder
+
+
+def test_dd_rankings_files(tmp_path):
+    write_tensors(tmp_path, images=FLOATS, labels=LABELS, lr=np.array(0.01, np.float32))
+    assert any("a rate of 0.01" in note for note in assert_same(tmp_path, stated=STATED).notes)
+    with pytest.raises(UserError) as caught:
+        opened(tmp_path)
+    for flag in ("initialise_mean", "initialise_std", "initialise_whitening=zca"):
+        assert flag in str(caught.value)
+    with pytest.warns(UserWarning, match="darker than black or lighter than white"):
+        read = opened(tmp_path, stated=Stated((0.0,) * 3, (1.0,) * 3))
+    assert (read.image(0) != PIXELS[0]).any()  # the twin: another space
+
+
+def test_a_config_beside_them_says_the_space(tmp_path):
+    pytest.importorskip("yaml", reason="pyyaml is not installed")
+    write_tensors(tmp_path, images=FLOATS, labels=LABELS)
+    steps = f"  - name: Normalize\n    args:\n      mean: {list(MEAN)}\n      std: {list(STD)}\n"
+    (tmp_path / "config.yaml").write_text(f"use_zca: false\ncustom_val_trans:\n{steps}")
+    assert_same(tmp_path)
+
+
+@pytest.mark.parametrize("probabilities", [True, False])
+def test_one_soft_label_per_image(tmp_path, probabilities):
+    soft = np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32)
+    soft[np.arange(6), LABELS] += 4
+    odds = np.exp(soft) / np.exp(soft).sum(1, keepdims=True)
+    write_tensors(tmp_path, images=PIXELS, labels=odds if probabilities else soft)
+    found = assert_same(tmp_path)
+    logits = found.soft_NK.astype(np.float64)
+    back = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(back, odds, rtol=1e-5)
+
+
+def test_sets_of_mtt_and_datm(tmp_path):
+    folder = write_tensors(tmp_path / "best", images_best=FLOATS, labels_best=LABELS)
+    with pytest.raises(UserError, match="whitened where they were made with --zca"):
+        opened(folder, stated=STATED)
+    assert_same(folder, stated=STATED._replace(whitening="none"))
+    write_tensors(tmp_path, images_5000=FLOATS, labels_5000=LABELS, images_zca_5000=FLOATS)
+    assert_same(tmp_path / "images_5000.pt", stated=STATED._replace(whitening="none"))
+    assert_same(tmp_path / "images_zca_5000.pt", stated=STATED)
+
+
+def test_sets_of_dc(tmp_path):
+    write_tensors(tmp_path, res={"data": [[FLOATS * 0, LABELS], [FLOATS, LABELS]], "accs": {}})
+    assert_same(tmp_path / "res.pt", stated=STATED)
+
+
+def test_tensors_without_labels_are_class_after_class(tmp_path):
+    write_tensors(tmp_path, images=PIXELS)
+    assert any("class after class" in note for note in assert_same(tmp_path).notes)
+    write_tensors(tmp_path, images=PIXELS[:5])
+    with pytest.raises(UserError, match="5 images and no labels beside it"):
+        opened(tmp_path)
+
+
+def test_labels_outside_the_classes(tmp_path):
+    write_tensors(tmp_path, images=PIXELS, labels=LABELS + 1)
+    with pytest.raises(UserError, match=r"run from 1 to 3; with 3 classes .* in \[0, 2\]"):
+        opened(tmp_path)
+
+
+def test_npz(tmp_path):
+    order = np.array([2, 0, 1])  # its own numbering, with names
+    soft = np.eye(3, dtype=np.float32)[order[LABELS]] * 8
+    names = np.array([CLASSES[1], CLASSES[2], CLASSES[0]])
+    path = tmp_path / "set.npz"
+    np.savez(
+        path, images=PIXELS, labels=order[LABELS], class_names=names, soft_labels=soft,
+        weights=WEIGHTS,
+    )  # fmt: skip
+    found = assert_same(path)
+    assert found.soft_NK.argmax(1).tolist() == LABELS.tolist()  # its columns are ours
+    np.testing.assert_allclose(found.weights_N, WEIGHTS / WEIGHTS.mean())
+    np.savez(path, images=FLOATS, labels=LABELS)
+    assert_same(path, stated=STATED)
+    np.savez(path, pictures=PIXELS)
+    with pytest.raises(UserError, match="has no images and no labels; a set in .npz has"):
+        opened(path)
+
+
+@pytest.mark.parametrize("weights", [[1, 2], [1] * 5 + [-1], [0] * 6, [np.nan] * 6])
+def test_weights_that_are_none(tmp_path, weights):
+    np.savez(tmp_path / "set.npz", images=PIXELS, labels=LABELS, weights=np.array(weights, float))
+    with pytest.raises(UserError, match="its weights must be one number per image"):
+        opened(tmp_path / "set.npz")
+
+
+# --- told by looking --------------------------------------------------------------------------
+
+
+def test_several_sets_in_one_folder_are_refused(tmp_path):
+    write_tree(tmp_path, tree())
+    write_tensors(tmp_path, images=PIXELS, labels=LABELS)
+    with pytest.raises(UserError, match=r"in several ways \(tensors, folder\); name the very file"):
+        opened(tmp_path)
+    assert_same(tmp_path / "images.pt")
+
+
+def test_what_is_no_set(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    for path in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(UserError, match="is no set that can be read; .*metadata.csv"):
+            opened(path)

@@ -1,0 +1,104 @@
+"""Files of torch.save, read and written without PyTorch."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+
+from prism_jax.data.sets import torch_file
+from prism_jax.errors import UserError
+
+VALUES = [
+    np.arange(6, dtype=np.float32).reshape(2, 3),
+    np.array(0.25, np.float32),
+    np.array([[True, False]]),
+    np.zeros((0, 4), np.int64),
+    (1, -5, 2**40, 1.5, None, True, "ä"),
+    {"a": [np.arange(3, dtype=np.int64), np.ones(2, np.float16)]},
+]
+
+
+def assert_equal(found, wanted) -> None:
+    assert type(found) is type(wanted)
+    match wanted:
+        case np.ndarray():
+            assert found.dtype == wanted.dtype and found.shape == wanted.shape
+            np.testing.assert_array_equal(found, wanted)
+        case dict():
+            assert found.keys() == wanted.keys()
+            assert_equal(list(found.values()), list(wanted.values()))
+        case list() | tuple():
+            assert len(found) == len(wanted)
+            for x, y in zip(found, wanted, strict=True):
+                assert_equal(x, y)
+        case _:
+            assert found == wanted
+
+
+def test_what_is_written_comes_back(tmp_path):
+    torch_file.save(tmp_path / "x.pt", VALUES)
+    assert_equal(torch_file.load(tmp_path / "x.pt"), VALUES)
+    torch_file.save(tmp_path / "y.pt", VALUES)
+    assert (tmp_path / "x.pt").read_bytes() == (tmp_path / "y.pt").read_bytes()
+
+
+def test_pytorch_reads_it_and_it_reads_pytorch(tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    torch_file.save(tmp_path / "x.pt", VALUES)
+    tensors = torch.load(tmp_path / "x.pt", weights_only=True)
+    as_arrays = [t.numpy() for t in tensors[:4]]
+    assert_equal(as_arrays, VALUES[:4])
+    assert tensors[4] == VALUES[4] and torch.equal(tensors[5]["a"][1], torch.ones(2).half())
+
+    value = [
+        torch.arange(12.0).reshape(3, 4).t()[1:],  # with strides and an offset
+        [np.int64(3), np.float64(0.25), np.bool_(True)],
+        torch.tensor(2.5, dtype=torch.bfloat16),
+        None,
+    ]
+    torch.save(value, tmp_path / "y.pt")
+    found = torch_file.load(tmp_path / "y.pt")
+    np.testing.assert_array_equal(found[0], np.arange(12.0).reshape(3, 4).T[1:])
+    assert found[1] == [3, 0.25, True] and float(found[2]) == 2.5 and found[3] is None
+
+
+class _Calls:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def _zip(path, pickled: bytes, storages=()) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        for key, data in enumerate(storages):
+            archive.writestr(f"archive/data/{key}", data)
+
+
+def test_nothing_is_run(tmp_path, capsys):
+    _zip(tmp_path / "x.pt", pickle.dumps(_Calls()))
+    with pytest.raises(UserError, match="builtins.print, which is no tensor; nothing of it"):
+        torch_file.load(tmp_path / "x.pt")
+    assert capsys.readouterr().out == ""
+
+
+def test_damage_is_named(tmp_path):
+    path = tmp_path / "x.pt"
+    torch_file.save(path, np.arange(100.0))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match="x.pt is damaged or no file of torch.save"):
+        torch_file.load(path)
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        pickled, data = archive.read("archive/data.pkl"), archive.read("archive/data/0")
+    _zip(path, pickled, [data])
+    np.testing.assert_array_equal(torch_file.load(path), np.arange(100.0))
+    _zip(path, pickled, [data[:-8]])  # the twin: a storage that lost a number
+    with pytest.raises(UserError, match="reaches beyond its storage"):
+        torch_file.load(path)
+    path.write_bytes(b"\x80\x02l...")
+    with pytest.raises(UserError, match="before 1.6; load it in PyTorch and save it again"):
+        torch_file.load(path)

@@ -1,0 +1,94 @@
+"""What is said of an imported set before anything is made of it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from prism_jax.data.datasets import DATASETS
+from prism_jax.data.exchange import ImageSet
+from prism_jax.data.sources import ArraySource
+from prism_jax.errors import UserError
+from prism_jax.stages import imported
+
+CLASSES, IPC = 10, 8
+LABELS = np.repeat(np.arange(CLASSES), IPC)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run on an imported set whose teacher has these logits; what it says is kept."""
+
+    def make(logits, *, loss="kl", labels_from=None, **arrays):
+        np.savez(
+            tmp_path / "set.npz", images=np.zeros((len(LABELS), 8, 8, 1), np.uint8), labels=LABELS,
+            **arrays,
+        )  # fmt: skip
+        real = ArraySource(np.zeros((10, 8, 8, 1), np.uint8), np.arange(10), num_classes=10)
+        source = ImageSet(tmp_path / "set.npz", DATASETS["digits"], real, ipc=IPC, image_size=8)
+        (tmp_path / "recover").mkdir(exist_ok=True)
+        monkeypatch.setattr(imported, "_logits", lambda *_: logits)
+        said: list[str] = []
+        config = SimpleNamespace(
+            relabel=SimpleNamespace(teachers=("first",), labels_from=labels_from),
+            recover=SimpleNamespace(initialise_from="set.npz"),
+            validate=SimpleNamespace(loss=loss),
+            dataset=SimpleNamespace(num_classes=CLASSES),
+        )
+        context = SimpleNamespace(
+            root=tmp_path, config=config, say=said.append, said=said,
+            inputs=SimpleNamespace(start=source, info=DATASETS["digits"]),
+            work=SimpleNamespace(acquire=lambda: None),
+        )  # fmt: skip
+        labelled = SimpleNamespace(labels_N=source.labels_N, images_uint8_NHWC=None)
+        return context, labelled
+
+    return make
+
+
+def certain(classes):
+    return 9.0 * np.eye(CLASSES, dtype=np.float32)[classes]
+
+
+def test_the_teachers_top1_is_said_once(run, tmp_path):
+    seen = LABELS.copy()
+    seen[::8] = (seen[::8] + 1) % CLASSES  # one of eight is wrong
+    context, labelled = run(certain(seen))
+    imported.say_top1(context, labelled)
+    (said,) = context.said
+    assert "first finds 87.5% of the imported images to be of their class (chance is 10.0%)" in said
+    assert json.loads((tmp_path / "recover" / "imported.json").read_text())["top1"] == {
+        "first": 0.875
+    }
+    imported.say_top1(context, labelled)
+    assert len(context.said) == 1
+
+
+def test_permuted_labels_are_seen_at_once(run):
+    order = np.array([3, 7, 1, 0, 9, 2, 8, 4, 6, 5])
+    context, labelled = run(certain(order[LABELS]))
+    imported.say_top1(context, labelled)
+    first, warning = context.said
+    assert "first finds 0.0%" in first
+    for part in ("in another order it would be 100.0%", "0 look like 3", "initialise_classes"):
+        assert part in warning
+
+
+def test_a_teacher_that_knows_none_of_them_is_warned_of(run):
+    random = np.random.default_rng(0).normal(size=(len(LABELS), CLASSES)).astype(np.float32)
+    context, labelled = run(random)
+    imported.say_top1(context, labelled)
+    assert "Likely causes, in order: classes in another order" in context.said[1]
+
+
+def test_what_a_set_lacks_or_a_loss_cannot_is_refused(run):
+    imported.check(run(None)[0])
+    imported.check(run(None, weights=np.arange(80.0))[0])
+    with pytest.raises(UserError, match="have weights, and validate.loss='dist'"):
+        imported.check(run(None, loss="dist", weights=np.arange(80.0))[0])
+    with pytest.raises(UserError, match="'set', and set.npz has no soft labels"):
+        imported.check(run(None, labels_from="set")[0])
+    imported.check(run(None, labels_from="set", soft_labels=certain(LABELS))[0])
