@@ -33,6 +33,7 @@ from prism_jax.data import weights, workdir
 from prism_jax.data.datasets import DatasetInfo
 from prism_jax.data.exchange import ImageSet, Stated
 from prism_jax.data.lazy import Images, LazyImages, OneByOne, hold
+from prism_jax.data.sets import existing
 from prism_jax.data.sets.fkd import digest
 from prism_jax.data.sources import ImageSource, Subset, info_of, open_source
 from prism_jax.data.weights import RECORD, WEIGHTS, sha256, unpack_variables
@@ -294,7 +295,7 @@ class Context:
         if recover.initialise != "folder":
             return self.open("train")
         return ImageSet(
-            recover.initialise_from,
+            existing(recover.initialise_from),
             self.info,
             self.open("train"),
             ipc=recover.ipc,

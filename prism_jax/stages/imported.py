@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from prism_jax import parallel
-from prism_jax.analysis.class_order import find_order, looks_trained
 from prism_jax.core import pixels
 from prism_jax.data import workdir
 from prism_jax.data.exchange import ImageSet
@@ -94,6 +93,8 @@ def say_top1(context: Context, labelled: LabelledSet) -> None:
     source, path = context.initial_source, context.root / "recover" / RECORD
     if not isinstance(source, ImageSet) or path.exists() or not parallel.is_main():
         return
+    from prism_jax.analysis.class_order import find_order, looks_trained  # scipy takes long
+
     labels, classes = labelled.labels_N, context.config.dataset.num_classes
     official = context.info.class_names
     found: dict[str, float] = {}
