@@ -22,6 +22,7 @@ from prism_jax.stages.context import Context, LabelledSet
 
 RECORD = "imported.json"
 OF_THE_SET = "set"  # relabel.labels_from: the soft labels that came with the images
+GIVEN = "labels from elsewhere"  # opened once
 
 _BATCH = 100
 
@@ -54,6 +55,15 @@ def check(context: Context) -> None:
         )
 
 
+def check_labels(context: Context) -> None:
+    """Refuse, before any work, labels from elsewhere that are not of these images and batches."""
+    config = context.config
+    if config.relabel.labels_from not in (None, OF_THE_SET):
+        classes = np.arange(config.dataset.num_classes, dtype=np.int32)
+        labels_N = np.repeat(classes, config.recover.ipc)
+        context.once(GIVEN, lambda: _fkd(context, labels_N))
+
+
 def open_labels(context: Context, labelled: LabelledSet) -> fkd.FkdLabels | FixedLabels:
     """The labels of the imported set, or of this run's images, made elsewhere.
 
@@ -61,15 +71,19 @@ def open_labels(context: Context, labelled: LabelledSet) -> fkd.FkdLabels | Fixe
       UserError: they are not there, not whole, or not of these images and batches.
     """
     config, count = context.config, len(labelled.labels_N)
-    size, source = min(config.relabel.batch_size, count), context.initial_source
-    if config.relabel.labels_from == OF_THE_SET:
-        plan = LabelPlan(
-            count, config.dataset.num_classes, size, config.relabel.epochs, precision="float32"
-        )
-        return FixedLabels(source.soft_NK, plan, config.seed)
+    if config.relabel.labels_from != OF_THE_SET:
+        return context.once(GIVEN, lambda: _fkd(context, labelled.labels_N))
+    size, classes = min(config.relabel.batch_size, count), config.dataset.num_classes
+    plan = LabelPlan(count, classes, size, config.relabel.epochs, precision="float32")
+    return FixedLabels(context.initial_source.soft_NK, plan, config.seed)
+
+
+def _fkd(context: Context, labels_N: np.ndarray) -> fkd.FkdLabels:
+    config, source = context.config, context.initial_source
+    size = min(config.relabel.batch_size, len(labels_N))
     found = fkd.FkdLabels(
         config.relabel.labels_from,
-        labels_N=labelled.labels_N,
+        labels_N=labels_N,
         num_classes=config.dataset.num_classes,
         image_size=config.dataset.image_size,
         places_N=source.places_N if isinstance(source, ImageSet) else None,
@@ -80,7 +94,7 @@ def open_labels(context: Context, labelled: LabelledSet) -> fkd.FkdLabels | Fixe
             f"which students train; set relabel.batch_size and validate.batch_size (now {size}) to "
             "that"
         )
-    for note in found.notes:
+    for note in found.notes if parallel.is_main() else ():
         context.say(note)
     return found
 

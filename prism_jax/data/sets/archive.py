@@ -7,7 +7,7 @@ import tarfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from prism_jax.data.sets.base import Found, Stated
 from prism_jax.data.sets.folder import class_root, in_order, is_image
@@ -56,9 +56,8 @@ Archive = tuple[dict[str, int], Callable[[str], bytes]]
 def _open_zip(path: str) -> Archive:
     archive = zipfile.ZipFile(path)
     entries = {_plain(e.filename): e for e in archive.infolist() if not e.is_dir()}
-    return {name: e.file_size for name, e in entries.items()}, lambda name: archive.read(
-        entries[name]
-    )
+    sizes = {name: entry.file_size for name, entry in entries.items()}
+    return sizes, _whole(lambda name: archive.read(entries[name]))
 
 
 def _open_tar(path: str) -> Archive:
@@ -67,34 +66,57 @@ def _open_tar(path: str) -> Archive:
         archive, lock = tarfile.open(path, "r:"), threading.Lock()
     except tarfile.ReadError:
         with tarfile.open(path, "r:*") as tar:
-            held = {name: tar.extractfile(m).read() for name, m in _members(tar)}
+            held = {name: tar.extractfile(m).read() for name, m in _files(tar).items()}
         return {name: len(data) for name, data in held.items()}, held.__getitem__
-    places = dict(_members(archive))
+    files = _files(archive)
+    with open(path, "rb") as file:  # tarfile takes an unreadable header for the end
+        file.seek(archive.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"cut short or damaged at byte {archive.offset}")
 
     def read(name: str) -> bytes:
         with lock:
-            return archive.extractfile(places[name]).read()
+            return archive.extractfile(files[name]).read()
 
-    return {name: m.size for name, m in places.items()}, read
+    return {name: m.size for name, m in files.items()}, _whole(read)
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """The files by their names; a link is the file that it points to."""
-    for member in tar:
-        name = _plain(member.name)
-        if member.isfile():
-            yield name, member
-        elif (member.islnk() or member.issym()) and is_image(name):
-            folder = os.path.dirname(member.name) if member.issym() else ""
-            target = os.path.normpath(os.path.join(folder, member.linkname))
-            try:
-                found = tar.getmember(target)
-            except KeyError:
-                raise UserError(
-                    f"{tar.name}: {member.name} is a link to {member.linkname}, which is not in "
-                    "the file; get a whole copy of the set"
-                ) from None
-            yield name, found
+def _whole(read: Callable[[str], bytes]) -> Callable[[str], bytes]:
+    """The same, raising OSError for a member that is damaged or encrypted."""
+
+    def checked(name: str) -> bytes:
+        try:
+            return read(name)
+        except (*_BROKEN, RuntimeError) as error:
+            raise OSError(str(error)) from error
+
+    return checked
+
+
+def _files(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
+    """The files by their names; a link is the file that it leads to.
+
+    Raises:
+      UserError: an image is a link that leads out of the archive, or to itself.
+    """
+    members = {_plain(member.name): member for member in tar.getmembers()}
+    found = {}
+    for name, member in members.items():
+        at, seen = name, set()
+        while (member := members.get(at)) is not None and at not in seen:
+            if not (member.islnk() or member.issym()):
+                break
+            seen.add(at)
+            folder = os.path.dirname(at) if member.issym() else ""
+            at = os.path.normpath(os.path.join(folder, _plain(member.linkname)))
+        if member is not None and member.isfile():
+            found[name] = member
+        elif is_image(name) and seen:
+            raise UserError(
+                f"{tar.name}: {name} is a link to {members[name].linkname}, which is not in the "
+                "file; get a whole copy of the set"
+            )
+    return found
 
 
 def _plain(name: str) -> str:
