@@ -321,9 +321,11 @@ def test_tensors_without_labels_are_class_after_class(tmp_path):
         opened(tmp_path)
 
 
-def test_labels_outside_the_classes(tmp_path):
+def test_labels_that_are_not_counted_from_zero(tmp_path):
     write_tensors(tmp_path, images=PIXELS, labels=LABELS + 1)
-    with pytest.raises(UserError, match=r"run from 1 to 3; with 3 classes .* in \[0, 2\]"):
+    assert_same(tmp_path)
+    write_tensors(tmp_path, images=PIXELS, labels=2 * LABELS)
+    with pytest.raises(UserError, match="numbers its 3 classes 0, 2, 4, neither 0 to 2 nor"):
         opened(tmp_path)
 
 
