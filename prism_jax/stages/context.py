@@ -31,9 +31,10 @@ from prism_jax.core import batching
 from prism_jax.core.augment import Augment
 from prism_jax.data import weights, workdir
 from prism_jax.data.datasets import DatasetInfo
-from prism_jax.data.exchange import ImageSet, Stated
+from prism_jax.data.exchange import ImageSet
 from prism_jax.data.lazy import Images, LazyImages, OneByOne, hold
 from prism_jax.data.sets import existing
+from prism_jax.data.sets.base import Stated
 from prism_jax.data.sets.fkd import digest
 from prism_jax.data.sources import ImageSource, Subset, info_of, open_source
 from prism_jax.data.weights import RECORD, WEIGHTS, sha256, unpack_variables

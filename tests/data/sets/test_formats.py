@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from prism_jax.data.datasets import DATASETS
-from prism_jax.data.exchange import ImageSet, Stated
+from prism_jax.data.exchange import ImageSet
 from prism_jax.data.sets import torch_file
-from prism_jax.data.sets.base import NOTHING_STATED
+from prism_jax.data.sets.base import NOTHING_STATED, Stated
 from prism_jax.data.sources import ArraySource, read_all
 from prism_jax.errors import UserError
 
