@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable
 
 from prism_jax.data.sets.base import Found, Stated
-from prism_jax.data.sets.folder import class_root, in_order, is_image
+from prism_jax.data.sets.folder import below, class_root, in_order, is_image
 from prism_jax.data.sources import ImageSource
 from prism_jax.errors import UserError
 
@@ -34,8 +34,7 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
         ) from error
     members = [m for m in sizes if is_image(m) and not _hidden(m)]
     root = class_root(members)
-    files = [m.removeprefix(root) for m in members if m.startswith(root)]
-    files = [f for f in files if "/" in f]
+    files = below(root, members)
     folders = sorted({f.split("/")[0] for f in files})
     names, labels = in_order(folders, files)
     return Found(

@@ -61,29 +61,36 @@ def in_order(folders: Sequence[str], files: Iterable[str]) -> tuple[list[str], n
 def class_root(files: Iterable[str]) -> str:
     """The folder of the class folders, "" or one with a slash at its end, among a tree's images.
 
-    One folder around all others is a wrapper; of splits, ``train`` is meant.
+    One folder around all others is a wrapper, whatever lies beside them in it; of splits, ``train``
+    is meant.
     """
-    paths, root = [f.split("/") for f in files], ""
-    while paths and all(len(parts) > 2 for parts in paths):
+    paths, root = [parts for f in files if len(parts := f.split("/")) > 1], ""
+    while any(len(parts) > 2 for parts in paths):
         heads = {parts[0] for parts in paths}
         head = "train" if "train" in heads and heads <= set(SPLITS) else min(heads)
         if len(heads) > 1 and head != "train":
             break
-        paths = [parts[1:] for parts in paths if parts[0] == head]
+        paths = [parts[1:] for parts in paths if parts[0] == head and len(parts) > 2]
         root += f"{head}/"
     return root
+
+
+def below(root: str, files: Iterable[str]) -> list[str]:
+    """The files in folders below ``class_root``, as paths from there."""
+    inside = [name.removeprefix(root) for name in files if name.startswith(root)]
+    return [name for name in inside if "/" in name]
 
 
 def _tree(path: str) -> tuple[str, list[str], list[str]]:
     """The folder of the class folders, those folders sorted, and their images relative to it."""
     files = []
-    for folder, below, names in os.walk(path, followlinks=True):
-        below[:] = sorted(name for name in below if not name.startswith("."))
+    for folder, deeper, names in os.walk(path, followlinks=True):
+        deeper[:] = sorted(name for name in deeper if not name.startswith("."))
         inside = os.path.relpath(folder, path).replace(os.sep, "/")
         if inside != ".":
             files += [f"{inside}/{name}" for name in names if is_image(name)]
     inner = class_root(files)
-    files = [name.removeprefix(inner) for name in files if name.startswith(inner)]
+    files = below(inner, files)
     root = os.path.join(path, inner) if inner else path
     with os.scandir(root) as entries:
         folders = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
@@ -128,4 +135,4 @@ def write(folder: str, content: Content) -> None:
         with open(os.path.join(train, "metadata.jsonl"), "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
-        file.write(card(content, title=content.title, reading=_READING))
+        file.write(card(content, _READING))
