@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from prism_jax.data.datasets import DATASETS
-from prism_jax.data.exchange import ImageSet, Stated
+from prism_jax.data.exchange import ImageSet
 from prism_jax.data.sets import torch_file
-from prism_jax.data.sets.base import NOTHING_STATED
+from prism_jax.data.sets.base import NOTHING_STATED, Stated
 from prism_jax.data.sources import ArraySource, read_all
 from prism_jax.errors import UserError
 
@@ -75,6 +75,7 @@ def test_a_folder_whatever_is_around_it(tmp_path, around):
     (tmp_path / "README.md").write_text("")
     if around == "train/":
         write_tree(tmp_path, {"test/a_bird/9.png": png(PIXELS[0])})
+    write_tree(tmp_path, {f"{around}grid.png": png(PIXELS[0])})  # for people to look at
     assert_same(tmp_path)
 
 
@@ -83,7 +84,8 @@ def test_a_folder_whatever_is_around_it(tmp_path, around):
 def test_a_tar_file(tmp_path, around, mode):
     path = tmp_path / ("set.tar" if mode == "w" else "set.tar.gz")
     with tarfile.open(path, mode) as tar:
-        for name, data in {**tree(around), f"{around}.hidden/0.png": b""}.items():
+        more = {f"{around}.hidden/0.png": b"", f"{around}grid.png": png(PIXELS[0])}
+        for name, data in {**tree(around), **more}.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
