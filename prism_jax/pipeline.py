@@ -61,6 +61,7 @@ def check(context: Context) -> None:
     squeeze.pending(context)
     recover.pending(context)
     imported.check(context)
+    imported.check_labels(context)
 
 
 def _squeeze(context: Context) -> None:

@@ -16,12 +16,10 @@ from prism_jax.data import sets
 from prism_jax.data.datasets import DatasetInfo
 from prism_jax.data.image_set import DamagedFile
 from prism_jax.data.sets.base import NOTHING_STATED, Stated
-from prism_jax.data.sets.classes import class_map, wnids
+from prism_jax.data.sets.classes import class_map
 from prism_jax.data.sources import ImageSource, decode
 from prism_jax.data.sources.decoding import square
 from prism_jax.errors import UserError
-
-__all__ = ["ImageSet", "Stated", "wnids"]
 
 
 class ImageSet:

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from prism_jax import parallel
-from prism_jax.analysis.class_order import find_order, looks_trained
 from prism_jax.core import pixels
 from prism_jax.data import workdir
 from prism_jax.data.exchange import ImageSet
@@ -24,6 +23,7 @@ from prism_jax.stages.context import Context, LabelledSet
 
 RECORD = "imported.json"
 OF_THE_SET = "set"  # relabel.labels_from: the soft labels that came with the images
+GIVEN = "labels from elsewhere"  # opened once
 
 _BATCH = 100
 
@@ -69,6 +69,15 @@ def _soft_of_set(context: Context) -> np.ndarray:
     return source.soft_NK
 
 
+def check_labels(context: Context) -> None:
+    """Refuse, before any work, labels from elsewhere that are not of these images and batches."""
+    config = context.config
+    if config.relabel.labels_from not in (None, OF_THE_SET):
+        classes = np.arange(config.dataset.num_classes, dtype=np.int32)
+        labels_N = np.repeat(classes, config.recover.ipc)
+        context.once(GIVEN, lambda: _fkd(context, labels_N))
+
+
 def open_labels(context: Context, labelled: LabelledSet) -> fkd.FkdLabels | FixedLabels:
     """The labels of the imported set, or of this run's images, made elsewhere.
 
@@ -76,17 +85,20 @@ def open_labels(context: Context, labelled: LabelledSet) -> fkd.FkdLabels | Fixe
       UserError: they are not there, not whole, or not of these images and batches.
     """
     config, count = context.config, len(labelled.labels_N)
-    where, source = config.relabel.labels_from, context.inputs.start
-    size = min(config.relabel.batch_size, count)
+    if config.relabel.labels_from != OF_THE_SET:
+        return context.once(GIVEN, lambda: _fkd(context, labelled.labels_N))
+    size, classes = min(config.relabel.batch_size, count), config.dataset.num_classes
+    plan = LabelPlan(count, classes, size, config.relabel.epochs, precision="float32")
+    return FixedLabels(_soft_of_set(context), plan, config.seed)
+
+
+def _fkd(context: Context, labels_N: np.ndarray) -> fkd.FkdLabels:
+    config, source = context.config, context.inputs.start
+    where, size = config.relabel.labels_from, min(config.relabel.batch_size, len(labels_N))
     assert where is not None  # has_labels
-    if where == OF_THE_SET:
-        plan = LabelPlan(
-            count, config.dataset.num_classes, size, config.relabel.epochs, precision="float32"
-        )
-        return FixedLabels(_soft_of_set(context), plan, config.seed)
     found = fkd.FkdLabels(
         where,
-        labels_N=labelled.labels_N,
+        labels_N=labels_N,
         num_classes=config.dataset.num_classes,
         image_size=config.dataset.image_size,
         places_N=source.places_N if isinstance(source, ImageSet) else None,
@@ -96,7 +108,7 @@ def open_labels(context: Context, labelled: LabelledSet) -> fkd.FkdLabels | Fixe
             f"{where} labels batches of {found.plan.batch_size} images, in which students train; "
             f"set relabel.batch_size and validate.batch_size (now {size}) to that"
         )
-    for note in found.notes:
+    for note in found.notes if parallel.is_main() else ():
         context.say(note)
     return found
 
@@ -118,6 +130,8 @@ def say_top1(context: Context, labelled: LabelledSet) -> None:
     source, path = context.inputs.start, context.root / "recover" / RECORD
     if not isinstance(source, ImageSet) or path.exists() or not parallel.is_main():
         return
+    from prism_jax.analysis.class_order import find_order, looks_trained  # scipy takes long
+
     labels, classes = labelled.labels_N, context.config.dataset.num_classes
     official = context.inputs.info.class_names
     found: dict[str, float] = {}

@@ -11,8 +11,10 @@ import numpy as np
 
 from prism_jax.config import Dataset, Experiment, Network
 from prism_jax.data.datasets import DatasetInfo
-from prism_jax.data.exchange import ImageSet, Stated
+from prism_jax.data.exchange import ImageSet
 from prism_jax.data.lazy import Images, LazyImages, OneByOne, hold
+from prism_jax.data.sets import existing
+from prism_jax.data.sets.base import Stated
 from prism_jax.data.sources import ImageSource, Subset, info_of, open_source
 from prism_jax.errors import UserError
 from prism_jax.types import Normalisation
@@ -75,8 +77,9 @@ class Inputs:
         recover = self.config.recover
         if recover.initialise != "folder":
             return self.open("train")
+        assert recover.initialise_from is not None  # a rule of the config
         return ImageSet(
-            recover.initialise_from,
+            existing(recover.initialise_from),
             self.info,
             self.open("train"),
             ipc=recover.ipc,

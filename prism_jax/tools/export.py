@@ -154,14 +154,14 @@ def export(
         images,
         labels,
         classes,
-        provenance["ipc"],
-        None if reader is None else mean_soft_labels(reader),
-        None if weights is None else np.array(weights, np.float32),
-        reader,
-        shown,
-        provenance | {"soft_labels": how, **ran},
-        _accuracies(root),
-        licence,
+        ipc=provenance["ipc"],
+        soft_NK=None if reader is None else mean_soft_labels(reader),
+        weights_N=None if weights is None else np.array(weights, np.float32),
+        reader=reader,
+        drawn=shown,
+        provenance=provenance | {"soft_labels": how, **ran},
+        accuracies=_accuracies(root),
+        licence=licence,
     )
     temporary = to.parent / f".{to.name}.tmp"
     if temporary.exists():  # an export that was killed

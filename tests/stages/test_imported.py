@@ -10,6 +10,7 @@ import pytest
 
 from prism_jax.data.datasets import DATASETS
 from prism_jax.data.exchange import ImageSet
+from prism_jax.data.sets import fkd, torch_file
 from prism_jax.data.sources import ArraySource
 from prism_jax.errors import UserError
 from prism_jax.stages import imported
@@ -33,15 +34,15 @@ def run(tmp_path, monkeypatch):
         monkeypatch.setattr(imported, "_logits", lambda *_: logits)
         said: list[str] = []
         config = SimpleNamespace(
-            relabel=SimpleNamespace(teachers=("first",), labels_from=labels_from),
-            recover=SimpleNamespace(initialise_from="set.npz"),
+            relabel=SimpleNamespace(teachers=("first",), labels_from=labels_from, batch_size=40),
+            recover=SimpleNamespace(initialise_from="set.npz", ipc=IPC),
             validate=SimpleNamespace(loss=loss),
-            dataset=SimpleNamespace(num_classes=CLASSES),
+            dataset=SimpleNamespace(num_classes=CLASSES, image_size=8),
         )
         context = SimpleNamespace(
             root=tmp_path, config=config, say=said.append, said=said,
+            once=lambda name, make: make(), work=SimpleNamespace(acquire=lambda: None),
             inputs=SimpleNamespace(start=source, info=DATASETS["digits"]),
-            work=SimpleNamespace(acquire=lambda: None),
         )  # fmt: skip
         labelled = SimpleNamespace(labels_N=source.labels_N, images_uint8_NHWC=None)
         return context, labelled
@@ -92,3 +93,20 @@ def test_what_a_set_lacks_or_a_loss_cannot_is_refused(run):
     with pytest.raises(UserError, match="'set', and set.npz has no soft labels"):
         imported.check(run(None, labels_from="set")[0])
     imported.check(run(None, labels_from="set", soft_labels=certain(LABELS))[0])
+
+
+def test_labels_of_other_batches_are_refused_before_any_work(run, tmp_path):
+    order = fkd.torch_orders(len(LABELS), 1)[0]
+    for size in (40, 20):
+        root = tmp_path / str(size) / "epoch_0"
+        root.mkdir(parents=True)
+        for batch, at in enumerate(range(0, len(LABELS), size)):
+            rows = order[at : at + size]
+            whole = np.tile(np.float32([0, 0, 1, 1]), (size, 1))
+            label = [whole, np.zeros(size, bool), None, None, None, certain(LABELS[rows])]
+            torch_file.save(root / f"batch_{batch}.tar", label)
+    context, _ = run(None, labels_from=str(tmp_path / "40"))
+    imported.check_labels(context)
+    assert "agree with the classes of their images for 100%" in context.said[0]
+    with pytest.raises(UserError, match=r"batches of 20 images.* validate.batch_size \(now 40\)"):
+        imported.check_labels(run(None, labels_from=str(tmp_path / "20"))[0])

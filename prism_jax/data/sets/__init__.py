@@ -27,6 +27,20 @@ KINDS = (
 )
 
 
+def existing(path: str) -> str:
+    """The path of a set.
+
+    Raises:
+      UserError: there is nothing.
+    """
+    if not os.path.exists(path):
+        raise UserError(
+            f"there is no folder {path}, nor a file of that name; recover.initialise_from takes "
+            f"{KINDS}"
+        )
+    return path
+
+
 def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
     """Open a set of whatever format it is.
 
@@ -38,9 +52,7 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
     Raises:
       UserError: there is nothing, nothing that is a set, or several sets.
     """
-    if not os.path.exists(path):
-        raise UserError(f"there is no folder or file {path}; recover.initialise_from takes {KINDS}")
-    looks = [name for name, module in FORMATS.items() if module.sniff(path)]
+    looks = [name for name, module in FORMATS.items() if module.sniff(existing(path))]
     if "table" in looks and "folder" in looks:
         looks.remove("folder")  # the table is about the images of the folder
     if len(looks) > 1:

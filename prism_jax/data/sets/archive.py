@@ -64,7 +64,7 @@ def _open_zip(path: str) -> Archive:
     archive = zipfile.ZipFile(path)
     entries = {_plain(e.filename): e for e in archive.infolist() if not e.is_dir()}
     sizes = {name: e.file_size for name, e in entries.items()}
-    return sizes, {}, lambda name: archive.read(entries[name])
+    return sizes, {}, _whole(lambda name: archive.read(entries[name]))
 
 
 def _open_tar(path: str) -> Archive:
@@ -79,6 +79,18 @@ def _open_tar(path: str) -> Archive:
     found = _named(tars.index(*file_state(path)))
     sizes = {name: length for name, (_, length) in found.files.items()}
     return sizes, found.unreadable, lambda name: tars.read(path, found.files[name])
+
+
+def _whole(read: Callable[[str], bytes]) -> Callable[[str], bytes]:
+    """The same, raising OSError for a member that is damaged or encrypted."""
+
+    def checked(name: str) -> bytes:
+        try:
+            return read(name)
+        except (*_BROKEN, RuntimeError) as error:
+            raise OSError(str(error)) from error
+
+    return checked
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -12,12 +12,11 @@ from prism_jax.data.sets.content import Content
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (10**6, "100K<n<1M"))
 
 
-def card(content: Content, *, title: str, reading: str, fields: str = "") -> str:
+def card(content: Content, reading: str, *, fields: str = "") -> str:
     """The text of ``README.md``.
 
     Args:
       content: the set.
-      title: its name.
       reading: how it is read, as Markdown.
       fields: further lines for Hugging Face.
     """
@@ -30,13 +29,13 @@ def card(content: Content, *, title: str, reading: str, fields: str = "") -> str
     lines = [
         "---",
         f"license: {content.licence}",
-        f"pretty_name: {json.dumps(title)}",
+        f"pretty_name: {json.dumps(content.title)}",
         "task_categories:\n- image-classification",
         "tags:\n- dataset-distillation",
         f"size_categories:\n- {size}",
         *([fields] if fields else []),
         "---",
-        f"\n# {title}\n",
+        f"\n# {content.title}\n",
         f"{count} {what} of {data['name']}: {len(content.classes)} classes, {content.ipc} images "
         f"of each, {height} x {width} pixels, {'grey' if channels == 1 else 'RGB'}.\n",
         "## Reading it\n",

@@ -358,4 +358,4 @@ def write(folder: str, content: Content) -> None:
     if view.get("order", "own") == "own":
         reading += _OWN_ORDER
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
-        file.write(card(content, title=content.title, reading=reading))
+        file.write(card(content, reading))

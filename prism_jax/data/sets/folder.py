@@ -90,15 +90,16 @@ def in_order(folders: Sequence[str], files: Iterable[str]) -> tuple[list[str], n
 def class_root(files: Iterable[str]) -> str:
     """The folder of the class folders, "" or one with a slash at its end, among a tree's images.
 
-    One folder around all others is a wrapper; of splits, ``train`` is meant.
+    One folder around all others is a wrapper, whatever lies beside them in it; of splits, ``train``
+    is meant.
     """
-    paths, root = [f.split("/") for f in files], ""
-    while paths and all(len(parts) > 2 for parts in paths):
+    paths, root = [parts for f in files if len(parts := f.split("/")) > 1], ""
+    while any(len(parts) > 2 for parts in paths):
         heads = {parts[0] for parts in paths}
         head = "train" if "train" in heads and heads <= set(SPLITS) else min(heads)
         if len(heads) > 1 and head != "train":
             break
-        paths = [parts[1:] for parts in paths if parts[0] == head]
+        paths = [parts[1:] for parts in paths if parts[0] == head and len(parts) > 2]
         root += f"{head}/"
     return root
 
@@ -153,4 +154,4 @@ def write(folder: str, content: Content) -> None:
         with open(os.path.join(train, "metadata.jsonl"), "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
-        file.write(card(content, title=content.title, reading=_READING))
+        file.write(card(content, _READING))

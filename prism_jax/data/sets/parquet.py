@@ -134,7 +134,7 @@ def write(folder: str, content: Content) -> None:
     os.makedirs(os.path.join(folder, "data"))
     pq.write_table(table, os.path.join(folder, "data", "train-00000-of-00001.parquet"))
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
-        file.write(card(content, title=content.title, reading=_READING, fields=_FIELDS))
+        file.write(card(content, _READING, fields=_FIELDS))
 
 
 def _files(path: str) -> list[str]:

@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 
 from prism_jax.data.sets import torch_file
-from prism_jax.data.sets.base import Found, Stated, checked_soft, checked_weights, pixel_stamp
+from prism_jax.data.sets.base import (
+    Found,
+    Stated,
+    by_position,
+    checked_soft,
+    checked_weights,
+    pixel_stamp,
+)
 from prism_jax.data.sets.floats import MEAN, STD, WHITENING, to_pixels
 from prism_jax.data.sources import ImageSource
 from prism_jax.errors import UserError
@@ -37,15 +44,13 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
     images = _pair(value)
     if isinstance(images, tuple):
         images, labels = images
-    beside = file.replace("images_zca", "images")
-    beside = os.path.join(
-        os.path.dirname(file), re.sub("^images", "labels", os.path.basename(beside))
-    )
+    folder, name = os.path.split(file)
+    beside = os.path.join(folder, re.sub("^images(_zca)?", "labels", name))
     if labels is None and beside != file and os.path.isfile(beside):
         labels = torch_file.load(beside)
     if not isinstance(images, np.ndarray):
         raise UserError(f"{file} holds no tensor of images")
-    found, notes = _described(os.path.dirname(file))
+    found, notes = _described(folder)
     stated = Stated(stated.mean or found.mean, stated.std or found.std, stated.whitening)
     whitening = stated.whitening or found.whitening
     if images.dtype != np.uint8 and whitening is None and _may_be_whitened(file):
@@ -56,12 +61,12 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
             f"  --config.{WHITENING}=none   they are not; with --config.{MEAN}=... and {STD}"
         )
     pixels = to_pixels(file, images, stated._replace(whitening=whitening), real)
-    classes, labels_N, soft, more = _labels(file, labels, len(pixels), real.num_classes)
-    weights = os.path.join(os.path.dirname(file), "weights.pt")
+    classes, numbered, labels_N, soft, more = _labels(file, labels, len(pixels), real.num_classes)
+    weights = os.path.join(folder, "weights.pt")
     return Found(
         "tensors",
-        tuple(map(str, range(classes))),
-        True,
+        classes,
+        numbered,
         "classes",
         labels_N,
         name=lambda i: f"{file}, image {i}",
@@ -71,7 +76,7 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
         weights_N=checked_weights(
             weights, torch_file.load(weights) if os.path.isfile(weights) else None, len(pixels)
         ),
-        notes=(*notes, *more, *_rate(os.path.dirname(file))),
+        notes=(*notes, *more, *_rate(folder)),
     )
 
 
@@ -104,8 +109,9 @@ def _may_be_whitened(file: str) -> bool:
 
 def _labels(
     file: str, labels: Any, count: int, num_classes: int
-) -> tuple[int, np.ndarray, np.ndarray | None, list[str]]:
-    """The number of classes, hard labels, soft labels, and what to say of them."""
+) -> tuple[tuple[str, ...], bool, np.ndarray, np.ndarray | None, list[str]]:
+    """Classes, that they are numbered, hard labels, soft labels, and what to say of them."""
+    numbers = tuple(map(str, range(num_classes)))
     in_turn = np.repeat(np.arange(num_classes), count // num_classes)
     if labels is None:
         if count % num_classes:
@@ -114,31 +120,26 @@ def _labels(
                 "cannot have equally many of them; add labels.pt"
             )
         note = f"{file} has no labels beside it: class after class, as DD-Ranking takes them"
-        return num_classes, in_turn, None, [note]
+        return numbers, True, in_turn, None, [note]
     if not isinstance(labels, np.ndarray) or labels.shape[:1] != (count,):
         raise UserError(
             f"the labels of {file} have shape {getattr(labels, 'shape', None)}, and it has {count} "
             "images"
         )
     if labels.ndim == 1 and (np.issubdtype(labels.dtype, np.integer) or (labels % 1 == 0).all()):
-        hard = labels.astype(np.int64)
-        if hard.min() < 0 or hard.max() >= num_classes:
-            raise UserError(
-                f"the labels of {file} run from {hard.min()} to {hard.max()}; with {num_classes} "
-                f"classes they must be in [0, {num_classes - 1}]"
-            )
-        return num_classes, hard, None, []
+        return *by_position(labels.astype(np.int64).tolist()), None, []
     soft = checked_soft(file, labels, count, num_classes)
     assert soft is not None  # there are labels
     largest = soft.argmax(1)
     if count % num_classes:
-        return num_classes, largest, soft, ["its hard labels are the largest of the soft ones"]
+        note = "its hard labels are the largest of the soft ones"
+        return numbers, True, largest, soft, [note]
     share = float((largest == in_turn).mean())
     note = (
         f"its images stand class after class, which the soft labels say of {share:.0%} of them "
         f"({1 / num_classes:.1%} would be chance)"
     )
-    return num_classes, in_turn, soft, [note]
+    return numbers, True, in_turn, soft, [note]
 
 
 def _described(folder: str) -> tuple[Stated, list[str]]:

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from prism_jax.data.datasets import DATASETS
-from prism_jax.data.exchange import ImageSet, Stated
+from prism_jax.data.exchange import ImageSet
 from prism_jax.data.sets import torch_file
-from prism_jax.data.sets.base import NOTHING_STATED
+from prism_jax.data.sets.base import NOTHING_STATED, Stated
 from prism_jax.data.sources import ArraySource, read_all
 from prism_jax.errors import UserError
 
@@ -75,6 +75,7 @@ def test_a_folder_whatever_is_around_it(tmp_path, around):
     (tmp_path / "README.md").write_text("")
     if around == "train/":
         write_tree(tmp_path, {"test/a_bird/9.png": png(PIXELS[0])})
+    write_tree(tmp_path, {f"{around}grid.png": png(PIXELS[0])})  # for people to look at
     assert_same(tmp_path)
 
 
@@ -83,7 +84,8 @@ def test_a_folder_whatever_is_around_it(tmp_path, around):
 def test_a_tar_file(tmp_path, around, mode):
     path = tmp_path / ("set.tar" if mode == "w" else "set.tar.gz")
     with tarfile.open(path, mode) as tar:
-        for name, data in {**tree(around), f"{around}.hidden/0.png": b""}.items():
+        more = {f"{around}.hidden/0.png": b"", f"{around}grid.png": png(PIXELS[0])}
+        for name, data in {**tree(around), **more}.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
@@ -127,13 +129,21 @@ def test_links_in_a_tar_file_are_followed(tmp_path):
                 where.size = len(data)
                 tar.addfile(where, io.BytesIO(data))
                 entry.type = kinds[name]
-                link = where.name if entry.type == tarfile.LNKTYPE else f"../hidden/{name[4]}.dat"
+                link = (
+                    f"./{where.name}"
+                    if entry.type == tarfile.LNKTYPE
+                    else f"../hidden/{name[4]}.dat"
+                )
                 entry.linkname = link
                 tar.addfile(entry)
             else:
                 entry.size = len(data)
                 tar.addfile(entry, io.BytesIO(data))
     assert_same(tmp_path / "set.tar")
+    whole = (tmp_path / "set.tar").read_bytes()
+    (tmp_path / "set.tar").write_bytes(whole[: len(whole) // 1024 * 512])
+    with pytest.raises(UserError, match="set.tar is cut short or damaged at byte"):
+        opened(tmp_path / "set.tar")
     with tarfile.open(tmp_path / "lost.tar", "w") as tar:
         entry = tarfile.TarInfo("a/0.png")
         entry.type, entry.linkname = tarfile.SYMTYPE, "../../elsewhere.png"
@@ -233,10 +243,15 @@ def test_parquet_with_names_in_another_order(tmp_path):
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_parquet_shards_of_text_labels(tmp_path, plain):
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+
+    def as_text(labels):
+        return pa.array(labels).dictionary_encode() if plain else labels
+
     for shard, rows in enumerate((SHUFFLED[:2], SHUFFLED[2:5], SHUFFLED[5:])):
         write_parquet(
             tmp_path / "data" / f"train-{shard:05d}-of-00003.parquet", rows,
-            label=[CLASSES[LABELS[i]] for i in rows], plain=plain, weight=WEIGHTS[rows],
+            label=as_text([CLASSES[LABELS[i]] for i in rows]), plain=plain, weight=WEIGHTS[rows],
         )  # fmt: skip
     write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", [0], label=["other"])
     found = assert_same(tmp_path)
@@ -334,9 +349,11 @@ def test_tensors_without_labels_are_class_after_class(tmp_path):
         opened(tmp_path)
 
 
-def test_labels_outside_the_classes(tmp_path):
+def test_labels_that_are_not_counted_from_zero(tmp_path):
     write_tensors(tmp_path, images=PIXELS, labels=LABELS + 1)
-    with pytest.raises(UserError, match=r"run from 1 to 3; with 3 classes .* in \[0, 2\]"):
+    assert_same(tmp_path)
+    write_tensors(tmp_path, images=PIXELS, labels=2 * LABELS)
+    with pytest.raises(UserError, match="numbers its 3 classes 0, 2, 4, neither 0 to 2 nor"):
         opened(tmp_path)
 
 
