@@ -226,6 +226,12 @@ def machine() -> dict[str, Any]:
     """Where this runs, and on what versions."""
     from prism_jax.environment import commit
 
+    def version(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
     def printed(*command: str) -> str | None:
         if not shutil.which(command[0]):
             return None
@@ -240,7 +246,7 @@ def machine() -> dict[str, Any]:
         "gpu": printed("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"),
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("jax", "torch", "torchvision")},
+        **{name: version(name) for name in ("jax", "torch", "torchvision")},
     }
 
 

@@ -402,14 +402,30 @@ def local_devices() -> int:
     return len(_of_this_process())
 
 
+def sharing_devices() -> int:
+    """How many devices of this process a training is spread over unless it is told.
+
+    On a v5e or v6e of several hosts the compiler refuses a program that communicates among a part
+    of the slice ("device assignment should include all slice devices"): there it is one.
+    """
+    everywhere = _DESCRIBED.get() or jax.devices()
+    hosts = {device.process_index for device in everywhere}
+    flat = everywhere[0].platform == "tpu" and "lite" in everywhere[0].device_kind
+    return 1 if flat and len(hosts) > 1 else local_devices()
+
+
 def _of_this_process() -> list[jax.Device]:
     """Devices that a training can be spread over: of described ones, those of the first host."""
     return [d for d in devices() if d.process_index == devices()[0].process_index]
 
 
 def lane_devices(limit: int, span: int = 1) -> list[jax.Device]:
-    """The local devices to use for ``limit`` independent batches of ``span`` devices each."""
-    lanes = min(max(1, limit), len(devices()) // span)
+    """The local devices to use for ``limit`` independent batches of ``span`` devices each.
+
+    What is described is used whole: a program of a TPU slice is compiled for all of its chips.
+    """
+    limit = len(devices()) if _DESCRIBED.get() else max(1, limit)
+    lanes = min(limit, len(devices()) // span)
     return devices()[: lanes * span]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -69,6 +71,21 @@ def test_a_mesh_of_described_devices_is_another_one():
         assert parallel.local_devices() == 1
     assert isinstance(parallel.data_mesh(1).put(image), jax.Array)
     assert parallel.local_devices() == jax.local_device_count()
+
+
+@pytest.mark.parametrize(
+    ("kind", "hosts", "shared"),
+    [("TPU v5 lite", 1, 4), ("TPU v5 lite", 2, 1), ("TPU v6 lite", 4, 1), ("TPU v5", 2, 4)],
+)
+def test_a_part_of_a_flat_slice_shares_no_training(kind, hosts, shared):
+    chips = [
+        types.SimpleNamespace(platform="tpu", device_kind=kind, process_index=host)
+        for host in range(hosts)
+        for _ in range(4)
+    ]
+    with parallel.described(chips):
+        assert parallel.sharing_devices() == shared
+        assert parallel.lane_devices(1) == chips  # a slice's program names all of it
 
 
 def test_every_stage_has_its_programs_and_no_name_comes_twice():

@@ -210,8 +210,8 @@ def _refused(error: str) -> dict[str, Any]:
     if _DEVICELESS in error:
         return {"outcome": DEVICELESS, "line": line}
     if "RESOURCE_EXHAUSTED" in error or "Ran out of memory" in error:
-        used = re.search(r"Used ([\d.]+)([KMG]) of", error)
-        units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+        used = re.search(r"(?:Used |required .*\()([\d.]+)([KMGT])\)? (?:of|exceeds)", error)
+        units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
         needed = int(float(used[1]) * units[used[2]]) if used else None
         return {"outcome": MEMORY, "line": line, "needed_bytes": needed}
     return {"outcome": FAILED, "line": line}

@@ -169,7 +169,8 @@ def _cosines(context, images, initial, labels) -> dict[str, float | None]:
     name = context.config.analyse.network
     if name is None:
         return dict.fromkeys(("synthetic", "initial", "real"))
-    read = functools.partial(embedder(context, name), context.networks.load(name))
+    variables = jax.device_put(context.networks.load(name))
+    read = functools.partial(embedder(context, name), variables)
 
     def cosine(images_uint8, labels_N) -> float | None:
         found = diversity.embeddings(read, images_uint8, batch_size=EMBEDDED)

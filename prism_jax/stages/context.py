@@ -91,7 +91,7 @@ class Context:
         Args:
           **division: see ``core.batching.fits``.
         """
-        limit = self.config.parallel.train_devices or parallel.local_devices()
+        limit = self.config.parallel.train_devices or parallel.sharing_devices()
         return batching.most_devices(size, limit, **division)
 
     def say(self, text: str) -> None:

@@ -59,6 +59,9 @@ def test_another_end_is_a_failure_with_its_last_line(monkeypatch):
          None),
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. "
          "Exceeded hbm capacity by 4.75G.", "out of memory", int(20.5 * (1 << 30))),
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+         "temporaries (2.50T) exceeds available HBM (15.75G).", "out of memory",
+         int(2.5 * (1 << 40))),
         ("UNIMPLEMENTED: no such instruction", "failed", None),
     ],
 )  # fmt: skip

@@ -41,7 +41,9 @@ def experiment(
     c.relabel.ensemble = "mean"
     c.analyse.network = networks[0]
     c.parallel.train_devices = 1
-    if not any(ARCHITECTURES[name].batch_norms for name in networks):
+    batch_norms = [ARCHITECTURES[name].batch_norms > 0 for name in networks]
+    c.recover.count_no_bn = any(batch_norms) and not all(batch_norms)
+    if not any(batch_norms):
         c.recover.alpha_bn = 0.0
     for name, value in fields.items():
         section, field = name.split("__")
