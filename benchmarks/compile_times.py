@@ -55,7 +55,7 @@ def pixel_gradient(name: str, module, variables, batch: int, size: int):
         return loss
 
     def run(variables, images_BHWC, labels_B, count):
-        variables = layers.with_flipped_kernels(variables)
+        variables = layers.freeze(variables)
         step = lambda _, x: x - 0.001 * jax.grad(energy)(x, variables, labels_B)  # noqa: E731
         return lax.fori_loop(0, count, step, images_BHWC)
 

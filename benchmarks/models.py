@@ -50,7 +50,7 @@ def ours(name: str, size: int, batch: int, small_stem: bool):
             shown = Shown(labels, jnp.float32(1), jnp.float32(1))
             return x - 1e-3 * gradient(variables, x, shown, None)[-1]
 
-        variables = layers.with_flipped_kernels(variables)  # as the engine does
+        variables = layers.freeze(variables)  # as the engine does
         return lax.fori_loop(0, count, body, images)
 
     began = time.perf_counter()

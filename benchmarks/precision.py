@@ -1,22 +1,28 @@
-"""What computing a network in bfloat16 does to all that PRISM reads from it.
+"""What computing a network in fewer bits does to all that PRISM reads from it.
 
     python benchmarks/precision.py --size=64 --out=benchmarks/results/precision_cpu
     python benchmarks/precision.py --weights=mobilenet_v2=data/teachers/mobilenet_v2-b0353104.pth
 
 Each network computes in float64, float32 and bfloat16; parameters and BatchNorm statistics are
-float32 at least in each. The images are cut from scikit-learn's two photographs. Weights are
-drawn, and running statistics those of other cuts, unless a file is given. The table has relative
-errors against float64 in the Euclidean norm: of the logits, of the BatchNorms' input means and
-variances (over all layers, and the worst layer), and of the gradient by the pixels of cross
-entropy + BN alignment, with its cosine.
+float32 at least in each. What other platforms make of float32 is emulated: the operands of every
+convolution and product, forward and backward, are rounded as their matrix units do it, and sums
+stay float32: ``tf32`` (10 bits of mantissa, GPU), ``bf16x1`` (7 bits, TPU) and ``bf16x3`` (two
+parts of 7 bits each, three products). The images are cut from scikit-learn's two photographs.
+Weights are drawn, and running statistics those of other cuts, unless a file is given. The table
+has relative errors against float64 in the Euclidean norm: of the logits, of the BatchNorms' input
+means and variances (over all layers, and the worst layer), and of the gradient by the pixels of
+cross entropy + BN alignment, with its cosine.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import pathlib
 import platform
+from collections.abc import Callable
+from unittest import mock
 
 os.environ.setdefault("NPROC", str(os.cpu_count()))
 
@@ -24,10 +30,12 @@ import jax
 import jax.numpy as jnp
 import measuring
 import numpy as np
+from jax import lax
+from jax.extend.core import Literal
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from prism_jax.core import losses, pixels, statistics
+from prism_jax.core import losses, pixels, statistics, views
 from prism_jax.data import weights
 from prism_jax.environment import commit
 from prism_jax.models import ARCHITECTURES, build
@@ -35,6 +43,66 @@ from prism_jax.types import AnyArray, PyTree
 
 POOL = ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2_x0_5")
 DTYPES = ("float32", "bfloat16")
+
+
+def to_tf32(x: jax.Array) -> jax.Array:
+    """Round float32 to 10 bits of mantissa, to nearest even."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    bits = bits + jnp.uint32(0xFFF) + ((bits >> 13) & 1)
+    return lax.bitcast_convert_type(bits & jnp.uint32(0xFFFFE000), jnp.float32)
+
+
+def to_bf16(x: jax.Array) -> jax.Array:
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+def in_one(round_) -> Callable:
+    return lambda product, x, y: product(round_(x), round_(y))
+
+
+def in_three(product, x, y):
+    """Both operands as two parts; the product of the small parts is left out."""
+    (x, x_rest), (y, y_rest) = ((to_bf16(z), to_bf16(z - to_bf16(z))) for z in (x, y))
+    return product(x, y) + (product(x, y_rest) + product(x_rest, y))
+
+
+# What "float32" can mean off the CPU: how a product is computed from its operands.
+PRODUCTS = {"tf32": in_one(to_tf32), "bf16x3": in_three, "bf16x1": in_one(to_bf16)}
+
+
+def emulate(how: str, function: Callable, *arguments):
+    """Evaluate a function with every convolution and matrix product computed otherwise."""
+
+    def evaluate(jaxpr, constants, arguments):
+        known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
+
+        def value(atom):
+            return atom.val if isinstance(atom, Literal) else known[atom]
+
+        for equation in jaxpr.eqns:
+            values, parameters = [value(atom) for atom in equation.invars], equation.params
+            primitive = equation.primitive
+            inner = parameters.get("jaxpr", parameters.get("call_jaxpr"))
+            if inner is not None:
+                results = evaluate(inner.jaxpr, inner.consts, values)
+            elif primitive in (lax.conv_general_dilated_p, lax.dot_general_p):
+                product = functools.partial(primitive.bind, **parameters)
+                results = [PRODUCTS[how](product, *values)]
+            else:
+                results = primitive.bind(*values, **parameters)
+                results = results if primitive.multiple_results else [results]
+            known |= dict(zip(equation.outvars, results, strict=True))
+        return [value(atom) for atom in jaxpr.outvars]
+
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    run = jax.jit(lambda *leaves: evaluate(closed.jaxpr, closed.consts, leaves))
+    return jax.tree.unflatten(jax.tree.structure(shape), run(*jax.tree.leaves(arguments)))
+
+
+def elsewhere(*arguments, default, **per_platform):
+    """``lax.platform_dependent`` as a platform sees it that is not named."""
+    del per_platform
+    return default(*arguments)
 
 
 def photographs(count: int, size: int, seed: int) -> np.ndarray:
@@ -64,7 +132,14 @@ def drawn_variables(module, images_BHWC: AnyArray) -> PyTree:
     return {**variables, "batch_stats": jax.jit(told)(variables).get("bn_statistics", {})}
 
 
-def read(name: str, variables: PyTree, images_BHWC: np.ndarray, stem: str, dtype: str) -> dict:
+def read(
+    name: str,
+    variables: PyTree,
+    images_BHWC: np.ndarray,
+    stem: str,
+    dtype: str,
+    how: str | None = None,
+) -> dict:
     """What PRISM reads, as float64 arrays: logits, means and variances per layer, gradient."""
     wide = np.float64 if dtype == "float64" else np.float32
     first = ARCHITECTURES[name].first_bn
@@ -89,10 +164,44 @@ def read(name: str, variables: PyTree, images_BHWC: np.ndarray, stem: str, dtype
                 )
             return loss, (logits_BK, list(layers.values()))
 
-        gradient, (logits, layers) = jax.jit(jax.grad(energy, has_aux=True))(images_BHWC)
+        by_pixels = jax.grad(energy, has_aux=True)
+        if how is None:
+            gradient, (logits, layers) = jax.jit(by_pixels)(images_BHWC)
+        else:  # in the forms that other platforms run
+            with mock.patch.object(lax, "platform_dependent", elsewhere):
+                gradient, (logits, layers) = emulate(how, by_pixels, images_BHWC)
     found = {"logits": [logits], "gradient": [gradient]}
     found |= {what: [layer[what] for layer in layers] for what in ("mean", "var")}
     return {k: [np.asarray(v, np.float64).ravel() for v in vs] for k, vs in found.items()}
+
+
+def seen(images_BHWC: np.ndarray, draws: int = 8) -> list[dict]:
+    """What the view's products cost the images and the gradient through it, over some views."""
+    images_BHWC = np.asarray(images_BHWC, np.float32)
+    random = np.random.default_rng(2)
+    gradient_BHWC = random.standard_normal(images_BHWC.shape, np.float32)
+    grey = 255 * max(pixels.IMAGENET.std)
+
+    def both(view):
+        viewed, pull = jax.vjp(lambda x: views.apply_view(x, view), images_BHWC)
+        return [viewed, *pull(gradient_BHWC)]
+
+    keys = jax.random.split(jax.random.key(0, impl="threefry2x32"), draws)
+    size = images_BHWC.shape[1:3]
+    drawn = [views.sample_view(key, size, flip=True, roll=32) for key in keys]
+    rows = []
+    for how in PRODUCTS:
+        images, gradients, furthest = [], [], []
+        for view in drawn:
+            viewed, pulled = both(view)
+            with mock.patch.object(lax, "platform_dependent", elsewhere):
+                image, gradient = emulate(how, both, view)
+            images.append(relative(image, viewed))
+            gradients.append(relative(gradient, pulled))
+            furthest.append(grey * float(np.max(np.abs(image - viewed))))
+        row = {"images": max(images), "gradient": max(gradients), "levels": max(furthest)}
+        rows.append({"products": how, **row})
+    return rows
 
 
 def relative(found: np.ndarray, true: np.ndarray) -> float:
@@ -126,6 +235,14 @@ def table(found: dict) -> str:
         cells = [forms[what].format(row[what]) if what in row else "-" for what in heads]
         start = (row["architecture"], row["weights"], row["dtype"])
         lines.append(f"| {' | '.join([*start, *cells])} |")
+    if "views" in found:
+        lines += ["", "The view alone, the worst of eight against float32:", ""]
+        lines += ["| products | images | gradient | furthest, grey levels of 255 |"]
+        lines += ["|:--|--:|--:|--:|"]
+        lines += [
+            f"| {r['products']} | {r['images']:.1e} | {r['gradient']:.1e} | {r['levels']:.3f} |"
+            for r in found["views"]
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -164,11 +281,14 @@ def main() -> None:
             variables = drawn_variables(build(name, classes, stem=stem), others)
         variables = jax.tree.map(np.asarray, variables)
         true = read(name, variables, images, stem, "float64")
-        for dtype in DTYPES:
-            row = compare(read(name, variables, images, stem, dtype), true)
+        for dtype, how in [*((d, None) for d in DTYPES), *(("float32", p) for p in PRODUCTS)]:
+            row = compare(read(name, variables, images, stem, dtype, how), true)
             source = pathlib.Path(files[name]).name if name in files else "drawn"
-            found["rows"].append({"architecture": name, "weights": source, "dtype": dtype, **row})
+            found["rows"].append(
+                {"architecture": name, "weights": source, "dtype": how or dtype, **row}
+            )
             print(table({**found, "rows": found["rows"][-1:]}).splitlines()[-1], flush=True)
+    found["views"] = seen(images)
     print(table(found))
     measuring.save(found, table(found), arguments.out)
 

@@ -190,6 +190,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.parallel.recover_devices = 1  # that share an image batch
     c.parallel.train_devices = placeholder(int)  # unset: as many as share a batch
     c.parallel.deterministic = True
+    c.parallel.matmul_precision = "high"  # of float32 on a GPU or TPU: docs/precision.md
     return c
 
 

@@ -18,6 +18,13 @@ from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
+# parallel.matmul_precision: what the operands of a float32 product become on a GPU and on a TPU.
+FLOAT32 = {
+    "default": ("TF32", "bfloat16"),
+    "high": ("TF32", "bfloat16, three passes"),
+    "highest": ("float32", "float32"),
+}
+
 
 def prepare_environment(config: Any, problems: list[str]) -> None:
     """Fix what decides bits and speed, before JAX creates a backend.
@@ -40,6 +47,9 @@ def prepare_environment(config: Any, problems: list[str]) -> None:
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    precision = config.get("parallel", {}).get("matmul_precision")
+    if precision in FLOAT32:
+        jax.config.update("jax_default_matmul_precision", precision)
     # A CPU's programs run in the thread that calls them, whose heap keeps their temporaries
     # (``keep_freed_memory``). The heaps of other threads do not, and one heap for all of them is
     # left in pieces by compiling, and contended: steps of 1.6 times the time after a compilation.
@@ -86,6 +96,7 @@ def provenance(argv: Sequence[str]) -> dict[str, Any]:
         "platform": devices[0].platform,
         "devices": len(devices),
         "device_kind": devices[0].device_kind,
+        "float32": float32_of(devices[0].platform, jax.config.jax_default_matmul_precision),
         "processes": jax.process_count(),
         "cpus": os.cpu_count(),
         "nproc": int(os.environ["NPROC"]),
@@ -99,6 +110,12 @@ def provenance(argv: Sequence[str]) -> dict[str, Any]:
         "machine": machine,
         "peak_bytes": stats.get("peak_bytes_in_use"),
     }
+
+
+def float32_of(platform: str, precision: str | None) -> str:
+    """What the operands of a float32 product are rounded to there."""
+    on_gpu, on_tpu = FLOAT32[precision or "default"]
+    return {"cpu": "float32", "tpu": on_tpu}.get(platform, on_gpu)
 
 
 def commit() -> str | None:

@@ -167,7 +167,8 @@ def _answer(order: dict[str, Any]) -> dict[str, Any]:
     exec(order["prelude"], {})
     target = targets.parse(order["target"])
     experiment = resolve(order["experiment"])
-    with parallel.described(targets.devices_of(target)):
+    precision = experiment.parallel.matmul_precision
+    with parallel.described(targets.devices_of(target)), jax.default_matmul_precision(precision):
         program = programs.find(experiment, order["program"])
         began = time.perf_counter()
         lowered = program.lower()

@@ -256,12 +256,14 @@ class Parallel:
     ``recover_devices`` share one image batch, with the statistics of the whole of it: for batches
     that one device does not hold. More than one give other bits, and enter recover's fingerprint.
     A network is trained on ``train_devices`` of them, unset on as many as share its batches.
+    ``matmul_precision`` says what a GPU or TPU makes of float32 in convolutions and products.
     """
 
     map: Literal["shard_map", "pmap"]
     recover_devices: int
     train_devices: int | None
     deterministic: bool
+    matmul_precision: Literal["default", "high", "highest"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -130,19 +130,41 @@ def alignment(
             f"no layer with statistics at {'/'.join(first)}; there are: "
             f"{', '.join('/'.join(path) for path in batch)}"
         )
+    paths = sorted(batch)
+    pairs = {(p, n): (batch[p][n], target[p][n]) for p in paths for n in NAMES if n in batch[p]}
+    norms = dict(zip(pairs, distances(list(pairs.values())), strict=True))
     total = jnp.zeros((), jax.tree.leaves(batch)[0].dtype)
-    for path in sorted(batch):
-        distances = [
-            (variance_weight if name in VARIANCES else 1.0)
-            * safe_norm(batch[path][name] - target[path][name])
+    for path in paths:
+        weighted = [
+            (variance_weight if name in VARIANCES else 1.0) * norms[path, name]
             for name in NAMES
             if name in batch[path]
         ]
-        term = functools.reduce(operator.add, distances)
+        term = functools.reduce(operator.add, weighted)
         if keep and path in keep:
             term = jnp.where(keep[path], term, 0.0)
         total += (first_multiplier if path == first else 1.0) * term
     return total
+
+
+def distances(pairs: list[tuple[Array, Array]]) -> tuple[Array, ...]:
+    """The Euclidean distance of each pair of vectors."""
+    return lax.platform_dependent(pairs, cpu=_one_by_one, default=_stacked)
+
+
+def _one_by_one(pairs: list[tuple[Array, Array]]) -> tuple[Array, ...]:
+    return tuple(safe_norm(this - that) for this, that in pairs)
+
+
+def _stacked(pairs: list[tuple[Array, Array]]) -> tuple[Array, ...]:
+    """All at once, filled up with zeros: off the CPU a norm of its own is a launch of its own."""
+    longest = max(this.size for this, _ in pairs)
+
+    def stack(vectors: list[Array]) -> Array:
+        return jnp.stack([jnp.pad(x, (0, longest - x.size)) for x in vectors])
+
+    these, those = (stack(list(side)) for side in zip(*pairs, strict=True))
+    return tuple(jax.vmap(safe_norm)(these - those))
 
 
 def number_of_layers(target: Layers, **weights) -> Array:

@@ -6,7 +6,7 @@ explicitly transposed kernel; a depthwise convolution is 10 to 80 times slower t
 multiply-adds; a map smaller than its kernel costs 50 times its share. :func:`choose_form` picks
 the form of each pass, ``FORMS`` holds them. Other platforms run the plain ``lax`` convolution
 but for products of a matrix, which need no window.
-Frozen networks have their kernels transposed once, by :func:`with_flipped_kernels`.
+Frozen networks have their kernels transposed once, by :func:`freeze`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from prism_jax.types import Array, PyTree
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 MOMENTUM = 0.1
+EPSILON = 1e-5  # of a BatchNorm
 
 
 class Spec(NamedTuple):
@@ -95,11 +96,12 @@ def flip(kernel_HWIO: Array) -> Array:
     return kernel_HWIO[::-1, ::-1].swapaxes(2, 3)
 
 
-def with_flipped_kernels(variables: PyTree) -> PyTree:
-    """Add the collection "flipped" to a frozen network's variables.
+def freeze(variables: PyTree) -> PyTree:
+    """Prepare a frozen network's variables: what every step would make anew of the same weights.
 
-    Every step needs the flipped kernels of the same weights: on a CPU making them costs a tenth
-    of a ResNet's step (measured). Call it outside the loop that optimises the images.
+    The collection "flipped" has the kernels flipped (on a CPU a tenth of a ResNet's step,
+    measured), "folded" the gain and shift of each BatchNorm (on a GPU a launch per layer). Call
+    it outside the loop that optimises the images.
     """
 
     def once(kernel: Array) -> Array:
@@ -111,7 +113,14 @@ def with_flipped_kernels(variables: PyTree) -> PyTree:
         for path, leaf in flat.items()
         if path[-1] == "kernel" and leaf.ndim == 4 and leaf.shape[0] > 1
     }
-    return {**variables, "flipped": traverse_util.unflatten_dict(flipped)}
+    running = traverse_util.flatten_dict(variables.get("batch_stats", {}))
+    folded = {}
+    for path in (path[:-1] for path in running if path[-1] == "var"):
+        affine = [flat[(*path, name)] for name in ("scale", "bias")]
+        gain_C, shift_C = _fold(*affine, *(running[(*path, n)] for n in ("mean", "var")), EPSILON)
+        folded |= {(*path, "gain"): gain_C, (*path, "shift"): shift_C}
+    made = {"flipped": flipped, "folded": folded}
+    return variables | {name: traverse_util.unflatten_dict(tree) for name, tree in made.items()}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -126,17 +135,22 @@ def _conv_forward(x_BHWC: Array, kernel_HWIO: Array, flipped_HWOI: Array | None,
 
 def _conv_backward(spec: Spec, saved: tuple[Array, Array, Array | None], dy_BHWC: Array):
     x_BHWC, kernel_HWIO, flipped_HWOI = saved
-    slide = FORMS[choose_form("input_gradient", spec, "cpu")].slide
-    if flipped_HWOI is not None and slide is not None:
-        dx_BHWC = lax.platform_dependent(
-            dy_BHWC, kernel_HWIO, flipped_HWOI,
-            cpu=lambda dy, _, flipped: slide(dy, flipped, spec),
-            default=lambda dy, kernel, _: _LAX.input_gradient(dy, kernel, spec),
-        )  # fmt: skip
-    else:
-        dx_BHWC = _run("input_gradient", dy_BHWC, kernel_HWIO, spec)
+    dx_BHWC = _input_gradient(dy_BHWC, kernel_HWIO, flipped_HWOI, spec)
     nothing = None if flipped_HWOI is None else jnp.zeros_like(flipped_HWOI)
     return dx_BHWC, _run("kernel_gradient", x_BHWC, dy_BHWC, spec), nothing
+
+
+def _input_gradient(
+    dy_BHWC: Array, kernel_HWIO: Array, flipped_HWOI: Array | None, spec: Spec
+) -> Array:
+    slide = FORMS[choose_form("input_gradient", spec, "cpu")].slide
+    if flipped_HWOI is None or slide is None:
+        return _run("input_gradient", dy_BHWC, kernel_HWIO, spec)
+    return lax.platform_dependent(
+        dy_BHWC, kernel_HWIO, flipped_HWOI,
+        cpu=lambda dy, _, flipped: slide(dy, flipped, spec),
+        default=lambda dy, kernel, _: _run("input_gradient", dy, kernel, spec),
+    )  # fmt: skip
 
 
 _conv.defvjp(_conv_forward, _conv_backward)
@@ -148,7 +162,7 @@ def choose_form(step: str, spec: Spec, platform: str) -> str:
     Args:
       step: a field of :class:`Form`.
       spec: shapes, stride, padding, groups.
-      platform: "cpu" or another.
+      platform: "cpu", "tpu" or "gpu"; any other counts as the last.
 
     Returns:
       A key of ``FORMS``.
@@ -157,6 +171,9 @@ def choose_form(step: str, spec: Spec, platform: str) -> str:
     # Windows that do not overlap are rows of a matrix. XLA:GPU fuses the slicing that a stride
     # needs into the product, and its tiling of that ends the process (openxla/xla 47381).
     apart = height == width and height in (1, spec.stride) and spec.padding == 0
+    if platform == "tpu":
+        # Products too: among convolutions XLA:TPU copies their maps from layout to layout.
+        return "lax apart" if spec.groups == 1 else "lax"
     if apart and spec.groups == 1 and (platform == "cpu" or spec.stride == 1):
         return "product"
     if platform != "cpu":
@@ -184,10 +201,16 @@ def _run(step: str, left: Array, right: Array, spec: Spec) -> Array:
         function = getattr(FORMS[form], step)
         return lambda left, right: function(left, right, spec)
 
-    on_cpu, elsewhere = (choose_form(step, spec, platform) for platform in ("cpu", "gpu"))
-    if on_cpu == elsewhere:
-        return branch(on_cpu)(left, right)
-    return lax.platform_dependent(left, right, cpu=branch(on_cpu), default=branch(elsewhere))
+    forms = {platform: choose_form(step, spec, platform) for platform in ("cpu", "tpu", "gpu")}
+    if len(set(forms.values())) == 1:
+        return branch(forms["cpu"])(left, right)
+    return lax.platform_dependent(
+        left,
+        right,
+        cpu=branch(forms["cpu"]),
+        tpu=branch(forms["tpu"]),
+        default=branch(forms["gpu"]),
+    )
 
 
 def _lax_forward(x_BHWC: Array, kernel_HWIO: Array, spec: Spec) -> Array:
@@ -215,6 +238,15 @@ def _transposed(forward: Callable[[Array, Array, Spec], Array]) -> Form:
         return transpose(dy_BHWC)[0]
 
     return Form(forward, input_gradient, kernel_gradient)
+
+
+def _lax_input_gradient_apart(dy_BHWC: Array, kernel_HWIO: Array, spec: Spec) -> Array:
+    """The plain one, with nothing fused into its input.
+
+    XLA:TPU pulls what makes ``dy`` into a convolution and computes it once for every tap: max
+    pooling's gradient 49 times for the first one of a ResNet (seen in its estimate of cycles).
+    """
+    return _LAX.input_gradient(lax.optimization_barrier(dy_BHWC), kernel_HWIO, spec)
 
 
 def _product(x_BHWC: Array, kernel_HWIO: Array, spec: Spec) -> Array:
@@ -423,6 +455,7 @@ _DEPTHWISE: dict[str, Any] = {"contract": _sum_of_products, "tap": operator.item
 _LAX = _transposed(_lax_forward)
 FORMS = {
     "lax": _LAX,
+    "lax apart": _LAX._replace(input_gradient=_lax_input_gradient_apart),
     "product": _transposed(_product),
     "dense": Form(_lax_forward, _dense_input_gradient, _dense_kernel_gradient, _slide_flipped),
     "two rows": Form(
@@ -591,7 +624,7 @@ class BatchNorm(nn.Module):
       dtype: of the result.
     """
 
-    epsilon: float = 1e-5
+    epsilon: float = EPSILON
     momentum: float = MOMENTUM
     dtype: jnp.dtype = jnp.float32
 
@@ -632,12 +665,21 @@ class BatchNorm(nn.Module):
                     unbiased_C = var_C * _bessel(x_BHWC.size // x_BHWC.shape[-1])
                     running_mean.value += self.momentum * (mean_C - running_mean.value)
                     running_var.value += self.momentum * (unbiased_C - running_var.value)
-        return self._normaliser(scale_C, bias_C)(wide, mean_C, var_C)
+        normal = self._normaliser(scale_C, bias_C)
+        if train or self.epsilon != EPSILON or not self.has_variable("folded", "gain"):
+            return normal(wide, mean_C, var_C)
+        # A CPU folds within its pass over the map.
+        folded = [self.get_variable("folded", name) for name in ("gain", "shift")]
+        return lax.platform_dependent(
+            wide, (mean_C, var_C), folded,
+            cpu=lambda x, told, _: normal(x, *told),
+            default=lambda x, _, folded: (x * folded[0] + folded[1]).astype(self.dtype),
+        )  # fmt: skip
 
     def _normaliser(self, scale_C: Array, bias_C: Array) -> Callable[[Array, Array, Array], Array]:
         def normal(x: Array, mean_C: Array, var_C: Array) -> Array:
-            gain_C = scale_C * lax.rsqrt(var_C + self.epsilon)
-            return (x * gain_C + (bias_C - mean_C * gain_C)).astype(self.dtype)
+            gain_C, shift_C = _fold(scale_C, bias_C, mean_C, var_C, self.epsilon)
+            return (x * gain_C + shift_C).astype(self.dtype)
 
         return normal
 
@@ -646,6 +688,12 @@ class BatchNorm(nn.Module):
         left = (1.0 - self.momentum) ** np.arange(len(group_nC), -1, -1)
         weight_n1 = jnp.asarray(self.momentum * left[1:, None], jnp.float32)
         return jnp.float32(left[0]) * running_C + (weight_n1 * group_nC).sum(0)
+
+
+def _fold(scale_C: Array, bias_C: Array, mean_C: Array, var_C: Array, epsilon: float):
+    """Gain and shift of a normalisation."""
+    gain_C = scale_C * lax.rsqrt(var_C + epsilon)
+    return gain_C, bias_C - mean_C * gain_C
 
 
 def _stacks(x_BHWC: Array, groups: tuple[int, ...]) -> list[Array]:
@@ -671,10 +719,25 @@ def moments(x_BHWC: Array) -> tuple[Array, Array]:
     is below 1e-6 (1 + mean^2 / var). A shift by the running mean would avoid that, but makes
     XLA:CPU write a shifted copy of every map, a fifth of a network's step (measured).
     """
+    mean_C, square_C = lax.platform_dependent(
+        x_BHWC, cpu=MEANS["apart"], tpu=MEANS["apart"], default=MEANS["complex"]
+    )
+    return mean_C, jnp.maximum(square_C - jnp.square(mean_C), 0.0)
+
+
+def _means_apart(x_BHWC: Array) -> tuple[Array, Array]:
     axes = tuple(range(x_BHWC.ndim - 1))
-    mean_C = jnp.mean(x_BHWC, axes)
-    var_C = jnp.mean(jnp.square(x_BHWC), axes) - jnp.square(mean_C)
-    return mean_C, jnp.maximum(var_C, 0.0)
+    return jnp.mean(x_BHWC, axes), jnp.mean(jnp.square(x_BHWC), axes)
+
+
+def _means_as_complex(x_BHWC: Array) -> tuple[Array, Array]:
+    """Sum both as the parts of one number: XLA:GPU then launches half as many reductions."""
+    both_C = jnp.mean(lax.complex(x_BHWC, jnp.square(x_BHWC)), tuple(range(x_BHWC.ndim - 1)))
+    return both_C.real, both_C.imag
+
+
+# Means of a map and of its squares, per channel.
+MEANS = {"apart": _means_apart, "complex": _means_as_complex}
 
 
 def _normalise(x: Array, axes: int | tuple[int, ...], epsilon: float) -> Array:
@@ -781,24 +844,93 @@ def max_pool(x_BHWC: Array, size: int, stride: int, padding: int = 0) -> Array:
 
 def _max_pool_forward(x_BHWC: Array, size: int, stride: int, padding: int):
     y_BHWC = max_pool(x_BHWC, size, stride, padding)
-    return y_BHWC, (x_BHWC, y_BHWC)
+
+    def count(x_BHWC: Array, y_BHWC: Array) -> tuple[Array, Array]:
+        """Now, while the windows are at hand; without the barrier XLA would read them again."""
+        ties_BHWC = _ties(x_BHWC, y_BHWC, size, stride, padding).astype(jnp.int8)
+        return lax.optimization_barrier((y_BHWC, ties_BHWC))
+
+    y_BHWC, ties_BHWC = lax.platform_dependent(
+        x_BHWC, y_BHWC, cpu=lambda _, y: (y, jnp.zeros(y.shape, jnp.int8)), default=count
+    )
+    return y_BHWC, (x_BHWC, y_BHWC, ties_BHWC)
+
+
+def _ties(x_BHWC: Array, y_BHWC: Array, size: int, stride: int, padding: int) -> Array:
+    """How many entries of each window are its maximum."""
+    windows = [w for _, w in _windows(x_BHWC, (size, size), stride, padding, fill=-np.inf)]
+    return functools.reduce(operator.add, [(w == y_BHWC).astype(w.dtype) for w in windows])
 
 
 def _max_pool_backward(size: int, stride: int, padding: int, saved, dy_BHWC: Array):
-    x_BHWC, y_BHWC = saved
-    windows = [w for _, w in _windows(x_BHWC, (size, size), stride, padding, fill=-np.inf)]
-    ties_BHWC = functools.reduce(operator.add, [(w == y_BHWC).astype(w.dtype) for w in windows])
+    def gradient(form: str) -> Callable[..., Array]:
+        return functools.partial(POOLS[form], size=size, stride=stride, padding=padding)
+
+    dx_BHWC = lax.platform_dependent(
+        *saved, dy_BHWC, cpu=gradient("gather"), tpu=gradient("phases"), default=gradient("phases")
+    )
+    return (dx_BHWC,)
+
+
+def _pool_gradient_by_gather(
+    x_BHWC, y_BHWC, ties_BHWC, dy_BHWC, *, size: int, stride: int, padding: int
+) -> Array:
+    """Every entry looks at all windows that could hold it, spread out by the stride."""
+    del ties_BHWC
     rows, columns = x_BHWC.shape[1:3]
     where = (x_BHWC.shape[1:3], (size, size), stride, padding)
     maxima = _spread(y_BHWC, *where, fill=np.nan)
-    shares = _spread(dy_BHWC / ties_BHWC, *where, fill=0.0)
+    shares = dy_BHWC / _ties(x_BHWC, y_BHWC, size, stride, padding)
+    shares = _spread(shares, *where, fill=0.0)
     dx_BHWC = jnp.zeros_like(x_BHWC)
     for i, j in itertools.product(range(size), repeat=2):
         near = (slice(None), slice(i, i + rows), slice(j, j + columns))
         dx_BHWC += jnp.where(x_BHWC == maxima[near], shares[near], 0.0)
-    return (dx_BHWC,)
+    return dx_BHWC
 
 
+def _pool_gradient_by_phases(
+    x_BHWC, y_BHWC, ties_BHWC, dy_BHWC, *, size: int, stride: int, padding: int
+) -> Array:
+    """Entries of one phase of the stride lie alike in the windows that hold them.
+
+    At stride 2 a quarter of the gather's comparisons. XLA:CPU does not vectorise the strides.
+    """
+    sizes = x_BHWC.shape[1:3]
+    reach = (size - 1) // stride  # back to the first window that holds an entry
+    ahead = (stride - 1 + padding) // stride
+    shares_BHWC = dy_BHWC / ties_BHWC.astype(dy_BHWC.dtype)
+
+    def beyond(map_BHWC: Array, fill: float) -> Array:
+        counts = zip(sizes, map_BHWC.shape[1:3], strict=True)
+        edges = [(reach, max(0, -(-n // stride) + ahead - m), 0) for n, m in counts]
+        fill = jnp.asarray(fill, map_BHWC.dtype)
+        return lax.pad(map_BHWC, fill, [(0, 0, 0), *edges, (0, 0, 0)])
+
+    def holding(phase: int, count: int) -> list[slice]:
+        """The windows that hold entries ``phase``, ``phase + stride``, ...: nearest, and back."""
+        last = reach + (phase + padding) // stride
+        back = range((size - 1 - (phase + padding) % stride) // stride + 1)
+        return [slice(last - k, last - k + count) for k in back]
+
+    maxima, shares, dx_BHWC = beyond(y_BHWC, np.nan), beyond(shares_BHWC, 0.0), 0.0
+    for corner in itertools.product(range(stride), repeat=2):
+        rows, columns = (slice(phase, None, stride) for phase in corner)
+        part = x_BHWC[:, rows, columns]
+        windows = map(holding, corner, part.shape[1:3])
+        near = [(slice(None), *pair) for pair in itertools.product(*windows)]
+        if 0 in part.shape or not near:
+            continue
+        looked = [jnp.where(part == maxima[n], shares[n], 0.0) for n in near]
+        counts = zip(sizes, part.shape[1:3], corner, strict=True)
+        apart = [(i, n - 1 - i - (m - 1) * stride, stride - 1) for n, m, i in counts]
+        spread = functools.reduce(operator.add, looked)
+        zero = jnp.zeros((), spread.dtype)
+        dx_BHWC += lax.pad(spread, zero, [(0, 0, 0), *apart, (0, 0, 0)])
+    return dx_BHWC
+
+
+POOLS = {"gather": _pool_gradient_by_gather, "phases": _pool_gradient_by_phases}
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 

@@ -213,7 +213,7 @@ def synthesis_chunk(
     if unit.weights is not None:
         perturbed = {**variables[recipe.primary], "params": unit.weights}
         variables = (*variables[: recipe.primary], perturbed, *variables[recipe.primary + 1 :])
-    variables = tuple(layers.with_flipped_kernels(v) for v in variables)  # once, not every step
+    variables = tuple(layers.freeze(v) for v in variables)  # once, not every step
     blank = no_terms(recipe, len(teachers), state.images_BHWC.dtype)
     return lax.fori_loop(0, count, body, (state, ChunkReport(blank, blank, blank)))
 

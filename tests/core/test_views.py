@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from prism_jax import rng
+from prism_jax.core import views
 from prism_jax.core.views import apply_view, identity_view, resize, sample_view
 from prism_jax.types import View
 
@@ -412,3 +413,23 @@ def test_resize_against_loops_and_torch(size):
 def test_resizing_to_the_same_size_changes_nothing():
     images = images_like()
     assert resize(images, images.shape[1:3]) is images
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_lines_are_resampled_as_images_are(name):
+    """What a GPU runs against the plain products: value and gradient, in float64."""
+    with jax.enable_x64(True):
+        images, gradient = (jnp.asarray(images_like(seed=s)) for s in (0, 1))
+        crop, flip, roll = view_of(*VIEWS[name])
+        (top, left, h, w), never = crop, jnp.zeros((), bool)
+        rows = views._resize_matrix(SIZE[0], top, h, never, roll[0], images.dtype)
+        columns = views._resize_matrix(SIZE[1], left, w, flip, roll[1], images.dtype)
+
+        def both(resample):
+            seen, pull = jax.vjp(lambda x: resample(rows, columns, x), images)
+            return np.stack([seen, *pull(gradient)])
+
+        plain = both(views._resample)
+        np.testing.assert_allclose(both(views._resample_lines), plain, atol=1e-12)
+        mirrored = both(lambda r, c, x: views._resample_lines(r, c[:, ::-1], x))  # twin
+        assert np.abs(mirrored - plain).max() > 0.1

@@ -129,12 +129,41 @@ def test_the_form_follows_the_shape(shape):
     assert chosen == shape.forms
     # A product whose rows a stride picks is what XLA:GPU cannot compile.
     point = shape.forms == PRODUCT and shape.stride == 1
-    elsewhere = {layers.choose_form(step, spec, "gpu") for step in STEPS}
-    assert elsewhere == {"product" if point else "lax"}
+    on_gpu, on_tpu = (
+        {layers.choose_form(step, spec, platform) for step in STEPS} for platform in ("gpu", "tpu")
+    )
+    assert on_gpu == {"product" if point else "lax"}
+    assert on_tpu == {"lax apart" if shape.groups == 1 else "lax"}
 
 
 def test_every_form_is_tested():
-    assert {form for shape in SHAPES for form in shape.forms} == set(layers.FORMS)
+    tested = {form for shape in SHAPES for form in shape.forms}
+    assert tested | {"lax apart"} == set(layers.FORMS)
+
+
+@pytest.fixture
+def platform(request, monkeypatch):
+    """Trace everything as another platform lowers it."""
+
+    def chosen(*arguments, default, **per_platform):
+        return per_platform.get(request.param, default)(*arguments)
+
+    monkeypatch.setattr(lax, "platform_dependent", chosen)
+    return request.param
+
+
+everywhere = pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"], indirect=True)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"], indirect=True)
+@pytest.mark.parametrize("shape", [SHAPES[i] for i in (1, 10, 14, 22, 23, 24)], ids=str)
+def test_forms_of_other_platforms_are_the_convolution(shape, platform):
+    with jax.enable_x64(True):
+        x, kernel = arrays(shape)
+        conv = lambda *args: ours(*args)  # noqa: E731 (a new function is traced anew)
+        assert furthest(passes(conv, shape, x, kernel), passes(plain, shape, x, kernel)) < 1e-10
+        twin = lambda shape, x, kernel: ours(shape, x, kernel[::-1] + 0.1)  # noqa: E731
+        assert furthest(passes(twin, shape, x, kernel), passes(plain, shape, x, kernel)) > 1e-2
 
 
 @pytest.mark.parametrize("shape", [SHAPES[i] for i in (0, 4, 7, 10, 14)], ids=str)
@@ -202,7 +231,7 @@ def test_a_frozen_network_gets_every_kernel_flipped_once():
 
     x = jnp.ones((1, 6, 6, 3))
     variables = Two().init(jax.random.key(0), x)
-    prepared = layers.with_flipped_kernels(variables)
+    prepared = layers.freeze(variables)
     ((path, flipped_HWOI),) = jax.tree_util.tree_leaves_with_path(prepared["flipped"])
     assert "wide" in jax.tree_util.keystr(path)
     kernel_HWIO = np.asarray(variables["params"]["wide"]["kernel"])
@@ -363,7 +392,8 @@ def test_moments_of_channels_far_from_zero(mean):
     assert error(x.astype(jnp.bfloat16).astype(jnp.float32)) > bound
 
 
-def test_gradients_of_moments():
+@everywhere
+def test_gradients_of_moments(platform):
     with jax.enable_x64(True):
         x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (2, 3, 3, 2)))
 
@@ -374,6 +404,32 @@ def test_gradients_of_moments():
         one_pass = jax.grad(lambda x: distance(layers.moments(x)))(x)
         two_pass = jax.grad(lambda x: distance((x.mean((0, 1, 2)), x.var((0, 1, 2)))))(x)
         np.testing.assert_allclose(one_pass, two_pass, rtol=1e-12)
+
+
+@pytest.mark.parametrize("form", layers.MEANS)
+def test_every_form_of_the_means(form):
+    x = np.random.default_rng(0).normal(3, 2, (3, 4, 5, 6))
+    both = [x.mean((0, 1, 2)), (x**2).mean((0, 1, 2))]
+    assert furthest(layers.MEANS[form](jnp.asarray(x, jnp.float32)), both) < 1e-4
+    assert furthest(layers.MEANS[form](jnp.asarray(-x, jnp.float32)), both) > 1
+
+
+@pytest.mark.parametrize("platform", ["cuda"], indirect=True)
+def test_a_frozen_norm_is_folded_once(platform):
+    frozen = layers.freeze(norm_variables())
+    y = Norm().apply(norm_variables(), FOUR_PIXELS)
+    np.testing.assert_array_equal(Norm().apply(frozen, FOUR_PIXELS), y)
+    other = {**frozen, "folded": jax.tree.map(jnp.negative, frozen["folded"])}
+    np.testing.assert_array_equal(Norm().apply(other, FOUR_PIXELS), -y)  # it is what is read
+    # A batch's own statistics and another epsilon are not what was folded.
+    trained = Norm().apply(norm_variables(), FOUR_PIXELS, train=True)
+    np.testing.assert_array_equal(Norm().apply(other, FOUR_PIXELS, train=True), trained)
+    wide = layers.BatchNorm(epsilon=1.0, name=None)
+    bare = {kind: tree["bn"] for kind, tree in other.items() if tree}
+    plain_norm = {kind: tree["bn"] for kind, tree in norm_variables().items()}
+    np.testing.assert_array_equal(
+        wide.apply(bare, FOUR_PIXELS), wide.apply(plain_norm, FOUR_PIXELS)
+    )
 
 
 def test_moments_of_bfloat16_are_float32():
@@ -392,7 +448,8 @@ def test_max_pool_pads_with_minus_infinity():
     np.testing.assert_array_equal(pooled, reference)
 
 
-def test_max_pool_gradient_goes_to_the_maximum():
+@everywhere
+def test_max_pool_gradient_goes_to_the_maximum(platform):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 7, 3)), jnp.float32)
     gradient = lambda pool: jax.grad(lambda x: jnp.sum(jnp.sin(pool(x))))(x)  # noqa: E731
     np.testing.assert_allclose(
@@ -402,13 +459,36 @@ def test_max_pool_gradient_goes_to_the_maximum():
     )
 
 
-def test_max_pool_gradient_is_shared_where_maxima_tie():
+@everywhere
+def test_max_pool_gradient_is_shared_where_maxima_tie(platform):
     x = jnp.asarray([[0.0, 2, 2], [1, 2, 0], [0, 0, 3]])[None, :, :, None]
     shares = jax.grad(
         lambda x: jnp.sum(layers.max_pool(x, 2, 1) * jnp.float32([[6, 6], [3, 3]])[..., None])
     )(x)
     # Windows, of weights 6, 6, 3, 3: {0 2 1 2}, {2 2 2 0}, {1 2 0 0}, {2 0 0 3}.
     np.testing.assert_allclose(shares[0, :, :, 0], [[0, 5, 2], [0, 8, 0], [0, 0, 3]])
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "padding", "map_"),
+    [
+        (3, 2, 1, (8, 9)), (3, 2, 0, (7, 8)), (2, 2, 0, (9, 8)), (3, 1, 1, (5, 6)),
+        (5, 2, 2, (11, 10)), (3, 3, 1, (8, 9)), (2, 3, 0, (8, 9)),
+    ],
+)  # fmt: skip
+def test_gradients_of_max_pool_are_the_same_in_every_form(size, stride, padding, map_):
+    draw = np.random.default_rng(0)
+    x = jnp.asarray(draw.integers(0, 4, (2, *map_, 3)), jnp.float32)  # many ties
+    y = layers.max_pool(x, size, stride, padding)
+    dy = jnp.asarray(draw.standard_normal(y.shape), jnp.float32)
+    ties = layers._ties(x, y, size, stride, padding)
+    place = {"size": size, "stride": stride, "padding": padding}
+    gather, phases = (layers.POOLS[form](x, y, ties, dy, **place) for form in ("gather", "phases"))
+    np.testing.assert_allclose(phases, gather, atol=1e-6)
+    moved = layers.POOLS["phases"](x, y, ties, jnp.roll(dy, 1, 1), **place)  # twin
+    assert float(jnp.abs(moved - gather).max()) > 0.1
+    whole = layers.POOLS["phases"](x, y, jnp.ones_like(ties), dy, **place)  # twin: not shared
+    assert float(jnp.abs(whole - gather).max()) > 0.1
 
 
 def test_average_pools():

@@ -69,7 +69,7 @@ def outputs(case):
             return loss, (logits_BK, moments)
 
         def by_pixels(images_BHWC, variables):
-            frozen = layers.with_flipped_kernels(variables)
+            frozen = layers.freeze(variables)
             return jax.value_and_grad(objective, has_aux=True)(images_BHWC, frozen)
 
         (_, (logits, moments)), pixels = run(case, by_pixels, images_BHWC, variables)
