@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import typing
 
 import pytest
 from helpers.command import ROOT, TINY, call, environment, run, snapshot
 
+from prism_jax import config, main
 from prism_jax import environment as prepared
-from prism_jax import main
 from prism_jax.config import STAGES
 
 
@@ -270,3 +271,11 @@ def test_glibc_alone_is_told_to_keep_freed_memory(monkeypatch, libc, told):
     monkeypatch.setattr(prepared.ctypes, "CDLL", lambda name: Library)
     prepared.keep_freed_memory()
     assert options == told
+
+
+def test_what_float32_is_on_each_platform():
+    choices = typing.get_args(typing.get_type_hints(config.Parallel)["matmul_precision"])
+    assert set(choices) == set(prepared.FLOAT32)
+    assert {prepared.float32_of("cpu", choice) for choice in choices} == {"float32"}
+    assert prepared.float32_of("gpu", "high") == prepared.float32_of("cuda", None) == "TF32"
+    assert prepared.float32_of("tpu", "default") == "bfloat16" != prepared.float32_of("tpu", "high")
