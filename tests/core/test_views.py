@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.compiling import FAST
 
 from prism_jax import rng
 from prism_jax.core.views import apply_view, identity_view, resize, sample_view
@@ -28,6 +29,12 @@ def sample(key, crop_scale=(0.08, 1.0), image_size=SIZE, **options):
     return sample_view(
         key, image_size, crop_scale=crop_scale, **{"flip": True, "roll": 5, **options}
     )
+
+
+def sampled(seed, *arguments, **options):
+    """One draw, compiled."""
+    draw = jax.jit(lambda key: sample(key, *arguments, **options), compiler_options=FAST)
+    return jax.device_get(draw(rng.root(seed)))
 
 
 def reference_boxes(image_size, scale, count, *, log_uniform=True, of_side=False, shift=0):
@@ -143,7 +150,7 @@ def test_boxes_are_whole_pixels_inside_the_image(boxes):
 )
 def test_the_fallback_is_centred_with_an_allowed_ratio(image_size, box):
     # The whole area in another ratio than the image's never fits; 1/2 area steps do not either.
-    view = sample(rng.root(3), (4.0, 4.0), image_size)
+    view = sampled(3, (4.0, 4.0), image_size)
     np.testing.assert_array_equal(view.crop, box)
 
 
@@ -161,7 +168,7 @@ def test_flips_are_fair_and_rolls_uniform_and_inclusive():
 
 
 def test_without_flip_and_roll_the_crops_are_the_same_and_the_fields_are_there():
-    full, bare = sample(rng.root(0)), sample(rng.root(0), flip=False, roll=0)
+    full, bare = sampled(0), sampled(0, flip=False, roll=0)
     np.testing.assert_array_equal(full.crop, bare.crop)
     assert not bare.flip and bare.flip.dtype == jnp.bool and bare.flip.shape == ()
     np.testing.assert_array_equal(bare.roll, [0, 0])
@@ -169,7 +176,7 @@ def test_without_flip_and_roll_the_crops_are_the_same_and_the_fields_are_there()
 
 
 def test_a_batch_has_a_view_per_image():
-    views = sample(rng.root(0), batch=64)
+    views = sampled(0, batch=64)
     assert [x.shape for x in views] == [(64, 4), (64,), (64, 2)]
     assert len(np.unique(views.crop, axis=0)) > 32
     assert 0 < views.flip.sum() < 64
@@ -352,14 +359,14 @@ def test_weights_sum_to_one_so_a_flat_image_stays_flat():
 
 
 def test_a_stored_view_replays_bit_for_bit(tmp_path):
-    view = sample(rng.root(5), batch=4)
+    view = sampled(5, batch=4)
     np.savez(tmp_path / "view.npz", **view._asdict())
     stored = np.load(tmp_path / "view.npz")
     replayed = View(**{name: stored[name] for name in View._fields})
     images = images_like(4).astype(np.float32)
     once = np.asarray(viewed(images, view))
     np.testing.assert_array_equal(viewed(images, replayed), once)
-    other = viewed(images, sample(rng.root(6), batch=4))
+    other = viewed(images, sampled(6, batch=4))
     assert np.abs(other - once).max() > 0.1
 
 
