@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MAIN := $(BIN)/python -m prism_jax.main
-PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile
+# A file to a worker, in the order of tests/conftest.py: the longest first.
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 # The runs behind the tables of the README: three seeds of everything but the teachers, which
 # every run adopts from the demo's. A run that stopped continues; a finished one is only read.
