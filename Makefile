@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MAIN := $(BIN)/python -m prism_jax.main
-PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile
+# A file to a worker, in the order of tests/conftest.py: the longest first.
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 # The compilers of GPUs and TPUs have an environment of their own, see pyproject.toml.
 COMPILERS := .venv-compilers

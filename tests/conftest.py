@@ -30,6 +30,18 @@ os.environ.setdefault("JAX_LEGACY_PRNG_KEY", "error")  # untyped keys take their
 # `from helpers import ...` in tests, `from configs import ...` without an installation.
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
+# The longest files begin first, so that no worker is left alone with one of them at the end.
+LONG = (
+    "test_hosts.py", "models/test_parity.py", "test_pipeline.py", "synthesis/test_synthesis.py",
+    "test_kill.py", "test_data_parallel.py", "test_compare.py", "test_recover_methods.py",
+    "test_faults.py", "test_labelling.py", "test_training.py", "synthesis/test_course.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    place = {TESTS / name: at for at, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(LONG)))  # others keep their order
+
 
 @pytest.fixture
 def compilations():

@@ -12,12 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.compiling import only_fast_programs
 from helpers.networks import GREY, TwoConvs, random_variables
 from test_parallel import COLLECTIVES
 
 from prism_jax import parallel, training
 from prism_jax.core.augment import Augment
 from prism_jax.training import TrainBatch, Trainer, TrainRecipe
+
+__all__ = ["only_fast_programs"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures("only_fast_programs")
 
 SHAPE, CLASSES, SIZE, STEPS = (8, 8, 1), 5, 16, 5
 HOW = Augment(crop_min=0.5, flip=True, mix="cutmix")
@@ -41,14 +46,21 @@ def batch(number: int, size: int = SIZE) -> TrainBatch:
     return TrainBatch(number, 0, images[:size], labels[:size], logits[:size])
 
 
-def begin(devices: int, **options):
+def trainer_of(devices: int, **options) -> Trainer:
     fields = {"loss": "mse_gt", "ce_weight": 0.5, "optimiser": "sgd", "learning_rate": 0.05}
     recipe = TrainRecipe("relabel/view", HOW, epochs=STEPS, ema=0.8, **{**fields, **options})
-    trainer = Trainer(MODULE, recipe, GREY, view_seed=1, seed=1, devices=devices)
+    return Trainer(MODULE, recipe, GREY, view_seed=1, seed=1, devices=devices)
+
+
+@functools.cache
+def start():
+    """The same for all, on the host."""
     variables = random_variables(MODULE, SHAPE, 0)
-    return trainer, trainer.start(SHAPE)._replace(
-        ema=jax.tree.map(np.copy, variables), **jax.tree.map(np.copy, variables)
-    )
+    return jax.device_get(trainer_of(1).start(SHAPE))._replace(ema=variables, **variables)
+
+
+def begin(devices: int, **options):
+    return trainer_of(devices, **options), jax.tree.map(np.copy, start())
 
 
 @functools.cache

@@ -51,16 +51,6 @@ def assert_done(ended) -> None:
         assert status == 0, f"{out}\n{err}"
 
 
-def test_two_processes_make_what_one_makes(tmp_path, reference):
-    ended = end_all(start_all(2, TINY, f"--workdir={tmp_path / 'run'}", devices=2))
-    assert_done(ended)
-    assert_same(tmp_path / "run", reference)
-    (_, first, _), (_, second, _) = ended
-    # Both worked, and one reports.
-    assert "[process 1 of 2] recover: " in second and "[process" not in first
-    assert "report.html" in first and "report.html" not in second
-
-
 def kill_on(count: int, moment: str, root: pathlib.Path, *command: str) -> None:
     """Start so many processes and kill all of them once a file is there."""
     processes = start_all(count, *command)
@@ -89,17 +79,34 @@ def test_killed_on_four_hosts_continues_on_any_number(tmp_path, reference, count
     assert_same(root, reference)
 
 
+def assert_both_worked_and_one_reported(*runs) -> None:
+    first, second = ("".join(run[i][1] for run in runs) for i in range(2))
+    assert "[process 1 of 2] recover: " in second and "[process" not in first
+    assert "report.html" in first and "report.html" not in second
+
+
 def test_where_one_is_stopped_all_stop_and_save(tmp_path, reference):
+    """And two processes, of two devices each, make what one of one device makes."""
     root, command = tmp_path / "run", (TINY, f"--workdir={tmp_path / 'run'}", *OFTEN)
-    processes = start_all(2, *command)
+    processes = start_all(2, *command, devices=2)
     wait_for(root, "recover/checkpoints/*/[3-9]", processes)
     processes[1].send_signal(signal.SIGTERM)
-    ended = end_all(processes)
-    assert [status for status, *_ in ended] == [143, 143]
-    assert "stopped by process 1 of 2: SIGTERM" in ended[0][2]
+    stopped = end_all(processes)
+    assert [status for status, *_ in stopped] == [143, 143]
+    assert "stopped by process 1 of 2: SIGTERM" in stopped[0][2]
     assert not (root / ".lock").exists() and not (root / "summary.json").exists()
-    assert_done(end_all(start_all(2, *command)))
+    ended = end_all(start_all(2, *command, devices=2))
+    assert_done(ended)
     assert_same(root, reference)
+    assert_both_worked_and_one_reported(stopped, ended)
+
+
+@pytest.mark.slow
+def test_two_processes_that_nobody_stops_make_what_one_makes(tmp_path, reference):
+    ended = end_all(start_all(2, TINY, f"--workdir={tmp_path / 'run'}", devices=2))
+    assert_done(ended)
+    assert_same(tmp_path / "run", reference)
+    assert_both_worked_and_one_reported(ended)
 
 
 @pytest.mark.slow

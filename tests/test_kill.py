@@ -1,7 +1,7 @@
 """A run that is killed or stopped at any moment continues to the same bits.
 
-Six kills are among the fast tests: one at start-up and one in every stage. The fifty of
-``make test-all`` are drawn from a seeded list of events (``helpers/dying.py``).
+Six kills are among the fast tests: one at start-up and one in every stage, with two stops between
+them. The fifty of ``make test-all`` are drawn from a seeded list of events (``helpers/dying.py``).
 """
 
 from __future__ import annotations
@@ -51,13 +51,37 @@ MORE_MOMENTS = {
 
 
 def appears(root, pattern):
-    return lambda: any(root.glob(pattern))
+    """Whether a path is there that was not: a run that begins must have set its signals."""
+    before = set(root.glob(pattern))
+    return lambda: not before.issuperset(root.glob(pattern))
+
+
+def stop(root, pattern, signum, status, command, **devices) -> str:
+    """Ask a run to stop as soon as a path is there: it saves, and says how to continue."""
+    stopped = signal_when(appears(root, pattern), signum, *command, **devices)
+    assert stopped.returncode == status
+    assert stopped.stderr.strip().splitlines()[-1] == (
+        f"stopped by {signum.name}; everything so far is saved in {root}. "
+        f"Run the same command again to continue."
+    )
+    assert not (root / ".lock").exists()
+    return stopped.stdout
+
+
+# before the kill in a stage: another moment, at which the run is asked to stop
+STOPPED_BEFORE = {
+    "squeeze": ("squeeze/first/checkpoints/[3-9]", signal.SIGINT, 130),
+    "relabel": ("recover/units/*.json", signal.SIGTERM, 143),  # the last unit is not begun yet
+}
 
 
 def test_killed_in_stage_after_stage(tmp_path, reference):
+    """In every stage; and stopped in two of them, between the kills."""
     root, command = tmp_path / "run", (TINY, f"--workdir={tmp_path / 'run'}", *OFTEN)
     said, devices = "", {}
     for stage, pattern in MOMENTS.items():
+        if stage in STOPPED_BEFORE:
+            said += stop(root, *STOPPED_BEFORE[stage], command, **devices)
         killed = signal_when(appears(root, pattern), signal.SIGKILL, *command, **devices)
         assert killed.returncode == -signal.SIGKILL, stage
         assert not (root / "summary.json").exists(), stage
@@ -78,18 +102,12 @@ STOPS = [("squeeze", signal.SIGINT, 130), ("recover", signal.SIGTERM, 143)]
 MORE_STOPS = [("relabel", signal.SIGTERM, 143), ("validate", signal.SIGINT, 130)]
 
 
-@pytest.mark.parametrize("stops", [STOPS, pytest.param(MORE_STOPS, marks=pytest.mark.slow)])
-def test_a_stop_saves_says_how_to_continue_and_continues(tmp_path, reference, stops):
+@pytest.mark.slow
+@pytest.mark.parametrize("stops", [STOPS, MORE_STOPS])
+def test_stopped_where_it_was_killed(tmp_path, reference, stops):
     root, command = tmp_path / "run", (TINY, f"--workdir={tmp_path / 'run'}", *OFTEN)
     for stage, signum, status in stops:
-        pattern = {**MOMENTS, **MORE_MOMENTS}[stage]
-        stopped = signal_when(appears(root, pattern), signum, *command)
-        assert stopped.returncode == status
-        assert stopped.stderr.strip().splitlines()[-1] == (
-            f"stopped by {signum.name}; everything so far is saved in {root}. "
-            f"Run the same command again to continue."
-        )
-        assert not (root / ".lock").exists()
+        stop(root, {**MOMENTS, **MORE_MOMENTS}[stage], signum, status, command)
     done = run(*command)
     assert done.returncode == 0, done.stderr
     assert_same(root, reference)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.compiling import fast_programs
 from helpers.networks import GREY, Mirror, small_pool
 
 import prism_jax
@@ -32,6 +33,8 @@ from prism_jax.models import layers
 from prism_jax.teachers import TeacherPool, batch_statistics
 from prism_jax.training import Trainer, TrainRecipe, importance, soft_batches
 from prism_jax.types import Mix
+
+__all__ = ["fast_programs"]  # a fixture
 
 COUNT, BATCH, SIZE = 23, 5, 16  # five batches, the last of three images
 HOW = Augment(crop_min=0.25, flip=True, mix="cutmix")
@@ -109,20 +112,28 @@ def alone() -> TeacherPool:
     return pool().select(pool().names[:1])
 
 
+@functools.cache
+def first_batch() -> np.ndarray:
+    """As the teachers see it."""
+    index = rng.generator(3, ORDER, 2).permutation(COUNT)[:BATCH]
+    key = rng.stream(rng.root(3), VIEWS, 2, 0)
+    show = jax.jit(lambda key, pixels: augment(key, pixels, HOW, GREY)[0])
+    return np.asarray(show(key, images()[index]))
+
+
+@jax.jit
+def in_training_mode(variables, images_BHWC):
+    module = pool().teachers[0].module
+    return module.apply(variables, images_BHWC, train=True, mutable=["batch_stats"])[0]
+
+
 def by_groups(sizes: list[int]) -> np.ndarray:
     """The first batch with every group as a forward pass of its own, in flax's training mode."""
-    index = labels(1)[0].index_B
-    key = rng.stream(rng.root(3), VIEWS, 2, 0)
-    seen, _ = jax.jit(lambda key, pixels: augment(key, pixels, HOW, GREY))(key, images()[index])
-    teacher, variables = pool().teachers[0], pool().variables[0]
-    parts = np.split(np.asarray(seen), np.cumsum(sizes)[:-1])
-    found = [
-        teacher.module.apply(variables, part, train=True, mutable=["batch_stats"])[0]
-        for part in parts
-    ]
-    return np.concatenate(found)
+    parts = np.split(first_batch(), np.cumsum(sizes)[:-1])
+    return np.concatenate([in_training_mode(pool().variables[0], part) for part in parts])
 
 
+@pytest.mark.usefixtures("fast_programs")
 @pytest.mark.parametrize(("group", "sizes"), [(None, [5]), (3, [3, 2]), (2, [3, 2]), (9, [5])])
 def test_teachers_in_train_mode_use_the_statistics_of_their_group(group, sizes):
     """Where groups of two would leave an image alone, it joins another group."""
@@ -136,6 +147,7 @@ def test_teachers_in_train_mode_use_the_statistics_of_their_group(group, sizes):
     assert np.abs(found - evaluated).max() > 0.05
 
 
+@pytest.mark.usefixtures("fast_programs")
 def test_a_short_batch_divides_as_the_students_does():
     """Five images in two parts of groups of at most five: three and two, not five."""
     recipe = LabelRecipe(HOW, "mean", BATCH, teacher_mode="train", bn_group=5, parts=2)
@@ -164,6 +176,7 @@ def test_dropout_stays_off_and_running_statistics_stay():
     np.testing.assert_allclose(outside, layers.flatten(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("fast_programs")
 def test_the_committees_votes_reach_the_logits():
     def combined(ensemble: str, *priors: float) -> np.ndarray:
         recipe = LabelRecipe(HOW, ensemble, BATCH, priors=priors or None)
@@ -317,6 +330,7 @@ def test_weights_follow_their_images_and_mixed_ones_share_theirs():
     assert importance(None, mix) is None
 
 
+@pytest.mark.usefixtures("fast_programs")
 def test_labels_that_come_again_show_the_same_views_at_later_rates():
     records = mirror_records(epochs=2)
     recipe = TrainRecipe(VIEWS, HOW, loss="mse_gt", epochs=5)
@@ -344,6 +358,7 @@ def test_labels_that_come_again_show_the_same_views_at_later_rates():
     assert np.abs(moved[1]).max() < 0.5 * np.abs(moved[0]).max()
 
 
+@pytest.mark.usefixtures("fast_programs")
 def test_relabel_and_fit_agree_by_default_and_from_the_same_seed():
     records = prism_jax.relabel(mirror_pool(), images(), epochs=2, batch_size=BATCH, seed=5)
     assert [(r.epoch, r.batch) for r in records] == [(e, b) for e in range(2) for b in range(5)]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import by_hand
+from helpers.compiling import fast_programs
 from helpers.networks import GREY, Mirror, NoNorm, TwoConvs, random_variables
 
 import prism_jax
@@ -21,6 +22,8 @@ from prism_jax.errors import UserError
 from prism_jax.models import layers
 from prism_jax.training import OPTIMISERS, TrainBatch, Trainer, TrainRecipe, hard_batches
 from prism_jax.types import Normalisation
+
+__all__ = ["fast_programs"]  # a fixture
 
 SHAPE, CLASSES = (6, 6, 1), 5
 PLAIN = Augment(crop_min=1.0, flip=False)  # the whole image, as it is
@@ -84,6 +87,7 @@ def by_numpy(optimiser: str, *, decay_bias=False, parts=None):
     return np.array(losses), w
 
 
+@functools.cache
 def by_trainer(optimiser: str, accumulate: int):
     recipe = TrainRecipe(
         "train/view", PLAIN, loss="ce", epochs=EPOCHS, accumulate=accumulate, optimiser=optimiser,
@@ -107,6 +111,7 @@ def difference(these, those) -> float:
     return max(float(np.abs(a - b).max()) for a, b in pairs)
 
 
+@pytest.mark.usefixtures("fast_programs")
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 @pytest.mark.parametrize("accumulate", [1, 2, 5, 9])
 def test_steps_equal_numpy_however_the_batch_is_divided(optimiser, accumulate):
@@ -114,6 +119,7 @@ def test_steps_equal_numpy_however_the_batch_is_divided(optimiser, accumulate):
     assert difference(found, by_numpy(optimiser)) < 2e-5
 
 
+@pytest.mark.usefixtures("fast_programs")
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 def test_wrong_steps_do_not_pass(optimiser):
     found = by_trainer(optimiser, 2)
@@ -176,6 +182,7 @@ def test_only_kernels_decay():
     assert {"cls_token", "pos_embed"} <= {path[-1].key for path, yes in chosen if not yes}
 
 
+@pytest.mark.usefixtures("fast_programs")
 def test_batch_norm_sees_one_part_at_a_time():
     pixels, labels = a_set(6)
     module = TwoConvs(num_classes=CLASSES)
@@ -201,6 +208,7 @@ def test_batch_norm_sees_one_part_at_a_time():
         assert np.abs(trained(parts) - running_mean(3 - parts)).max() > 1e-3
 
 
+@pytest.mark.usefixtures("fast_programs")
 @pytest.mark.parametrize("per", ["batch", "image"])
 def test_hard_labels_are_mixed_as_the_pixels_are(per):
     """One step of a linear network in two parts, against NumPy: each image has its own share."""
@@ -212,7 +220,8 @@ def test_hard_labels_are_mixed_as_the_pixels_are(per):
     head = jax.tree.map(lambda x: np.array(x, np.float64), start.params["head"])
     after, _ = trainer.step(start, TrainBatch(0, 0, pixels, labels))
 
-    images, mix = augment(rng.stream(rng.root(4), "train/view", 0, 0), pixels, how, GREY)
+    key = rng.stream(rng.root(4), "train/view", 0, 0)
+    images, mix = jax.jit(lambda key, pixels: augment(key, pixels, how, GREY))(key, pixels)
     x, weight_B = np.asarray(images, np.float64).reshape(6, -1), np.asarray(mix.weight)
     assert weight_B.shape == ((6,) if per == "image" else ())
     one_hot = np.eye(CLASSES)[labels]
@@ -251,6 +260,7 @@ def one_step(devices: int = 1, pixels_labels=None, **options):
     return jax.device_get(state), float(loss)
 
 
+@pytest.mark.usefixtures("fast_programs")
 def test_groups_in_one_pass_are_groups_one_after_the_other():
     """``bn_group`` decides what BatchNorm sees; ``accumulate`` only how much is held at a time."""
     after, loss = one_step(accumulate=4)
@@ -311,6 +321,7 @@ def by_pytorch(batches, start, *, groups: int, momentum=0.1):
     return found
 
 
+@pytest.mark.usefixtures("fast_programs")
 def test_students_are_trained_as_the_released_loop_trains_them():
     random = np.random.default_rng(0)
     batches = [
@@ -346,6 +357,7 @@ class Dropped(nn.Module):
         return layers.Dense(CLASSES, name="head")(x_BD)
 
 
+@pytest.mark.usefixtures("fast_programs")
 def test_what_is_dropped_does_not_depend_on_how_the_batch_is_divided():
     def head(accumulate: int, devices: int = 1, batch: int = 0):
         recipe = TrainRecipe("train/view", PLAIN, accumulate=accumulate, optimiser="sgd")

@@ -149,11 +149,9 @@ def alignment(
 
 def distances(pairs: list[tuple[Array, Array]]) -> tuple[Array, ...]:
     """The Euclidean distance of each pair of vectors."""
-    return lax.platform_dependent(pairs, cpu=_one_by_one, default=_stacked)
-
-
-def _one_by_one(pairs: list[tuple[Array, Array]]) -> tuple[Array, ...]:
-    return tuple(safe_norm(this - that) for this, that in pairs)
+    return lax.platform_dependent(
+        pairs, cpu=lambda p: tuple(safe_norm(this - that) for this, that in p), default=_stacked
+    )
 
 
 def _stacked(pairs: list[tuple[Array, Array]]) -> tuple[Array, ...]:

@@ -719,10 +719,23 @@ def moments(x_BHWC: Array) -> tuple[Array, Array]:
     is below 1e-6 (1 + mean^2 / var). A shift by the running mean would avoid that, but makes
     XLA:CPU write a shifted copy of every map, a fifth of a network's step (measured).
     """
-    mean_C, square_C = lax.platform_dependent(
+    mean_C, square_C = _means(x_BHWC)
+    return mean_C, jnp.maximum(square_C - jnp.square(mean_C), 0.0)
+
+
+@jax.custom_jvp
+def _means(x_BHWC: Array) -> tuple[Array, Array]:
+    """Means of a map and of its squares, per channel."""
+    return lax.platform_dependent(
         x_BHWC, cpu=MEANS["apart"], tpu=MEANS["apart"], default=MEANS["complex"]
     )
-    return mean_C, jnp.maximum(square_C - jnp.square(mean_C), 0.0)
+
+
+@_means.defjvp
+def _means_jvp(primals, tangents):
+    """The derivative has one form: through a choice of forms a CPU would fuse it otherwise."""
+    _, slopes = jax.jvp(MEANS["apart"], primals, tangents)
+    return _means(*primals), slopes
 
 
 def _means_apart(x_BHWC: Array) -> tuple[Array, Array]:
@@ -736,7 +749,6 @@ def _means_as_complex(x_BHWC: Array) -> tuple[Array, Array]:
     return both_C.real, both_C.imag
 
 
-# Means of a map and of its squares, per channel.
 MEANS = {"apart": _means_apart, "complex": _means_as_complex}
 
 

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.compiling import FAST
 
 from prism_jax import rng
 from prism_jax.core.mixing import apply_mix, sample_mix
@@ -14,13 +17,17 @@ BATCH = 6
 COUNT = 5_000
 
 
+mixed = jax.jit(apply_mix)
+
+
+@functools.cache
 def draw_many(kind, alpha):
-    coordinates = jnp.arange(COUNT, dtype=jnp.int32)
+    coordinates = np.arange(COUNT, dtype=np.int32)
 
     def draw(i):
         return sample_mix(rng.stream(rng.root(0), "test", i), BATCH, SIZE, kind=kind, alpha=alpha)
 
-    return jax.jit(jax.vmap(draw))(coordinates)
+    return jax.device_get(jax.jit(jax.vmap(draw), compiler_options=FAST)(coordinates))
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +37,7 @@ def cutmixes():
 
 def images_like():
     images = np.random.default_rng(0).normal(size=(BATCH, *SIZE, 3))
-    return jnp.asarray(images, jnp.float32)
+    return images.astype(np.float32)
 
 
 def largest_gap(a, b):
@@ -43,6 +50,7 @@ def largest_gap(a, b):
 SAME = 0.045  # two samples of 5,000 of one distribution differ by more once in 10,000 times
 
 
+@functools.cache
 def reference_shares(round_up=False):
     """The share kept by boxes of CutMix's rule, in NumPy."""
     draw = np.random.default_rng(1)
@@ -75,10 +83,10 @@ def test_the_weight_is_the_share_of_pixels_that_stayed(cutmixes):
     assert (cutmixes.blend == 1).all()
     # Counted in an image: partners are seen exactly inside the box.
     mix = jax.tree.map(lambda x: x[3], cutmixes)
-    mix = mix._replace(partner_B=jnp.roll(jnp.arange(BATCH, dtype=jnp.int32), 1))
-    images = jnp.broadcast_to(jnp.arange(BATCH, dtype=jnp.float32)[:, None, None, None],
-                              (BATCH, *SIZE, 1))  # fmt: skip
-    own = np.asarray(apply_mix(images, mix)) == np.asarray(images)
+    mix = mix._replace(partner_B=np.roll(np.arange(BATCH, dtype=np.int32), 1))
+    numbers = np.arange(BATCH, dtype=np.float32)[:, None, None, None]
+    images = np.broadcast_to(numbers, (BATCH, *SIZE, 1))
+    own = np.asarray(mixed(images, mix)) == images
     assert 0 < mix.weight < 1
     np.testing.assert_allclose(own.mean((1, 2, 3)), mix.weight, atol=1e-6)
 
@@ -88,10 +96,9 @@ def test_cutmix_by_slices(cutmixes):
     for i in range(5):
         mix = jax.tree.map(lambda x, i=i: x[i], cutmixes)
         top, left, bottom, right = (int(x) for x in mix.box)
-        expected = np.array(images)
-        partner = np.asarray(images)[np.asarray(mix.partner_B)]
+        expected, partner = np.array(images), images[mix.partner_B]
         expected[:, top:bottom, left:right] = partner[:, top:bottom, left:right]
-        np.testing.assert_array_equal(apply_mix(images, mix), expected)
+        np.testing.assert_array_equal(mixed(images, mix), expected)
 
 
 def test_mixup_weights_follow_the_beta_distribution():
@@ -104,11 +111,10 @@ def test_mixup_weights_follow_the_beta_distribution():
 
 
 def test_mixup_by_hand():
-    partner = jnp.asarray([1, 0], jnp.int32)
-    quarter = jnp.float32(0.25)
-    mix = Mix(partner, jnp.zeros(4, jnp.int32), quarter, quarter)
-    images = jnp.asarray([0.0, 8.0], jnp.float32).reshape(2, 1, 1, 1)
-    np.testing.assert_array_equal(apply_mix(images, mix).ravel(), [6, 2])
+    partner, quarter = np.array([1, 0], np.int32), np.float32(0.25)
+    mix = Mix(partner, np.zeros(4, np.int32), quarter, quarter)
+    images = np.array([0.0, 8.0], np.float32).reshape(2, 1, 1, 1)
+    np.testing.assert_array_equal(np.ravel(mixed(images, mix)), [6, 2])
 
 
 @pytest.mark.parametrize("kind", ["cutmix", "mixup"])
@@ -124,7 +130,7 @@ def test_no_mix_changes_no_bit():
     mix = sample_mix(rng.root(0), BATCH, SIZE, kind="none")
     np.testing.assert_array_equal(mix.partner_B, np.arange(BATCH))
     assert mix.weight == 1 and mix.blend == 1
-    np.testing.assert_array_equal(apply_mix(images_like(), mix), images_like())
+    np.testing.assert_array_equal(mixed(images_like(), mix), images_like())
 
 
 def test_another_kind_is_an_error_that_lists_the_kinds():
@@ -137,7 +143,8 @@ def draw_per_image(kind, count=COUNT, alpha=1.0):
         key = rng.stream(rng.root(0), "test", i)
         return sample_mix(key, BATCH, SIZE, kind=kind, alpha=alpha, per_image=True)
 
-    return jax.jit(jax.vmap(draw))(jnp.arange(count, dtype=jnp.int32))
+    many = jax.jit(jax.vmap(draw), compiler_options=FAST)
+    return jax.device_get(many(np.arange(count, dtype=np.int32)))
 
 
 def test_mixes_per_image_are_independent_and_each_of_the_same_distribution(cutmixes):
@@ -159,10 +166,10 @@ def test_a_mix_per_image_is_applied_image_by_image(kind):
     mixes, images = draw_per_image(kind, count=5), images_like()
     for i in range(5):
         mix = jax.tree.map(lambda x, i=i: x[i], mixes)
-        found = np.asarray(apply_mix(images, mix))
+        found = np.asarray(mixed(images, mix))
         shares = []
         for at in range(BATCH):
-            own, partner = np.array(images[at]), np.asarray(images[mix.partner_B[at]])
+            own, partner = images[at], images[mix.partner_B[at]]
             top, left, bottom, right = (int(x) for x in mix.box[at])
             blend = np.float32(mix.blend[at])
             expected = blend * own + (1 - blend) * partner
@@ -172,7 +179,7 @@ def test_a_mix_per_image_is_applied_image_by_image(kind):
         np.testing.assert_allclose(mix.weight, shares, atol=1e-6)
         if kind != "none":  # twin: everybody gets the first image's box and weight
             first = mix._replace(box=mix.box[0], blend=mix.blend[0], weight=mix.weight[0])
-            assert np.abs(np.asarray(apply_mix(images, first)) - found).max() > 0.1
+            assert np.abs(np.asarray(mixed(images, first)) - found).max() > 0.1
 
 
 @pytest.mark.parametrize("per_image", [False, True])
@@ -182,16 +189,16 @@ def test_every_kind_of_program_draws_the_same_record(kind, per_image):
         key = rng.stream(rng.root(4), "test", i)
         return sample_mix(key, BATCH, SIZE, kind=kind, alpha=0.8, per_image=per_image)
 
-    many = jnp.arange(1000, dtype=jnp.int32)
-    together = jax.jit(jax.vmap(draw))(many)
-    in_turn = jax.jit(lambda many: jax.lax.map(draw, many))(many)
+    many = np.arange(1000, dtype=np.int32)
+    together = jax.device_get(jax.jit(jax.vmap(draw))(many))
+    in_turn = jax.device_get(jax.jit(lambda many: jax.lax.map(draw, many))(many))
     with jax.enable_x64(True):
-        wide = jax.jit(jax.vmap(draw))(many)
+        wide = jax.device_get(jax.jit(jax.vmap(draw))(many))
     for mix in (together, in_turn, wide):
         assert [x.dtype for x in mix] == [jnp.int32, jnp.int32, jnp.float32, jnp.float32]
         each = (BATCH,) if per_image else ()
         assert [x.shape[1:] for x in mix] == [(BATCH,), (*each, 4), each, each]
         jax.tree.map(np.testing.assert_array_equal, mix, together)
-    eager = [draw(many[i]) for i in range(20)]  # op by op: nothing can be fused
+    eager = [draw(jnp.asarray(many[i])) for i in range(20)]  # op by op: nothing can be fused
     eager = jax.tree.map(lambda *x: np.stack(x), *eager)
     jax.tree.map(np.testing.assert_array_equal, eager, jax.tree.map(lambda x: x[:20], together))

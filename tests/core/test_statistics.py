@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.compiling import FAST
 
 from prism_jax.core import statistics
 from prism_jax.core.statistics import alignment, by_layer, safe_norm
@@ -51,7 +51,7 @@ def test_distances_are_the_same_one_by_one_and_stacked():
             weigh = lambda pairs: sum(i * d for i, d in enumerate(distances(pairs), 1))  # noqa: E731
             return [*distances(pairs), *jax.tree.leaves(jax.grad(weigh)(pairs))]
 
-        stacked, one_by_one = both(statistics._stacked), both(statistics._one_by_one)
+        stacked, one_by_one = both(statistics._stacked), both(statistics.distances)
         by_numpy = [np.linalg.norm(a - b) for a, b in pairs]
         np.testing.assert_allclose(stacked[: len(pairs)], by_numpy, rtol=1e-12)
         for this, that in zip(stacked, one_by_one, strict=True):
@@ -148,6 +148,10 @@ def by_package(x, target, *, memory=None, keep=None, moments=statistics.channel_
     return alignment(batch, target, keep=keep, **OPTIONS), memory
 
 
+package_says = jax.jit(by_package, compiler_options=FAST)
+value_and_gradient = jax.jit(jax.value_and_grad(by_package, has_aux=True), compiler_options=FAST)
+
+
 def enlarge(y, size):
     """Bilinear, pixel by pixel: position (i + 1/2) * source / size - 1/2, clamped to the map."""
     for axis, out in ((1, size[0]), (2, size[1])):
@@ -214,7 +218,7 @@ def test_all_statistics_against_numpy_and_finite_differences():
         return numpy_distance(numpy_statistics(x), target)
 
     with jax.enable_x64(True):
-        (value, _), gradient = jax.value_and_grad(by_package, has_aux=True)(jnp.asarray(x), target)
+        (value, _), gradient = value_and_gradient(x, target)
         assert value.dtype == jnp.float64
     way = np.random.default_rng(1).normal(size=x.shape)
     np.testing.assert_allclose(value, by_numpy(x), rtol=1e-13)
@@ -242,7 +246,7 @@ def test_all_statistics_against_torch_in_float64():
             total = total + (10 if path == ("a",) else 1) * (2 if "var" in name else 1) * term
     total.backward()
     with jax.enable_x64(True):
-        (value, _), gradient = jax.value_and_grad(by_package, has_aux=True)(jnp.asarray(x), target)
+        (value, _), gradient = value_and_gradient(x, target)
     np.testing.assert_allclose(value, total.item(), rtol=1e-13)
     np.testing.assert_allclose(gradient, x_torch.grad.numpy(), rtol=1e-10, atol=1e-13)
 
@@ -289,10 +293,7 @@ def test_the_average_is_matched_in_value_and_the_batch_in_gradient(from_zero):
         wide = jax.tree.map(jnp.asarray, target)
         memory = statistics.Memory.blank(wide, from_zero=from_zero)
         for n in range(1, 5):
-            step = functools.partial(by_package, target=target, memory=memory)
-            (value, memory), gradient = jax.value_and_grad(step, has_aux=True)(
-                jnp.asarray(batches[n - 1])
-            )
+            (value, memory), gradient = value_and_gradient(batches[n - 1], target, memory=memory)
             history = [numpy_statistics(b) for b in batches[:n]]
             average = numpy_average(history, from_zero=from_zero)
             np.testing.assert_allclose(value, numpy_distance(average, target), rtol=1e-12)
@@ -318,23 +319,18 @@ def test_a_dropped_layer_counts_nothing_and_is_not_remembered():
         target = jax.tree.map(jnp.asarray, target)
         blank = statistics.Memory.blank(target, from_zero=False)
         keep = {path: jnp.asarray(path == ("conv1",)) for path in CONVS}
-        _, memory = by_package(jnp.asarray(x), target, memory=blank, keep=keep)
+        without_it, memory = package_says(x, target, memory=blank, keep=keep)
         assert not memory.seen["conv2",] and memory.seen["conv1",] and memory.seen["a",]
         # Seen for the first time later, it starts honestly.
-        y = jnp.asarray(x + 1)
-        _, later = by_package(y, target, memory=memory)
-        now = numpy_statistics(np.asarray(y))["conv2",]
+        _, later = package_says(x + 1, target, memory=memory)
+        now = numpy_statistics(x + 1)["conv2",]
         for name, value in now.items():
             np.testing.assert_allclose(later.average["conv2",][name], value, rtol=1e-12)
 
-        def loss(x):
-            return by_package(x, target, memory=blank, keep=keep)[0]
-
         without = {path: inside for path, inside in MAPS.items() if path != ("conv2",)}
-        value = float(loss(jnp.asarray(x)))
         stats = numpy_statistics(x)
         expected = numpy_distance({p: stats[p] for p in without}, target)
-        np.testing.assert_allclose(value, expected, rtol=1e-12)
+        np.testing.assert_allclose(without_it, expected, rtol=1e-12)
 
 
 def test_layers_are_dropped_with_their_probability_each_by_itself():

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.compiling import FAST
 
 from prism_jax import rng
 from prism_jax.core import views
@@ -18,15 +20,22 @@ COUNT = 20_000
 # --- sampling -------------------------------------------------------------------------------
 
 
+@functools.cache
 def keys(count: int):
-    coordinates = jnp.arange(count, dtype=jnp.int32)
-    return jax.vmap(lambda i: rng.stream(rng.root(0), "test", i))(coordinates)
+    coordinates = np.arange(count, dtype=np.int32)
+    return jax.jit(jax.vmap(lambda i: rng.stream(rng.root(0), "test", i)))(coordinates)
 
 
 def sample(key, crop_scale=(0.08, 1.0), image_size=SIZE, **options):
     return sample_view(
         key, image_size, crop_scale=crop_scale, **{"flip": True, "roll": 5, **options}
     )
+
+
+def sampled(seed, *arguments, **options):
+    """One draw, compiled."""
+    draw = jax.jit(lambda key: sample(key, *arguments, **options), compiler_options=FAST)
+    return jax.device_get(draw(rng.root(seed)))
 
 
 def reference_boxes(image_size, scale, count, *, log_uniform=True, of_side=False, shift=0):
@@ -142,12 +151,12 @@ def test_boxes_are_whole_pixels_inside_the_image(boxes):
 )
 def test_the_fallback_is_centred_with_an_allowed_ratio(image_size, box):
     # The whole area in another ratio than the image's never fits; 1/2 area steps do not either.
-    view = sample(rng.root(3), (4.0, 4.0), image_size)
+    view = sampled(3, (4.0, 4.0), image_size)
     np.testing.assert_array_equal(view.crop, box)
 
 
 def test_flips_are_fair_and_rolls_uniform_and_inclusive():
-    views = jax.jit(jax.vmap(sample))(keys(COUNT))
+    views = jax.device_get(jax.jit(jax.vmap(sample))(keys(COUNT)))
     assert abs(views.flip.mean() - 0.5) < 0.02
     for axis in range(2):
         share = np.bincount(views.roll[:, axis], minlength=6) / COUNT
@@ -160,7 +169,7 @@ def test_flips_are_fair_and_rolls_uniform_and_inclusive():
 
 
 def test_without_flip_and_roll_the_crops_are_the_same_and_the_fields_are_there():
-    full, bare = sample(rng.root(0)), sample(rng.root(0), flip=False, roll=0)
+    full, bare = sampled(0), sampled(0, flip=False, roll=0)
     np.testing.assert_array_equal(full.crop, bare.crop)
     assert not bare.flip and bare.flip.dtype == jnp.bool and bare.flip.shape == ()
     np.testing.assert_array_equal(bare.roll, [0, 0])
@@ -168,7 +177,7 @@ def test_without_flip_and_roll_the_crops_are_the_same_and_the_fields_are_there()
 
 
 def test_a_batch_has_a_view_per_image():
-    views = sample(rng.root(0), batch=64)
+    views = sampled(0, batch=64)
     assert [x.shape for x in views] == [(64, 4), (64,), (64, 2)]
     assert len(np.unique(views.crop, axis=0)) > 32
     assert 0 < views.flip.sum() < 64
@@ -211,9 +220,10 @@ def test_traced_bounds_bound_the_area():
 
 
 def view_of(crop, flip, roll):
-    return View(
-        jnp.asarray(crop, jnp.float32), jnp.asarray(flip, jnp.bool), jnp.asarray(roll, jnp.int32)
-    )
+    return View(np.asarray(crop, np.float32), np.asarray(flip, bool), np.asarray(roll, np.int32))
+
+
+viewed = jax.jit(apply_view)
 
 
 VIEWS = {
@@ -256,11 +266,11 @@ def by_loops(image_HWC, crop, flip, roll):
 def test_against_loops(name):
     images = images_like()
     expected = np.stack([by_loops(image, *VIEWS[name]) for image in images])
-    single = apply_view(jnp.asarray(images, jnp.float32), view_of(*VIEWS[name]))
+    single = viewed(images.astype(np.float32), view_of(*VIEWS[name]))
     assert single.dtype == jnp.float32
     np.testing.assert_allclose(single, expected, atol=2e-5)
     with jax.enable_x64(True):
-        double = apply_view(jnp.asarray(images), view_of(*VIEWS[name]))
+        double = viewed(images, view_of(*VIEWS[name]))
         assert double.dtype == jnp.float64
         np.testing.assert_allclose(double, expected, atol=1e-12)
 
@@ -269,14 +279,14 @@ def test_a_view_per_image_against_loops():
     crops, flips, rolls = (list(x) for x in zip(*VIEWS.values(), strict=True))
     images = images_like(len(VIEWS))
     expected = np.stack([by_loops(x, *v) for x, v in zip(images, VIEWS.values(), strict=True)])
-    viewed = apply_view(jnp.asarray(images, jnp.float32), view_of(crops, flips, rolls))
-    np.testing.assert_allclose(viewed, expected, atol=2e-5)
+    found = viewed(images.astype(np.float32), view_of(crops, flips, rolls))
+    np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 def test_twins_are_far_from_it():
     crop, flip, roll = VIEWS["all"]
     images = images_like()
-    ours = np.asarray(apply_view(jnp.asarray(images, jnp.float32), view_of(crop, flip, roll)))
+    ours = np.asarray(viewed(images.astype(np.float32), view_of(crop, flip, roll)))
     top, left, h, w = crop
     scale = np.array([SIZE[0] / h, SIZE[1] / w], np.float32)
 
@@ -317,10 +327,15 @@ def test_value_and_gradient_against_torch(name):
 
 def test_the_gradient_is_the_adjoint_and_has_no_scatter():
     view = view_of(*VIEWS["all"])
-    images, cotangent = (jnp.asarray(images_like(seed=s), jnp.float32) for s in (0, 1))
-    viewed, pull_back = jax.vjp(lambda x: apply_view(x, view), images)
-    (gradient,) = pull_back(cotangent)
-    np.testing.assert_allclose((viewed * cotangent).sum(), (images * gradient).sum(), rtol=1e-4)
+    images, cotangent = (images_like(seed=s).astype(np.float32) for s in (0, 1))
+
+    @jax.jit
+    def both(images, cotangent):
+        seen, pull_back = jax.vjp(lambda x: apply_view(x, view), images)
+        return seen, *pull_back(cotangent)
+
+    seen, gradient = map(np.asarray, both(images, cotangent))
+    np.testing.assert_allclose((seen * cotangent).sum(), (images * gradient).sum(), rtol=1e-4)
 
     def program(f):
         return str(jax.make_jaxpr(lambda x: jax.vjp(f, x)[1](cotangent))(images))
@@ -332,26 +347,28 @@ def test_the_gradient_is_the_adjoint_and_has_no_scatter():
 
 @pytest.mark.parametrize("size", [(8, 8), (28, 28), (32, 24), (64, 64), (224, 3)])
 def test_the_identity_view_changes_no_bit(size):
-    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, *size, 3)), jnp.float32)
-    np.testing.assert_array_equal(apply_view(images, identity_view(size)), images)
-    np.testing.assert_array_equal(jax.jit(apply_view)(images, identity_view(size, 2)), images)
+    images = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
+    for batch in (None, 2):
+        same = jax.jit(lambda x, batch=batch: apply_view(x, identity_view(size, batch)))
+        np.testing.assert_array_equal(same(images), images)
 
 
 def test_weights_sum_to_one_so_a_flat_image_stays_flat():
     views = jax.jit(jax.vmap(sample))(keys(64))
-    flat = jnp.ones((64, *SIZE, 1), jnp.float32)
-    np.testing.assert_allclose(apply_view(flat, views), 1, atol=1e-6)
+    flat = np.ones((64, *SIZE, 1), np.float32)
+    np.testing.assert_allclose(viewed(flat, views), 1, atol=1e-6)
 
 
 def test_a_stored_view_replays_bit_for_bit(tmp_path):
-    view = sample(rng.root(5), batch=4)
+    view = sampled(5, batch=4)
     np.savez(tmp_path / "view.npz", **view._asdict())
     stored = np.load(tmp_path / "view.npz")
-    replayed = View(**{name: jnp.asarray(stored[name]) for name in View._fields})
-    images = jnp.asarray(images_like(4), jnp.float32)
-    np.testing.assert_array_equal(apply_view(images, replayed), apply_view(images, view))
-    other = apply_view(images, sample(rng.root(6), batch=4))
-    assert np.abs(other - apply_view(images, view)).max() > 0.1
+    replayed = View(**{name: stored[name] for name in View._fields})
+    images = images_like(4).astype(np.float32)
+    once = np.asarray(viewed(images, view))
+    np.testing.assert_array_equal(viewed(images, replayed), once)
+    other = viewed(images, sampled(6, batch=4))
+    assert np.abs(other - once).max() > 0.1
 
 
 # --- padded crops and resizing ----------------------------------------------------------------
@@ -376,7 +393,7 @@ def test_a_padded_crop_is_pad_and_cut():
         one = View(*(field[i] for field in view))
         top, left = tops[i] + 4, lefts[i] + 4
         cut = padded[:, top : top + height, left : left + width]
-        np.testing.assert_array_equal(apply_view(images, one), cut)
+        np.testing.assert_array_equal(viewed(images, one), cut)
         if top != 4:  # twin: an edge that is repeated instead of zero
             repeated = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="edge")
             twin = repeated[:, top : top + height, left : left + width]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.compiling import FAST
 from models import parity
 
 from prism_jax.core import losses, statistics
@@ -43,9 +44,7 @@ def drop_alike():
 
 def run(case, function, *args):
     """Run a function once: compile fast, not well, where there is little to compute."""
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    if case.depth == case.width == 1:
-        options = None
+    options = None if case.depth == case.width == 1 else FAST
     return jax.jit(function, compiler_options=options)(*args)
 
 

@@ -9,12 +9,15 @@ import jax
 import numpy as np
 import pytest
 from helpers import by_hand
+from helpers.compiling import fast_programs
 from helpers.networks import COLOUR, small_pool
 from helpers.running import advance, begin, images_of, make_unit
 
 from prism_jax import rng, synthesis
 from prism_jax.core.views import resize
 from prism_jax.synthesis import course
+
+__all__ = ["fast_programs"]  # a fixture
 
 SHAPE, SEED = (8, 8, 3), 5
 UNITS = [make_unit(slot, 0, 30) for slot in range(2)]
@@ -90,6 +93,7 @@ def test_a_perturbation_that_is_not_undone_is_that_of_one_batch_after_the_other(
     assert (found.block, found.probes_BHWC) == (1, None)
 
 
+@pytest.mark.usefixtures("fast_programs")
 def test_perturbed_weights_read_the_images_and_probes_count_once():
     pool, (unit, start) = small_pool(1), a_batch(0)
 
@@ -139,10 +143,14 @@ def clip(images):
     return np.clip(images, -mean / std, (1 - mean) / std)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def view_of(recipe, unit, step, size):
+    return synthesis.view_of(recipe, rng.root(SEED), unit, step, size)
+
+
 def gradient_by_hand(pool, recipe, unit, images, labels, step, teacher):
     with jax.enable_x64(True):
-        key = rng.root(SEED)
-        view = synthesis.view_of(recipe, key, unit, np.int32(step), images.shape[1:3])
+        view = view_of(recipe, unit, np.int32(step), images.shape[1:3])
     return by_hand.objective(
         [pool.variables[teacher]], images, labels, jax.device_get(view),
         primary=0, drawn=(0,), alpha=recipe.alpha_bn,
@@ -191,6 +199,7 @@ def delt_by_hand(start, labels, *, own_optimiser=False, all_at_once=False):
     return ends[2::3]
 
 
+@pytest.mark.usefixtures("fast_programs")
 def test_early_late_by_hand():
     labels = np.tile(np.array([3, 1], np.int32), 3)  # slot by slot
     start = clip(np.random.default_rng(0).standard_normal((6, *SHAPE)) * 0.8)
@@ -233,6 +242,7 @@ def fadrm_by_hand(start, labels, *, inject=0.25, at_the_end=False):
     return ends
 
 
+@pytest.mark.usefixtures("fast_programs")
 def test_residual_injection_by_hand():
     labels = np.array([3, 1, 0], np.int32)
     start = clip(np.random.default_rng(0).standard_normal((3, *SHAPE)) * 0.8)
@@ -244,6 +254,7 @@ def test_residual_injection_by_hand():
         assert np.abs(fadrm_by_hand(start, labels, **twin)[-1] - ends[-1]).max() > 1e-3
 
 
+@pytest.mark.usefixtures("fast_programs")
 def test_phases_that_keep_one_size_still_begin_with_a_new_optimiser():
     recipe = dataclasses.replace(FADRM, phase_sizes=(8, 8), inject=0.0)
     start = clip(np.random.default_rng(0).standard_normal((3, *SHAPE)))
@@ -253,6 +264,7 @@ def test_phases_that_keep_one_size_still_begin_with_a_new_optimiser():
     assert np.abs(ours - run_course(double_pool(2), one_phase, unit, start)[-1]).max() > 1e-3
 
 
+@pytest.mark.usefixtures("fast_programs")
 def test_any_division_into_dispatches_is_the_same_course():
     labels = np.array([3, 1, 0], np.int32)
     start = clip(np.random.default_rng(0).standard_normal((3, *SHAPE)))

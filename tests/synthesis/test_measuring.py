@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from helpers.compiling import fast_programs
 from helpers.networks import COLOUR, TwoConvs, random_variables
 
 from prism_jax import rng
@@ -13,6 +14,8 @@ from prism_jax.data.pipeline import batches
 from prism_jax.data.sources import ArraySource
 from prism_jax.synthesis import measuring
 from prism_jax.teachers import describe
+
+__all__ = ["fast_programs"]  # a fixture
 
 SHAPE, SIZE, PATCH, SEED = (8, 8, 3), 6, 4, 5
 RANDOM = np.random.default_rng(0)
@@ -33,9 +36,14 @@ def read(**fields):
     return list(batches(SOURCE, **fields))
 
 
+@jax.jit
+def apply(images_BHWC):
+    return MODULE.apply(VARIABLES, images_BHWC, mutable=["conv_inputs", "bn_statistics"])
+
+
 def layers_of(images_BHWC):
     """The inputs of all layers, as the network itself computes them."""
-    _, sown = MODULE.apply(VARIABLES, images_BHWC, mutable=["conv_inputs", "bn_statistics"])
+    _, sown = apply(images_BHWC)
     inputs = {name: np.asarray(x["x"], np.float64) for name, x in sown["conv_inputs"].items()}
     kernels = VARIABLES["params"]
     for i, stride in ((1, 1), (2, 2)):
@@ -62,13 +70,18 @@ def numpy_statistics(x, patches):
     return found
 
 
-def seen(batch, group, size):
-    """A batch as it is shown: normalised, one view per image, drawn for so many."""
-    key = rng.stream(rng.root(SEED), measuring.VIEWS, group, batch.number)
+@jax.jit
+def shown(images_BHWC, group, number):
+    """A batch as it is shown: normalised, one view per image."""
+    key, size = rng.stream(rng.root(SEED), measuring.VIEWS, group, number), len(images_BHWC)
     view = views.sample_view(key, SHAPE[:2], crop_scale=(0.5, 1.0), flip=True, roll=0, batch=size)
+    return views.apply_view(pixels.normalise(images_BHWC, COLOUR), view)
+
+
+def seen(batch, group, size):
+    """The same of a batch whose views are drawn for so many images."""
     images = np.resize(batch.images_BHWC, (size, *SHAPE))
-    shown = views.apply_view(pixels.normalise(images, COLOUR), view)
-    return shown[: len(batch.images_BHWC)]
+    return np.asarray(shown(images, group, batch.number))[: len(batch.images_BHWC)]
 
 
 def expected(found_batches, group, per_image):
@@ -84,6 +97,7 @@ def expected(found_batches, group, per_image):
     return total
 
 
+@pytest.mark.usefixtures("fast_programs")
 @pytest.mark.parametrize("per_image", [False, True])
 def test_means_over_the_set_against_numpy(per_image):
     found_batches = read()

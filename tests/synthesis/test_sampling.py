@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.compiling import FAST
 from helpers.networks import GREY, NoNorm, random_variables, small_pool
 from helpers.running import make_unit
 
@@ -19,11 +21,13 @@ from prism_jax.teachers import TeacherPool
 DRAWS = 4000
 
 
-def draws(sampler, size: int, primary: int, count: int = DRAWS):
+def draws(sampler, size: int, primary: int, count: int = DRAWS, well: bool = False):
     """(count, T) weights."""
     keys = jax.random.split(rng.root(11), count)
     roles, place = sampling.Roles(size, primary), sampling.Place(np.int32(3), np.int32(8))
-    return np.asarray(jax.jit(jax.vmap(lambda k: sampler(k, place, roles)))(keys))
+    options = None if well else FAST
+    draw = jax.jit(jax.vmap(lambda k: sampler(k, place, roles)), compiler_options=options)
+    return np.asarray(draw(keys))
 
 
 def expected_subsets(size: int, primary: int) -> dict[frozenset[int], float]:
@@ -104,9 +108,17 @@ def test_the_check_itself_accepts_one_half_and_rejects_wrong_samplers():
         assert not follows(law, draws(twin, 5, 0))
 
 
+@functools.cache
+def weighing(name, roles):
+    def weights(key, *place):
+        return sampling.SAMPLERS[name](rng.root(key), sampling.Place(*place), roles)
+
+    return jax.jit(weights, compiler_options=FAST)
+
+
 def weigh(name, *, slot=0, iteration=0, key=0, **roles) -> np.ndarray:
-    place = sampling.Place(np.int32(slot), np.int32(iteration))
-    return np.asarray(sampling.SAMPLERS[name](rng.root(key), place, sampling.Roles(**roles)))
+    weights = weighing(name, sampling.Roles(**roles))
+    return np.asarray(weights(np.uint32(key), np.int32(slot), np.int32(iteration)))
 
 
 def test_fixed_is_the_primary_alone_and_uniform_is_everybody():
@@ -164,9 +176,9 @@ def test_other_committees():
 
 @pytest.mark.parametrize("sampler", sampling.SAMPLERS.values(), ids=sampling.SAMPLERS)
 def test_x64_mode_changes_no_draw(sampler):
-    plain = draws(sampler, 6, 2, count=200)
+    plain = draws(sampler, 6, 2, count=200, well=True)
     with jax.enable_x64(True):
-        wide = draws(sampler, 6, 2, count=200)
+        wide = draws(sampler, 6, 2, count=200, well=True)
     assert plain.dtype == wide.dtype == np.float32
     np.testing.assert_array_equal(plain, wide)
 
@@ -176,6 +188,7 @@ def test_x64_mode_changes_no_draw(sampler):
 SLOTS, BLOCKS, STEPS = 24, 6, 6
 
 
+@functools.cache
 def table(granularity: str) -> np.ndarray:
     """Statistic weights by (slot, block, step, teacher)."""
     recipe = synthesis.Recipe(granularity=granularity)
@@ -188,7 +201,7 @@ def table(granularity: str) -> np.ndarray:
     grid = np.meshgrid(
         *(np.arange(n, dtype=np.int32) for n in (SLOTS, BLOCKS, STEPS)), indexing="ij"
     )
-    flat = jax.jit(jax.vmap(draw))(*(axis.ravel() for axis in grid))
+    flat = jax.jit(jax.vmap(draw), compiler_options=FAST)(*(axis.ravel() for axis in grid))
     return np.asarray(flat.statistic_weights_T).reshape(SLOTS, BLOCKS, STEPS, 4)
 
 
@@ -248,13 +261,15 @@ def test_a_teacher_without_batch_norm_counts_in_the_mean_only_if_asked(with_alex
     teachers = with_alexnet.teachers
     assert [t.has_batch_norm for t in teachers] == [True, True, False]
     seen = set()
+    subset = jax.jit(lambda slot: sampling.subset(
+        rng.stream(rng.root(0), "recover/draw/per_slot", slot), None, sampling.Roles(3)
+    ))  # fmt: skip
     engine_draw = jax.jit(
         lambda unit: synthesis.draw_teachers(recipe, teachers, rng.root(0), unit, np.int32(0))
     )
     for slot in range(20):
         unit = make_unit(slot, 0, 10)
-        key = rng.stream(rng.root(0), "recover/draw/per_slot", slot)
-        drawn = np.flatnonzero(sampling.subset(key, None, sampling.Roles(3)))
+        drawn = np.flatnonzero(subset(np.int32(slot)))
         draw = engine_draw(unit)
         real = [t for t in drawn if t != 2]
         expected = np.zeros(3)

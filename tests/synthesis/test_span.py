@@ -13,13 +13,14 @@ import jax
 import numpy as np
 import pytest
 from helpers.command import TINY, call, finished, reference, results
+from helpers.compiling import fast_programs
 from helpers.networks import small_pool
 from helpers.running import begin, make_unit
 from test_parallel import COLLECTIVES
 
 from prism_jax import parallel, synthesis
 
-__all__ = ["finished", "reference"]  # fixtures
+__all__ = ["fast_programs", "finished", "reference"]  # fixtures
 
 SIZE, BATCH = 16, 8
 RECIPE = synthesis.Recipe(granularity="per_iteration", roll=2)
@@ -29,7 +30,7 @@ GRADIENT, TERMS = 2e-6, 1e-6
 
 @functools.cache
 def pool():
-    return small_pool(3, image_shape=(SIZE, SIZE, 1))
+    return small_pool(2, image_shape=(SIZE, SIZE, 1))
 
 
 def run(span: int, *, counts=(1,), lanes: int = 2, states=None):
@@ -59,6 +60,7 @@ def gradient_of(state) -> np.ndarray:
     return state.opt_state.mu / (1 - RECIPE.betas[0])
 
 
+@pytest.mark.usefixtures("fast_programs")
 @pytest.mark.parametrize("span", [2, 4])
 def test_gradient_and_terms_are_those_of_one_device_with_the_whole_batch(span):
     (alone, said, _), (states, reports, _) = run(1), run(span)
@@ -73,6 +75,7 @@ def test_gradient_and_terms_are_those_of_one_device_with_the_whole_batch(span):
     assert states[0].images_BHWC.shape == (BATCH, SIZE, SIZE, 1)
 
 
+@pytest.mark.usefixtures("fast_programs")
 def test_statistics_of_each_device_s_own_images_do_not_pass():
     """The twin: two halves, each aligned by itself."""
     whole = gradient_of(run(1)[0][0])
@@ -88,6 +91,7 @@ def test_statistics_of_each_device_s_own_images_do_not_pass():
     assert apart(whole, np.concatenate(halves) / 2) > 1000 * GRADIENT
 
 
+@pytest.mark.usefixtures("fast_programs")
 def test_each_device_holds_its_part_and_the_same_program_goes_on():
     (whole, _, engine) = run(2, counts=(5, 7))
     assert engine.traces == 1
@@ -104,6 +108,7 @@ def test_each_device_holds_its_part_and_the_same_program_goes_on():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.usefixtures("fast_programs")
 def test_what_spans_the_devices_is_a_collective_and_one_device_has_none():
     texts = {}
     for span in (1, 2):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import by_hand
+from helpers.compiling import fast_programs
 from helpers.networks import COLOUR, GREY, NoNorm, TwoConvs, random_variables, small_pool
 from helpers.running import advance, begin, images_of, make_unit
 
@@ -22,6 +23,8 @@ from prism_jax.models import layers
 from prism_jax.synthesis import sampling
 from prism_jax.teachers import TeacherPool
 from prism_jax.types import Draw
+
+__all__ = ["fast_programs"]  # a fixture
 
 SHAPE, BATCH, POOL = (8, 8, 3), 3, 3
 LABELS = np.array([4, 0, 2], np.int32)
@@ -62,11 +65,16 @@ def engine_says(step, pool, recipe, slot):
     return images, terms, gradient
 
 
-def numpy_says(pool, recipe, slot, images, drawn):
-    key = rng.stream(rng.root(SEED), "recover/view", np.int32(slot), np.int32(0), np.int32(STEP))
-    view = views.sample_view(
+@functools.partial(jax.jit, static_argnums=0)
+def view_of(recipe, slot, step):
+    key = rng.stream(rng.root(SEED), "recover/view", slot, np.int32(0), step)
+    return views.sample_view(
         key, SHAPE[:2], crop_scale=(recipe.crop_min, 1.0), flip=recipe.flip, roll=recipe.roll
     )
+
+
+def numpy_says(pool, recipe, slot, images, drawn):
+    view = view_of(recipe, np.int32(slot), np.int32(STEP))
     return by_hand.objective(
         pool.variables, images, LABELS, jax.device_get(view),
         primary=recipe.primary, drawn=drawn, alpha=recipe.alpha_bn,
@@ -124,6 +132,7 @@ def test_the_analytic_gradient_by_hand_is_its_own_central_difference():
         np.testing.assert_allclose(slope / 2, (gradient * way).sum(), rtol=1e-6)
 
 
+@pytest.mark.usefixtures("fast_programs")
 @pytest.mark.parametrize("primary", range(POOL))
 def test_loss_terms_and_pixel_gradient_equal_numpy_for_every_subset(primary):
     worst = disagreement(colour_pool(), dataclasses.replace(RECIPE, primary=primary))
@@ -151,6 +160,7 @@ def unbiased(moments):
 TWINS = ["unbiased", "squared", "another first layer", "no primary", "pool mean", "all logits"]
 
 
+@pytest.mark.usefixtures("fast_programs")
 @pytest.mark.parametrize("twin", TWINS)
 def test_a_wrong_objective_does_not_pass(twin, monkeypatch):
     pool, recipe = colour_pool().select(["a", "b"]), RECIPE
@@ -178,7 +188,7 @@ def test_a_wrong_objective_does_not_pass(twin, monkeypatch):
 
 def poisoned(pool, t, factor):
     """The pool with one teacher's weights multiplied (NaN: made NaN)."""
-    bad = jax.tree.map(lambda x: (x * factor).astype(x.dtype), pool.variables[t])
+    bad = jax.tree.map(lambda x: np.asarray(x * factor, x.dtype), pool.variables[t])
     return dataclasses.replace(
         pool, variables=tuple(bad if i == t else v for i, v in enumerate(pool.variables))
     )
@@ -190,20 +200,20 @@ def test_an_undrawn_teacher_contributes_exactly_nothing():
         functools.partial(synthesis.synthesis_step, recipe, pool.teachers, pool.normalisation)
     )
     subsets = slots_of_every_subset(recipe, pool.teachers)
-    for (drawn, slot), t in itertools.product(subsets.items(), range(POOL)):
+    bad = {(t, factor): poisoned(pool, t, factor) for t in range(POOL) for factor in (np.nan, 1.5)}
+    # At both ends every teacher is read, for the log; in between it is not even run.
+    for (drawn, slot), at in itertools.product(subsets.items(), (0, STEP, BUDGET - 1)):
         unit = make_unit(slot, 0, BUDGET)
         [state] = begin(pool, recipe, [unit])
+        state = state._replace(step=np.int32(at))
 
-        def run(pool, at, state=state, unit=unit):
-            after, terms = step(
-                pool.variables, np.uint32(SEED), unit, state._replace(step=np.int32(at))
-            )
-            return np.asarray(after.images_BHWC), jax.device_get(terms)
+        def run(pool, state=state, unit=unit):
+            return jax.device_get(step(pool.variables, np.uint32(SEED), unit, state))
 
-        # At both ends every teacher is read, for the log; in between it is not even run.
-        for at, factor in itertools.product((0, STEP, BUDGET - 1), (np.nan, 1.5)):
-            (clean, _), (images, terms) = run(pool, at), run(poisoned(pool, t, factor), at)
-            assert np.array_equal(images, clean) == (t not in drawn)
+        clean = run(pool)[0].images_BHWC
+        for (t, factor), other in bad.items():
+            after, terms = run(other)
+            assert np.array_equal(after.images_BHWC, clean) == (t not in drawn)
             if t not in drawn:
                 assert np.isnan(terms.bn_T[t]) == (at == STEP or np.isnan(factor))
             assert np.isfinite(terms.loss) == (t not in drawn or factor == 1.5)
@@ -212,6 +222,7 @@ def test_an_undrawn_teacher_contributes_exactly_nothing():
 # --- one executable -----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("fast_programs")
 def test_subsets_units_and_iteration_counts_are_one_compilation(compilations):
     pool = small_pool(POOL)
     recipe = synthesis.Recipe(granularity="per_iteration", roll=2)
@@ -246,6 +257,7 @@ def test_subsets_units_and_iteration_counts_are_one_compilation(compilations):
     assert len(compilations) == 2
 
 
+@pytest.mark.usefixtures("fast_programs")
 def test_every_chunk_reports_its_first_and_last_iteration():
     pool, recipe = small_pool(2), synthesis.Recipe(granularity="per_iteration", roll=2)
     run, unit = synthesis.engine(pool, recipe), make_unit(0, 0, 6)
@@ -284,6 +296,7 @@ def test_prism_with_a_pool_of_one_is_sre2l_bit_for_bit():
     assert not np.array_equal(images(small_pool(2), "prism"), sre2l)
 
 
+@pytest.mark.usefixtures("fast_programs")
 def test_adam_step_schedule_and_clip_by_hand():
     """Two iterations of images against Adam, the cosine and the clamp written out."""
     with jax.enable_x64(True):
@@ -299,10 +312,7 @@ def test_adam_step_schedule_and_clip_by_hand():
         mean, std = np.array(COLOUR.mean), np.array(COLOUR.std)
         clipped = False
         for t in (1, 2):
-            key = rng.stream(rng.root(SEED), "recover/view", 0, 0, t - 1)
-            view = views.sample_view(
-                key, SHAPE[:2], crop_scale=(recipe.crop_min, 1.0), flip=True, roll=3
-            )
+            view = view_of(recipe, np.int32(0), np.int32(t - 1))
             _, _, g = by_hand.objective(
                 pool.variables, images, LABELS, jax.device_get(view),
                 primary=0, drawn=(0,), alpha=recipe.alpha_bn,
@@ -340,6 +350,7 @@ def failure(pool, recipe, unit):
     return synthesis.explain_failure(run.fetch(report).failed, pool.names)
 
 
+@pytest.mark.usefixtures("fast_programs")
 def test_a_loss_that_is_not_finite_names_step_term_and_teacher():
     recipe = synthesis.Recipe(granularity="per_iteration", roll=2)
     pool, unit = small_pool(2), make_unit(0, 0, 12)
@@ -380,6 +391,7 @@ def pixels_and_labels():
     return pixels, np.array([0, 1, 2])
 
 
+@pytest.mark.usefixtures("fast_programs")
 def test_synthesise_moves_pixels_reports_chunks_and_repeats(pixels_and_labels):
     pool, reports = small_pool(2), []
     run = functools.partial(
@@ -400,12 +412,14 @@ def test_synthesise_without_iterations_returns_the_start(pixels_and_labels):
     np.testing.assert_array_equal(images, pixels_and_labels[0])
 
 
+@pytest.mark.usefixtures("fast_programs")
 def test_synthesise_stops_at_a_nan_and_names_it(pixels_and_labels):
     pool = break_leaf(small_pool(1), "a", ("params", "head", "bias"))
     with pytest.raises(UserError, match="cross entropy of teacher a is nan at step 0"):
         prism_jax.synthesise(pool, *pixels_and_labels, iterations=2)
 
 
+@pytest.mark.usefixtures("fast_programs")
 def test_a_pool_without_statistics_is_refused_unless_alignment_is_off(pixels_and_labels):
     module = NoNorm()
     members = {"plain": (module, random_variables(module, (8, 8, 1), 0))}

@@ -1,0 +1,59 @@
+"""Programs compiled fast, not well: a third of the time, where what is checked has a tolerance.
+
+A comparison with NumPy or PyTorch says as much of a program that is compiled in either way. Where
+two programs must have the same bits, they are compiled as users get them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import jax
+import pytest
+
+from prism_jax import training
+from prism_jax.synthesis import course
+
+FAST = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+# What the package keeps of compiled functions: none of here elsewhere, nor of elsewhere here.
+KEPT = (training._jitted_step, training._jitted_forward, course._ascent)
+
+
+@contextlib.contextmanager
+def compiled_fast():
+    """Let ``jax.jit`` compile fast, here and in the package."""
+    well = jax.jit
+
+    def jit(function=None, /, **options):
+        if function is None:
+            return functools.partial(jit, **options)
+        return well(function, **{"compiler_options": FAST, **options})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", jit)
+        for kept in KEPT:
+            kept.cache_clear()
+        try:
+            yield
+        finally:
+            for kept in KEPT:
+                kept.cache_clear()
+
+
+@pytest.fixture
+def fast_programs():
+    """The same for a test."""
+    with compiled_fast():
+        yield
+
+
+@pytest.fixture(scope="module")
+def only_fast_programs():
+    """The same for a module, whose tests share what the package keeps."""
+    with compiled_fast():
+        yield
