@@ -115,11 +115,11 @@ def main() -> None:
     if given.row is None:
         path.unlink(missing_ok=True)
         deadline = time.monotonic() + given.limit
-        for row in range(len(ROWS)):  # a process each: one that ends takes no other with it
+        for number in range(len(ROWS)):  # a process each: one that ends takes no other with it
             left = deadline - time.monotonic()
-            command = [sys.executable, __file__, *sys.argv[1:], f"--row={row}"]
+            command = [sys.executable, __file__, *sys.argv[1:], f"--row={number}"]
             if left < 10 or os.spawnvp(os.P_WAIT, "timeout", ["timeout", f"{left:.0f}", *command]):
-                print(f"not measured: {ROWS[row][0]} with {ROWS[row][1]}", flush=True)
+                print(f"not measured: {ROWS[number][0]} with {ROWS[number][1]}", flush=True)
         return
     what, chosen = ROWS[given.row]
     batch, size = map(int, given.shape.split("x"))

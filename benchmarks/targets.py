@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import platform
+from typing import Any
 
 import jax
 import measuring
@@ -49,7 +50,7 @@ def measure(target: str, pool: str, dtype: str, timeout: float) -> dict:
 
     made, machine = experiment(pool, dtype), targets.parse(target)
     found = compiling.compile_around(made, machine, "recover", timeout=timeout)
-    row = {
+    row: dict[str, Any] = {
         "target": target, "pool": pool, "dtype": dtype, "commit": commit(),
         "outcome": found.outcome, "line": found.line, "around": found.around,
         "needed_bytes": found.needed_bytes,
@@ -139,7 +140,7 @@ def main() -> None:
                 there = [[r["target"], r["pool"], r["dtype"]] for r in rows]
                 if where in there and not given.again:
                     continue
-                row = measure(*where, given.timeout)
+                row = measure(target, pool, dtype, given.timeout)
                 rows = [r for r, w in zip(rows, there, strict=True) if w != where] + [row]
                 print(json.dumps(row), flush=True)
                 found = {"machine": machine, "rows": rows}

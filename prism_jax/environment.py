@@ -92,11 +92,12 @@ def provenance(argv: Sequence[str]) -> dict[str, Any]:
         "orbax": importlib.metadata.version("orbax-checkpoint"),  # importing it takes half a second
     }
     devices = jax.local_devices()
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # made at run time
     machine = {
         "platform": devices[0].platform,
         "devices": len(devices),
         "device_kind": devices[0].device_kind,
-        "float32": float32_of(devices[0].platform, jax.config.jax_default_matmul_precision),
+        "float32": float32_of(devices[0].platform, precision),
         "processes": jax.process_count(),
         "cpus": os.cpu_count(),
         "nproc": int(os.environ["NPROC"]),

@@ -293,7 +293,7 @@ class DataMesh:
         self._everywhere = NamedSharding(mesh, P())
         self._by_rows = NamedSharding(mesh, P(ROWS))
 
-    def jit(self, function: Callable, *, donate: Sequence[int] = ()) -> Callable:
+    def jit(self, function: Callable, *, donate: Sequence[int] = ()) -> jax.stages.Wrapped:
         """Compile a function whose results every device holds whole."""
         where = None if self.count == 1 else self._everywhere
         return jax.jit(function, donate_argnums=tuple(donate), out_shardings=where)

@@ -122,12 +122,10 @@ def _statistics(context: Context) -> Iterator[Program]:
     e = context.config
     for kind in statistic_kinds(e.recover):
         for name in e.recover.pool:
-            yield Program(
-                f"statistics/{kind}/{name}",
-                lambda name=name, kind=kind: statistics.measurer_of(context, name, kind).lower(
-                    context.inputs.image_shape, e.squeeze.batch_size
-                ),
-            )
+            lower = lambda name=name, kind=kind: statistics.measurer_of(  # noqa: E731
+                context, name, kind
+            ).lower(context.inputs.image_shape, e.squeeze.batch_size)
+            yield Program(f"statistics/{kind}/{name}", lower)
 
 
 def _recover(context: Context) -> Iterator[Program]:
@@ -150,7 +148,7 @@ def _optimised(
     e, layout = context.config, batch_layout(context.config)
     of_size = "" if size == layout.size else f"/{size}"
     start = _images(context, size, np.float32)
-    labels = jax.ShapeDtypeStruct(start.shape[:1], np.int32)
+    labels = _array(start.shape[:1], np.int32)
     unit = UnitBatch(np.int32(0), np.int32(0), np.int32(budget_of(e, 0)), labels)
 
     def abstract(function: Callable, *arguments: Any) -> PyTree:
@@ -270,14 +268,19 @@ def _scorer(context: Context, name: str) -> jax.stages.Lowered:
     return read.lower(*_on_one((pool.variables[0], images)))
 
 
-def _images(context: Context, count: int, dtype: type) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((count, *context.inputs.image_shape), dtype)
+def _array(shape: tuple[int, ...], dtype: type) -> Any:
+    """What stands in for an array where a program is lowered: its shape alone."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _images(context: Context, count: int, dtype: type) -> Any:
+    return _array((count, *context.inputs.image_shape), dtype)
 
 
 def _batch(context: Context, size: int, *, soft: bool = False) -> TrainBatch:
-    labels = jax.ShapeDtypeStruct((size,), np.int32)
+    labels = _array((size,), np.int32)
     classes = context.config.dataset.num_classes
-    logits = jax.ShapeDtypeStruct((size, classes), np.float32) if soft else None
+    logits = _array((size, classes), np.float32) if soft else None
     return TrainBatch(0, 0, _images(context, size, np.uint8), labels, logits)
 
 

@@ -175,11 +175,11 @@ def initial_state(
     return state
 
 
-def jitted_init(module: nn.Module) -> Callable:
+def jitted_init(module: nn.Module) -> jax.stages.Wrapped:
     """Fresh variables, compiled: ``f(key, images)``."""
     # It runs once: compile it fast, not well (a quarter of the time on a CPU).
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    options = options if parallel.on_cpu() else None
+    fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    options = fast if parallel.on_cpu() else None
     return jax.jit(functools.partial(module.init, train=False), compiler_options=options)
 
 
@@ -357,7 +357,7 @@ class Trainer:
 @functools.cache
 def _jitted_step(
     recipe: TrainRecipe, module: nn.Module, normalisation: Normalisation, mesh: parallel.DataMesh
-) -> Callable:
+) -> jax.stages.Wrapped:
     """One executable per (recipe, network): seeds, controls and student seeds share it."""
     return mesh.jit(functools.partial(train_step, recipe, module, normalisation, mesh), donate=(3,))
 
@@ -365,7 +365,7 @@ def _jitted_step(
 @functools.cache
 def jitted_forward(
     module: nn.Module, normalisation: Normalisation, mesh: parallel.DataMesh
-) -> Callable:
+) -> jax.stages.Wrapped:
     """The logits of uint8 images in evaluation mode, compiled: ``f(variables, images)``."""
 
     def forward(variables, images_uint8_BHWC):

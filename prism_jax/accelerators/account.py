@@ -145,7 +145,8 @@ def _trips(instruction: Instruction) -> int | None:
 
 def _count(module: Module, name: str, device: Any) -> Account:
     """Everything that a computation runs, with what it calls."""
-    always, teachers = Cost(), collections.defaultdict(Cost)
+    always = Cost()
+    teachers: dict[str, Cost] = collections.defaultdict(Cost)
     types = {i.name: i.result for i in module.computations[name]}
     for i in module.computations[name]:
         inner: Iterable[Account] = ()
@@ -210,6 +211,7 @@ def _products(module: Module, i: Instruction, types: Mapping[str, str]) -> tuple
         contracted = re.search(r'lhs_contracting_dimensions"?[=:][\[{]([\d",]*)', i.rest)
         if contracted is None:
             contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)", i.rest)
+        assert contracted, "a product says over which of its axes it sums"
         over = [int(d) for d in re.findall(r"\d+", contracted[1])]
         flops = 2.0 * math.prod(_dims(i.result)) * math.prod(lhs[d] for d in over)
         return _paid(flops, i.result, i.rest)
@@ -223,7 +225,9 @@ def _products(module: Module, i: Instruction, types: Mapping[str, str]) -> tuple
 
 def _paid(flops: float, result: str, attributes: str) -> tuple[float, str]:
     """FLOP as they are paid for: by the type, and by the precision that is asked for."""
-    if "bf16" in _SHAPE.search(result)[0]:
+    shape = _SHAPE.search(result)
+    assert shape, "a product's result has a shape"
+    if "bf16" in shape[0]:
         return flops, "bfloat16"
     if passes := re.search(r"dot_(bf16|tf32)_\1_f32_x(\d)", attributes.lower()):
         kind = {"bf16": "bfloat16", "tf32": "tensorfloat32"}[passes[1]]
@@ -248,7 +252,8 @@ def _convolved(i: Instruction, types: Mapping[str, str]) -> tuple[float, bool] |
     features = kernel[of_kernel.index("o")]
     places = math.prod(n for n, c in zip(output, of_output, strict=True) if c.isdigit() or c == "b")
     groups = re.search(r"feature_group_count=(\d+)", i.rest)
-    return float(places * taps * inputs * features), bool(groups) and int(groups[1]) == features
+    depthwise = groups is not None and int(groups[1]) == features
+    return float(places * taps * inputs * features), depthwise
 
 
 def _bytes(text: str) -> float:
@@ -264,4 +269,5 @@ def _width(kind: str) -> int:
 
 def _dims(text: str) -> list[int]:
     found = _SHAPE.search(text)
+    assert found, "an operand or result of a product has a shape"
     return [int(d) for d in found[2].split(",") if d]

@@ -181,6 +181,7 @@ def _answer(order: dict[str, Any]) -> dict[str, Any]:
             return _refused(str(error)) | seconds
     seconds["compile_seconds"] = time.perf_counter() - lowered_at
     text = compiled.as_text()
+    assert text is not None, "XLA's compilers show their text"
     cost = account.account(text, target.device)
     return {
         "outcome": COMPILED,

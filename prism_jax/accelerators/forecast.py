@@ -63,7 +63,7 @@ def shares(e: Experiment) -> dict[str, float]:
     pool = shapes_of(e).networks.pool(e.recover.pool)
 
     def drawn(slot, step):
-        unit = synthesis.UnitBatch(slot, np.int32(0), np.int32(1), np.int32(0))
+        unit = synthesis.UnitBatch(slot, np.int32(0), np.int32(1), np.zeros((), np.int32))
         key = rng.root(np.uint32(e.seed))
         draw = synthesis.draw_teachers(recipe, pool.teachers, key, unit, step)
         return (draw.logit_weights_T > 0) | (draw.statistic_weights_T > 0)
@@ -122,7 +122,7 @@ def _memory(e: Experiment, target: Target, done: Found, size: int) -> str:
     has = f"{megabytes(room)} of a device" + " that JAX takes" * (target.device.usable < 1)
     needed = done.memory.get("total") or done.needed_bytes
     if fits(done, target):
-        said = f"{megabytes(needed)} in recover of {has}"
+        said = f"{megabytes(done.memory['total'])} in recover of {has}"
     elif needed:
         said = f"{megabytes(needed)} in recover: {megabytes(needed - room)} more than {has}"
     else:

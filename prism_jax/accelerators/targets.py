@@ -198,7 +198,7 @@ def devices_of(target: Target) -> list[Any]:
 
     device = target.device
     if device.platform == "cuda":
-        given = {
+        given: dict[str, Any] = {
             "topology_name": device.name,
             "target_config": _describe(device),
             "topology": f"1x1x{target.chips}",

@@ -135,7 +135,8 @@ def apply_view(images_BHWC: Array, view: View) -> Array:
     never = jnp.zeros_like(view.flip)
     rows = _resize_matrix(height, top, h, never, view.roll[..., 0], images_BHWC.dtype)
     columns = _resize_matrix(width, left, w, view.flip, view.roll[..., 1], images_BHWC.dtype)
-    if jax.config.jax_default_matmul_precision in ("highest", "float32"):
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # made at run time
+    if precision in ("highest", "float32"):
         return _resample(rows, columns, images_BHWC)
     # Off the CPU three passes of bfloat16, or TF32, move a pixel by less than its rounding to 8
     # bits (docs/precision.md).

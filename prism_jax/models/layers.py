@@ -114,10 +114,11 @@ def freeze(variables: PyTree) -> PyTree:
         if path[-1] == "kernel" and leaf.ndim == 4 and leaf.shape[0] > 1
     }
     running = traverse_util.flatten_dict(variables.get("batch_stats", {}))
-    folded = {}
+    folded: dict[tuple[str, ...], Array] = {}
     for path in (path[:-1] for path in running if path[-1] == "var"):
-        affine = [flat[(*path, name)] for name in ("scale", "bias")]
-        gain_C, shift_C = _fold(*affine, *(running[(*path, n)] for n in ("mean", "var")), EPSILON)
+        scale_C, bias_C = (flat[(*path, name)] for name in ("scale", "bias"))
+        mean_C, var_C = (running[(*path, name)] for name in ("mean", "var"))
+        gain_C, shift_C = _fold(scale_C, bias_C, mean_C, var_C, EPSILON)
         folded |= {(*path, "gain"): gain_C, (*path, "shift"): shift_C}
     made = {"flipped": flipped, "folded": folded}
     return variables | {name: traverse_util.unflatten_dict(tree) for name, tree in made.items()}
@@ -669,7 +670,7 @@ class BatchNorm(nn.Module):
         if train or self.epsilon != EPSILON or not self.has_variable("folded", "gain"):
             return normal(wide, mean_C, var_C)
         # A CPU folds within its pass over the map.
-        folded = [self.get_variable("folded", name) for name in ("gain", "shift")]
+        folded: list[Array] = [self.get_variable("folded", name) for name in ("gain", "shift")]
         return lax.platform_dependent(
             wide, (mean_C, var_C), folded,
             cpu=lambda x, told, _: normal(x, *told),
@@ -916,8 +917,8 @@ def _pool_gradient_by_phases(
     def beyond(map_BHWC: Array, fill: float) -> Array:
         counts = zip(sizes, map_BHWC.shape[1:3], strict=True)
         edges = [(reach, max(0, -(-n // stride) + ahead - m), 0) for n, m in counts]
-        fill = jnp.asarray(fill, map_BHWC.dtype)
-        return lax.pad(map_BHWC, fill, [(0, 0, 0), *edges, (0, 0, 0)])
+        blank = jnp.asarray(fill, map_BHWC.dtype)
+        return lax.pad(map_BHWC, blank, [(0, 0, 0), *edges, (0, 0, 0)])
 
     def holding(phase: int, count: int) -> list[slice]:
         """The windows that hold entries ``phase``, ``phase + stride``, ...: nearest, and back."""
@@ -925,7 +926,8 @@ def _pool_gradient_by_phases(
         back = range((size - 1 - (phase + padding) % stride) // stride + 1)
         return [slice(last - k, last - k + count) for k in back]
 
-    maxima, shares, dx_BHWC = beyond(y_BHWC, np.nan), beyond(shares_BHWC, 0.0), 0.0
+    maxima, shares = beyond(y_BHWC, np.nan), beyond(shares_BHWC, 0.0)
+    dx_BHWC = jnp.zeros_like(x_BHWC)
     for corner in itertools.product(range(stride), repeat=2):
         rows, columns = (slice(phase, None, stride) for phase in corner)
         part = x_BHWC[:, rows, columns]

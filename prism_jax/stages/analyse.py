@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import statistics as st
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -151,7 +151,7 @@ def initial_images(context: Context) -> Images:
     return context.inputs.hold(LazyImages(read, (classes * ipc, *context.inputs.image_shape)))
 
 
-def embedder(context: Context, name: str) -> Callable:
+def embedder(context: Context, name: str) -> jax.stages.Wrapped:
     """A network's embeddings of uint8 images, compiled: ``f(variables, images)``."""
     module = context.networks.build(name)
     own = own_normalisation(context.config.network(name))

@@ -269,7 +269,7 @@ def centred(images_BHWC: np.ndarray, size: int) -> np.ndarray:
     return np.pad(images_BHWC, ((0, 0), edges, edges, (0, 0)))
 
 
-def log_probabilities_of(teacher: Teacher, normalisation: Normalisation) -> Callable:
+def log_probabilities_of(teacher: Teacher, normalisation: Normalisation) -> jax.stages.Wrapped:
     """A teacher's log-probabilities of normalised images, compiled: ``f(variables, images)``."""
 
     @jax.jit
