@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import math
 import pickle
 import re
@@ -23,8 +24,6 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import safetensors
-import safetensors.numpy
 from etils import epath
 
 from prism_jax.errors import UserError
@@ -244,12 +243,13 @@ def guess_architecture(tensors: dict[str, np.ndarray]) -> list[str]:
     return likely
 
 
-def read_checkpoint(path: str) -> dict[str, np.ndarray]:
+def read_checkpoint(path: str, wrappers: tuple[str, ...] = WRAPPERS) -> dict[str, np.ndarray]:
     """Read the tensors of a weight file.
 
     Args:
       path: ``.pth`` (also ``.pt``, ``.th``; either format of ``torch.save``) or
         ``.safetensors``. A hash in its name, as in ``resnet18-f37072fd.pth``, is checked.
+      wrappers: entries that are looked into for the tensors, the first that is there.
 
     Returns:
       Tensors by name, of the file's dtypes, out of ``state_dict``-like wrappers.
@@ -270,17 +270,17 @@ def read_checkpoint(path: str) -> dict[str, np.ndarray]:
         )
     try:
         if file.suffix == ".safetensors":
-            tensors = safetensors.numpy.load(data)
+            tensors = _read_safetensors(data)
         elif data[:2] == b"PK":
-            tensors = _read_zip(data)
+            tensors = _read_zip(data, wrappers)
         else:
-            tensors = _read_legacy(data)
+            tensors = _read_legacy(data, wrappers)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (
         *(AttributeError, EOFError, IndexError, KeyError, OverflowError, RecursionError),
         *(TypeError, ValueError, struct.error, pickle.UnpicklingError, MemoryError),
-        *(zipfile.BadZipFile, NotImplementedError, safetensors.SafetensorError),
+        *(zipfile.BadZipFile, NotImplementedError),
     ) as error:
         raise UserError(
             f"{path} cannot be read as a weight file; it is truncated, damaged or of another "
@@ -291,11 +291,38 @@ def read_checkpoint(path: str) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _state_dict(found: Any) -> dict[str, _LazyTensor]:
+# Names of the safetensors format, which its own NumPy reader knows but for BF16.
+_SAFE_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+def _read_safetensors(data: bytes) -> dict[str, np.ndarray]:
+    """The length of a header in JSON, the header, and the tensors' bytes; these are not copied."""
+    (length,) = struct.unpack_from("<Q", data)
+    header, body = json.loads(data[8 : 8 + length]), memoryview(data)[8 + length :]
+    header.pop("__metadata__", None)
+
+    def tensor(dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
+        return np.frombuffer(body[slice(*data_offsets)], _SAFE_DTYPES[dtype]).reshape(shape)
+
+    return {name: tensor(**entry) for name, entry in header.items()}
+
+
+def _state_dict(found: Any, wrappers: tuple[str, ...]) -> dict[str, _LazyTensor]:
     """Unwrap a training checkpoint down to its tensors."""
-    for _ in WRAPPERS:
+    for _ in wrappers:
         if isinstance(found, dict):
-            inner = next((found[key] for key in WRAPPERS if isinstance(found.get(key), dict)), None)
+            inner = next((found[key] for key in wrappers if isinstance(found.get(key), dict)), None)
             found = found if inner is None else inner
     entries = found.items() if isinstance(found, dict) else ()
     tensors = {name: value for name, value in entries if isinstance(value, _LazyTensor)}
@@ -339,8 +366,13 @@ def _rebuild_tensor(storage, offset, shape, stride, *_) -> _LazyTensor:
     return _LazyTensor(key, dtype, offset, tuple(shape), tuple(stride))
 
 
+class _Settings:
+    """A training's settings beside its tensors; nobody reads them."""
+
+
 _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "OrderedDict"): OrderedDict,
+    ("argparse", "Namespace"): _Settings,
     ("torch", "Size"): tuple,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,  # before 0.4
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
@@ -377,7 +409,7 @@ class _TensorUnpickler(pickle.Unpickler):
         return str(key), storage.dtype
 
 
-def _read_zip(data: bytes) -> dict[str, np.ndarray]:
+def _read_zip(data: bytes, wrappers: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The format of ``torch.save`` since 1.6: a zip of one pickle and one file per storage."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
@@ -387,7 +419,7 @@ def _read_zip(data: bytes) -> dict[str, np.ndarray]:
         order = f"{root}byteorder"
         if order in archive.namelist() and archive.read(order) != b"little":
             raise UserError("it was written by a big-endian machine; save it as .safetensors")
-        found = _state_dict(_TensorUnpickler(io.BytesIO(archive.read(pickled))).load())
+        found = _state_dict(_TensorUnpickler(io.BytesIO(archive.read(pickled))).load(), wrappers)
         return {
             name: _tensor(lazy, archive.read(f"{root}data/{lazy.storage}"))
             for name, lazy in found.items()
@@ -397,7 +429,7 @@ def _read_zip(data: bytes) -> dict[str, np.ndarray]:
 _MAGIC = 0x1950A86A20F9469CFC6C
 
 
-def _read_legacy(data: bytes) -> dict[str, np.ndarray]:
+def _read_legacy(data: bytes, wrappers: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The format before 1.6: four pickles, then the storages that the last of them lists."""
     stream = io.BytesIO(data)
     magic, _, system = (_TensorUnpickler(stream).load() for _ in range(3))
@@ -406,7 +438,7 @@ def _read_legacy(data: bytes) -> dict[str, np.ndarray]:
     if not system["little_endian"]:
         raise UserError("it was written by a big-endian machine; save it as .safetensors")
     unpickler = _TensorUnpickler(stream)
-    found, storages = _state_dict(unpickler.load()), {}
+    found, storages = _state_dict(unpickler.load(), wrappers), {}
     for key in _TensorUnpickler(stream).load():
         (count,) = struct.unpack("<q", stream.read(8))
         size = count * unpickler.itemsize[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import pickle
 import struct
@@ -14,6 +15,7 @@ from collections import OrderedDict
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -170,6 +172,23 @@ def test_half_precision_becomes_float32(network, tmp_path):
     loaded = load(write_safetensors(half, tmp_path / "half.safetensors"))
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {np.dtype(np.float32)}
     assert same(loaded, jax.tree.map(lambda a: a.astype(np.float16).astype(np.float32), variables))
+
+
+def test_bfloat16_safetensors(network, tmp_path):
+    """Written by the format: a length, a header in JSON, bytes."""
+    variables, state = network
+    narrow = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in state.items()}
+    header, body = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in narrow.items():
+        offsets = [len(body), len(body) + tensor.nbytes]
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": offsets}
+        body += tensor.tobytes()
+    text = json.dumps(header).encode()
+    path = tmp_path / "narrow.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+    expected = jax.tree.map(lambda a: a.astype(ml_dtypes.bfloat16).astype(np.float32), variables)
+    assert same(load(path), expected)
+    assert not same(expected, variables)
 
 
 def test_a_hash_in_the_name_is_checked(network, tmp_path):
