@@ -1,0 +1,1 @@
+"""The second engine: images from a denoiser. Pure functions of (params, arrays)."""

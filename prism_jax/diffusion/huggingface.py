@@ -1,0 +1,227 @@
+"""Networks from a Hugging Face directory as people have it, without PyTorch, and nothing fetched.
+
+    DIR/unet/          config.json, diffusion_pytorch_model[.fp16].safetensors
+    DIR/vae/           the same; also a directory of its own
+    DIR/text_encoder/  config.json, model[.fp16].safetensors
+    DIR/transformer/   DiT; also one file in the released code's layout, .pt or .safetensors
+
+``config.json`` decides the form. Every tensor of the files goes into the network and every
+parameter of the network comes from the files, or the directory is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from prism_jax.diffusion import dit
+from prism_jax.errors import UserError
+from prism_jax.models import import_torch
+from prism_jax.types import PyTree
+
+Tensors = dict[str, np.ndarray]
+SHOWN = 5  # names in a message
+
+
+class Loaded(NamedTuple):
+    """A network and its weights.
+
+    Attributes:
+      module: of ``prism_jax.diffusion``, or a view of one.
+      params: float32 NumPy arrays.
+      config: what the directory says of it.
+    """
+
+    module: nn.Module
+    params: PyTree
+    config: dict[str, Any]
+
+
+class Part(NamedTuple):
+    """One network of a pipeline.
+
+    Attributes:
+      classes: what its config may call itself.
+      build: from the config to the module; raises UserError for another form.
+      arguments: shapes of the arguments that ``module.init`` takes.
+      rename: from a file's tensors to ours.
+      source: what to download.
+    """
+
+    classes: tuple[str, ...]
+    build: Callable[[dict[str, Any]], nn.Module]
+    arguments: Callable[[nn.Module], tuple[jax.ShapeDtypeStruct, ...]]
+    rename: Callable[[Tensors], Tensors]
+    source: str
+
+
+def lay_out(tensors: Tensors, like: PyTree, source: str, what: str) -> PyTree:
+    """Lay out tensors as a network's parameters, all of both.
+
+    Args:
+      tensors: by our names, in PyTorch's layout.
+      like: shapes of the parameters.
+      source, what: where the tensors are from and what they should be, for messages.
+
+    Returns:
+      Float32 NumPy arrays, nested as ``like``.
+
+    Raises:
+      UserError: a tensor is missing, left over or of another shape; all are counted, some named.
+    """
+    leaves = import_torch.torch_leaves({"params": like})
+    wrong = {
+        "missing": sorted(leaves.keys() - tensors.keys()),
+        "not part of it": sorted(tensors.keys() - leaves.keys()),
+        "of another shape": [
+            f"{name} {tensors[name].shape}, not {leaf.torch_shape}"
+            for name, leaf in leaves.items()
+            if name in tensors and tensors[name].shape != leaf.torch_shape
+        ],
+    }
+    told = [
+        f"{len(names)} tensors are {how}: "
+        + "; ".join(names[:SHOWN] + ["..."] * (len(names) > SHOWN))
+        for how, names in wrong.items()
+        if names
+    ]
+    if told:
+        raise UserError(
+            f"the weights of {source} are not those of {what} as its config states it. "
+            + ". ".join(told)
+            + ". Download that part again: its config and its weights belong together"
+        )
+    return import_torch.from_state_dict(tensors, {"params": like}, np.float32)["params"]
+
+
+def load(path: str, part: str) -> Loaded:
+    """Load one network of a pipeline.
+
+    Args:
+      path: the pipeline's directory, the part's own, or, for a DiT, a file in the released
+        code's layout.
+      part: a key of ``PARTS``.
+
+    Raises:
+      UserError: it is not there, damaged, or another network.
+    """
+    file = epath.Path(path)
+    if part == "transformer" and file.is_file():
+        tensors = dit.without_position_table(
+            import_torch.read_checkpoint(path, wrappers=("ema", *import_torch.WRAPPERS))
+        )
+        module = dit.from_released(tensors)
+        return Loaded(module, lay_out(tensors, shapes(part, module), path, part), {})
+    folder = _folder(file, part)
+    config = _config(folder, part)
+    row = PARTS[part]
+    try:
+        module = row.build(config)
+        tensors = row.rename(_tensors(folder, part))
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    return Loaded(module, lay_out(tensors, shapes(part, module), str(folder), part), config)
+
+
+def shapes(part: str, module: nn.Module) -> PyTree:
+    """The shapes of a network's parameters."""
+    key = jax.random.key(0, impl="threefry2x32")
+    return jax.eval_shape(module.init, key, *PARTS[part].arguments(module))["params"]
+
+
+def _folder(path: epath.Path, part: str) -> epath.Path:
+    """The part's own directory: with a config.json in it."""
+    for folder in (path / part, path):
+        if (folder / CONFIG).is_file():
+            return folder
+    raise UserError(
+        f"there is no {part} at {path}: neither {path / part / CONFIG} nor {path / CONFIG}. "
+        f"Download {PARTS[part].source} into {path / part}"
+    )
+
+
+def _config(folder: epath.Path, part: str) -> dict[str, Any]:
+    """The part's config.json, seen to be that of the right class."""
+    row = PARTS[part]
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        found = config.get("_class_name") or config["architectures"][0]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder / CONFIG} cannot be read as the config of a {part} "
+            f"({type(error).__name__}: {error}). Download {row.source} again"
+        ) from None
+    if found not in row.classes:
+        raise UserError(
+            f"{folder} holds a {found}; a {part} is a {' or '.join(row.classes)}. Download "
+            f"{row.source} into {folder}"
+        )
+    return config
+
+
+def _tensors(folder: epath.Path, part: str) -> Tensors:
+    """All tensors of a part, in whatever form they were saved."""
+    for name in FILES:
+        if (folder / name).is_file():
+            break
+        if (folder / f"{name}.index.json").is_file():
+            return _shards(folder, f"{name}.index.json")
+    else:
+        raise UserError(
+            f"{folder} has a {CONFIG} and no weights. Download one of {', '.join(FILES)} beside it"
+        )
+    return import_torch.read_checkpoint(str(folder / name))
+
+
+def _shards(folder: epath.Path, index: str) -> Tensors:
+    """The tensors of all files that an index lists, each from the file it names."""
+    where = json.loads((folder / index).read_text())["weight_map"]
+    missing = sorted(name for name in set(where.values()) if not (folder / name).is_file())
+    if missing:
+        raise UserError(
+            f"{folder / index} lists {', '.join(missing)}, which are not there; download them "
+            f"into {folder}"
+        )
+    found: Tensors = {}
+    for name in sorted(set(where.values())):
+        found |= import_torch.read_checkpoint(str(folder / name))
+    return found
+
+
+CONFIG = "config.json"
+# The first that is there is read: exact ones first, and those without pickles.
+FILES = tuple(
+    f"{stem}{variant}{suffix}"
+    for suffix, stems in (
+        (".safetensors", ("diffusion_pytorch_model", "model")),
+        (".bin", ("diffusion_pytorch_model", "pytorch_model")),
+    )
+    for variant in ("", ".fp16", ".bf16")
+    for stem in stems
+)
+
+
+def _dit_arguments(module: dit.DiT) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return (
+        jax.ShapeDtypeStruct((1, module.patch, module.patch, module.channels), jnp.float32),
+        jax.ShapeDtypeStruct((1,), jnp.float32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+    )
+
+
+PARTS = {
+    "transformer": Part(
+        ("DiTTransformer2DModel", "Transformer2DModel"),
+        dit.from_config,
+        _dit_arguments,
+        dit.rename_diffusers,
+        "transformer/ of facebook/DiT-XL-2-256",
+    ),
+}

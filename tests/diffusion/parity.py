@@ -1,0 +1,136 @@
+"""What both sides of a parity test share: cases, weights, inputs, golden files.
+
+A golden file holds what the published code says of its own network: the config and the names
+and shapes that it wrote to a directory, its outputs and their gradient. The weights are drawn by
+``models.parity``, per tensor, from the tensor's name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from models import parity
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+TOLERANCE = 2e-6  # of the largest value: both sides round the time's waves to float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One network of one directory.
+
+    Attributes:
+      name: of the golden file.
+      part: a key of ``huggingface.PARTS``.
+      reference: the published class.
+      config: its arguments.
+      inputs: name to shape, or to a list of integers; the gradient is by the first.
+    """
+
+    name: str
+    part: str
+    reference: str
+    config: dict[str, Any]
+    inputs: dict[str, Any]
+
+    @property
+    def golden(self) -> pathlib.Path:
+        return GOLDEN / f"{self.name}.npz"
+
+
+_DIT = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "in_channels": 4,
+    "num_layers": 2,
+    "sample_size": 8,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 10,
+}
+_DIT_INPUTS = {"noisy": (3, 4, 8, 8), "time": [0, 3, 7], "labels": [0, 10, 4]}
+
+CASES = [
+    Case(
+        "dit",
+        "transformer",
+        "DiTTransformer2DModel",
+        {**_DIT, "out_channels": 8},
+        _DIT_INPUTS,
+    ),
+    Case(
+        "dit_released",  # its frequencies and epsilons, in diffusers' module
+        "transformer",
+        "DiTTransformer2DModel",
+        {**_DIT, "out_channels": 8, "norm_eps": 1e-6},
+        _DIT_INPUTS,
+    ),
+]
+BY_NAME = {case.name: case for case in CASES}
+
+
+def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The weights of one tensor; what is repeated per block is the same in all."""
+    name = re.sub(r"^transformer_blocks\.\d+\.(norm1\.emb)", r"transformer_blocks.0.\1", name)
+    return parity.tensor(name, shape).astype(np.float32)
+
+
+def inputs_of(case: Case) -> dict[str, np.ndarray]:
+    """Arrays in the published layout, float64 and int64."""
+    return {
+        name: parity.generator(name).standard_normal(what)
+        if isinstance(what, tuple)
+        else np.array(what)
+        for name, what in case.inputs.items()
+    }
+
+
+def cotangent(shape: tuple[int, ...]) -> np.ndarray:
+    """What an output is multiplied by before the sum whose gradient is compared."""
+    return parity.generator("cotangent").standard_normal(shape)
+
+
+def save(case: Case, folder: pathlib.Path, outputs: dict[str, np.ndarray]) -> None:
+    """Write a golden file from the directory that the published code wrote, and its outputs."""
+    (weights,) = folder.glob("*.safetensors")
+    tensors = safetensors.numpy.load_file(weights)
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    np.savez_compressed(
+        case.golden,
+        config=(folder / "config.json").read_text(),
+        weights=weights.name,
+        shapes=json.dumps(shapes),
+        **{name: value.astype(np.float32) for name, value in outputs.items()},
+    )
+
+
+def write(case: Case, folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """Write again the directory that the published code wrote.
+
+    Returns:
+      The outputs that it computed.
+    """
+    with np.load(case.golden) as file:
+        found = dict(file)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(str(found.pop("config")))
+    shapes = json.loads(str(found.pop("shapes")))
+    tensors = {name: draw(name, tuple(shape)) for name, shape in shapes.items()}
+    safetensors.numpy.save_file(tensors, folder / str(found.pop("weights")))
+    return found
+
+
+def compare(outputs: dict[str, np.ndarray], golden: dict[str, np.ndarray]) -> list[str]:
+    """Names of the outputs that are off the golden file by more than the tolerance."""
+    assert outputs.keys() == golden.keys()
+    return [
+        name
+        for name, expected in golden.items()
+        if outputs[name].shape != expected.shape
+        or np.abs(outputs[name] - expected).max() > TOLERANCE * np.abs(expected).max()
+    ]
