@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prism_jax import rng
+from prism_jax import parallel, rng
 from prism_jax.diffusion import generate, guidance, noise, pixels, samplers
 from prism_jax.diffusion.generate import Generator, Places, Weights
 from prism_jax.diffusion.guidance import Term
@@ -220,6 +220,29 @@ def test_another_batch_changes_no_draw_and_pixels_by_rounding_alone(name):
         parts.append((rows, made(sampling, at=at, anchors=anchors[rows])))
     for rows, found in parts:
         np.testing.assert_allclose(found, whole[rows], atol=1e-5)
+    by_row = made(sampling, at=Places(*(x[:1] for x in places())), anchors=anchors[[4]])  # twin
+    assert np.abs(by_row - whole[[4]]).max() > 1e-2
+
+
+def test_any_number_of_devices_makes_the_same_bits_without_a_collective():
+    sampling, toy = sampled("ddpm"), Toy()
+    anchors = np.random.default_rng(1).normal(size=(6, *SHAPE)).astype(np.float32)
+    lane = functools.partial(generate.generate, Generator(Half(), toy, toy), sampling)
+    weights, found = Weights({}, np.float32(0.5), {}), []
+    for count in (1, 3):
+        lanes = parallel.LaneMap(lane, weights, arity=2, devices=jax.devices()[:count])
+        units = [(Places(*(x[i : i + 2] for x in places())), anchors[i : i + 2]) for i in (0, 2, 4)]
+        images = []
+        for at in range(0, 3, count):
+            placed = [
+                tuple(lanes.place(tree, i) for tree in unit)
+                for i, unit in enumerate(units[at : at + count])
+            ]
+            images += [lanes.fetch(result) for result in lanes(3, placed)]
+        text = lanes.compile(3, placed).as_text()
+        assert not any(word in text for word in ("all-reduce", "all-gather", "permute", "to-all"))
+        found.append(np.concatenate(images))
+    assert found[0].tobytes() == found[1].tobytes()
 
 
 def test_draws_are_addressed_by_class_slot_and_step():
