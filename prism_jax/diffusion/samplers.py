@@ -103,6 +103,16 @@ def check(sampling: Sampling) -> None:
         raise UserError(f"strength is {sampling.strength}; allowed: 0 (the anchor) to 1 (noise)")
     if not 0 <= sampling.eta <= 1:
         raise UserError(f"eta is {sampling.eta}; allowed: 0 (no noise) to 1 (DDPM's)")
+    for what, given, owner in (
+        ("eta", sampling.eta != 0, "ddim"),
+        ("variance", sampling.variance != "small", "ddpm"),
+        ("slip", sampling.slip, "pndm"),
+    ):
+        if given and sampling.sampler != owner:
+            raise UserError(
+                f"{what} belongs to the sampler {owner!r}, but the sampler is "
+                f"{sampling.sampler!r}, which has no use for it; leave it out"
+            )
     noise.check(sampling.schedule, sampling.steps)
     count = begun(sampling)
     if sampling.strength > 0 and count == 0:
@@ -199,7 +209,7 @@ def pndm(sampling: Sampling, sight: Sight, start_BHWC: Array) -> Course:
     def step(past: Past, row):
         prediction = _of_latent(sight.predict(past.noisy_BHWC, row["time"]), past.noisy_BHWC)
         recent = jnp.concatenate([prediction[None], past.predictions_3BHWC])
-        mixed = jnp.einsum("m,mbhwc->bhwc", row["mixture"], recent, precision="highest")
+        mixed = sum(row["mixture"][i] * recent[i] for i in range(len(recent)))
         held = jnp.where(row["again"], past.held_BHWC, past.noisy_BHWC)
         moved = _moved(sampling, sight, held, mixed, row, row["posterior"])
         kept = jnp.where(row["again"], past.predictions_3BHWC, recent[:3])
@@ -278,7 +288,14 @@ def _of_latent(prediction_BHWC: Array, noisy_BHWC: Array) -> Array:
     return prediction_BHWC[..., : noisy_BHWC.shape[-1]]
 
 
-def _moved(sampling: Sampling, sight: Sight, noisy_BHWC, prediction_BHWC, row, deviation) -> Array:
+def _moved(
+    sampling: Sampling,
+    sight: Sight,
+    noisy_BHWC: Array,
+    prediction_BHWC: Array,
+    row: dict[str, Array],
+    deviation: Array,
+) -> Array:
     """The mean of the next latents, drawn by the terms."""
     levels = row["alpha"], row["sigma"]
     predicted = noise.PREDICTIONS[sampling.schedule.prediction]
@@ -296,12 +313,19 @@ def _moved(sampling: Sampling, sight: Sight, noisy_BHWC, prediction_BHWC, row, d
     return moved
 
 
-def _deviation(sampling: Sampling, prediction_BHWC: Array, channels: int, row) -> Array:
+def _deviation(
+    sampling: Sampling, prediction_BHWC: Array, channels: int, row: dict[str, Array]
+) -> Array:
     """DDPM's; a learned one lies between the two others' logarithms (arXiv 2102.09672)."""
     if sampling.variance == "small":
         return row["posterior"]
     if sampling.variance == "large":
         return row["large"]
     share = (prediction_BHWC[..., channels:] + 1) / 2
+    if share.shape[-1] != channels:
+        raise UserError(
+            f"the variance is 'learned', but the denoiser returns {prediction_BHWC.shape[-1]} "
+            f"channels for latents of {channels}, not twice as many; choose 'small' or 'large'"
+        )
     small, large = (jnp.log(jnp.maximum(row[n] ** 2, SMALLEST)) for n in ("posterior", "large"))
     return jnp.exp(0.5 * (share * large + (1 - share) * small))

@@ -211,7 +211,7 @@ def test_a_term_draws_images_to_their_anchors(name):
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
 def test_another_batch_changes_no_draw_and_pixels_by_rounding_alone(name):
-    sampling = sampled(name, eta=1.0)
+    sampling = sampled(name, eta=1.0 if name == "ddim" else 0.0)
     anchors = np.random.default_rng(1).normal(size=(6, *SHAPE)).astype(np.float32)
     whole = made(sampling, anchors=anchors)
     parts = []
@@ -338,6 +338,9 @@ def test_an_image_that_is_not_finite_is_told_by_its_place():
     (dict(strength=-0.1), r"0 \(the anchor\) to 1"),
     (dict(strength=0.1), "leaves no step"),
     (dict(eta=2.0), "eta is 2.0"),
+    (dict(sampler="pndm", eta=0.5), "eta belongs to the sampler 'ddim'"),
+    (dict(variance="learned"), "variance belongs to the sampler 'ddpm'"),
+    (dict(slip=True), "slip belongs to the sampler 'pndm'"),
     (dict(terms=(Term("pull", 0.1, (0, 1)),)), "allowed: mode"),
     (dict(terms=(Term("mode", 0.1, (0, 8)),)), "to 7"),
     (dict(terms=(Term("mode", 0.1, (3, 2)),)), "3 to 2"),
@@ -347,6 +350,11 @@ def test_refused(changes, said):
     with pytest.raises(UserError, match=said):
         samplers.check(dataclasses.replace(COSINE, **changes))
     samplers.check(COSINE)
+
+
+def test_a_variance_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match="returns 2 channels for latents of 2"):
+        made(sampled("ddpm", variance="learned"), toy=Toy(2))
 
 
 def test_a_dtype_of_its_own_stays_within_the_denoiser():
