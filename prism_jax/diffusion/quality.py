@@ -12,7 +12,7 @@ import numpy as np
 
 from prism_jax.errors import UserError
 
-CHUNK = 256  # images whose distances are taken together
+CHUNK = 256  # images whose distances are taken together, to eight times as many others
 RECOGNISED = 0.95
 DISTANCE = (0.9, 1.1)
 NEAR, NEAREST = 0.02, 0.01
@@ -78,13 +78,14 @@ def quality(
 
 def nearest(images: np.ndarray, among: np.ndarray) -> np.ndarray:
     """Euclidean distance from each image to the nearest of others, float64."""
-    rows = np.asarray(images, np.float64).reshape(len(images), -1)
-    others = np.asarray(among, np.float64).reshape(len(among), -1)
-    squares = (others**2).sum(1)
-    found = []
+    rows, others = (np.asarray(x).reshape(len(x), -1) for x in (images, among))
+    found = np.full(len(rows), np.inf)
     for at in range(0, len(rows), CHUNK):
-        chunk = rows[at : at + CHUNK]
-        # The nearest by the expanded square, its distance by the plain one: 0 for a copy.
-        index = (squares - 2 * chunk @ others.T).argmin(1)
-        found.append(np.sqrt(((chunk - others[index]) ** 2).sum(1)))
-    return np.concatenate(found)
+        chunk = rows[at : at + CHUNK].astype(np.float64)
+        for first in range(0, len(others), 8 * CHUNK):
+            block = others[first : first + 8 * CHUNK].astype(np.float64)
+            # The nearest by the expanded square, its distance by the plain one: 0 for a copy.
+            index = ((block**2).sum(1) - 2 * chunk @ block.T).argmin(1)
+            distances = np.sqrt(((chunk - block[index]) ** 2).sum(1))
+            found[at : at + CHUNK] = np.minimum(found[at : at + CHUNK], distances)
+    return found

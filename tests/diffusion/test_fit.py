@@ -83,7 +83,7 @@ def test_the_loss_by_hand(schedule):
     fitting = dataclasses.replace(SHORT, schedule=schedule)
     latents, labels = data(8)
     state = fresh(fitting)._replace(step=jnp.int32(4))
-    _, loss = fit.fit_step(fitting, Toy(), np.uint32(0), state, latents, labels)
+    _, loss = fit.jitted_step(fitting, Toy())(np.uint32(0), state, latents, labels)
     key = rng.root(0)
     drawn = np.asarray(
         jax.random.normal(rng.stream(key, "diffusion/fit/noise", 4), latents.shape, jnp.float32)

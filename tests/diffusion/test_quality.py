@@ -27,6 +27,9 @@ def test_distances_by_hand():
     far = np.random.default_rng(0).normal(size=(600, 7))
     plain = np.linalg.norm(far[:, None] - far[None, :50], axis=-1).min(1)
     np.testing.assert_allclose(nearest(far, far[:50]), plain, atol=1e-7)
+    many = np.random.default_rng(1).normal(size=(5000, 3))
+    plain = np.linalg.norm(many[:300, None] - many[None, 300:], axis=-1).min(1)
+    np.testing.assert_allclose(nearest(many[:300], many[300:]), plain, atol=1e-7)
 
 
 def test_images_of_the_same_law_pass():
