@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from prism_jax.diffusion import dit
+from prism_jax.diffusion import autoencoder, clip, dit, unet
 from prism_jax.errors import UserError
 from prism_jax.models import import_torch
 from prism_jax.types import PyTree
@@ -208,19 +208,51 @@ FILES = tuple(
 )
 
 
-def _dit_arguments(module: dit.DiT) -> tuple[jax.ShapeDtypeStruct, ...]:
-    return (
-        jax.ShapeDtypeStruct((1, module.patch, module.patch, module.channels), jnp.float32),
-        jax.ShapeDtypeStruct((1,), jnp.float32),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
-    )
+def _floats(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _integers(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 PARTS = {
+    "unet": Part(
+        ("UNet2DConditionModel",),
+        unet.from_config,
+        lambda m: (
+            _floats(1, 2 ** len(m.widths), 2 ** len(m.widths), m.channels),
+            _floats(1),
+            _floats(1, 1, m.context),
+        ),
+        dict,
+        "unet/ of a Stable Diffusion 1 or 2 repository",
+    ),
+    "vae": Part(
+        ("AutoencoderKL",),
+        autoencoder.from_config,
+        lambda m: (_floats(1, 2 ** len(m.widths), 2 ** len(m.widths), m.channels),),
+        autoencoder.rename,
+        "vae/ of a Stable Diffusion repository, or stabilityai/sd-vae-ft-mse",
+    ),
+    "text_encoder": Part(
+        ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"),
+        clip.text_from_config,
+        lambda m: (_integers(1, m.length),),
+        clip.rename_text,
+        "text_encoder/ of a Stable Diffusion 1 or 2 repository, or openai/clip-vit-base-patch32",
+    ),
+    "image_encoder": Part(
+        ("CLIPVisionModelWithProjection", "CLIPModel"),
+        clip.image_from_config,
+        lambda m: (_floats(1, m.size, m.size, m.channels),),
+        clip.rename_image,
+        "openai/clip-vit-base-patch32",
+    ),
     "transformer": Part(
         ("DiTTransformer2DModel", "Transformer2DModel"),
         dit.from_config,
-        _dit_arguments,
+        lambda m: (_floats(1, m.patch, m.patch, m.channels), _floats(1), _integers(1)),
         dit.rename_diffusers,
         "transformer/ of facebook/DiT-XL-2-256",
     ),
