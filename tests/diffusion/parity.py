@@ -198,7 +198,7 @@ def write(case: Case, folder: pathlib.Path) -> dict[str, np.ndarray]:
     """
     with np.load(case.golden) as file:
         found = dict(file)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(str(found.pop("config")))
     shapes = json.loads(str(found.pop("shapes")))
     tensors = {name: draw(name, tuple(shape)) for name, shape in shapes.items()}
