@@ -11,6 +11,7 @@ parameter of the network comes from the files, or the directory is refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from prism_jax.diffusion import dit
+from prism_jax.diffusion import autoencoder, clip, dit, unet
 from prism_jax.errors import UserError
 from prism_jax.models import import_torch
 from prism_jax.types import PyTree
@@ -124,10 +125,26 @@ def load(path: str, part: str) -> Loaded:
     row = PARTS[part]
     try:
         module = row.build(config)
-        tensors = row.rename(_tensors(folder, part))
+        tensors = row.rename(_tensors(folder))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     return Loaded(module, lay_out(tensors, shapes(part, module), str(folder), part), config)
+
+
+def digest(path: str, part: str) -> str:
+    """SHA-256 of what :func:`load` reads.
+
+    Raises:
+      UserError: it is not there.
+    """
+    file = epath.Path(path)
+    if part == "transformer" and file.is_file():
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    folder = _folder(file, part)
+    found = hashlib.sha256()
+    for file in (folder / CONFIG, *_files(folder)):
+        found.update(hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest()
 
 
 def shapes(part: str, module: nn.Module) -> PyTree:
@@ -138,6 +155,11 @@ def shapes(part: str, module: nn.Module) -> PyTree:
 
 def _folder(path: epath.Path, part: str) -> epath.Path:
     """The part's own directory: with a config.json in it."""
+    if path.is_file():
+        raise UserError(
+            f"{path} is one file; a {part} is read from a directory, as diffusers and transformers "
+            f"write it. Download {PARTS[part].source}"
+        )
     for folder in (path / part, path):
         if (folder / CONFIG).is_file():
             return folder
@@ -166,61 +188,98 @@ def _config(folder: epath.Path, part: str) -> dict[str, Any]:
     return config
 
 
-def _tensors(folder: epath.Path, part: str) -> Tensors:
-    """All tensors of a part, in whatever form they were saved."""
-    for name in FILES:
-        if (folder / name).is_file():
-            break
-        if (folder / f"{name}.index.json").is_file():
-            return _shards(folder, f"{name}.index.json")
-    else:
+def _files(folder: epath.Path) -> list[epath.Path]:
+    """The files that hold a part's weights, in whatever form they were saved."""
+    for suffix, stems in STEMS.items():
+        for variant in VARIANTS:
+            for stem in stems:
+                name = f"{stem}{variant}{suffix}"
+                if (folder / name).is_file():
+                    return [folder / name]
+                for index in (f"{name}.index.json", f"{stem}{suffix}.index{variant}.json"):
+                    if (folder / index).is_file():
+                        return _shards(folder, index)
+    names = ", ".join(f"{stem}{suffix}" for suffix, stems in STEMS.items() for stem in stems)
+    raise UserError(f"{folder} has a {CONFIG} and no weights. Download one of {names} beside it")
+
+
+def _shards(folder: epath.Path, index: str) -> list[epath.Path]:
+    """The files that an index lists."""
+    try:
+        names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{folder} has a {CONFIG} and no weights. Download one of {', '.join(FILES)} beside it"
-        )
-    return import_torch.read_checkpoint(str(folder / name))
-
-
-def _shards(folder: epath.Path, index: str) -> Tensors:
-    """The tensors of all files that an index lists, each from the file it names."""
-    where = json.loads((folder / index).read_text())["weight_map"]
-    missing = sorted(name for name in set(where.values()) if not (folder / name).is_file())
-    if missing:
+            f"{folder / index} is damaged ({type(error).__name__}: {error}); download it again"
+        ) from None
+    if missing := [name for name in names if not (folder / name).is_file()]:
         raise UserError(
             f"{folder / index} lists {', '.join(missing)}, which are not there; download them "
             f"into {folder}"
         )
+    return [folder / name for name in names]
+
+
+def _tensors(folder: epath.Path) -> Tensors:
     found: Tensors = {}
-    for name in sorted(set(where.values())):
-        found |= import_torch.read_checkpoint(str(folder / name))
+    for file in _files(folder):
+        found |= import_torch.read_checkpoint(str(file))
     return found
 
 
 CONFIG = "config.json"
-# The first that is there is read: exact ones first, and those without pickles.
-FILES = tuple(
-    f"{stem}{variant}{suffix}"
-    for suffix, stems in (
-        (".safetensors", ("diffusion_pytorch_model", "model")),
-        (".bin", ("diffusion_pytorch_model", "pytorch_model")),
-    )
-    for variant in ("", ".fp16", ".bf16")
-    for stem in stems
-)
+# The first that is there is read: one without pickles, of full precision.
+STEMS = {
+    ".safetensors": ("diffusion_pytorch_model", "model"),
+    ".bin": ("diffusion_pytorch_model", "pytorch_model"),
+}
+VARIANTS = ("", ".fp16", ".bf16")
 
 
-def _dit_arguments(module: dit.DiT) -> tuple[jax.ShapeDtypeStruct, ...]:
-    return (
-        jax.ShapeDtypeStruct((1, module.patch, module.patch, module.channels), jnp.float32),
-        jax.ShapeDtypeStruct((1,), jnp.float32),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
-    )
+def _floats(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _integers(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 PARTS = {
+    "unet": Part(
+        ("UNet2DConditionModel",),
+        unet.from_config,
+        lambda m: (
+            _floats(1, 2 ** len(m.widths), 2 ** len(m.widths), m.channels),
+            _floats(1),
+            _floats(1, 1, m.context),
+        ),
+        dict,
+        "unet/ of a Stable Diffusion 1 or 2 repository",
+    ),
+    "vae": Part(
+        ("AutoencoderKL",),
+        autoencoder.from_config,
+        lambda m: (_floats(1, 2 ** len(m.widths), 2 ** len(m.widths), m.channels),),
+        autoencoder.rename,
+        "vae/ of a Stable Diffusion repository, or stabilityai/sd-vae-ft-mse",
+    ),
+    "text_encoder": Part(
+        ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"),
+        clip.text_from_config,
+        lambda m: (_integers(1, m.length),),
+        clip.rename_text,
+        "text_encoder/ of a Stable Diffusion 1 or 2 repository, or openai/clip-vit-base-patch32",
+    ),
+    "image_encoder": Part(
+        ("CLIPVisionModelWithProjection", "CLIPModel"),
+        clip.image_from_config,
+        lambda m: (_floats(1, m.size, m.size, m.channels),),
+        clip.rename_image,
+        "openai/clip-vit-base-patch32",
+    ),
     "transformer": Part(
         ("DiTTransformer2DModel", "Transformer2DModel"),
         dit.from_config,
-        _dit_arguments,
+        lambda m: (_floats(1, m.patch, m.patch, m.channels), _floats(1), _integers(1)),
         dit.rename_diffusers,
         "transformer/ of facebook/DiT-XL-2-256",
     ),

@@ -55,14 +55,41 @@ _DIT = {
 }
 _DIT_INPUTS = {"noisy": (3, 4, 8, 8), "time": [0, 3, 7], "labels": [0, 10, 4]}
 
+_UNET = {
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "block_out_channels": [8, 16, 24],
+    "cross_attention_dim": 12,
+    "norm_num_groups": 4,
+    "sample_size": 8,
+}
+_UNET_INPUTS = {"noisy": (2, 4, 8, 12), "time": [1, 7], "context": (2, 5, 12)}
+_VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "block_out_channels": [8, 16],
+    "layers_per_block": 2,
+    "norm_num_groups": 4,
+    "sample_size": 8,
+}
+_CLIP = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "projection_dim": 8,
+}
+_TEXT = {**_CLIP, "vocab_size": 40, "max_position_embeddings": 7, "bos_token_id": 38}
+_IMAGE = {**_CLIP, "image_size": 12, "patch_size": 4}
+_WHOLE = {
+    "text_config": {**_TEXT, "eos_token_id": 39},
+    "vision_config": _IMAGE,
+    "projection_dim": 8,
+}
+_TOKENS = {"tokens": [[38, 3, 39, 39, 39, 39, 39], [38, 17, 0, 30, 5, 39, 0]]}
+
 CASES = [
-    Case(
-        "dit",
-        "transformer",
-        "DiTTransformer2DModel",
-        {**_DIT, "out_channels": 8},
-        _DIT_INPUTS,
-    ),
+    Case("dit", "transformer", "DiTTransformer2DModel", {**_DIT, "out_channels": 8}, _DIT_INPUTS),
     Case(
         "dit_released",  # its frequencies and epsilons, in diffusers' module
         "transformer",
@@ -70,6 +97,60 @@ CASES = [
         {**_DIT, "out_channels": 8, "norm_eps": 1e-6},
         _DIT_INPUTS,
     ),
+    Case(
+        "unet_1",
+        "unet",
+        "UNet2DConditionModel",
+        {
+            **_UNET,
+            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+            "block_out_channels": [8, 16],
+            "attention_head_dim": 2,
+            "layers_per_block": 2,
+        },
+        _UNET_INPUTS,
+    ),
+    Case(
+        "unet_2",
+        "unet",
+        "UNet2DConditionModel",
+        {
+            **_UNET,
+            "attention_head_dim": [1, 2, 4],
+            "layers_per_block": 1,
+            "transformer_layers_per_block": [1, 2, 1],
+            "use_linear_projection": True,
+            "upcast_attention": True,
+        },
+        _UNET_INPUTS,
+    ),
+    Case("vae_decode", "vae", "AutoencoderKL", _VAE, {"latents": (2, 4, 4, 6)}),
+    Case("vae_encode", "vae", "AutoencoderKL", _VAE, {"images": (2, 3, 8, 12)}),
+    Case("clip_text", "text_encoder", "CLIPTextModel", {**_TEXT, "eos_token_id": 2}, _TOKENS),
+    Case(
+        "clip_text_skip",  # the last layer
+        "text_encoder",
+        "CLIPTextModel",
+        {**_TEXT, "eos_token_id": 39, "hidden_act": "gelu"},
+        _TOKENS,
+    ),
+    Case(
+        "clip_text_projection",
+        "text_encoder",
+        "CLIPTextModelWithProjection",
+        {**_TEXT, "eos_token_id": 39, "hidden_act": "gelu"},
+        _TOKENS,
+    ),
+    Case(
+        "clip_image",
+        "image_encoder",
+        "CLIPVisionModelWithProjection",
+        _IMAGE,
+        {"images": (2, 3, 12, 12)},
+    ),
+    Case("clip_whole_text", "text_encoder", "CLIPModel", _WHOLE, _TOKENS),
+    Case("clip_whole_image", "image_encoder", "CLIPModel", _WHOLE, {"images": (2, 3, 12, 12)}),
 ]
 BY_NAME = {case.name: case for case in CASES}
 
@@ -77,7 +158,7 @@ BY_NAME = {case.name: case for case in CASES}
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The weights of one tensor; what is repeated per block is the same in all."""
     name = re.sub(r"^transformer_blocks\.\d+\.(norm1\.emb)", r"transformer_blocks.0.\1", name)
-    return parity.tensor(name, shape).astype(np.float32)
+    return np.asarray(parity.tensor(name, shape), np.float32)
 
 
 def inputs_of(case: Case) -> dict[str, np.ndarray]:
@@ -117,7 +198,7 @@ def write(case: Case, folder: pathlib.Path) -> dict[str, np.ndarray]:
     """
     with np.load(case.golden) as file:
         found = dict(file)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(str(found.pop("config")))
     shapes = json.loads(str(found.pop("shapes")))
     tensors = {name: draw(name, tuple(shape)) for name, shape in shapes.items()}
