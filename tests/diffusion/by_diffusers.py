@@ -7,13 +7,19 @@ import sys
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+)
+from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img
 from diffusers.schedulers import scheduling_ddpm
 
 TESTS = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-from diffusion import trajectories  # noqa: E402
+from diffusion import parity, torch_networks, trajectories  # noqa: E402
 
 VARIANCES = {"small": "fixed_small", "large": "fixed_large", "learned": "learned_range"}
 SPACINGS = {"leading": "leading", "trailing": "trailing", "even": "linspace"}
@@ -76,8 +82,30 @@ def theirs(case: trajectories.Case) -> np.ndarray:
     return np.stack(found)
 
 
+def pipeline() -> dict[str, np.ndarray]:
+    """The image-to-image pipeline on two networks of the parity tests, in float64."""
+    unet, vae = (torch_networks.build(parity.BY_NAME[name]) for name in trajectories.NETWORKS)
+    sampling = trajectories.PIPELINE
+    run = StableDiffusionImg2ImgPipeline(
+        vae.double(), None, None, unet.double(),
+        scheduler_of(trajectories.Case("pipeline", sampling)), None, None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    run.set_progress_bar_config(disable=True)
+    anchors, first, told, untold = (torch.tensor(x) for x in trajectories.seen())
+    pipeline_stable_diffusion_img2img.randn_tensor = lambda *_, **__: first.permute(0, 3, 1, 2)
+    found = {}
+    for name, kind in (("latents", "latent"), ("images", "pt")):
+        found[f"pipeline_{name}"] = run(
+            image=anchors.permute(0, 3, 1, 2), prompt_embeds=told, negative_prompt_embeds=untold,
+            strength=sampling.strength, num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance, output_type=kind,
+        ).images.permute(0, 2, 3, 1).numpy()  # fmt: skip
+    return found
+
+
 if __name__ == "__main__":
-    np.savez_compressed(
-        trajectories.GOLDEN, **{case.name: theirs(case) for case in trajectories.CASES}
-    )
+    found = {case.name: theirs(case) for case in trajectories.CASES} | pipeline()
+    found = {name: values.astype(np.float32) for name, values in found.items()}
+    np.savez_compressed(trajectories.GOLDEN, **found)
     print(trajectories.GOLDEN.stat().st_size)

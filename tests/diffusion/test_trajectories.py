@@ -6,11 +6,19 @@ import dataclasses
 
 import numpy as np
 import pytest
-from diffusion import trajectories
+from diffusion import parity, trajectories
 
 from prism_jax.diffusion import noise, samplers
 
 IDS = dict(ids=lambda case: case.name)
+
+
+def by_diffusers():
+    return pytest.importorskip(
+        "diffusion.by_diffusers",
+        reason="needs torch and diffusers; the golden file stands for them",
+        exc_type=ImportError,
+    )
 
 
 def golden(name: str) -> np.ndarray:
@@ -90,9 +98,31 @@ def test_another_operation_is_seen(name, where, twin, monkeypatch):
 
 @pytest.mark.parametrize("case", trajectories.CASES, **IDS)
 def test_golden_trajectories_are_what_diffusers_says(case):
-    by_diffusers = pytest.importorskip(
-        "diffusion.by_diffusers",
-        reason="needs torch and diffusers; the golden file stands for them",
-        exc_type=ImportError,
-    )
-    assert not trajectories.apart(by_diffusers.theirs(case), golden(case.name))
+    assert not trajectories.apart(by_diffusers().theirs(case), golden(case.name))
+
+
+# --- the whole image-to-image pipeline, on the networks of the parity tests --------------------
+
+
+def pipelines_apart(folder, **changes) -> list[str]:
+    """What differs from diffusers' pipeline, by more than a hundred-thousandth."""
+    for name in trajectories.NETWORKS:
+        parity.write(parity.BY_NAME[name], folder / name)
+    sampling = dataclasses.replace(trajectories.PIPELINE, **changes)
+    found = trajectories.pipeline(folder, sampling)
+    return [name for name, latents in found.items() if trajectories.apart(latents, golden(name))]
+
+
+@pytest.mark.slow
+def test_the_pipeline_is_diffusers_s(tmp_path):
+    assert pipelines_apart(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_another_pipeline_is_seen(tmp_path):
+    assert pipelines_apart(tmp_path, guidance=3.01) == ["pipeline_latents", "pipeline_images"]
+
+
+def test_the_golden_pipeline_is_what_diffusers_says():
+    for name, expected in by_diffusers().pipeline().items():
+        assert not trajectories.apart(expected, golden(name))

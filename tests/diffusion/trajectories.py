@@ -8,14 +8,16 @@ the sampler's. What diffusers makes of the cases is in ``trajectories.npz``
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from diffusion import our_networks, parity
 from jax import lax
 
-from prism_jax.diffusion import noise, samplers
+from prism_jax.diffusion import guidance, huggingface, noise, samplers
 from prism_jax.diffusion.samplers import Sampling
 
 GOLDEN = pathlib.Path(__file__).parent / "trajectories.npz"
@@ -107,3 +109,43 @@ def apart(found: np.ndarray, expected: np.ndarray) -> bool:
     if found.shape != expected.shape:
         return True
     return bool(np.abs(found - expected).max() > 1e-4 * np.abs(expected).max())
+
+
+# --- the whole pipeline ---------------------------------------------------------------------
+
+NETWORKS = ("unet_1", "vae_decode")  # of the parity tests
+PIPELINE = Sampling(SD, "pndm", 10, 0.7, guidance=3.0, slip=True)
+
+
+def seen() -> tuple[np.ndarray, ...]:
+    """Anchors, starting noise, what is told of two classes, and what says nothing."""
+    draw = np.random.default_rng(1)
+    return tuple(draw.normal(size=shape) for shape in [(2, 8, 12, 4)] * 2 + [(2, 5, 12)] * 2)
+
+
+def pipeline(folder: pathlib.Path, sampling: Sampling = PIPELINE) -> dict[str, np.ndarray]:
+    """What ours makes of the networks that diffusers' pipeline is given, in float64."""
+    unet, vae = (
+        huggingface.load(str(folder / name), parity.BY_NAME[name].part) for name in NETWORKS
+    )
+    anchors, first, told, untold = seen()
+    with jax.enable_x64(True):
+        networks = [loaded.module.clone(dtype=jnp.float64) for loaded in (unet, vae)]
+        weights = [jax.tree.map(jnp.float64, loaded.params) for loaded in (unet, vae)]
+
+        def predict(noisy_BHWC, time):
+            return guidance.classifier_free(
+                lambda *shown: networks[0].predict(weights[0], *shown),
+                noisy_BHWC, jnp.broadcast_to(time, (2,)), told, untold,
+                guidance=sampling.guidance, channels=4,
+            )  # fmt: skip
+
+        @functools.partial(jax.jit, compiler_options=our_networks.FAST_COMPILATION)
+        def run(anchors, first):
+            sight = samplers.Sight(predict, lambda step: first, anchors)
+            start = samplers.start(sampling, anchors, first)
+            latents = samplers.run(samplers.SAMPLERS[sampling.sampler](sampling, sight, start))
+            return latents, networks[1].decode(weights[1], latents)
+
+        latents, images = (np.asarray(x) for x in run(anchors, first))
+    return {"pipeline_latents": latents, "pipeline_images": np.clip(images / 2 + 0.5, 0, 1)}
