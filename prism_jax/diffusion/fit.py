@@ -24,6 +24,8 @@ from prism_jax.diffusion import noise
 from prism_jax.errors import UserError
 from prism_jax.types import Array, PyTree
 
+LOOKED = 100  # steps after which losses are looked at
+
 
 @dataclasses.dataclass(frozen=True)
 class Fitting:
@@ -191,16 +193,17 @@ def fit(
     """
     check(fitting)
     state = state or initial_state(module, fitting, seed, latents_NHWC.shape[1:])
-    step, losses = jitted_step(fitting, module), []
-    for number in range(int(state.step), fitting.steps):
+    step, losses, first = jitted_step(fitting, module), [], int(state.step)
+    for number in range(first, fitting.steps):
         index = batch_index(fitting, seed, len(labels_N), number)
         state, loss = step(np.uint32(seed), state, latents_NHWC[index], labels_N[index])
         losses.append(loss)
-    losses = [float(loss) for loss in losses]
-    if not np.isfinite(losses).all():
-        at = int(np.flatnonzero(~np.isfinite(losses))[0])
-        raise UserError(
-            f"the denoiser's loss is {losses[at]} at step {fitting.steps - len(losses) + at}; "
-            f"lower its learning rate, which is {fitting.learning_rate}"
-        )
+        if len(losses) % LOOKED == 0 or number + 1 == fitting.steps:
+            losses[-LOOKED:] = [float(loss) for loss in losses[-LOOKED:]]
+            broken = np.flatnonzero(~np.isfinite(losses))
+            if len(broken):
+                raise UserError(
+                    f"the denoiser's loss is {losses[broken[0]]} at step {first + broken[0]}; "
+                    f"lower its learning rate, which is {fitting.learning_rate}"
+                )
     return state.average, losses
