@@ -11,6 +11,7 @@ parameter of the network comes from the files, or the directory is refused.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -23,7 +24,7 @@ import numpy as np
 from etils import epath
 
 from prism_jax.data import weight_files
-from prism_jax.diffusion import autoencoder, clip, dit, unet
+from prism_jax.diffusion import autoencoder, clip, dit, noise, unet
 from prism_jax.errors import UserError
 from prism_jax.models import import_torch
 from prism_jax.types import PyTree
@@ -128,6 +129,33 @@ def load(path: str, part: str) -> Loaded:
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     return Loaded(module, lay_out(tensors, shapes(part, module), str(folder), part), config)
+
+
+def schedule(path: str, otherwise: noise.Schedule) -> noise.Schedule:
+    """The noise that a pipeline's denoiser was trained with; ``otherwise`` where it does not say.
+
+    Raises:
+      UserError: it says what is not implemented.
+    """
+    file = epath.Path(path) / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        return otherwise
+    try:
+        config = json.loads(file.read_text())
+        found = {ours: config[theirs] for theirs, ours in SCHEDULER.items() if theirs in config}
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file} is damaged ({error}); download it again") from None
+    if found.get("prediction") == "v_prediction":
+        found["prediction"] = "v"
+    if config.get("num_train_timesteps", noise.TRAINED) != noise.TRAINED:
+        raise UserError(f"{file}: its denoiser was trained with other than {noise.TRAINED} steps")
+    if otherwise.spacing != "leading":  # what follows is of the spacing of Stable Diffusion's
+        found = {key: found[key] for key in found.keys() - {"offset", "ends_clean"}}
+    try:
+        noise.check(dataclasses.replace(otherwise, **found), 1)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return dataclasses.replace(otherwise, **found)
 
 
 def digest(path: str, part: str) -> str:
@@ -238,6 +266,15 @@ def _read(file: epath.Path) -> Tensors:
 
 
 CONFIG = "config.json"
+# Of a scheduler's config, and of our schedule.
+SCHEDULER = {
+    "beta_schedule": "name",
+    "beta_start": "first",
+    "beta_end": "last",
+    "steps_offset": "offset",
+    "set_alpha_to_one": "ends_clean",
+    "prediction_type": "prediction",
+}
 # The first that is there is read: one without pickles, of full precision.
 STEMS = {
     ".safetensors": ("diffusion_pytorch_model", "model"),
