@@ -49,6 +49,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.squeeze.least_top1 = placeholder(float)  # unset: more than chance; 0: any teacher will do
 
     c.recover = ConfigDict()
+    c.recover.maker = "optimise"  # or "generate": the section `generate` says how
     c.recover.method = "prism"
     c.recover.ipc = 10
     c.recover.iterations = 4000
@@ -127,6 +128,58 @@ def get_config(arg: str = "") -> ConfigDict:
     c.recover.steps_per_dispatch = 50
     c.recover.dtype = "float32"
     c.recover.checkpoint_seconds = 60.0
+
+    # Images from a denoiser; D4M's values, but for its networks.
+    c.generate = ConfigDict()
+    c.generate.generator = "dit"  # trained by squeeze; "stable_diffusion", "dit_released": read
+    c.generate.directory = placeholder(str)  # of theirs, as Hugging Face's
+    c.generate.transformer = placeholder(str)  # a DiT's file in the released code's layout
+    c.generate.codec = "none"  # "patches": principal components; "directory": its autoencoder
+    c.generate.patch = 4  # side of a patch
+    c.generate.components = 8  # that are kept of each
+    c.generate.denoiser = ConfigDict()
+    c.generate.denoiser.token = 8  # side, in the latent
+    c.generate.denoiser.width = 128
+    c.generate.denoiser.depth = 4
+    c.generate.denoiser.heads = 4
+    c.generate.fit = ConfigDict()
+    c.generate.fit.steps = 3500
+    c.generate.fit.batch_size = 64
+    c.generate.fit.learning_rate = 2e-3
+    c.generate.fit.warmup = 100
+    c.generate.fit.class_dropout = 0.1
+    c.generate.fit.average = 0.998
+    c.generate.class_names = placeholder(str)  # a file, a line a class; unset: the data set's
+    c.generate.template = "{}"  # prompt of a class
+    c.generate.negative = ""  # what guidance leads away from
+    c.generate.dtype = "float32"
+    c.generate.batch_size = 100  # images at once on a device
+    # Real images, their latents and the anchors of a class.
+    c.generate.image_size = placeholder(int)  # that the codec reads; unset: the data set's
+    c.generate.view = "cropped"  # of images of another size; "squashed": their sides apart
+    c.generate.most_images = placeholder(int)  # of a class; unset: all
+    c.generate.sampled = False  # latents from the codec's posterior, instead of its mean
+    c.generate.flip = False  # a random half of the images is mirrored
+    c.generate.anchors = "kmeans"  # minibatch, chunked, chunked_released, medoid, none
+    c.generate.expand = 10  # chunks of the chunked have so many times ipc latents
+    c.generate.attempts = 1
+    c.generate.outliers = 0.0  # the share that is left out
+    c.generate.weighted = False  # students weigh images by the share of their anchor
+    # Sampling.
+    c.generate.sampler = "ddim"  # ddpm, pndm
+    c.generate.steps = 50
+    c.generate.strength = 0.7  # 0: the anchors, decoded; 1: no anchor
+    c.generate.guidance = 1.5  # 1: none
+    c.generate.guided_channels = placeholder(int)
+    c.generate.eta = 0.0
+    c.generate.variance = "small"  # of ddpm: large, learned
+    c.generate.slip = False  # PNDM as released
+    c.generate.clip = True  # estimates, to what latents of real images lie between
+    c.generate.mode_weight = 0.0  # towards the anchor (MGD3)
+    c.generate.mode_window = placeholder(tuple)  # first and last step, down to 0; unset: all
+    c.generate.candidates = 1  # for each image, of which the judge takes the surest (CaO2)
+    c.generate.judge = placeholder(str)  # unset: analyse.network, or the first that labels
+    c.generate.resampler = "bicubic"  # to the data set's size
 
     c.relabel = ConfigDict()
     c.relabel.mode = "store"  # or "online": labels are made while students train

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -151,6 +152,21 @@ class LaneMap:
           Per lane, its placed result.
         """
         return self._split(self._mapped(*self._arguments(seed, lanes)))
+
+    def stream(self, seed: int, batches: Iterable[PyTree]) -> Iterator[PyTree]:
+        """Run any number of batches of equal shapes, as many at once as there are lanes.
+
+        A lane that has none left repeats another's.
+
+        Yields:
+          Their results, fetched, in order.
+        """
+        batches = iter(batches)
+        while group := list(itertools.islice(batches, len(self))):
+            filled = [*group, *group[-1:] * (len(self) - len(group))]
+            lanes = [(self.place(batch, at),) for at, batch in enumerate(filled)]
+            for result in self(seed, lanes)[: len(group)]:
+                yield self.fetch(result)
 
     def lower(self, seed: int, lanes: Sequence[tuple[PyTree, ...]]) -> jax.stages.Lowered:
         """The program for such arguments, to be compiled and inspected."""

@@ -9,13 +9,16 @@ from etils import epath
 
 from prism_jax import parallel
 from prism_jax.config import STAGES
+from prism_jax.config.generation import FOLDER
 from prism_jax.data import workdir
 from prism_jax.data.weights import RECORD
 from prism_jax.errors import UserError
 from prism_jax.stages import (
     analyse,
+    anchoring,
     controls,
     fingerprints,
+    generator,
     imported,
     recover,
     relabel,
@@ -59,6 +62,8 @@ def check(context: Context) -> None:
             )
     start.check(context)
     squeeze.pending(context)
+    if generator.wanted(context):
+        generator.check(context)
     recover.pending(context)
     imported.check(context)
     imported.check_labels(context)
@@ -69,6 +74,8 @@ def _squeeze(context: Context) -> None:
         squeeze.run(context)
     if not statistics.is_done(context):
         statistics.run(context)
+    if generator.wanted(context) and not generator.is_done(context):
+        generator.run(context)
 
 
 def _recover(context: Context) -> None:
@@ -189,6 +196,10 @@ def adopt(context: Context, source: epath.PathLike) -> list[str]:
 
     for name in context.config.squeeze.teachers:
         take(f"squeeze/{name}", fingerprints.teacher(context, name), RECORD)
+    if generator.wanted(context):
+        take(f"squeeze/{FOLDER}", fingerprints.generator(context), RECORD)
+    for name in anchoring.needed(context):
+        take(f"generate/{name}", anchoring.FINGERPRINTS[name](context), RECORD)
     take("recover", fingerprints.recover(context), "manifest.json")
     if recover.is_done(context):  # not so while a run that was stopped in recover goes on
         _adopt_set(context, recover.synthetic_set(context), take)

@@ -19,7 +19,7 @@ LAYERS = (
     ("core",),
     ("data",),
     ("teachers", "training", "labelling"),
-    ("synthesis",),
+    ("synthesis", "diffusion"),
     ("config",),
     ("analysis",),
     ("stages",),

@@ -224,6 +224,51 @@ def _smoke(c: ConfigDict) -> ConfigDict:
     return c
 
 
+def generated(c: ConfigDict, at: At) -> None:
+    """Images from a denoiser: on ImageNet one that is read, on the digits one of ours.
+
+    Stable Diffusion's directory has unet/, vae/, text_encoder/, tokenizer/ and scheduler/; the
+    names of the classes are a file with a line a class, in the order of the labels.
+    """
+    c.recover.maker = "generate"
+    c.recover.iterations = 0
+    c.recover.pool = ()
+    c.recover.initialise = "real"
+    if at.dataset == "digits":
+        c.recover.slots_per_batch = at.ipc  # one batch of all
+        if "quick" in at.words:
+            c.generate.fit.steps = 700
+        return
+    g = c.generate
+    g.codec, g.clip = "directory", False
+    g.batch_size = 8
+
+
+def stable_diffusion(c: ConfigDict, at: At) -> None:
+    """D4M's generator: Stable Diffusion 1.5 at 512 px, its own sampler."""
+    if at.dataset == "digits":
+        return
+    g = c.generate
+    g.generator, g.directory = "stable_diffusion", "data/stable-diffusion-v1-5"
+    g.class_names = "data/imagenet_names.txt"
+    g.template = "{}" if at.official else "a photo of a {}"
+    g.negative = "cartoon, anime, painting"
+    g.image_size, g.view = 512, "squashed"
+    g.sampler, g.guidance = "pndm", 8.0
+
+
+def dit(c: ConfigDict, at: At, *, guidance: float) -> None:
+    """DiT-XL/2 at 256 px with its learned variance; on the digits the small one's."""
+    g = c.generate
+    g.sampler, g.steps, g.strength = "ddpm", 50, 1.0
+    if at.dataset == "digits":
+        return
+    g.generator, g.directory = "dit_released", "data/DiT-XL-2-256"
+    g.image_size, g.guidance, g.variance = 256, guidance, "learned"
+    if at.official:
+        g.guided_channels = 3
+
+
 def as_released(c: ConfigDict) -> None:
     """What all references do to pixels: float to uint8 by truncation, and JPEG."""
     c.recover.rounding = "truncate"

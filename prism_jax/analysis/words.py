@@ -178,6 +178,14 @@ def facts(summary: Mapping[str, Any]) -> dict[str, str]:
             found["distance from initial"] = (
                 f"{number(recover['distance_from_initial'])} (RMS of pixels in [0, 1])"
             )
+    generator = summary.get("generator")
+    if generator and generator.get("recognised") is not None:
+        found["generator"] = (
+            f"loss {number(generator['loss'])}; without anchors {percent(generator['recognised'])} "
+            f"% recognised by {generator['judge']}, {number(generator['distance'])} times as far "
+            f"from the nearest training image as test images, {percent(generator['near'])} % "
+            f"nearer than the nearest 1 % of those"
+        )
     if relabel := summary.get("relabel"):
         found["soft labels"] = f"{size(relabel['bytes'])} on disk"
     best = {name: entry.get("best_top1") for name, entry in summary.get("validate", {}).items()}

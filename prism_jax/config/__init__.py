@@ -4,6 +4,7 @@ sections.py  the experiment as frozen dataclasses, one per stage
 resolve.py   the one way in, from a ConfigDict
 rules/       what may not be, one module per section
 layout.py    how a set divides into image batches
+generation.py  the section generate, in the words of the engine
 """
 
 from prism_jax.config.layout import (
@@ -23,6 +24,7 @@ from prism_jax.config.sections import (
     Dataset,
     Dtype,
     Experiment,
+    Generate,
     Network,
     Parallel,
     Recover,
@@ -40,6 +42,7 @@ __all__ = [
     "Dataset",
     "Dtype",
     "Experiment",
+    "Generate",
     "Layout",
     "Network",
     "Parallel",

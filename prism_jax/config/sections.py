@@ -95,6 +95,7 @@ class Recover:
     in ``config.rules``.
     """
 
+    maker: Literal["optimise", "generate"]
     method: str
     ipc: int
     iterations: int
@@ -170,6 +171,78 @@ class Recover:
     steps_per_dispatch: int
     dtype: Dtype
     checkpoint_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+    """The diffusion transformer that squeeze trains: side of a token, and its size."""
+
+    token: int
+    width: int
+    depth: int
+    heads: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """How it is trained; see ``diffusion.fit.Fitting``."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup: int
+    class_dropout: float
+    average: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Images from a denoiser, where ``recover.maker`` is "generate".
+
+    What a field means stands beside its default in ``configs/base.py``; what may not be combined,
+    in ``config.rules``.
+    """
+
+    # the networks
+    generator: Literal["dit", "stable_diffusion", "dit_released"]
+    directory: Path | None
+    transformer: Path | None
+    codec: Literal["none", "patches", "directory"]
+    patch: int
+    components: int
+    denoiser: Denoiser
+    fit: Fit
+    class_names: Path | None
+    template: str
+    negative: str
+    dtype: Dtype
+    batch_size: int
+    # from real images to anchors
+    image_size: int | None
+    view: Literal["cropped", "squashed"]
+    most_images: int | None
+    sampled: bool
+    flip: bool
+    anchors: str
+    expand: int
+    attempts: int
+    outliers: float
+    weighted: bool
+    # from anchors to images
+    sampler: str
+    steps: int
+    strength: float
+    guidance: float
+    guided_channels: int | None
+    eta: float
+    variance: str
+    slip: bool
+    clip: bool
+    mode_weight: float
+    mode_window: tuple[int, int] | None
+    candidates: int
+    judge: str | None
+    resampler: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,6 +350,7 @@ class Experiment:
     networks: dict[str, Network]
     squeeze: Squeeze
     recover: Recover
+    generate: Generate
     relabel: Relabel
     validate: Validate
     analyse: Analyse
@@ -290,6 +364,11 @@ class Experiment:
     def soft_labels(self) -> bool:
         """Whether students learn from soft labels: cross entropy alone does not read them."""
         return self.validate.loss != "ce"
+
+    @property
+    def judge(self) -> str:
+        """The teacher that says what generated images are worth."""
+        return self.generate.judge or self.analyse.network or self.relabel.teachers[0]
 
     @property
     def label_parts(self) -> int:

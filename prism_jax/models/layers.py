@@ -753,7 +753,7 @@ def _means_as_complex(x_BHWC: Array) -> tuple[Array, Array]:
 MEANS = {"apart": _means_apart, "complex": _means_as_complex}
 
 
-def _normalise(x: Array, axes: int | tuple[int, ...], epsilon: float) -> Array:
+def normalise(x: Array, axes: int | tuple[int, ...], epsilon: float) -> Array:
     """Zero mean and unit variance over the axes, at least in float32."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     centred = x - jnp.mean(x, axes, keepdims=True)
@@ -772,7 +772,7 @@ class InstanceNorm(nn.Module):
         del train  # as BatchNorm is called; there is nothing to learn from a batch
         scale_C = parameter(self, "scale", nn.initializers.ones, x_BHWC.shape[-1:], jnp.float32)
         bias_C = parameter(self, "bias", nn.initializers.zeros, x_BHWC.shape[-1:], jnp.float32)
-        return (_normalise(x_BHWC, (1, 2), self.epsilon) * scale_C + bias_C).astype(self.dtype)
+        return (normalise(x_BHWC, (1, 2), self.epsilon) * scale_C + bias_C).astype(self.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -785,7 +785,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         scale = parameter(self, "scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
         bias = parameter(self, "bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
-        return (_normalise(x, -1, self.epsilon) * scale + bias).astype(self.dtype)
+        return (normalise(x, -1, self.epsilon) * scale + bias).astype(self.dtype)
 
 
 class Dropout(nn.Module):

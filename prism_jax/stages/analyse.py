@@ -24,7 +24,7 @@ from prism_jax.data import label_store, workdir
 from prism_jax.data.lazy import Images, LazyImages
 from prism_jax.data.metrics import read_lines
 from prism_jax.data.weights import RECORD
-from prism_jax.stages import fingerprints
+from prism_jax.stages import fingerprints, generator
 from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.stages.inputs import own_normalisation
 from prism_jax.stages.makers import start
@@ -206,7 +206,7 @@ def summarise(
         "config": config.name,
         "preset": config.preset,
         # Without iterations there is no method, only where the images are from.
-        "method": config.recover.method if config.recover.iterations else config.recover.initialise,
+        "method": config.recover.method if _made_here(context) else config.recover.initialise,
         "precision": {
             stage: getattr(config, stage).dtype
             for stage in ("squeeze", "recover", "relabel", "validate")
@@ -231,6 +231,10 @@ def summarise(
             name: {key: record[key] for key in ("top1", "params", "batch_norms")}
             for name, record in ((n, workdir.read_record(p)) for n, p in teachers.items())
         }
+    if generator.wanted(context) and generator.is_done(context):
+        record = workdir.read_record(generator.folder(context) / RECORD)
+        names = ("params", "loss", "recognised", "distance", "near", "judge", "seconds")
+        found["generator"] = {name: record.get(name) for name in names}
     if not sets:
         summary.validate(found)
         return found
@@ -258,6 +262,11 @@ def summarise(
         found["recover"]["distance_from_initial"] = record["distance_from_initial"]
     summary.validate(found)
     return found
+
+
+def _made_here(context: Context) -> bool:
+    """Whether images are made, or only read."""
+    return bool(context.config.recover.iterations) or generator.wanted(context)
 
 
 def protocol(context: Context) -> dict[str, Any]:
@@ -370,7 +379,7 @@ def notes(context: Context) -> list[str]:
             "The full real set gets as many optimiser steps as the synthetic set, and at least "
             "as many epochs as the teachers."
         )
-    if config.recover.initialise == "real":
+    if config.recover.initialise == "real" and not generator.wanted(context):
         said.append("The synthetic images start from real training images.")
     return said
 

@@ -17,6 +17,7 @@ from prism_jax.config import Network, Recover, batch_layout, bn_group_of
 from prism_jax.core import batching
 from prism_jax.core.augment import Augment
 from prism_jax.data import weights, workdir
+from prism_jax.diffusion import huggingface
 from prism_jax.stages import imported
 from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.synthesis.start import SCORING
@@ -35,7 +36,7 @@ NEUTRAL = {
 # Fields that came later, with the value that means what was before: then they are left out, and
 # older work keeps its fingerprint.
 LATER: dict[str, dict[str, Any]] = {
-    "recover": {"short_classes": "refuse"},
+    "recover": {"maker": "optimise", "short_classes": "refuse"},
     "relabel": {"order": "own"},
     "network": {"weights_key": None},
 }
@@ -112,6 +113,90 @@ def statistic_kinds(recover: Recover) -> list[str]:
     return kinds
 
 
+# Of the section ``generate``: what decides the codec, the latents, and the images of anchors.
+_CODEC = ("codec", "patch", "components")
+_LATENTS = ("dtype", "batch_size", "image_size", "view", "most_images", "sampled", "flip")
+_ANCHORS = ("anchors", "expand", "attempts", "outliers")
+_IMAGES = (
+    *("dtype", "batch_size", "image_size", "weighted", "sampler", "steps", "strength", "guidance"),
+    *("guided_channels", "eta", "variance", "slip", "clip", "mode_weight", "mode_window"),
+    *("candidates", "resampler"),
+)
+
+
+def _generate(context: Context, names: Sequence[str]) -> dict[str, Any]:
+    fields = json.loads(json.dumps(dataclasses.asdict(context.config.generate)))
+    return {**{name: fields[name] for name in names}, "bits_version": BITS_VERSION}
+
+
+def generator(context: Context) -> dict[str, Any]:
+    """What the generator is made of: its training, or the files it is read from."""
+    config = context.config
+    generate = config.generate
+    if generate.generator == "dit":
+        return {
+            "generate": _generate(context, (*_CODEC, "denoiser", "fit")),
+            "seed": config.squeeze.seed,
+            "data": context.inputs.fields(context.inputs.open("train")),
+        }
+    denoiser = "unet" if generate.generator == "stable_diffusion" else "transformer"
+    parts = ["vae", denoiser, *(["text_encoder"] if denoiser == "unet" else [])]
+    fields: dict[str, Any] = {
+        "generator": generate.generator,
+        "files": {part: _part_digest(part_path(context, part), part) for part in parts},
+    }
+    if denoiser == "unet":
+        fields["prompts"] = [generate.template, generate.negative, context.inputs.spoken_names]
+    return fields
+
+
+def part_path(context: Context, part: str) -> str:
+    """Where a network of a released generator is read from."""
+    generate = context.config.generate
+    assert generate.directory is not None  # config.rules
+    return (part == "transformer" and generate.transformer) or generate.directory
+
+
+def latents(context: Context) -> dict[str, Any]:
+    """What the latents of real images are made of."""
+    generate = context.config.generate
+    codec: Any = _generate(context, _CODEC)
+    if generate.codec == "directory":
+        codec = _part_digest(part_path(context, "vae"), "vae")
+    fields = {
+        "generate": _generate(context, _LATENTS),
+        "codec": codec,
+        "data": context.inputs.fields(context.inputs.open("train")),
+    }
+    return fields | ({"seed": context.config.seed} if generate.sampled or generate.flip else {})
+
+
+def anchors(context: Context) -> dict[str, Any]:
+    """What the anchors of classes are made of."""
+    return {
+        "generate": _generate(context, _ANCHORS),
+        "ipc": context.config.recover.ipc,
+        "seed": context.config.seed,
+        "latents": workdir.digest(latents(context)),
+    }
+
+
+def candidates(context: Context) -> dict[str, Any]:
+    """What generated images are made of, whichever of them are taken."""
+    fields: dict[str, Any] = {
+        "generate": _generate(context, _IMAGES),
+        "seed": context.config.seed,
+        "image_size": context.config.dataset.image_size,
+        "ipc": context.config.recover.ipc,
+        "generator": workdir.digest(generator(context)),
+    }
+    if context.config.generate.anchors != "none":
+        fields["anchors"] = workdir.digest(anchors(context))
+    if context.config.generate.candidates > 1:
+        fields["judge"] = pool(context, [context.config.judge])
+    return fields
+
+
 def recover(context: Context) -> dict[str, Any]:
     """What the synthetic images are made of."""
     settings, span = context.config.recover, context.config.parallel.recover_devices
@@ -127,6 +212,8 @@ def recover(context: Context) -> dict[str, Any]:
         fields["blocks"] = layout.blocks
     if settings.initialise in SCORING:
         fields["scorer"] = pool(context, [settings.scorer or settings.primary])
+    if settings.maker == "generate":
+        fields["generated"] = candidates(context)
     if matched := {t: found for t in settings.pool if (found := statistics(context, t))}:
         fields["statistics"] = workdir.digest(matched)
     return fields
@@ -186,3 +273,8 @@ def _spares(labelled: LabelledSet, batch_size: int, **division: Any) -> bool:
 @functools.cache
 def _weights_digest(path: str) -> str:
     return weights.digest(path)
+
+
+@functools.cache
+def _part_digest(path: str, part: str) -> str:
+    return huggingface.digest(path, part)

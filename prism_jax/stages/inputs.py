@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from prism_jax.config import Dataset, Experiment, Network
 from prism_jax.data.datasets import DatasetInfo
@@ -70,6 +71,34 @@ class Inputs:
                 )
             source = first_classes(source, dataset.num_classes)
         return source
+
+    @functools.cached_property
+    def spoken_names(self) -> list[str]:
+        """What people call the classes, in the order of the labels.
+
+        Raises:
+          UserError: it is not known, or the file that says it has another number of lines.
+        """
+        path, wanted = self.config.generate.class_names, self.config.dataset.num_classes
+        if path is None:
+            known = self.info.class_names
+            if known is None:
+                raise UserError(
+                    f"the prompts of {self.info.name} need names of its classes, which are not "
+                    f"known here; give a file with a line a class, in the order of the labels: "
+                    f"generate.class_names=FILE"
+                )
+            return list(known[:wanted])
+        file = epath.Path(path)
+        if not file.is_file():
+            raise UserError(f"there is no file {path}, which generate.class_names gives")
+        names = file.read_text("utf-8").splitlines()
+        if len(names) < wanted or not all(name.strip() for name in names[:wanted]):
+            raise UserError(
+                f"{path} has {sum(bool(n.strip()) for n in names)} names for {wanted} classes; "
+                f"write a line a class, in the order of the labels"
+            )
+        return [name.strip() for name in names[:wanted]]
 
     @functools.cached_property
     def start(self) -> ImageSource:

@@ -18,7 +18,6 @@ from prism_jax import parallel
 from prism_jax.config import batch_layout, members, unit_budget, units
 from prism_jax.core import pixels
 from prism_jax.data import image_set, workdir
-from prism_jax.data.exchange import ImageSet
 from prism_jax.data.lazy import Images
 from prism_jax.data.metrics import gather
 from prism_jax.errors import UserError
@@ -95,6 +94,11 @@ def run(context: Context) -> None:
         context.work.begin(root, fingerprints.recover(context))
         maker.prepare(context, root)
 
+    with parallel.enough_memory(
+        f"Lower generate.batch_size (now {config.generate.batch_size} images). It belongs to what "
+        f"the images are made from."
+    ):
+        maker.before(context)
     ordered = parallel.longest_first(units(config), lambda unit: unit_budget(config, unit))
     if mine := context.work.deal("recover", ordered, lambda: pending(context), prepare):
         # The whole of it: what does not fit is said when a result is fetched, not when it is asked.
@@ -125,11 +129,8 @@ def run(context: Context) -> None:
         "pool": list(config.recover.pool),
         "units": records,
     }
-    # Optimised further, images are others than those that the weights were found for.
-    source = context.inputs.start
-    if isinstance(source, ImageSet) and source.weights_N is not None:
-        if not config.recover.iterations:
-            manifest["weights"] = source.weights_N.tolist()
+    if (weights := maker.weights(context)) is not None:
+        manifest["weights"] = weights
     workdir.write_record(root / "manifest.json", manifest)
 
 

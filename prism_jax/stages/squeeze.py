@@ -95,6 +95,8 @@ def check(context: Context) -> None:
     least = least_top1(classes) if stated is None else stated
     recover = config.recover
     names = dict.fromkeys((*(recover.pool if recover.iterations else ()), *config.relabel.teachers))
+    if recover.maker == "generate" and config.generate.candidates > 1:
+        names[config.judge] = None
     for name in names:
         record = context.networks.folder(name) / RECORD
         top1 = workdir.read_record(record)["top1"] if record.exists() else None

@@ -42,6 +42,11 @@ METHODS: dict[str, Supervision] = {
     "edc": Supervision("round_robin", "round_robin"),
     "fadrm": Supervision("round_robin", "round_robin"),
     "cvdd": Supervision("committee", "committee"),
+    # Images of a denoiser: nobody supervises.
+    "d4m": Supervision("fixed", "fixed"),
+    "mgd3": Supervision("fixed", "fixed"),
+    "ddoq": Supervision("fixed", "fixed"),
+    "cao2": Supervision("fixed", "fixed"),
 }
 # Kinds of statistics: BatchNorms' inputs; convolutions' inputs by channel and by patch.
 KINDS = ("bn", "conv", "patch")

@@ -65,7 +65,8 @@ def test_the_real_command_plans_every_method(name):
     file = FOLDER / f"{name}.py"
     status, out, err = call(f"--config={file}:digits,ipc2,quick", "--plan")
     assert status == 0, err
-    assert "relabel takes" in out and ("recover takes" in out) == (name != "rded")
+    optimises = name not in ("rded", "d4m", "ddoq", "mgd3", "cao2")
+    assert "relabel takes" in out and ("recover takes" in out) == optimises
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -95,7 +96,7 @@ def test_unknown_words_are_refused(argument, said):
 
 def fields(name: str, dataset: str, *words: str) -> dict:
     e = experiment(name, dataset, *words)
-    return {f"{s}.{k}": v for s in ("recover", "relabel", "validate", "squeeze")
+    return {f"{s}.{k}": v for s in ("recover", "relabel", "validate", "squeeze", "generate")
             for k, v in vars(getattr(e, s)).items()}  # fmt: skip
 
 
@@ -203,6 +204,29 @@ STATED = {
         "recover.iterations": 2000, "recover.round_robin_restarts": True,
         "relabel.ensemble": "mean", "relabel.bn_group": 8,
     },
+    ("d4m", "imagenet"): {
+        "generate.generator": "stable_diffusion", "generate.image_size": 512,
+        "generate.view": "squashed", "generate.sampler": "pndm", "generate.steps": 50,
+        "generate.strength": 0.7, "generate.guidance": 8.0, "generate.eta": 0.0,
+        "generate.negative": "cartoon, anime, painting", "generate.weighted": False,
+        "relabel.crop_min": 0.08, "relabel.mix": "cutmix", "relabel.batch_size": 1024,
+        "validate.loss": "kl", "validate.temperature": 20.0, "validate.learning_rate": 1e-3,
+        "validate.weight_decay": 0.01, "validate.schedule": "cosine", "validate.accumulate": 2,
+    },
+    ("ddoq", "imagenet"): {"generate.weighted": True, "generate.strength": 0.7},
+    ("mgd3", "imagenet"): {
+        "generate.generator": "dit_released", "generate.image_size": 256,
+        "generate.sampler": "ddpm", "generate.steps": 50, "generate.strength": 1.0,
+        "generate.guidance": 4.0, "generate.variance": "learned", "generate.flip": True,
+        "generate.sampled": False, "generate.anchors": "kmeans", "generate.mode_weight": 0.1,
+        "generate.mode_window": (26, 49), "validate.loss": "ce",
+    },
+    ("cao2", "imagenet"): {
+        "generate.sampler": "ddpm", "generate.guidance": 2.7, "generate.candidates": 4,
+        "generate.judge": "resnet18", "generate.anchors": "none", "generate.strength": 1.0,
+        "validate.schedule": "half_cosine",
+    },
+    ("cao2", "digits"): {"generate.candidates": 2},
     ("prism", "imagenet"): {
         "recover.learning_rate": 0.05, "recover.initialise": "real", "recover.iterations": 4000,
         "relabel.crop_min": 0.25, "validate.loss": "mse_gt", "validate.ce_weight": 0.1,
@@ -247,6 +271,9 @@ BROUGHT_BACK = {
         "perturb_accumulates", "perturb_probes", "rounding", "jpeg_quality", "teacher_mode",
     },
     ("sre2l", "imagenet"): {"rounding", "jpeg_quality"},
+    ("d4m", "imagenet"): {"anchors", "expand", "sampled", "slip", "template"},
+    ("d4m", "digits"): {"anchors", "expand"},
+    ("mgd3", "imagenet"): {"guided_channels"},
 }  # fmt: skip
 
 

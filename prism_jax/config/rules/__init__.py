@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import itertools
 
-from prism_jax.config.rules import dataset, networks, parallel, recover, relabel, squeeze, validate
+from prism_jax.config.rules import (
+    dataset,
+    generate,
+    networks,
+    parallel,
+    recover,
+    relabel,
+    squeeze,
+    validate,
+)
 from prism_jax.config.rules.common import literals, positive
 from prism_jax.config.sections import Experiment
 
@@ -26,6 +35,7 @@ def violations(e: Experiment) -> list[str]:
             squeeze.violations(e),
             networks.violations(e),
             recover.violations(e),
+            generate.violations(e),
             relabel.violations(e),
             validate.violations(e),
             positive(e, "analyse", "grid_classes", "grid_slots"),

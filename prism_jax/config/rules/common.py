@@ -49,10 +49,15 @@ def literals(e: Experiment) -> Iterator[str]:
     groups: dict[str, Any] = {f.name: getattr(e, f.name) for f in dataclasses.fields(e)}
     groups |= {f"networks.{name}": network for name, network in e.networks.items()}
     for name, group in groups.items():
-        hints = typing.get_type_hints(type(group)) if dataclasses.is_dataclass(group) else {}
-        for field, hint in hints.items():
-            if get_origin(hint) is Literal:
-                yield from one_of(f"{name}.{field}", getattr(group, field), get_args(hint))
+        if dataclasses.is_dataclass(group):
+            yield from literals_of(name, group)
+
+
+def literals_of(name: str, group: Any) -> Iterator[str]:
+    """The same of one section."""
+    for field, hint in typing.get_type_hints(type(group)).items():
+        if get_origin(hint) is Literal:
+            yield from one_of(f"{name}.{field}", getattr(group, field), get_args(hint))
 
 
 def repeated(values: Sequence[Any]) -> list[Any]:

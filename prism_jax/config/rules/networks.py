@@ -19,7 +19,7 @@ def violations(e: Experiment) -> Iterator[str]:
         "analyse.network": (e.analyse.network,) if e.analyse.network else (),
     }
     optional = {"analyse.network", "squeeze.teachers"}
-    if not e.recover.iterations:
+    if not e.recover.iterations or e.recover.maker == "generate":
         optional.add("recover.pool")
     for field, names in used.items():
         if not names and field not in optional:

@@ -14,24 +14,34 @@ from etils import epath
 
 from prism_jax.config import Experiment
 from prism_jax.stages.context import Context
-from prism_jax.stages.makers import copy, optimise
+from prism_jax.stages.makers import copy, generate, optimise
 from prism_jax.stages.makers.made import Made
 from prism_jax.types import Unit
 
 
 class Maker(NamedTuple):
-    """One way to make images; ``root`` is recover's folder."""
+    """One way to make images; ``root`` is recover's folder.
+
+    Attributes:
+      before: work that comes before units are dealt, of every process.
+      weights: what each image counts, class-major; None: alike.
+    """
 
     prepare: Callable[[Context, epath.Path], None]
     make: Callable[[Context, epath.Path, list[Unit]], Iterator[Made]]
+    before: Callable[[Context], None] = lambda context: None
+    weights: Callable[[Context], list[float] | None] = lambda context: None
 
 
 MAKERS = {
     "optimise": Maker(optimise.prepare, optimise.make),
-    "copy": Maker(copy.prepare, copy.make),
+    "copy": Maker(copy.prepare, copy.make, weights=copy.weights),
+    "generate": Maker(generate.prepare, generate.make, generate.before, generate.weights),
 }
 
 
 def maker_of(config: Experiment) -> Maker:
     """Who makes the images of an experiment."""
+    if config.recover.maker == "generate":
+        return MAKERS["generate"]
     return MAKERS["optimise" if config.recover.iterations else "copy"]

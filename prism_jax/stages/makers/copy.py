@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from prism_jax.config import members
+from prism_jax.data.exchange import ImageSet
 from prism_jax.stages.context import Context
 from prism_jax.stages.makers.made import Made
 from prism_jax.stages.makers.start import initial_images
@@ -16,6 +17,14 @@ from prism_jax.types import Unit
 
 def prepare(context: Context, root: epath.Path) -> None:
     """Nothing comes before."""
+
+
+def weights(context: Context) -> list[float] | None:
+    """Those that came with a set; optimised further, images would be others than theirs."""
+    source = context.inputs.start
+    if isinstance(source, ImageSet) and source.weights_N is not None:
+        return source.weights_N.tolist()
+    return None
 
 
 def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Made]:

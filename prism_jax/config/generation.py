@@ -1,0 +1,39 @@
+"""What the section ``generate`` says, in the words of the engine that denoises."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from prism_jax.config.sections import Generate
+from prism_jax.diffusion import fit, guidance, noise, samplers
+from prism_jax.diffusion.anchors import Clustering
+
+FOLDER = "generator"  # where squeeze keeps it, beside the teachers
+
+SCHEDULES = {
+    "dit": noise.COSINE,
+    "dit_released": noise.DIT,
+    "stable_diffusion": noise.STABLE_DIFFUSION,
+}
+
+
+def clustering_of(g: Generate) -> Clustering:
+    """How anchors are found."""
+    return Clustering(g.anchors, g.expand, g.attempts, g.outliers)
+
+
+def sampling_of(g: Generate, schedule: noise.Schedule) -> samplers.Sampling:
+    """How images are sampled."""
+    terms: tuple[guidance.Term, ...] = ()
+    if g.mode_weight:
+        first, last = g.mode_window or (0, g.steps - 1)
+        terms = (guidance.Term("mode", g.mode_weight, (first, last)),)
+    return samplers.Sampling(
+        schedule, g.sampler, g.steps, g.strength, g.guidance, g.guided_channels, g.eta,
+        g.variance, g.slip, terms,
+    )  # fmt: skip
+
+
+def fitting_of(g: Generate) -> fit.Fitting:
+    """How the generator is trained."""
+    return fit.Fitting(SCHEDULES["dit"], **dataclasses.asdict(g.fit))

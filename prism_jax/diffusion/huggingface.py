@@ -1,0 +1,335 @@
+"""Networks from a Hugging Face directory as people have it, without PyTorch, and nothing fetched.
+
+    DIR/unet/          config.json, diffusion_pytorch_model[.fp16].safetensors
+    DIR/vae/           the same; also a directory of its own
+    DIR/text_encoder/  config.json, model[.fp16].safetensors
+    DIR/transformer/   DiT; also one file in the released code's layout, .pt or .safetensors
+
+``config.json`` decides the form. Every tensor of the files goes into the network and every
+parameter of the network comes from the files, or the directory is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from prism_jax.data import weight_files
+from prism_jax.diffusion import autoencoder, clip, dit, noise, unet
+from prism_jax.errors import UserError
+from prism_jax.models import import_torch
+from prism_jax.types import PyTree
+
+Tensors = dict[str, np.ndarray]
+SHOWN = 5  # names in a message
+
+
+class Loaded(NamedTuple):
+    """A network and its weights.
+
+    Attributes:
+      module: of ``prism_jax.diffusion``, or a view of one.
+      params: float32 NumPy arrays.
+      config: what the directory says of it.
+    """
+
+    module: nn.Module
+    params: PyTree
+    config: dict[str, Any]
+
+
+class Part(NamedTuple):
+    """One network of a pipeline.
+
+    Attributes:
+      classes: what its config may call itself.
+      build: from the config to the module; raises UserError for another form.
+      arguments: shapes of the arguments that ``module.init`` takes.
+      rename: from a file's tensors to ours.
+      source: what to download.
+    """
+
+    classes: tuple[str, ...]
+    build: Callable[[dict[str, Any]], nn.Module]
+    arguments: Callable[[nn.Module], tuple[jax.ShapeDtypeStruct, ...]]
+    rename: Callable[[Tensors], Tensors]
+    source: str
+
+
+def lay_out(tensors: Tensors, like: PyTree, source: str, what: str) -> PyTree:
+    """Lay out tensors as a network's parameters, all of both.
+
+    Args:
+      tensors: by our names, in PyTorch's layout.
+      like: shapes of the parameters.
+      source, what: where the tensors are from and what they should be, for messages.
+
+    Returns:
+      Float32 NumPy arrays, nested as ``like``.
+
+    Raises:
+      UserError: a tensor is missing, left over or of another shape; all are counted, some named.
+    """
+    leaves = import_torch.torch_leaves({"params": like})
+    wrong = {
+        "missing": sorted(leaves.keys() - tensors.keys()),
+        "not part of it": sorted(tensors.keys() - leaves.keys()),
+        "of another shape": [
+            f"{name} {tensors[name].shape}, not {leaf.torch_shape}"
+            for name, leaf in leaves.items()
+            if name in tensors and tensors[name].shape != leaf.torch_shape
+        ],
+    }
+    told = [
+        f"{len(names)} tensors are {how}: "
+        + "; ".join(names[:SHOWN] + ["..."] * (len(names) > SHOWN))
+        for how, names in wrong.items()
+        if names
+    ]
+    if told:
+        raise UserError(
+            f"the weights of {source} are not those of {what} as its config states it. "
+            + ". ".join(told)
+            + ". Download that part again: its config and its weights belong together"
+        )
+    return import_torch.from_state_dict(tensors, {"params": like}, np.float32)["params"]
+
+
+def load(path: str, part: str) -> Loaded:
+    """Load one network of a pipeline.
+
+    Args:
+      path: the pipeline's directory, the part's own, or, for a DiT, a file in the released
+        code's layout.
+      part: a key of ``PARTS``.
+
+    Raises:
+      UserError: it is not there, damaged, or another network.
+    """
+    file = epath.Path(path)
+    if part == "transformer" and file.is_file():
+        tensors = dit.without_position_table(_read(file))
+        module = dit.from_released(tensors)
+        return Loaded(module, lay_out(tensors, shapes(part, module), path, part), {})
+    folder = _folder(file, part)
+    config = _config(folder, part)
+    row = PARTS[part]
+    try:
+        module = row.build(config)
+        tensors = row.rename(_tensors(folder))
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    return Loaded(module, lay_out(tensors, shapes(part, module), str(folder), part), config)
+
+
+def schedule(path: str, otherwise: noise.Schedule) -> noise.Schedule:
+    """The noise that a pipeline's denoiser was trained with; ``otherwise`` where it does not say.
+
+    Raises:
+      UserError: it says what is not implemented.
+    """
+    file = epath.Path(path) / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        return otherwise
+    try:
+        config = json.loads(file.read_text())
+        found = {ours: config[theirs] for theirs, ours in SCHEDULER.items() if theirs in config}
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file} is damaged ({error}); download it again") from None
+    if found.get("prediction") == "v_prediction":
+        found["prediction"] = "v"
+    if config.get("num_train_timesteps", noise.TRAINED) != noise.TRAINED:
+        raise UserError(f"{file}: its denoiser was trained with other than {noise.TRAINED} steps")
+    if otherwise.spacing != "leading":  # what follows is of the spacing of Stable Diffusion's
+        found = {key: found[key] for key in found.keys() - {"offset", "ends_clean"}}
+    try:
+        noise.check(dataclasses.replace(otherwise, **found), 1)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return dataclasses.replace(otherwise, **found)
+
+
+def digest(path: str, part: str) -> str:
+    """SHA-256 of what :func:`load` reads.
+
+    Raises:
+      UserError: it is not there.
+    """
+    file = epath.Path(path)
+    if part == "transformer" and file.is_file():
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    folder = _folder(file, part)
+    found = hashlib.sha256()
+    for file in (folder / CONFIG, *_files(folder)):
+        found.update(hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest()
+
+
+def shapes(part: str, module: nn.Module) -> PyTree:
+    """The shapes of a network's parameters."""
+    key = jax.random.key(0, impl="threefry2x32")
+    return jax.eval_shape(module.init, key, *PARTS[part].arguments(module))["params"]
+
+
+def _folder(path: epath.Path, part: str) -> epath.Path:
+    """The part's own directory: with a config.json in it."""
+    if path.is_file():
+        raise UserError(
+            f"{path} is one file; a {part} is read from a directory, as diffusers and transformers "
+            f"write it. Download {PARTS[part].source}"
+        )
+    for folder in (path / part, path):
+        if (folder / CONFIG).is_file():
+            return folder
+    raise UserError(
+        f"there is no {part} at {path}: neither {path / part / CONFIG} nor {path / CONFIG}. "
+        f"Download {PARTS[part].source} into {path / part}"
+    )
+
+
+def _config(folder: epath.Path, part: str) -> dict[str, Any]:
+    """The part's config.json, seen to be that of the right class."""
+    row = PARTS[part]
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        found = config.get("_class_name") or config["architectures"][0]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder / CONFIG} cannot be read as the config of a {part} "
+            f"({type(error).__name__}: {error}). Download {row.source} again"
+        ) from None
+    if found not in row.classes:
+        raise UserError(
+            f"{folder} holds a {found}; a {part} is a {' or '.join(row.classes)}. Download "
+            f"{row.source} into {folder}"
+        )
+    return config
+
+
+def _files(folder: epath.Path) -> list[epath.Path]:
+    """The files that hold a part's weights, in whatever form they were saved."""
+    for suffix, stems in STEMS.items():
+        for variant in VARIANTS:
+            for stem in stems:
+                name = f"{stem}{variant}{suffix}"
+                if (folder / name).is_file():
+                    return [folder / name]
+                for index in (f"{name}.index.json", f"{stem}{suffix}.index{variant}.json"):
+                    if (folder / index).is_file():
+                        return _shards(folder, index)
+    names = ", ".join(f"{stem}{suffix}" for suffix, stems in STEMS.items() for stem in stems)
+    raise UserError(f"{folder} has a {CONFIG} and no weights. Download one of {names} beside it")
+
+
+def _shards(folder: epath.Path, index: str) -> list[epath.Path]:
+    """The files that an index lists."""
+    try:
+        names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder / index} is damaged ({type(error).__name__}: {error}); download it again"
+        ) from None
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise UserError(
+            f"{folder / index} lists {', '.join(missing)}, which are not there; download them "
+            f"into {folder}"
+        )
+    return [folder / name for name in names]
+
+
+def _tensors(folder: epath.Path) -> Tensors:
+    found: Tensors = {}
+    for file in _files(folder):
+        found |= _read(file)
+    return found
+
+
+def _read(file: epath.Path) -> Tensors:
+    """The tensors of one file; of one that a training saved, those of its average."""
+    contents = weight_files.read(str(file))
+    named = {keys: contents.array(tensor) for keys, tensor in contents.tensors.items()}
+    for wrapper in WRAPPERS:
+        if inner := {
+            keys[1:]: t for keys, t in named.items() if len(keys) > 1 and keys[0] == wrapper
+        }:
+            named = inner
+    return {".".join(keys): named[keys] for keys in sorted(named)}
+
+
+CONFIG = "config.json"
+# Of a scheduler's config, and of our schedule.
+SCHEDULER = {
+    "beta_schedule": "name",
+    "beta_start": "first",
+    "beta_end": "last",
+    "steps_offset": "offset",
+    "set_alpha_to_one": "ends_clean",
+    "prediction_type": "prediction",
+}
+# The first that is there is read: one without pickles, of full precision.
+STEMS = {
+    ".safetensors": ("diffusion_pytorch_model", "model"),
+    ".bin": ("diffusion_pytorch_model", "pytorch_model"),
+}
+VARIANTS = ("", ".fp16", ".bf16")
+WRAPPERS = ("ema", "state_dict", "model")  # around a network in a file, the first before others
+
+
+def _floats(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _integers(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+PARTS = {
+    "unet": Part(
+        ("UNet2DConditionModel",),
+        unet.from_config,
+        lambda m: (
+            _floats(1, 2 ** len(m.widths), 2 ** len(m.widths), m.channels),
+            _floats(1),
+            _floats(1, 1, m.context),
+        ),
+        dict,
+        "unet/ of a Stable Diffusion 1 or 2 repository",
+    ),
+    "vae": Part(
+        ("AutoencoderKL",),
+        autoencoder.from_config,
+        lambda m: (_floats(1, 2 ** len(m.widths), 2 ** len(m.widths), m.channels),),
+        autoencoder.rename,
+        "vae/ of a Stable Diffusion repository, or stabilityai/sd-vae-ft-mse",
+    ),
+    "text_encoder": Part(
+        ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"),
+        clip.text_from_config,
+        lambda m: (_integers(1, m.length),),
+        clip.rename_text,
+        "text_encoder/ of a Stable Diffusion 1 or 2 repository, or openai/clip-vit-base-patch32",
+    ),
+    "image_encoder": Part(
+        ("CLIPVisionModelWithProjection", "CLIPModel"),
+        clip.image_from_config,
+        lambda m: (_floats(1, m.size, m.size, m.channels),),
+        clip.rename_image,
+        "openai/clip-vit-base-patch32",
+    ),
+    "transformer": Part(
+        ("DiTTransformer2DModel", "Transformer2DModel"),
+        dit.from_config,
+        lambda m: (_floats(1, m.patch, m.patch, m.channels), _floats(1), _integers(1)),
+        dit.rename_diffusers,
+        "transformer/ of facebook/DiT-XL-2-256",
+    ),
+}

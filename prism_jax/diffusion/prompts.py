@@ -1,0 +1,212 @@
+"""Class names to prompts, tokens and a text encoder's states, kept: a run needs no tokenizer.
+
+FOLDER/prompts.safetensors    "texts" (K, N, D) and "null" (N, D), float32
+FOLDER/record.json            the prompts, the encoder's digest
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from prism_jax.data import weights, workdir
+from prism_jax.diffusion import huggingface
+from prism_jax.errors import UserError
+from prism_jax.types import Array, PyTree
+
+TENSORS, RECORD = "prompts.safetensors", "record.json"
+START, END = "<|startoftext|>", "<|endoftext|>"
+BATCH = 16  # prompts that are encoded at once
+# A text falls into: the special tokens, English endings, words, single digits, runs of signs.
+WORDS = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+
+
+class TextCondition:
+    """A :class:`~prism_jax.diffusion.protocols.Condition` whose params are the kept tensors."""
+
+    def of_labels(self, params: PyTree, labels_B: Array) -> Array:
+        return params["texts"][labels_B]
+
+    def null(self, params: PyTree, batch: int) -> Array:
+        return jnp.broadcast_to(params["null"], (batch, *params["null"].shape))
+
+
+class Encoded(NamedTuple):
+    """What a text encoder says of texts: float32 states (B, N, D) and embeddings (B, D')."""
+
+    states_BND: np.ndarray
+    embeddings_BD: np.ndarray
+
+
+def of_classes(names: Sequence[str], template: str = "{}") -> list[str]:
+    """A prompt for each class, in the order of the labels.
+
+    Args:
+      names: of the classes.
+      template: with ``{}`` in the name's place.
+
+    Raises:
+      UserError: the template has no place, or a name is empty.
+    """
+    if template.count("{}") != 1:
+        raise UserError(
+            f"the prompt template {template!r} needs one {{}}, where the class's name goes"
+        )
+    if empty := [label for label, name in enumerate(names) if not name.strip()]:
+        raise UserError(f"classes {empty[:5]} have no name to make a prompt of; name every class")
+    return [template.replace("{}", name) for name in names]
+
+
+def tokenise(directory: str, texts: Iterable[str], length: int) -> np.ndarray:
+    """Cut texts into a CLIP's tokens, between its marks of start and end, and pad them.
+
+    Args:
+      directory: a pipeline's, with ``tokenizer/``, or a CLIP's own.
+      texts: what is encoded.
+      length: tokens of each, with marks and padding.
+
+    Returns:
+      (B, length) int32.
+
+    Raises:
+      UserError: the package tokenizers or the files are not there; a text is too long.
+    """
+    folder = _tokenizer_folder(directory)
+    tokenizer = _tokenizer(folder)
+    start, end, pad = (tokenizer.token_to_id(token) for token in (START, END, _padding(folder)))
+    if None in (start, end, pad):
+        raise UserError(
+            f"the vocabulary in {folder} lacks {START}, {END} or its padding token; it is no "
+            "CLIP's. Download tokenizer/ again, all of it"
+        )
+    rows = []
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        if len(ids) > length - 2:
+            raise UserError(
+                f"the prompt {text!r} has {len(ids)} tokens; {length - 2} fit. Shorten the class's "
+                "name or the template"
+            )
+        rows.append([start, *ids, end, *[pad] * (length - 2 - len(ids))])
+    return np.array(rows, np.int32)
+
+
+def _tokenizer_folder(directory: str) -> epath.Path:
+    path = epath.Path(directory)
+    for folder in (path / "tokenizer", path):
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            return folder
+    raise UserError(
+        f"there is no tokenizer at {path}: {path / 'tokenizer'} needs vocab.json and merges.txt. "
+        "Download tokenizer/ of the repository that the text encoder is from"
+    )
+
+
+def _tokenizer(folder: epath.Path) -> Any:
+    """CLIP's byte pairs, lower case, with a mark at the end of every word."""
+    try:
+        from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+    except ImportError:
+        raise UserError(
+            "prompts are cut into tokens by the package tokenizers, which is not installed: "
+            f"pip install tokenizers; or bring a folder with {TENSORS} from where it is"
+        ) from None
+    try:
+        vocabulary = json.loads((folder / "vocab.json").read_text())
+        _, *lines = (folder / "merges.txt").read_text().splitlines()  # the first is its version
+        merges = [tuple(line.split(" ")) for line in lines if line.strip()]
+        model = models.BPE(vocabulary, merges, unk_token=END, end_of_word_suffix="</w>")
+    except Exception as error:  # the package raises plain ones
+        raise UserError(
+            f"the tokenizer in {folder} is damaged ({error}); download vocab.json and merges.txt "
+            "again"
+        ) from error
+    tokenizer = Tokenizer(model)
+    spaces = normalizers.Replace(Regex(r"\s+"), " ")
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), spaces, normalizers.Lowercase()]
+    )
+    words = pre_tokenizers.Split(Regex(WORDS), "removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return tokenizer
+
+
+def _padding(folder: epath.Path) -> str:
+    """The padding token: the end mark, in Stable Diffusion 2 "!", which is token 0."""
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            token = json.loads((folder / name).read_text()).get("pad_token")
+            if token:
+                return token if isinstance(token, str) else token["content"]
+    return END
+
+
+def encode(directory: str, texts: Sequence[str]) -> Encoded:
+    """Let the text encoder of a directory read texts.
+
+    Args:
+      directory: a pipeline's, or a CLIP's own.
+      texts: at least one.
+
+    Raises:
+      UserError: see :func:`tokenise` and ``huggingface.load``.
+    """
+    module, params, _ = huggingface.load(directory, "text_encoder")
+    tokens_BN = tokenise(directory, texts, module.length)
+    run = jax.jit(module.encode)
+    params = jax.device_put(params)
+    parts = []
+    for first in range(0, len(texts), BATCH):
+        part = tokens_BN[first : first + BATCH]
+        padded = np.pad(part, ((0, BATCH - len(part)), (0, 0)), "edge")
+        parts.append([np.asarray(array)[: len(part)] for array in run(params, padded)])
+    return Encoded(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def conditions(
+    folder: epath.PathLike, directory: str, prompts: Sequence[str], negative: str = ""
+) -> dict[str, np.ndarray]:
+    """The states of prompts and of what says nothing, from the folder if they are kept there.
+
+    Args:
+      folder: where they are kept; made when needed.
+      directory: of the text encoder and its tokenizer; if it is not there, what is kept is used.
+      prompts: by label.
+      negative: what classifier-free guidance leads away from.
+
+    Returns:
+      The params of a :class:`TextCondition`.
+
+    Raises:
+      UserError: they are not kept, and cannot be made; what is kept is damaged.
+    """
+    folder = epath.Path(folder)
+    about: dict[str, Any] = {"prompts": list(prompts), "negative": negative}
+    kept = workdir.read_record(folder / RECORD) if (folder / RECORD).is_file() else {}
+    fits = all(kept.get(key) == value for key, value in about.items())
+    if epath.Path(directory).is_dir() or not fits:
+        about["encoder"] = huggingface.digest(directory, "text_encoder")
+    if all(kept.get(key) == value for key, value in about.items()):
+        data = (folder / TENSORS).read_bytes()
+        if weights.sha256(data) != kept["sha256"]:
+            raise UserError(
+                f"{folder / TENSORS} is damaged: it is not what {RECORD} describes. Remove "
+                f"{folder}, and it is made again"
+            )
+        return weights.unpack(data)
+    states_BND = encode(directory, [*prompts, negative]).states_BND
+    tensors = {"texts": states_BND[:-1], "null": states_BND[-1]}
+    data = weights.pack(tensors)
+    workdir.write_bytes(folder / TENSORS, data)
+    workdir.write_record(folder / RECORD, {**about, "sha256": weights.sha256(data)})
+    return tensors

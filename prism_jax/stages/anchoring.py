@@ -1,0 +1,231 @@
+"""From real images to anchors, and candidates: cached class by class, apart from recover.
+
+generate/latents/<class>.safetensors      of real images (other anchors keep them)
+generate/anchors/<class>.safetensors      with cluster sizes (another strength keeps them)
+generate/candidates/<class>.safetensors   generated images, where the judge chooses among them
+    .../<class>.json                      written after it: the class is done
+    .../record.json                       written last: all are
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from prism_jax import parallel, progress
+from prism_jax.config.generation import clustering_of
+from prism_jax.data import weights, workdir
+from prism_jax.data.pipeline import read_images
+from prism_jax.data.weights import RECORD, sha256
+from prism_jax.diffusion import anchors, generate, pixels, select
+from prism_jax.errors import UserError
+from prism_jax.stages import fingerprints, generator
+from prism_jax.stages.context import Context
+from prism_jax.stages.generator import Opened, Painter, Wish
+from prism_jax.stages.judging import logits_of
+from prism_jax.types import Array, PyTree
+
+Tensors = dict[str, np.ndarray]
+
+
+class Kept(NamedTuple):
+    """What is kept of a class: tensors, and facts for its record."""
+
+    tensors: Tensors
+    facts: dict[str, Any]
+
+
+# What each folder is made of, in the order they are made.
+FINGERPRINTS: dict[str, Callable[[Context], dict[str, Any]]] = {
+    "latents": fingerprints.latents,
+    "anchors": fingerprints.anchors,
+    "candidates": fingerprints.candidates,
+}
+
+
+def needed(context: Context) -> list[str]:
+    """The folders that the experiment reads."""
+    g = context.config.generate
+    if not generator.wanted(context):
+        return []
+    found = [] if g.anchors == "none" else ["latents", "anchors"]
+    return [*found, *(["candidates"] if g.candidates > 1 else [])]
+
+
+def folder(context: Context, name: str) -> epath.Path:
+    return context.root / "generate" / name
+
+
+def run(context: Context) -> None:
+    """Make what is missing; every process does its share."""
+    makers = {"latents": _latents, "anchors": _anchors, "candidates": _candidates}
+    left = [name for name in needed(context) if not _is_done(context, name)]
+    for name in left:
+        if name == "latents" and _is_done(context, "anchors"):
+            continue  # anchors are all that is read
+        _run(context, name, makers[name])
+
+
+def read(context: Context, name: str, cls: int) -> Tensors:
+    """What is kept of a class.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    root = folder(context, name)
+    path = root / f"{cls:05d}.safetensors"
+    data = path.read_bytes() if path.exists() else b""
+    if sha256(data) != workdir.read_record(root / f"{cls:05d}.json")["sha256"]:
+        raise UserError(
+            f"{path} is damaged: its content is not what was written. Delete {root} and run the "
+            f"same command again to redo it."
+        )
+    return weights.unpack(data)
+
+
+def anchors_of(context: Context, classes_N: np.ndarray, slots_N: np.ndarray) -> np.ndarray | None:
+    """Where images start, (N, h, w, c); None where they start from noise alone."""
+    if "anchors" not in needed(context):
+        return None
+
+    def of_class(cls: int) -> np.ndarray:
+        return context.once(f"anchors {cls}", lambda: read(context, "anchors", cls)["latents"])
+
+    ipc = context.config.recover.ipc
+    return np.stack(
+        [of_class(int(c))[int(s) % ipc] for c, s in zip(classes_N, slots_N, strict=True)]
+    )
+
+
+def image_weights(context: Context) -> list[float] | None:
+    """Each image's share of its class, times the images of the class (DDOQ); None: alike."""
+    if not context.config.generate.weighted:
+        return None
+    found = []
+    for cls in range(context.config.dataset.num_classes):
+        sizes_I = read(context, "anchors", cls)["sizes"]
+        found += (sizes_I / sizes_I.mean()).tolist()
+    return found
+
+
+def _is_done(context: Context, name: str) -> bool:
+    root = folder(context, name)
+    return (root / RECORD).exists() and workdir.fits(root, FINGERPRINTS[name](context))
+
+
+def _run(context: Context, name: str, maker: Callable[[Context, list[int]], Iterator[Kept]]):
+    root, classes = folder(context, name), list(range(context.config.dataset.num_classes))
+
+    def missing() -> list[int]:
+        there = workdir.names(root)
+        return [cls for cls in classes if f"{cls:05d}.json" not in there]
+
+    mine = context.work.deal(
+        name, classes, missing, lambda: context.work.begin(root, FINGERPRINTS[name](context))
+    )
+    with progress.task(name, len(mine), unit="class") as bar:
+        for cls, kept in zip(mine, maker(context, mine), strict=True):
+            data = weights.pack(kept.tensors)
+            workdir.write_bytes(root / f"{cls:05d}.safetensors", data)
+            record = {"class": cls, "sha256": sha256(data), **kept.facts}
+            workdir.write_record(root / f"{cls:05d}.json", record)
+            bar.advance(1)
+            context.stop.check()
+    if not parallel.is_main():
+        context.work.wait(lambda: _is_done(context, name))
+        return
+    context.work.wait(lambda: not missing())
+    workdir.write_record(root / RECORD, {"classes": len(classes)})
+
+
+# --- what is made of a class ------------------------------------------------------------------
+
+
+def _latents(context: Context, classes: list[int]) -> Iterator[Kept]:
+    if not classes:
+        return
+    opened, g = generator.open_(context), context.config.generate
+    source, batch = context.inputs.open("train"), context.config.generate.batch_size
+    members = {c: np.flatnonzero(source.labels_N == c)[: g.most_images] for c in classes}
+    batch = min(batch, max(len(at) for at in members.values()))
+
+    def encode(params: PyTree, seed: Array, lane: tuple[Array, Array]) -> Array:
+        return generate.encode(
+            opened.generator.codec, params, seed, *lane, sampled=g.sampled, flip=g.flip
+        )
+
+    lanes = parallel.LaneMap(
+        encode, opened.weights.codec, arity=1, devices=parallel.devices(),
+        how=context.config.parallel.map,
+    )  # fmt: skip
+
+    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for positions in members.values():
+            for at in range(0, len(positions), batch):
+                index = np.arange(at, at + batch).clip(max=len(positions) - 1)
+                images = real_images(context, opened, positions[index])
+                yield positions[index].astype(np.int32), pixels.from_uint8(images)
+
+    results = lanes.stream(context.config.seed, batches())
+    for cls, positions in members.items():
+        found = [next(results) for _ in range(0, len(positions), batch)]
+        latents_NHWC = np.concatenate(found)[: len(positions)]
+        if not np.isfinite(latents_NHWC).all():
+            raise UserError(
+                f"latents of class {cls} are not finite: the codec's weights are damaged, or it "
+                f"overflows in generate.dtype={g.dtype}"
+            )
+        yield Kept({"latents": latents_NHWC}, {"images": len(positions)})
+
+
+def real_images(context: Context, opened: Opened, positions: np.ndarray) -> np.ndarray:
+    """Training images as the codec reads them, uint8 (B, size, size, C)."""
+    source, size = context.inputs.open("train"), opened.image_size
+    if size == context.config.dataset.image_size and context.config.generate.view == "cropped":
+        return read_images(source, positions.tolist(), threads=context.config.dataset.threads)
+    originals = [source.original(int(at)) for at in positions]
+    if context.config.generate.view == "cropped":
+        originals = [centre(image) for image in originals]
+    resampler = context.config.generate.resampler
+    return np.concatenate([pixels.resize(image[None], size, resampler) for image in originals])
+
+
+def centre(image_HWC: np.ndarray) -> np.ndarray:
+    """The largest square in the middle of an image."""
+    height, width, _ = image_HWC.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image_HWC[top : top + side, left : left + side]
+
+
+def _anchors(context: Context, classes: list[int]) -> Iterator[Kept]:
+    config, clustering = context.config, clustering_of(context.config.generate)
+    for cls in classes:
+        found = anchors.anchors(
+            clustering, read(context, "latents", cls)["latents"], config.recover.ipc,
+            seed=config.seed, cls=cls,
+        )  # fmt: skip
+        yield Kept(
+            {"latents": found.latents_IHWC, "sizes": found.sizes_I, "nearest": found.nearest_I},
+            {"sizes": found.sizes_I.tolist()},
+        )
+
+
+def _candidates(context: Context, classes: list[int]) -> Iterator[Kept]:
+    if not classes:
+        return
+    config = context.config
+    count = config.generate.candidates * config.recover.ipc
+    painter = Painter(context, generator.open_(context), count)
+    slots = np.arange(count)
+    wishes = [
+        Wish(np.full(count, cls), slots, anchors_of(context, np.full(count, cls), slots))
+        for cls in classes
+    ]
+    for cls, images in zip(classes, painter.paint(wishes), strict=True):
+        chosen = select.most_confident(logits_of(context, images), cls, config.recover.ipc)
+        facts = {"chosen": chosen.index_S.tolist(), "recognised": chosen.recognised}
+        yield Kept({"images": images[chosen.index_S]}, facts)

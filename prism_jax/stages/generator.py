@@ -1,0 +1,470 @@
+"""The generator: trained by squeeze like a network, or read from a directory.
+
+squeeze/generator/
+    weights.safetensors   codec and denoiser, where they were trained here
+    prompts/              the classes' states, where it reads prompts
+    checkpoints/  metrics.jsonl   of a training
+    record.json           written last: done
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from prism_jax import parallel, progress
+from prism_jax.config import Generate
+from prism_jax.config.generation import FOLDER, SCHEDULES, fitting_of, sampling_of
+from prism_jax.data import workdir
+from prism_jax.data.checkpoints import Checkpoints
+from prism_jax.data.lazy import chunks
+from prism_jax.data.metrics import MetricsWriter, truncate
+from prism_jax.data.weights import RECORD, WEIGHTS, pack, sha256, unpack
+from prism_jax.diffusion import (
+    dit,
+    fit,
+    generate,
+    huggingface,
+    patches,
+    pixels,
+    prompts,
+    quality,
+    samplers,
+)
+from prism_jax.diffusion.generate import Generator, Places, Weights
+from prism_jax.diffusion.protocols import Codec
+from prism_jax.errors import UserError
+from prism_jax.stages import fingerprints
+from prism_jax.stages.context import Context
+from prism_jax.stages.judging import logits_of
+from prism_jax.stages.squeeze import refusal
+from prism_jax.types import Array, PyTree
+
+MEASURED = 1000  # images that the quality of a trained generator is measured on
+
+
+class Opened(NamedTuple):
+    """A generator that is ready, and how it counts.
+
+    Attributes:
+      generator: its networks; ``weights``, theirs.
+      sampling: how images are sampled.
+      labels_K: what the condition calls each class.
+      latent_shape: of one image.
+      image_size: side of the images that the codec reads and makes.
+    """
+
+    generator: Generator
+    weights: Weights
+    sampling: samplers.Sampling
+    labels_K: np.ndarray
+    latent_shape: tuple[int, int, int]
+    image_size: int
+
+
+def wanted(context: Context) -> bool:
+    """Whether the experiment generates its images."""
+    return context.config.recover.maker == "generate"
+
+
+def folder(context: Context) -> epath.Path:
+    return context.root / "squeeze" / FOLDER
+
+
+def is_done(context: Context) -> bool:
+    """Whether it is there.
+
+    Raises:
+      UserError: it is, but was made from something else.
+    """
+    root = folder(context)
+    found = workdir.read_fingerprint(root)
+    if found is None:
+        return False
+    if lines := workdir.differences(found, fingerprints.generator(context)):
+        raise UserError(refusal("the generator", root, lines))
+    return (root / RECORD).exists()
+
+
+def check(context: Context) -> None:
+    """Refuse, before any work, what the data does not allow, and a generator of other settings.
+
+    Raises:
+      UserError: classes with too few images for their anchors, images of other channels than
+        the codec's, more components than a patch has numbers.
+    """
+    config, g = context.config, context.config.generate
+    labels_N = context.inputs.open("train").labels_N
+    counts_K = np.bincount(labels_N, minlength=config.dataset.num_classes)
+    least = int(min(counts_K.min(), g.most_images or counts_K.max()))
+    if g.anchors != "none" and config.recover.ipc > least:
+        raise UserError(
+            f"recover.ipc is {config.recover.ipc}, and class {counts_K.argmin()} has {least} "
+            f"training images to find anchors among; lower it, or set generate.anchors='none' "
+            f"and generate.strength=1"
+        )
+    if g.anchors == "chunked_released" and g.expand * config.recover.ipc > least:
+        raise UserError(
+            f"generate.anchors='chunked_released' needs {g.expand * config.recover.ipc} images of "
+            f"every class (generate.expand={g.expand} x recover.ipc={config.recover.ipc}), and "
+            f"class {counts_K.argmin()} has {least}; lower either, or use 'chunked'"
+        )
+    channels = context.inputs.image_shape[2]
+    if g.codec == "directory" and channels != 3:
+        raise UserError(
+            f"{config.dataset.name} has images of {channels} channel(s), and the autoencoder of "
+            f"{g.directory} reads three; choose generate.generator='dit', which is trained here"
+        )
+    if g.codec == "patches" and g.components > g.patch**2 * channels:
+        raise UserError(
+            f"generate.components is {g.components}, and patches of generate.patch={g.patch} have "
+            f"{g.patch**2 * channels} numbers; choose at most so many"
+        )
+    is_done(context)
+
+
+def run(context: Context) -> None:
+    """Train it, or read it and find it whole; one process' work."""
+    root = folder(context)
+
+    def prepare() -> None:
+        context.work.begin(root, fingerprints.generator(context))
+
+    def missing() -> list[str]:
+        return [] if is_done(context) else [FOLDER]
+
+    if context.work.deal(FOLDER, [FOLDER], missing, prepare):
+        trained = context.config.generate.generator == "dit"
+        record = _train(context, root) if trained else _read(context, root)
+        workdir.write_record(root / RECORD, record)
+    context.work.wait(lambda: is_done(context))
+
+
+def open_(context: Context) -> Opened:
+    """The finished generator.
+
+    Raises:
+      UserError: it is not there, or damaged.
+    """
+    root, g = folder(context), context.config.generate
+    if not is_done(context):
+        raise UserError(
+            f"there is no generator in {root}; run the squeeze stage first (--stages=squeeze,...)"
+        )
+    record = workdir.read_record(root / RECORD)
+    if g.generator != "dit":
+        return _released(context, root)
+    data = (root / WEIGHTS).read_bytes() if (root / WEIGHTS).exists() else b""
+    if sha256(data) != record["sha256"]:
+        raise UserError(
+            f"{root / WEIGHTS} is damaged: its content is not what squeeze wrote. Delete {root} "
+            f"and run the same command again; only the generator is redone."
+        )
+    return _small(context, unpack(data))
+
+
+# --- read from a directory --------------------------------------------------------------------
+
+
+def _released(context: Context, root: epath.Path) -> Opened:
+    """Stable Diffusion or a DiT, and its autoencoder."""
+    g, dtype = context.config.generate, jnp.dtype(context.config.generate.dtype)
+    directory = g.directory
+    assert directory is not None  # config.rules
+    vae = huggingface.load(fingerprints.part_path(context, "vae"), "vae")
+    codec: Any = vae.module.clone(dtype=dtype)
+    labels_K = np.arange(context.config.dataset.num_classes, dtype=np.int32)
+    condition: Any
+    if g.generator == "stable_diffusion":
+        loaded = huggingface.load(directory, "unet")
+        denoiser: Any = loaded.module.clone(dtype=dtype)
+        said = prompts.of_classes(context.inputs.spoken_names, g.template)
+        condition = prompts.TextCondition()
+        told: PyTree = prompts.conditions(root / "prompts", directory, said, g.negative)
+    else:
+        loaded = huggingface.load(fingerprints.part_path(context, "transformer"), "transformer")
+        denoiser = condition = loaded.module.clone(dtype=dtype)
+        told, labels_K = {}, _imagenet_labels(context, denoiser.classes)
+    size = g.image_size or context.config.dataset.image_size
+    schedule = huggingface.schedule(directory, SCHEDULES[g.generator])
+    weights = Weights(vae.params, loaded.params, told)
+    shape = latent_shape(codec, vae.params, size, 3)
+    generator = Generator(codec, denoiser, condition)
+    _check_whole(generator, weights, shape)
+    return Opened(generator, weights, sampling_of(g, schedule), labels_K, shape, size)
+
+
+def _imagenet_labels(context: Context, classes: int) -> np.ndarray:
+    """What a DiT of ImageNet's classes calls the data set's."""
+    known = context.inputs.open("train").imagenet_indices
+    wanted = context.config.dataset.num_classes
+    if classes == wanted:
+        return np.arange(wanted, dtype=np.int32)
+    if classes == 1000 and known is not None:
+        return np.array(known, np.int32)
+    raise UserError(
+        f"the transformer knows {classes} classes and the data has {wanted}, and which of them "
+        f"they are is not known (class folders named by WordNet IDs would tell it)"
+    )
+
+
+def _check_whole(generator: Generator, weights: Weights, shape: tuple[int, int, int]) -> None:
+    """Refuse latents that the denoiser does not read, by shapes alone."""
+    noisy, label = jax.ShapeDtypeStruct((1, *shape), np.float32), np.zeros(1, np.int32)
+
+    def once(weights: Weights, noisy: Array) -> Array:
+        condition = generator.condition.of_labels(weights.condition, jnp.asarray(label))
+        return generator.denoiser.predict(weights.denoiser, noisy, jnp.zeros(1), condition)
+
+    try:
+        jax.eval_shape(once, weights, noisy)
+    except UserError:
+        raise
+    except Exception as error:  # flax raises several kinds
+        raise UserError(
+            f"the denoiser does not read latents of {shape[0]} x {shape[1]} x {shape[2]} "
+            f"({type(error).__name__}); set generate.image_size to the size it was trained at"
+        ) from error
+
+
+def latent_shape(codec: Codec, params: PyTree, size: int, channels: int) -> tuple[int, int, int]:
+    """Of one image, by shapes alone."""
+    image = jax.ShapeDtypeStruct((1, size, size, channels), np.float32)
+    height, width, features = jax.eval_shape(codec.encode, params, image)[0].shape[1:]
+    return height, width, features
+
+
+def _read(context: Context, root: epath.Path) -> dict[str, Any]:
+    """See that a directory's parts are whole, and keep what the classes' prompts say."""
+    started = time.monotonic()
+    opened = _released(context, root)
+    return {
+        "source": context.config.generate.generator,
+        "params": _count(opened.weights.denoiser),
+        "latent": list(opened.latent_shape),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _count(params: PyTree) -> int:
+    return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(params))
+
+
+# --- trained here -----------------------------------------------------------------------------
+
+
+def module_of(g: Generate, classes: int, channels: int) -> dit.DiT:
+    """The small transformer."""
+    return dit.DiT(
+        classes=classes, channels=channels, patch=g.denoiser.token, width=g.denoiser.width,
+        depth=g.denoiser.depth, heads=g.denoiser.heads, learned_variance=False, time_scale=1000.0,
+        dtype=jnp.dtype(g.dtype),
+    )  # fmt: skip
+
+
+def _codec_of(g: Generate) -> Codec:
+    return patches.Patches(g.patch) if g.codec == "patches" else patches.Pixels()
+
+
+def _small(context: Context, tree: PyTree) -> Opened:
+    """The generator of trained weights."""
+    config, g = context.config, context.config.generate
+    size, _, channels = context.inputs.image_shape
+    codec = _codec_of(g)
+    shape = latent_shape(codec, tree["codec"], size, channels)
+    module = module_of(g, config.dataset.num_classes, shape[-1])
+    bounds = patches.bounds(tree["codec"]) if g.clip else None
+    return Opened(
+        Generator(codec, module, module),
+        Weights(tree["codec"], tree["denoiser"], {}, bounds),
+        sampling_of(g, SCHEDULES["dit"]),
+        np.arange(config.dataset.num_classes, dtype=np.int32),
+        shape,
+        size,
+    )
+
+
+def _train(context: Context, root: epath.Path) -> dict[str, Any]:
+    """Fit the codec, train the denoiser on the latents, and measure what it makes."""
+    config, g = context.config, context.config.generate
+    source = context.inputs.open("train")
+    images, labels_N = context.inputs.read(source), np.asarray(source.labels_N, np.int32)
+    held = images[:]
+    codec = _codec_of(g)
+    if g.codec == "patches":
+        params = patches.fit_patches(held, g.patch, g.components)
+        params.pop("kept")
+    else:
+        params = patches.fit_pixels(held)
+    encode = jax.jit(lambda params, images: codec.encode(params, images)[0])
+    latents_NHWC = np.concatenate(
+        [np.asarray(encode(params, pixels.from_uint8(held[at]))) for at in chunks(len(held))]
+    )
+    module = module_of(g, config.dataset.num_classes, latents_NHWC.shape[-1])
+    state, loss, seconds = _fit(context, root, module, latents_NHWC, labels_N)
+    tree = jax.device_get({"codec": params, "denoiser": state.average})
+    data = pack(tree)
+    workdir.write_bytes(root / WEIGHTS, data)
+    found = _measure(context, _small(context, tree), held)
+    told = f"recognised {found.recognised:.1%} (by {config.judge}), distance {found.distance:.2f}"
+    context.say(f"generator: loss {loss:.3g}, {told}, near {found.near:.1%}")
+    if found.faults:
+        context.say(
+            f"warning: the generator's images are not as they should be: "
+            f"{'; '.join(found.faults)}. Train it longer (generate.fit.steps={g.fit.steps}) or "
+            f"make it larger (generate.denoiser)"
+        )
+    return {
+        "source": "train",
+        "params": _count(tree["denoiser"]),
+        "latent": list(latents_NHWC.shape[1:]),
+        "loss": loss,
+        "judge": config.judge,
+        **found._asdict(),
+        "seconds": seconds,
+        "sha256": sha256(data),
+    }
+
+
+def _fit(
+    context: Context, root: epath.Path, module: dit.DiT, latents: np.ndarray, labels: np.ndarray
+) -> tuple[fit.FitState, float, float]:
+    """The trained state, the mean of its last losses, and the seconds that it took."""
+    fitting, seed = fitting_of(context.config.generate), context.config.squeeze.seed
+    checkpoints = Checkpoints(
+        root / "checkpoints",
+        every_seconds=context.config.recover.checkpoint_seconds,
+        of=workdir.read_fingerprint(root),
+    )
+    state, seconds = fit.initial_state(module, fitting, seed, latents.shape[1:]), 0.0
+    losses: list[Any] = []  # since they were looked at
+    mean = float("nan")
+    if restored := checkpoints.restore(jax.device_get(state)):
+        done, state, meta = restored
+        seconds, losses, mean = meta["seconds"], meta["losses"], meta["mean"] or mean
+        context.say(f"generator: continues after step {done} of {fitting.steps}")
+    began, first, step = time.monotonic(), int(state.step), fit.jitted_step(fitting, module)
+    metrics = root / "metrics.jsonl"
+    truncate(metrics, lambda line: line["step"] <= first)
+    writer = MetricsWriter(metrics, tensorboard_dir=root / "tensorboard")
+
+    def save(number: int) -> None:
+        writer.flush()
+        found = [float(loss) for loss in jax.device_get(losses)]
+        meta = {"losses": found, "mean": None if np.isnan(mean) else mean}
+        meta["seconds"] = seconds + time.monotonic() - began
+        checkpoints.save(number, state, meta)
+
+    with progress.task("generator", fitting.steps, unit="step", done=first) as bar:
+        for number in range(first + 1, fitting.steps + 1):
+            at = fit.batch_index(fitting, seed, len(labels), number - 1)
+            state, loss = step(np.uint32(seed), state, latents[at], labels[at])
+            losses.append(loss)
+            shown = {}
+            if number % fit.LOOKED == 0 or number == fitting.steps:
+                mean = float(np.mean(np.array(jax.device_get(losses), np.float32)))
+                losses, shown = [], {"loss": mean}
+                if not np.isfinite(mean):
+                    raise UserError(
+                        f"the generator's loss is {mean} up to step {number}; lower "
+                        f"generate.fit.learning_rate={fitting.learning_rate:g}, in another workdir"
+                    )
+                writer.write(number, loss=mean)
+            bar.advance(1, **shown)
+            if context.stop.requested or (checkpoints.due and number < fitting.steps):
+                save(number)
+                if context.stop.requested:
+                    checkpoints.close()
+                    context.stop.check()
+    writer.close()
+    save(fitting.steps)
+    checkpoints.close()
+    return state, mean, seconds + time.monotonic() - began
+
+
+def _measure(context: Context, opened: Opened, train_images: np.ndarray) -> quality.Quality:
+    """What images without anchors are worth: recognised, and no copies."""
+    classes = context.config.dataset.num_classes
+    class_N, slot_N = (x.ravel() for x in np.mgrid[:classes, : -(-MEASURED // classes)])
+    free = dataclasses.replace(opened.sampling, strength=1.0, terms=())
+    painter = Painter(context, opened._replace(sampling=free), len(class_N))
+    (images,) = painter.paint([Wish(class_N, slot_N)], context.config.squeeze.seed)
+    logits_NK = logits_of(context, images)
+    test = context.inputs.test_set()[0][:]
+    return quality.quality(images, logits_NK.argmax(1), class_N, train=train_images, test=test)
+
+
+# --- images -----------------------------------------------------------------------------------
+
+
+class Wish(NamedTuple):
+    """Images that are wanted together: their classes and slots, and where they start.
+
+    ``anchors_NHWC`` may be None where none is needed.
+    """
+
+    classes_N: np.ndarray
+    slots_N: np.ndarray
+    anchors_NHWC: np.ndarray | None = None
+
+
+class Painter:
+    """The generator on every device: a batch on each, without a collective."""
+
+    def __init__(self, context: Context, opened: Opened, images: int):
+        """Place the weights.
+
+        Args:
+          images: of a wish at most; smaller ones are padded, so that a program is compiled once.
+        """
+        g = context.config.generate
+        self._context, self._opened = context, opened
+        self._batch = min(g.batch_size, images)
+
+        def paint(weights: Weights, seed: Array, lane: tuple[Places, Array]) -> Array:
+            return generate.generate(opened.generator, opened.sampling, weights, seed, *lane)
+
+        self._lanes = parallel.LaneMap(
+            paint, opened.weights, arity=1, devices=parallel.devices(),
+            how=context.config.parallel.map,
+        )  # fmt: skip
+
+    def paint(self, wishes: list[Wish], seed: int | None = None):
+        """Yield each wish's images, uint8 at the data set's size, in turn.
+
+        Raises:
+          UserError: an image that is not finite.
+          Interrupted: a stop was requested; what was yielded is whole.
+        """
+        g, config = self._context.config.generate, self._context.config
+        seed = config.seed if seed is None else seed
+        results = self._lanes.stream(seed, (b for wish in wishes for b in self._batches(wish)))
+        for wish in wishes:
+            found = []
+            for at in range(0, len(wish.classes_N), self._batch):
+                part = slice(at, at + self._batch)
+                places = list(zip(wish.classes_N[part], wish.slots_N[part], strict=True))
+                images = next(results)[: len(places)]
+                found.append(
+                    pixels.resize(
+                        pixels.to_uint8(images, places), config.dataset.image_size, g.resampler
+                    )
+                )
+                self._context.stop.check()
+            yield np.concatenate(found)
+
+    def _batches(self, wish: Wish):
+        for at in range(0, len(wish.classes_N), self._batch):
+            index = np.arange(at, at + self._batch).clip(max=len(wish.classes_N) - 1)
+            classes = wish.classes_N[index].astype(np.int32)
+            labels = self._opened.labels_K[classes]
+            anchors_BHWC = np.zeros((self._batch, *self._opened.latent_shape), np.float32)
+            if wish.anchors_NHWC is not None:
+                anchors_BHWC = wish.anchors_NHWC[index]
+            yield Places(classes, wish.slots_N[index].astype(np.int32), labels), anchors_BHWC

@@ -1,0 +1,65 @@
+"""Images from a denoiser: each from its anchor, keyed by class and slot alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+from etils import epath
+
+from prism_jax import progress
+from prism_jax.config import batch_layout, members
+from prism_jax.core import pixels
+from prism_jax.stages import anchoring, generator
+from prism_jax.stages.context import Context
+from prism_jax.stages.generator import Painter, Wish
+from prism_jax.stages.makers.made import Made
+from prism_jax.types import Unit
+
+
+def prepare(context: Context, root: epath.Path) -> None:
+    """Nothing that was stopped leaves anything behind."""
+
+
+def before(context: Context) -> None:
+    """Latents, anchors and candidates, by every process."""
+    anchoring.run(context)
+
+
+def weights(context: Context) -> list[float] | None:
+    """What each image counts."""
+    return anchoring.image_weights(context)
+
+
+def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Made]:
+    """Generate units, a batch on every device; or take them from among the candidates."""
+    config = context.config
+    at = [members(config, unit) for unit in waiting]
+    with progress.task("recover", len(waiting), unit="unit") as bar:
+        started = time.monotonic()
+        if config.generate.candidates > 1:
+            found = (_chosen(context, *where) for where in at)
+        else:
+            painter = Painter(context, generator.open_(context), batch_layout(config).size)
+            found = painter.paint(
+                [Wish(*where, anchoring.anchors_of(context, *where)) for where in at]
+            )
+        for unit, images in zip(waiting, found, strict=True):
+            now = time.monotonic()
+            normalised = np.asarray(pixels.normalise(images, context.inputs.normalisation))
+            # Not recover.rounding: nearest gives back the very pixels.
+            yield Made(unit, normalised, "nearest", now - started, {})
+            started = now
+            bar.advance(1)
+            context.stop.check()
+
+
+def _chosen(context: Context, classes_B: np.ndarray, slots_B: np.ndarray) -> np.ndarray:
+    """Of each class the judge's choice, the surest first."""
+
+    def of_class(cls: int) -> np.ndarray:
+        name = f"candidates {cls}"
+        return context.once(name, lambda: anchoring.read(context, "candidates", cls)["images"])
+
+    return np.stack([of_class(int(c))[int(s)] for c, s in zip(classes_B, slots_B, strict=True)])

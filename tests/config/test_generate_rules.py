@@ -1,0 +1,114 @@
+"""What generate refuses: every refusal by its name, and each config's own settings pass."""
+
+from __future__ import annotations
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import d4m_digits
+from prism_jax.config import resolve
+from prism_jax.errors import UserError
+
+
+def changed(**fields) -> ConfigDict:
+    """The digits' config with fields of any section: generate__fit__steps."""
+    c = d4m_digits.get_config()
+    with c.unlocked():
+        for path, value in fields.items():
+            group = c
+            *groups, field = path.split("__")
+            for name in groups:
+                group = group[name]
+            with group.ignore_type():
+                group[field] = value
+    return c
+
+
+NO_ANCHORS = {"generate__anchors": "none", "generate__strength": 1.0}
+READ = {
+    "generate__generator": "dit_released", "generate__directory": "d",
+    "generate__codec": "directory", "generate__clip": False,
+}  # fmt: skip
+REFUSED = {
+    "strength above": ({"generate__strength": 1.2}, "strength is 1.2; allowed: 0"),
+    "strength below": ({"generate__strength": -0.1}, "strength is -0.1"),
+    "no step": ({"generate__strength": 0.01}, "0.01 of 50 steps leaves no step to run"),
+    "window outside": (
+        {"generate__mode_weight": 0.1, "generate__mode_window": (26, 50)},
+        "is 26 to 50, but the steps are numbered 0 (the last one) to 49",
+    ),
+    "window before": (
+        {"generate__mode_weight": 0.1, "generate__mode_window": (40, 49)},
+        "the strength leaves steps 34 to 0",
+    ),
+    "window of nothing": ({"generate__mode_window": (1, 2)}, "generate.mode_weight is 0"),
+    "sampler": ({"generate__sampler": "euler"}, "'euler'; allowed: ddim, ddpm, pndm"),
+    "eta of another": ({"generate__sampler": "pndm", "generate__eta": 0.5}, "eta belongs to"),
+    "anchors": ({"generate__anchors": "medoids"}, "anchors are 'medoids'; allowed"),
+    "outliers": ({"generate__outliers": 0.7}, "the share of outliers is 0.7"),
+    "no anchors": ({"generate__anchors": "none"}, "generate.strength=0.7 needs some"),
+    "weights of none": ({**NO_ANCHORS, "generate__weighted": True}, "weighs by anchors"),
+    "weights of candidates": (
+        {"generate__weighted": True, "generate__candidates": 2}, "candidates are of any",
+    ),
+    "weights of batches": (
+        {"generate__weighted": True, "validate__loss": "dist"}, "knows no weights",
+    ),
+    "few images": ({"generate__most_images": 5}, "less than recover.ipc=10"),
+    "optimised too": ({"recover__iterations": 10}, "recover.iterations is 10"),
+    "folder": ({"recover__initialise": "folder", "recover__initialise_from": "x"}, "no folder"),
+    "judge": ({"generate__judge": "resnet50"}, "generate.judge is 'resnet50', which is not in"),
+    "no directory": ({"generate__generator": "dit_released", **{
+        k: READ[k] for k in ("generate__codec", "generate__clip")}}, "generate.directory=DIR"),
+    "directory of ours": ({"generate__directory": "d"}, "reads no directory"),
+    "codec of others": ({**READ, "generate__codec": "patches"}, "set it to 'directory'"),
+    "bounds": ({**READ, "generate__clip": True}, "have no bounds"),
+    "posterior": ({"generate__sampled": True}, "which has none"),
+    "prompts": ({"generate__negative": "blur"}, "reads no prompts"),
+    "token": ({"generate__denoiser__token": 3}, "does not divide latents of 16 x 16"),
+    "token of patches": (
+        {"generate__codec": "patches", "generate__patch": 4}, "does not divide latents of 4 x 4",
+    ),
+    "patch": ({"generate__codec": "patches", "generate__patch": 5}, "dataset.image_size=16"),
+    "width": ({"generate__denoiser__width": 130}, "must be a multiple of four and of"),
+    "size": ({"generate__image_size": 32}, "leave it unset"),
+    "warm-up": ({"generate__fit__warmup": 3500}, "shorter than the steps"),
+    "nothing to fit": ({"generate__fit__learning_rate": 0.0}, "generate.fit.learning_rate is 0.0"),
+    "word": ({"generate__codec": "vae"}, "generate.codec is 'vae'; allowed"),
+    "resampler": ({"generate__resampler": "cubic"}, "did you mean bicubic?"),
+    "batch": ({"generate__batch_size": 0}, "generate.batch_size is 0; it must be positive"),
+    "unknown": ({"generate__fit__step": 3}, "did you mean generate.fit.steps?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_meaning_is_refused_by_name(name):
+    fields, said = REFUSED[name]
+    with pytest.raises(UserError) as caught:
+        resolve(changed(**fields))
+    message = str(caught.value)
+    assert said in message, message
+    assert "\n" not in message  # one thing is wrong, and nothing else is said
+
+
+ALLOWED = {
+    "as it is": {},
+    "anchors alone": {"generate__strength": 0.0},
+    "no anchors": NO_ANCHORS,
+    "modes": {
+        "generate__sampler": "ddpm", "generate__strength": 1.0, "generate__mode_weight": 0.1,
+        "generate__mode_window": (26, 49),
+    },
+    "read": READ,
+    "patches": {
+        "generate__codec": "patches", "generate__patch": 4, "generate__denoiser__token": 2,
+    },
+    "nobody generates": {
+        "recover__maker": "optimise", "generate__strength": 7.0, "generate__mode_window": (9, 3),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_what_has_meaning_is_not(name):
+    resolve(changed(**ALLOWED[name]))

@@ -1,0 +1,223 @@
+"""Directories as people have them: every form is read alike, and every misfit is refused."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from diffusion import parity
+
+from prism_jax.diffusion import huggingface
+from prism_jax.errors import UserError
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    """A pipeline's directory with an autoencoder in it: (directory, its vae/, its tensors)."""
+    parity.write(parity.BY_NAME["vae_decode"], tmp_path / "vae")
+    return tmp_path, tmp_path / "vae", safetensors.numpy.load_file(tmp_path / "vae" / WEIGHTS)
+
+
+def load(path, part="vae"):
+    return huggingface.load(str(path), part)
+
+
+def same(one, other):
+    return jax.tree.all(jax.tree.map(np.array_equal, one, other))
+
+
+def refused(path, part="vae"):
+    with pytest.raises(UserError) as caught:
+        load(path, part)
+    return str(caught.value)
+
+
+def write_bfloat16(tensors, path):
+    """By the format, for NumPy's writer knows no BF16."""
+    header, body = {}, b""
+    for name, tensor in tensors.items():
+        narrow = tensor.astype(ml_dtypes.bfloat16)
+        offsets = [len(body), len(body) + narrow.nbytes]
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": offsets}
+        body += narrow.tobytes()
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+def test_a_part_is_found_in_its_pipeline_and_by_itself(pipeline):
+    directory, folder, _ = pipeline
+    whole, alone = load(directory), load(folder)
+    assert whole.module == alone.module and same(whole.params, alone.params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(alone.params)} == {np.dtype(np.float32)}
+    assert alone.config["_class_name"] == "AutoencoderKL"
+
+
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+def test_half_precision(variant, pipeline):
+    directory, folder, tensors = pipeline
+    dtype = np.float16 if variant == "fp16" else ml_dtypes.bfloat16
+    full = load(directory).params
+    path = folder / f"diffusion_pytorch_model.{variant}.safetensors"
+    if variant == "fp16":
+        safetensors.numpy.save_file({n: t.astype(dtype) for n, t in tensors.items()}, path)
+    else:
+        write_bfloat16(tensors, path)
+    assert same(load(directory).params, full)  # the full one, while it is there
+    (folder / WEIGHTS).unlink()
+    found = load(directory).params
+    assert same(found, jax.tree.map(lambda a: a.astype(dtype).astype(np.float32), full))
+    assert not same(found, full)
+
+
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_old_names_of_attention(convolutions, pipeline):
+    directory, folder, tensors = pipeline
+    expected = load(directory).params
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, tensor in tensors.items():
+        for new, former in old.items():
+            if f".attentions.0.{new}." in name:
+                name = name.replace(new, former)
+                if convolutions and name.endswith("weight"):
+                    tensor = tensor[:, :, None, None]
+        renamed[name] = tensor
+    assert sum(".proj_attn." in name for name in renamed) == 4
+    safetensors.numpy.save_file(renamed, folder / WEIGHTS)
+    assert same(load(directory).params, expected)
+
+
+def shards(folder, tensors):
+    names = sorted(tensors)
+    files = {
+        f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in (0, 1)
+    }
+    for file, held in files.items():
+        safetensors.numpy.save_file({name: tensors[name] for name in held}, folder / file)
+    (folder / WEIGHTS).unlink()
+    index = {"weight_map": {name: file for file, held in files.items() for name in held}}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    return list(files)
+
+
+def test_shards(pipeline):
+    directory, folder, tensors = pipeline
+    expected, before = load(directory).params, huggingface.digest(str(directory), "vae")
+    files = shards(folder, tensors)
+    assert same(load(directory).params, expected)
+    assert huggingface.digest(str(directory), "vae") != before
+    (folder / files[1]).unlink()
+    assert f"lists {files[1]}, which are not there; download them" in refused(directory)
+    (folder / f"{WEIGHTS}.index.json").write_text("{}")
+    assert "index.json is damaged (KeyError: 'weight_map')" in refused(directory)
+
+
+def test_pickles_are_read_without_torch(pipeline):
+    torch = pytest.importorskip("torch", reason="writes the file")
+    directory, folder, tensors = pipeline
+    expected = load(directory).params
+    (folder / WEIGHTS).unlink()
+    state = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
+    torch.save(state, folder / "diffusion_pytorch_model.bin")
+    assert same(load(directory).params, expected)
+
+
+@pytest.mark.parametrize("prefix", ["", "text_model."])
+def test_a_text_encoder_s_name_and_its_counter_may_be_there(prefix, tmp_path):
+    parity.write(parity.BY_NAME["clip_text"], tmp_path / "text_encoder")
+    expected = load(tmp_path, "text_encoder").params
+    file = tmp_path / "text_encoder" / "model.safetensors"
+    tensors = {f"{prefix}{n}": t for n, t in safetensors.numpy.load_file(file).items()}
+    tensors[f"{prefix}embeddings.position_ids"] = np.arange(7)[None]
+    safetensors.numpy.save_file(tensors, file)
+    assert same(load(tmp_path, "text_encoder").params, expected)
+
+
+def test_all_misfits_are_told_at_once(pipeline):
+    directory, folder, tensors = pipeline
+    tensors["decoder.extra.weight"] = tensors.pop("decoder.conv_in.bias")
+    tensors["encoder.conv_in.weight"] = tensors["encoder.conv_in.weight"][:, :1].copy()
+    safetensors.numpy.save_file(tensors, folder / WEIGHTS)
+    message = refused(directory)
+    assert "1 tensors are missing: decoder.conv_in.bias" in message
+    assert "1 tensors are not part of it: decoder.extra.weight" in message
+    assert "encoder.conv_in.weight (8, 1, 3, 3), not (8, 3, 3, 3)" in message
+    assert str(folder) in message and "Download that part again" in message
+
+
+def test_every_tensor_is_needed_and_no_other(pipeline):
+    """Each, left out alone, is missed; the twin: all of them load."""
+    directory, folder, tensors = pipeline
+    load(directory)
+    for name in [*tensors][::20]:
+        safetensors.numpy.save_file(
+            {n: t for n, t in tensors.items() if n != name}, folder / WEIGHTS
+        )
+        assert f"1 tensors are missing: {name}." in refused(directory)
+
+
+def test_what_is_not_there(pipeline, tmp_path):
+    directory, folder, _ = pipeline
+    message = refused(directory, "unet")
+    assert f"neither {directory / 'unet' / 'config.json'}" in message
+    assert "Download unet/ of a Stable Diffusion 1 or 2 repository into" in message
+    (folder / WEIGHTS).unlink()
+    assert "has a config.json and no weights. Download one of diffusion_pytorch" in refused(folder)
+    (folder / "config.json").write_text("[")
+    assert "cannot be read as the config of a vae" in refused(folder)
+    (tmp_path / "sd.safetensors").write_bytes(b"")
+    assert "is one file; a unet is read from a directory" in refused(
+        tmp_path / "sd.safetensors", "unet"
+    )
+
+
+def test_another_network_is_refused(pipeline):
+    directory, folder, _ = pipeline
+    message = refused(folder, "unet")
+    assert "holds a AutoencoderKL; a unet is a UNet2DConditionModel" in message
+
+
+@pytest.mark.parametrize(
+    "entry, value, told",
+    [
+        ("act_fn", "gelu", "act_fn='gelu'; only act_fn='silu' is implemented"),
+        ("use_quant_conv", False, "use_quant_conv=False"),
+        ("up_block_types", ["AttnUpDecoderBlock2D"] * 2, "up_block_types"),
+        ("new_entry", "tanh", "new_entry='tanh', which is unknown here"),
+    ],
+)
+def test_another_form_is_refused(entry, value, told, pipeline):
+    directory, folder, _ = pipeline
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "new_entry": None}))
+    load(directory)  # what says nothing is no form
+    (folder / "config.json").write_text(json.dumps({**config, entry: value}))
+    message = refused(directory)
+    assert told in message and str(folder) in message
+
+
+@pytest.mark.parametrize(
+    "name, entry, value",
+    [
+        ("unet_1", "class_embed_type", "timestep"),
+        ("unet_1", "down_block_types", ["AttnDownBlock2D", "DownBlock2D"]),
+        ("unet_1", "freq_shift", 1),
+        ("unet_1", "addition_embed_type", "text_time"),  # as SDXL's
+        ("dit", "norm_type", "ada_norm_single"),  # as PixArt's
+        ("dit", "out_channels", 7),
+        ("clip_text", "hidden_act", "gelu_new"),
+    ],
+)
+def test_other_forms_of_the_others_are_refused(name, entry, value, tmp_path):
+    case = parity.BY_NAME[name]
+    parity.write(case, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, entry: value}))
+    assert str(value) in refused(tmp_path, case.part)

@@ -1,0 +1,179 @@
+"""Prompts: tokens as CLIP's tokenizer makes them, states kept and found again."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from diffusion import parity
+
+from prism_jax.diffusion import huggingface, prompts
+from prism_jax.errors import UserError
+
+MERGES = [("t", "e"), ("c", "h</w>"), ("n", "ch</w>"), ("te", "nch</w>"), ("'", "s</w>")]
+SIGNS = "!abcdefghijklmnopqrstuvwxyz0123456789,.'"
+NAMES = ["tench", "a Tench,  42", "cat's"]
+
+needs_tokenizers = pytest.mark.skipif(
+    importlib.util.find_spec("tokenizers") is None,
+    reason="needs the package tokenizers, the extra `text`",
+)
+
+
+def vocabulary():
+    """Every sign, in a word and at its end, then what the merges make, then the two marks."""
+    words = [*SIGNS, *(f"{sign}</w>" for sign in SIGNS), *("".join(pair) for pair in MERGES)]
+    words += [prompts.START, prompts.END]
+    return {word: number for number, word in enumerate(words)}
+
+
+def write_tokenizer(folder, padding=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary()))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in MERGES), ""]
+    (folder / "merges.txt").write_text("\n".join(lines))
+    if padding:
+        (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": padding}))
+
+
+def write_pipeline(folder):
+    """A text encoder for the tiny vocabulary, with a tokenizer beside it."""
+    case = parity.BY_NAME["clip_text"]
+    parity.write(case, folder / "text_encoder")
+    config = folder / "text_encoder" / "config.json"
+    about = json.loads(config.read_text()) | {
+        "vocab_size": len(vocabulary()),
+        "max_position_embeddings": 12,
+    }
+    config.write_text(json.dumps(about))
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    for name, rows in (("token", len(vocabulary())), ("position", 12)):
+        name = f"embeddings.{name}_embedding.weight"
+        tensors[name] = parity.draw(name, (rows, 16))
+    safetensors.numpy.save_file(tensors, file)
+    write_tokenizer(folder / "tokenizer")
+
+
+def test_prompts_of_classes():
+    assert prompts.of_classes(["tench, Tinca tinca"]) == ["tench, Tinca tinca"]
+    assert prompts.of_classes(["a", "b"], "a photo of {}.") == ["a photo of a.", "a photo of b."]
+    with pytest.raises(UserError, match="'a photo' needs one {}"):
+        prompts.of_classes(["a"], "a photo")
+    with pytest.raises(UserError, match=r"classes \[1\] have no name"):
+        prompts.of_classes(["a", " "])
+
+
+@needs_tokenizers
+@pytest.mark.parametrize("padding", [None, "!", {"content": "!"}])
+def test_tokens_by_hand(padding, tmp_path):
+    """Lower case, one space for many, single digits, an English ending, merges in their order."""
+    write_tokenizer(tmp_path / "tokenizer", padding)
+    known = vocabulary()
+    words = [
+        ["tench</w>"],
+        ["a</w>", "tench</w>", ",</w>", "4</w>", "2</w>"],
+        ["c", "a", "t</w>", "'s</w>"],
+    ]
+    pad = prompts.END if padding is None else "!"
+    expected = [
+        [known[w] for w in [prompts.START, *row, prompts.END, *[pad] * (8 - len(row))]]
+        for row in words
+    ]
+    np.testing.assert_array_equal(prompts.tokenise(str(tmp_path), NAMES, 10), expected)
+    assert known["!"] == 0
+
+
+@needs_tokenizers
+@pytest.mark.parametrize("padding", [None, "!"])
+def test_tokens_are_those_of_transformers(padding, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the test above stands for it")
+    write_tokenizer(tmp_path, padding)
+    theirs = transformers.CLIPTokenizer.from_pretrained(
+        tmp_path, **({"pad_token": padding} if padding else {})
+    )
+    texts = [*NAMES, "x.y,z  o'clock's 2nd  ", "don't 100", "", "tenchtench tench's"]
+    expected = theirs(texts, padding="max_length", max_length=32)["input_ids"]
+    np.testing.assert_array_equal(prompts.tokenise(str(tmp_path), texts, 32), expected)
+
+
+@needs_tokenizers
+def test_a_prompt_that_is_too_long_is_refused_and_not_cut(tmp_path):
+    write_tokenizer(tmp_path / "tokenizer")
+    prompts.tokenise(str(tmp_path), ["abcd"], 6)
+    with pytest.raises(UserError, match="'abcde' has 5 tokens; 4 fit. Shorten"):
+        prompts.tokenise(str(tmp_path), ["abcde"], 6)
+
+
+@needs_tokenizers
+def test_a_damaged_tokenizer_is_refused(tmp_path):
+    with pytest.raises(UserError, match="there is no tokenizer.*needs vocab.json and merges.txt"):
+        prompts.tokenise(str(tmp_path), ["a"], 6)
+    write_tokenizer(tmp_path / "tokenizer", "<pad>")
+    with pytest.raises(UserError, match="lacks .* or its padding token"):
+        prompts.tokenise(str(tmp_path), ["a"], 6)
+    (tmp_path / "tokenizer" / "merges.txt").write_text("#version\nq z\n")
+    with pytest.raises(UserError, match="is damaged.*download vocab.json and merges.txt"):
+        prompts.tokenise(str(tmp_path), ["a"], 6)
+
+
+def test_without_the_package_one_message_says_what_to_install(tmp_path, monkeypatch):
+    write_tokenizer(tmp_path / "tokenizer")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match="pip install tokenizers; or bring a folder with prompts"):
+        prompts.tokenise(str(tmp_path), ["a"], 6)
+
+
+@needs_tokenizers
+def test_states_are_kept_and_a_run_needs_neither_tokenizer_nor_encoder(tmp_path, monkeypatch):
+    source, folder = tmp_path / "sd", tmp_path / "kept"
+    write_pipeline(source)
+    monkeypatch.setattr(prompts, "BATCH", 3)  # the second batch is not full
+    made = prompts.conditions(folder, str(source), NAMES, "dog")
+    assert made["texts"].shape == (3, 12, 16) and made["null"].shape == (12, 16)
+    module, params, _ = huggingface.load(str(source), "text_encoder")
+    tokens = prompts.tokenise(str(source), [*NAMES, "dog"], 12)
+    states = module.encode(params, tokens)[0]
+    np.testing.assert_allclose(made["texts"], states[:3], atol=1e-5)
+    np.testing.assert_allclose(made["null"], states[3], atol=1e-5)
+
+    monkeypatch.setattr(prompts, "encode", None)  # nothing is encoded again
+    again = prompts.conditions(folder, str(source), NAMES, "dog")
+    source.rename(tmp_path / "gone")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    alone = prompts.conditions(folder, str(source), NAMES, "dog")
+    for found in (again, alone):
+        assert found.keys() == made.keys()
+        assert all(np.array_equal(found[key], made[key]) for key in made)
+    with pytest.raises(UserError, match="there is no text_encoder at"):
+        prompts.conditions(folder, str(source), NAMES, "cat")  # other prompts
+    data = (folder / prompts.TENSORS).read_bytes()
+    (folder / prompts.TENSORS).write_bytes(data[:-1] + b"\1")
+    with pytest.raises(UserError, match="is damaged.*Remove"):
+        prompts.conditions(folder, str(source), NAMES, "dog")
+
+
+@needs_tokenizers
+def test_another_encoder_makes_other_states(tmp_path):
+    source, folder = tmp_path / "sd", tmp_path / "kept"
+    write_pipeline(source)
+    made = prompts.conditions(folder, str(source), NAMES)
+    file = source / "text_encoder" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    tensors["final_layer_norm.bias"] += 1
+    safetensors.numpy.save_file(tensors, file)
+    other = prompts.conditions(folder, str(source), NAMES)
+    np.testing.assert_allclose(other["texts"], made["texts"] + 1, atol=1e-5)
+
+
+def test_the_condition_of_a_text():
+    params = {"texts": jnp.arange(12.0).reshape(3, 2, 2), "null": jnp.full((2, 2), -1.0)}
+    condition = prompts.TextCondition()
+    found = condition.of_labels(params, jnp.array([2, 0, 2]))
+    np.testing.assert_array_equal(found, params["texts"][np.array([2, 0, 2])])
+    np.testing.assert_array_equal(condition.null(params, 3), np.full((3, 2, 2), -1.0))

@@ -1,0 +1,209 @@
+"""Images from a denoiser, end to end on tiny networks: what is kept, and the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from helpers.command import ROOT, assert_same, call, run, signal_when, snapshot
+from PIL import Image
+
+from prism_jax.data import weights, workdir
+from prism_jax.diffusion import patches
+
+D4M = f"--config={ROOT / 'tests' / 'configs' / 'tiny_d4m.py'}"
+RECOVER = "--stages=squeeze,recover"
+KEPT = ("latents", "anchors")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The images, made by the real command on one device. Only to be read."""
+    root = tmp_path_factory.mktemp("d4m") / "reference"
+    done = run(D4M, f"--workdir={root}", RECOVER)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+@pytest.fixture
+def made(reference, tmp_path):
+    """A copy of it, to be changed."""
+    return shutil.copytree(reference, tmp_path / "run")
+
+
+def ok(root, *arguments: str) -> str:
+    """Go on in this process, on eight devices."""
+    status, out, err = call(D4M, f"--workdir={root}", RECOVER, *arguments)
+    assert status == 0, err
+    return out
+
+
+def refused(root, *arguments: str) -> str:
+    status, _, err = call(D4M, f"--workdir={root}", RECOVER, *arguments)
+    assert status == 2 and "Traceback" not in err
+    return err
+
+
+def images(root) -> np.ndarray:
+    """Class-major, uint8."""
+    paths = sorted((root / "recover" / "images").glob("*/*.png"))
+    return np.stack([np.array(Image.open(path)) for path in paths])
+
+
+def kept(root, name: str, cls: int) -> dict[str, np.ndarray]:
+    return weights.unpack((root / "generate" / name / f"{cls:05d}.safetensors").read_bytes())
+
+
+def digests(root) -> dict[str, str]:
+    files = sorted((root / "generate").rglob("*"))
+    return {
+        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in files
+        if p.is_file()
+    }
+
+
+def test_the_same_bits_on_eight_devices(made, reference):
+    for name in ("recover", "generate"):
+        shutil.rmtree(made / name)
+    ok(made)
+    assert_same(made, reference)
+    assert digests(made) == digests(reference)
+    before = snapshot(made)
+    ok(made)
+    assert snapshot(made) == before
+
+
+def test_another_strength_keeps_generator_and_anchors(made, reference, tmp_path):
+    """Strength 0 is the decoded anchor, worked out here by hand."""
+    out = ok(tmp_path / "other", "--config.generate.strength=0.0", f"--from={reference}")
+    assert "generator:" not in out and "latents:" not in out and "anchors:" not in out
+    assert digests(tmp_path / "other") == digests(reference)
+    codec = weights.unpack((reference / "squeeze/generator/weights.safetensors").read_bytes())
+    scale, shift = codec["codec"]["deviation_C"], codec["codec"]["mean_C"]
+    anchors = np.concatenate([kept(reference, "anchors", c)["latents"] for c in range(4)])
+
+    def pixels_of(decoded) -> np.ndarray:
+        return np.round(np.clip(np.asarray(decoded) / 2 + 0.5, 0, 1) * 255)[..., 0]
+
+    decode = jax.jit(lambda anchors: patches.Pixels().decode(codec["codec"], anchors))
+    found, expected = images(tmp_path / "other"), pixels_of(anchors * scale + shift)
+    np.testing.assert_array_equal(found, pixels_of(decode(anchors)))
+    assert np.abs(found - expected).max() <= 1  # a product and a sum round once on some machines
+    assert np.abs(images(reference) - expected).max() > 20
+    assert "recover.generated" in refused(made, "--config.generate.strength=0.0")
+
+
+def test_another_ipc_keeps_latents(reference, tmp_path):
+    root = tmp_path / "other"
+    out = ok(root, "--config.recover.ipc=3", f"--from={reference}")
+    assert "anchors:" in out and "latents:" not in out
+    ours, theirs = digests(root), digests(reference)
+    same = {name for name in theirs if ours[name] == theirs[name]}
+    assert {n for n in theirs if "latents" in n} <= same
+    assert not any("anchors/0000" in n for n in same)
+
+
+def test_another_pass_over_the_data_keeps_nothing(reference, tmp_path):
+    root = tmp_path / "other"
+    out = ok(root, "--config.generate.most_images=40", f"--from={reference}")
+    assert "latents:" in out and "generator:" not in out
+    assert kept(root, "latents", 0)["latents"].shape == (40, 8, 8, 1)
+
+
+def test_weights_are_the_shares_of_clusters(reference, tmp_path):
+    ok(tmp_path / "w", "--config.generate.weighted=True", f"--from={reference}")
+    manifest = workdir.read_record(tmp_path / "w" / "recover" / "manifest.json")
+    sizes = np.array([kept(reference, "anchors", c)["sizes"] for c in range(4)])
+    expected = sizes / sizes.mean(1, keepdims=True)
+    np.testing.assert_allclose(np.reshape(manifest["weights"], (4, 2)), expected)
+    assert np.abs(expected - 1).max() > 0.05
+    assert "weights" not in workdir.read_record(reference / "recover" / "manifest.json")
+    np.testing.assert_array_equal(images(tmp_path / "w"), images(reference))
+
+
+def test_the_judge_chooses_among_candidates(reference, tmp_path):
+    free = ("--config.generate.anchors=none", "--config.generate.strength=1.0")
+    ok(tmp_path / "c", *free, "--config.generate.candidates=2", f"--from={reference}")
+    ok(tmp_path / "all", *free, "--config.recover.ipc=4", f"--from={reference}")
+    assert not (tmp_path / "c" / "generate" / "latents").exists()
+    every = images(tmp_path / "all").reshape(4, 4, 8, 8).astype(int)
+    taken = images(tmp_path / "c").reshape(4, 2, 8, 8)
+    for cls in range(4):
+        path = tmp_path / "c" / "generate" / "candidates" / f"{cls:05d}.json"
+        chosen = json.loads(path.read_text())["chosen"]
+        assert np.abs(taken[cls] - every[cls][chosen]).max() <= 1  # another batch may round so
+    assert any(np.abs(taken[c] - every[c][:2]).max() > 20 for c in range(4))
+
+
+def test_modes_draw_images_to_their_anchors(reference, tmp_path):
+    def distance(root) -> float:
+        return float(np.abs(images(root).astype(float) - images(tmp_path / "anchors")).mean())
+
+    ok(tmp_path / "anchors", "--config.generate.strength=0.0", f"--from={reference}")
+    free = ("--config.generate.sampler=ddpm", "--config.generate.strength=1.0")
+    ok(tmp_path / "free", *free, f"--from={reference}")
+    ok(tmp_path / "drawn", *free, "--config.generate.mode_weight=0.5", f"--from={reference}")
+    assert distance(tmp_path / "drawn") < 0.9 * distance(tmp_path / "free")
+
+
+MOMENTS = [
+    "squeeze/generator/checkpoints/[1-9]*",
+    "generate/latents/00001.json",
+    "generate/anchors/00000.json",
+    "recover/images/00000/00000.png",
+]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL])
+def test_killed_in_substage_after_substage(tmp_path, reference, signum):
+    root, said = tmp_path / "run", ""
+    command = (D4M, f"--workdir={root}", RECOVER, "--config.recover.checkpoint_seconds=0.001")
+    for pattern in MOMENTS:
+        killed = signal_when(lambda p=pattern: any(root.glob(p)), signum, *command)
+        assert killed.returncode == -signum, killed.stderr
+        said += killed.stdout
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert "generator: continues after step" in said + done.stdout
+    assert_same(root, reference)
+    assert digests(root) == digests(reference)
+
+
+def test_damage_is_named(made):
+    shutil.rmtree(made / "recover")
+    path = made / "generate" / "anchors" / "00002.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 4
+    path.write_bytes(data)
+    assert f"{path} is damaged" in refused(made)
+    path = made / "squeeze" / "generator" / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    assert f"{path} is damaged" in refused(made)
+
+
+def test_what_the_data_does_not_allow_is_refused_before_any_work(tmp_path):
+    root = tmp_path / "run"
+    few = refused(
+        root, "--config.generate.anchors=chunked_released", "--config.generate.expand=100"
+    )
+    assert "needs 200 images of every class" in few and "has 14" in few
+    wide = (
+        "--config.generate.codec=patches", "--config.generate.patch=2",
+        "--config.generate.denoiser.token=2", "--config.generate.components=5",
+    )  # fmt: skip
+    assert "generate.components is 5, and patches of generate.patch=2 have 4" in refused(
+        root, *wide
+    )
+    assert not root.exists()
+
+
+def test_another_generator_is_refused(made):
+    before = snapshot(made)
+    assert "the generator in" in refused(made, "--config.generate.fit.steps=31")
+    assert snapshot(made) == before
