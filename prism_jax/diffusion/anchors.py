@@ -138,7 +138,8 @@ def anchors(
     """
     check(clustering)
     count, *shape = latents_NHWC.shape
-    if clustering.mode == "none":
+    mode = MODES[clustering.mode]
+    if mode is None:
         return Anchors(np.zeros((ipc, *shape), np.float32), np.ones(ipc, np.int64), np.arange(ipc))
     if ipc > count:
         raise UserError(
@@ -159,7 +160,7 @@ def anchors(
         order = draw.permutation(kept)
         random_state = int(draw.integers(2**31))
         task = Task(clustering, rows_ND[order], ipc, random_state)
-        centres_ID = MODES[clustering.mode](task)
+        centres_ID = mode(task)
         distances_NI = pairwise_distances(rows_ND[kept], centres_ID)
     owner_N = distances_NI.argmin(1)
     nearest_I = kept[_nearest(distances_NI, owner_N)]

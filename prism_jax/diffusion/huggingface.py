@@ -101,7 +101,7 @@ def lay_out(tensors: Tensors, like: PyTree, source: str, what: str) -> PyTree:
             + ". ".join(told)
             + ". Download that part again: its config and its weights belong together"
         )
-    return import_torch.from_state_dict(tensors, {"params": like}, np.float32)["params"]
+    return import_torch.from_state_dict(tensors, {"params": like}, np.dtype(np.float32))["params"]
 
 
 def load(path: str, part: str) -> Loaded:
@@ -118,7 +118,7 @@ def load(path: str, part: str) -> Loaded:
     file = epath.Path(path)
     if part == "transformer" and file.is_file():
         tensors = dit.without_position_table(_read(file))
-        module = dit.from_released(tensors)
+        module: nn.Module = dit.from_released(tensors)
         return Loaded(module, lay_out(tensors, shapes(part, module), path, part), {})
     folder = _folder(file, part)
     config = _config(folder, part)

@@ -126,7 +126,7 @@ def levels(schedule: Schedule, time: np.ndarray | Array):
     signal = np.cumprod(1 - BETAS[schedule.name](schedule))
     alphas, sigmas = np.sqrt(signal), np.sqrt(1 - signal)
     if library is jnp:
-        alphas, sigmas = jnp.asarray(alphas, jnp.float32), jnp.asarray(sigmas, jnp.float32)
+        return jnp.asarray(alphas, jnp.float32)[time], jnp.asarray(sigmas, jnp.float32)[time]
     return alphas[time], sigmas[time]
 
 
