@@ -95,7 +95,8 @@ class DiT(nn.Module):
             x_BND = block(x_BND, condition_BD)
 
         modulation = _Zero(2 * self.width, dtype=self.dtype, name="final_layer.adaLN_modulation.1")
-        x_BND = modulated(x_BND, *jnp.split(modulation(condition_BD), 2, -1), 1e-6)
+        shift, scale = jnp.split(modulation(condition_BD), 2, -1)
+        x_BND = modulated(x_BND, shift, scale, 1e-6)
         channels = self.channels * (2 if self.learned_variance else 1)
         x_BNP = _Zero(self.patch**2 * channels, dtype=self.dtype, name="final_layer.linear")(x_BND)
         wide = jnp.promote_types(self.dtype, jnp.float32)
@@ -104,7 +105,8 @@ class DiT(nn.Module):
 
     @nn.nowrap
     def predict(self, params: PyTree, noisy_BHWC: Array, time_B: Array, labels_B: Array) -> Array:
-        return self.apply({"params": params}, noisy_BHWC, time_B, labels_B)
+        found: Any = self.apply({"params": params}, noisy_BHWC, time_B, labels_B)
+        return found
 
     @nn.nowrap
     def of_labels(self, params: PyTree, labels_B: Array) -> Array:

@@ -7,6 +7,7 @@ images they were fitted to. Their parameters are dicts of arrays.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +58,7 @@ class Patches:
         return tiles.swapaxes(2, 3).reshape(batch, rows * self.side, columns * self.side, -1)
 
 
-def patches_of(images_BHWC: Array, side: int) -> Array:
+def patches_of(images_BHWC: Any, side: int) -> Any:
     """(B, rows, columns, side * side * C)."""
     batch, height, width, channels = images_BHWC.shape
     cut = images_BHWC.reshape(batch, height // side, side, width // side, side, channels)

@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from prism_jax.diffusion import guidance, noise
+from prism_jax.diffusion.guidance import Term
 from prism_jax.errors import UserError
 from prism_jax.types import Array, PyTree
 
@@ -54,7 +55,7 @@ class Sampling:
     eta: float = 0.0
     variance: str = "small"
     slip: bool = False
-    terms: tuple[guidance.Term, ...] = ()
+    terms: tuple[Term, ...] = ()
 
 
 class Sight(NamedTuple):
