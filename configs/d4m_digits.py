@@ -21,4 +21,5 @@ def get_config(arg: str = "") -> ConfigDict:
     c.recover.iterations = 0
     c.recover.pool = ()
     c.recover.slots_per_batch = 10  # one batch of all
+    c.validate.controls = (*c.validate.controls, "medoids", "decoded_anchors", "no_anchors")
     return c

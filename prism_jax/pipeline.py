@@ -82,6 +82,7 @@ def _recover(context: Context) -> None:
     if not recover.is_done(context):
         squeeze.check(context)
         recover.run(context)
+    anchoring.run_controls(context)
 
 
 def _relabel(context: Context) -> None:
@@ -198,7 +199,7 @@ def adopt(context: Context, source: epath.PathLike) -> list[str]:
         take(f"squeeze/{name}", fingerprints.teacher(context, name), RECORD)
     if generator.wanted(context):
         take(f"squeeze/{FOLDER}", fingerprints.generator(context), RECORD)
-    for name in anchoring.needed(context):
+    for name in (*anchoring.needed(context), *anchoring.controls_of(context)):
         take(f"generate/{name}", anchoring.FINGERPRINTS[name](context), RECORD)
     take("recover", fingerprints.recover(context), "manifest.json")
     if recover.is_done(context):  # not so while a run that was stopped in recover goes on

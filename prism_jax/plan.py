@@ -15,12 +15,14 @@ from rich.table import Table
 from prism_jax import labelling, parallel, programs, progress, synthesis
 from prism_jax.accelerators.targets import Target
 from prism_jax.config import Experiment, Layout, batch_layout, budget_of
+from prism_jax.config.generation import SCHEDULES, sampling_of
 from prism_jax.config.layout import LEAST_IMAGES
 from prism_jax.data.label_store import LabelPlan
 from prism_jax.data.sources import info_of, open_source
+from prism_jax.diffusion import samplers
 from prism_jax.errors import UserError
 from prism_jax.progress import hours_of, megabytes
-from prism_jax.stages import relabel
+from prism_jax.stages import generator, relabel
 from prism_jax.stages.context import Context
 from prism_jax.stages.inputs import Inputs
 from prism_jax.stages.makers import optimise
@@ -60,6 +62,8 @@ def missing(experiment: Experiment, workdir: str) -> list[str]:
                 f"teacher {name}: the weights {path} (published under this name), or another "
                 f"file of them with --config.networks.{name}.checkpoint=FILE"
             )
+    if generator.wanted(context := Context(experiment, workdir)):
+        lines += [f"generator: {line}" for line in generator.missing(context)]
     return list(dict.fromkeys(lines))
 
 
@@ -123,6 +127,7 @@ def show(
         "recover": f"{layout.groups * layout.blocks:,} units of "
         f"{' or '.join(map(str, layout.sizes))} images, {iterations:,} iterations in all"
         f"{_few(experiment, layout)}",
+        **_generation(experiment),
         "relabel": labelling,
         "validate": f"{len(experiment.validate.students)} students x "
         f"{len(experiment.validate.seeds)} seeds x {1 + len(experiment.validate.controls)} sets",
@@ -136,6 +141,26 @@ def show(
     for name, value in rows.items():
         table.add_row(name, value)
     progress.say(table)
+
+
+def _generation(e: Experiment) -> dict[str, str]:
+    """What is trained, encoded and evaluated where images are generated."""
+    if e.recover.maker != "generate":
+        return {}
+    g, images = e.generate, e.recover.ipc * e.dataset.num_classes
+    steps = samplers.begun(sampling_of(g, SCHEDULES[g.generator]))
+    evaluated = steps * (1 if g.guidance == 1 else 2) * g.candidates * images
+    rows = {
+        "generator": f"{g.generator}, read from {g.directory}"
+        if g.directory
+        else f"trained: {g.fit.steps:,} steps of {g.fit.batch_size} images",
+        "generate": f"{g.candidates * images:,} images of {steps} steps by {g.sampler}, "
+        f"{evaluated:,} evaluations in all, in batches of at most {g.batch_size}",
+    }
+    if g.anchors != "none":
+        of = f"at most {g.most_images:,} images a class" if g.most_images else "all images"
+        rows["anchors"] = f"{images:,} by {g.anchors}, among the latents of {of}"
+    return rows
 
 
 def _few(e: Experiment, layout: Layout) -> str:

@@ -17,9 +17,11 @@ from jax.sharding import SingleDeviceSharding
 
 from prism_jax import parallel, rng, synthesis, training
 from prism_jax.config import Experiment, batch_layout, bn_group_of, budget_of
+from prism_jax.config.generation import fitting_of
+from prism_jax.diffusion import fit
 from prism_jax.errors import UserError
 from prism_jax.models.import_torch import variable_shapes
-from prism_jax.stages import analyse, relabel, squeeze, statistics, validate
+from prism_jax.stages import analyse, generator, relabel, squeeze, statistics, validate
 from prism_jax.stages.context import Context
 from prism_jax.stages.controls import SOFT
 from prism_jax.stages.fingerprints import statistic_kinds
@@ -133,12 +135,47 @@ def _recover(context: Context) -> Iterator[Program]:
     if e.recover.initialise in starting.SCORING:
         name = e.recover.scorer or e.recover.primary
         yield Program("recover/scorer", lambda: _scorer(context, name))
+    if generator.wanted(context):
+        yield from _generated(context)
     if not e.recover.iterations:
         return
     pool = context.networks.pool(e.recover.pool, e.recover.dtype)
     pool, recipe = with_blank_statistics(context, pool), optimise.recipe_of(e)
     for size in layout.sizes:
         yield from _optimised(context, pool, recipe, size)
+
+
+def _generated(context: Context) -> Iterator[Program]:
+    """The generator's training and its images, where it is trained here."""
+    g, layout = context.config.generate, batch_layout(context.config)
+    if g.generator != "dit":
+        return
+    fitting = fitting_of(g)
+
+    def shapes() -> tuple[PyTree, fit.FitState, tuple[int, int, int]]:
+        codec = generator.codec_shapes(context)
+        size, _, channels = context.inputs.image_shape
+        shape = generator.latent_shape(generator.codec_of(g), codec, size, channels)
+        module = generator.module_of(g, context.config.dataset.num_classes, shape[-1])
+        state = jax.eval_shape(lambda: fit.initial_state(module, fitting, 0, shape))
+        return codec, state, shape
+
+    def train() -> jax.stages.Lowered:
+        _, state, shape = shapes()
+        module = generator.module_of(g, context.config.dataset.num_classes, shape[-1])
+        latents = jax.ShapeDtypeStruct((fitting.batch_size, *shape), np.float32)
+        labels = jax.ShapeDtypeStruct((fitting.batch_size,), np.int32)
+        arguments = _on_one((np.uint32(0), state, latents, labels))
+        return fit.jitted_step(fitting, module).lower(*arguments)  # type: ignore[attr-defined]
+
+    def paint() -> jax.stages.Lowered:
+        codec, state, _ = shapes()
+        opened = generator.small(context, {"codec": codec, "denoiser": state.average})
+        return generator.Painter(context, opened, layout.size).lower()
+
+    yield Program("recover/generator", train)
+    if g.candidates == 1:
+        yield Program("recover", paint)
 
 
 def _optimised(

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import digits_ipc10
+from configs import digits_ipc10, tiny_d4m
 from configs.methods import dwa, edc, fadrm, gvbsm
 from prism_jax import parallel, programs
 from prism_jax.config import resolve
@@ -133,3 +133,10 @@ def test_blocks_of_two_sizes_are_two_programs():
     config = digits_ipc10.get_config()
     config.recover.batch_size = 4  # of ten classes: blocks of four, three and three
     assert {"recover", "recover/3"} <= set(names_of(config))
+
+
+def test_a_generator_s_training_and_its_images_from_shapes():
+    e = resolve(tiny_d4m.get_config())
+    with parallel.described(jax.local_devices()[:2]):
+        for name, size in (("recover/generator", "32x8x8x1"), ("recover", "2x8x8x1")):
+            assert f"tensor<{size}xf32>" in programs.find(e, name).lower().as_text()

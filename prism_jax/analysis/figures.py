@@ -28,6 +28,9 @@ SET_STYLES: dict[str, dict[str, Any]] = {
     SYNTHETIC: {"color": "#0072B2", "linewidth": 2.4, "zorder": 3},
     "random_real": {"color": "#D55E00", "linestyle": (0, (5, 1.5))},
     "random_real_hard": {"color": "#E69F00", "linestyle": (0, (1.5, 1.5))},
+    "medoids": {"color": "#009E73", "linestyle": (0, (5, 1.5))},
+    "decoded_anchors": {"color": "#CC79A7", "linestyle": (0, (1.5, 1.5))},
+    "no_anchors": {"color": "#56B4E9", "linestyle": (0, (3, 1.5))},
     "full_real": {"color": "#6B7280", "linestyle": (0, (6, 1.5, 1.5, 1.5))},
 }
 NOT_SUPERVISING: dict[str, Any] = {

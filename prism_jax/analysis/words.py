@@ -13,6 +13,9 @@ ROW_LABELS = {
     SYNTHETIC: "synthetic",
     "random_real": "random real, soft labels",
     "random_real_hard": "random real, hard labels",
+    "medoids": "real images nearest to the anchors",
+    "decoded_anchors": "anchors, decoded",
+    "no_anchors": "generated without anchors",
     "full_real": "full real training set",
 }
 UNKNOWN = "–"

@@ -19,6 +19,7 @@ from prism_jax.config.layout import (
 from prism_jax.config.resolve import KINDS, resolve
 from prism_jax.config.sections import (
     CONTROLS,
+    GENERATED_CONTROLS,
     STAGES,
     Analyse,
     Dataset,
@@ -36,6 +37,7 @@ from prism_jax.config.sections import (
 
 __all__ = [
     "CONTROLS",
+    "GENERATED_CONTROLS",
     "KINDS",
     "STAGES",
     "Analyse",

@@ -138,8 +138,7 @@ def anchors(
     """
     check(clustering)
     count, *shape = latents_NHWC.shape
-    mode = MODES[clustering.mode]
-    if mode is None:
+    if clustering.mode == "none":
         return Anchors(np.zeros((ipc, *shape), np.float32), np.ones(ipc, np.int64), np.arange(ipc))
     if ipc > count:
         raise UserError(
@@ -160,7 +159,9 @@ def anchors(
         order = draw.permutation(kept)
         random_state = int(draw.integers(2**31))
         task = Task(clustering, rows_ND[order], ipc, random_state)
-        centres_ID = mode(task)
+        centres_of = MODES[clustering.mode]
+        assert centres_of is not None  # "none" has returned
+        centres_ID = centres_of(task)
         distances_NI = pairwise_distances(rows_ND[kept], centres_ID)
     owner_N = distances_NI.argmin(1)
     nearest_I = kept[_nearest(distances_NI, owner_N)]

@@ -77,13 +77,13 @@ class AutoencoderKL(nn.Module):
 
     @nn.nowrap
     def encode(self, params: PyTree, images_BHWC: Array) -> tuple[Array, Array]:
-        gaussian: Any = self.apply({"params": params}, images_BHWC, method="gaussian")
-        return gaussian
+        found: Any = self.apply({"params": params}, images_BHWC, method="gaussian")
+        return found
 
     @nn.nowrap
     def decode(self, params: PyTree, latents_BHWC: Array) -> Array:
-        images_BHWC: Any = self.apply({"params": params}, latents_BHWC, method="images")
-        return images_BHWC
+        found: Any = self.apply({"params": params}, latents_BHWC, method="images")
+        return found
 
 
 class _Half(nn.Module):

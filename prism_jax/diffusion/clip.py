@@ -104,8 +104,8 @@ class TextEncoder(nn.Module):
     @nn.nowrap
     def encode(self, params: PyTree, tokens_BN: Array) -> tuple[Array, Array]:
         """States (B, N, width) and embeddings (B, D), float32."""
-        states_and_embeddings: Any = self.apply({"params": params}, tokens_BN)
-        return states_and_embeddings
+        found: Any = self.apply({"params": params}, tokens_BN)
+        return found
 
 
 class ImageEncoder(nn.Module):
@@ -159,8 +159,8 @@ class ImageEncoder(nn.Module):
     @nn.nowrap
     def embed(self, params: PyTree, images_BHWC: Array) -> Array:
         """Embeddings (B, projection), float32, not of unit length."""
-        embeddings_BD: Any = self.apply({"params": params}, images_BHWC)
-        return embeddings_BD
+        found: Any = self.apply({"params": params}, images_BHWC)
+        return found
 
 
 def _table(module: nn.Module, name: str, shape: tuple[int, ...]) -> Array:

@@ -105,8 +105,8 @@ class DiT(nn.Module):
 
     @nn.nowrap
     def predict(self, params: PyTree, noisy_BHWC: Array, time_B: Array, labels_B: Array) -> Array:
-        prediction: Any = self.apply({"params": params}, noisy_BHWC, time_B, labels_B)
-        return prediction
+        found: Any = self.apply({"params": params}, noisy_BHWC, time_B, labels_B)
+        return found
 
     @nn.nowrap
     def of_labels(self, params: PyTree, labels_B: Array) -> Array:

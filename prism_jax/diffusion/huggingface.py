@@ -118,11 +118,12 @@ def load(path: str, part: str) -> Loaded:
     file = epath.Path(path)
     if part == "transformer" and file.is_file():
         tensors = dit.without_position_table(_read(file))
-        module: nn.Module = dit.from_released(tensors)
-        return Loaded(module, lay_out(tensors, shapes(part, module), path, part), {})
+        released = dit.from_released(tensors)
+        return Loaded(released, lay_out(tensors, shapes(part, released), path, part), {})
     folder = _folder(file, part)
     config = _config(folder, part)
     row = PARTS[part]
+    module: nn.Module
     try:
         module = row.build(config)
         tensors = row.rename(_tensors(folder))
@@ -156,6 +157,17 @@ def schedule(path: str, otherwise: noise.Schedule) -> noise.Schedule:
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     return dataclasses.replace(otherwise, **found)
+
+
+def check_there(path: str, part: str) -> None:
+    """Find a part's files, without reading them.
+
+    Raises:
+      UserError: they are not there; it says what to download and where it goes.
+    """
+    file = epath.Path(path)
+    if part != "transformer" or not file.is_file():
+        _files(_folder(file, part))
 
 
 def digest(path: str, part: str) -> str:

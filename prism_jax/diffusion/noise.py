@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -119,14 +119,15 @@ def levels(schedule: Schedule, time: np.ndarray | Array):
       time: a continuous time in [0, 1] for "cosine", otherwise integers, of the trained steps;
         NumPy's give float64, traced ones float32.
     """
-    library = np if isinstance(time, np.ndarray) else jnp
+    library: Any = np if isinstance(time, np.ndarray) else jnp
     if schedule.name == "cosine":
         angle = SLOPE * time + FIRST_ANGLE
         return library.cos(angle), library.sin(angle)
     signal = np.cumprod(1 - BETAS[schedule.name](schedule))
-    alphas, sigmas = np.sqrt(signal), np.sqrt(1 - signal)
+    tables: Any = np.sqrt(signal), np.sqrt(1 - signal)
     if library is jnp:
-        return jnp.asarray(alphas, jnp.float32)[time], jnp.asarray(sigmas, jnp.float32)[time]
+        tables = tuple(jnp.asarray(table, jnp.float32) for table in tables)
+    alphas, sigmas = tables
     return alphas[time], sigmas[time]
 
 

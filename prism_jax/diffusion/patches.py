@@ -7,6 +7,7 @@ images they were fitted to. Their parameters are dicts of arrays.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from prism_jax.diffusion import pixels
 from prism_jax.diffusion.noise import Bounds
 from prism_jax.errors import UserError
-from prism_jax.types import AnyArray, Array
+from prism_jax.types import Array
 
 CHUNK = 1024  # images that are looked at together
 LEAST = 1e-6  # deviation: of a channel that is the same everywhere
@@ -57,7 +58,7 @@ class Patches:
         return tiles.swapaxes(2, 3).reshape(batch, rows * self.side, columns * self.side, -1)
 
 
-def patches_of(images_BHWC: AnyArray, side: int) -> AnyArray:
+def patches_of(images_BHWC: Any, side: int) -> Any:
     """(B, rows, columns, side * side * C)."""
     batch, height, width, channels = images_BHWC.shape
     cut = images_BHWC.reshape(batch, height // side, side, width // side, side, channels)

@@ -112,8 +112,8 @@ class UNet2DCondition(nn.Module):
     def predict(
         self, params: PyTree, noisy_BHWC: Array, time_B: Array, context_BMD: Array
     ) -> Array:
-        prediction: Any = self.apply({"params": params}, noisy_BHWC, time_B, context_BMD)
-        return prediction
+        found: Any = self.apply({"params": params}, noisy_BHWC, time_B, context_BMD)
+        return found
 
 
 class Spatial(nn.Module):

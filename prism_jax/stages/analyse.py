@@ -18,7 +18,7 @@ from etils import epath
 
 from prism_jax import progress
 from prism_jax.analysis import diversity, report, summary, tables
-from prism_jax.config import bn_group_of, to_dict
+from prism_jax.config import bn_group_of, members, to_dict, units
 from prism_jax.core import batching, pixels
 from prism_jax.data import label_store, workdir
 from prism_jax.data.lazy import Images, LazyImages
@@ -138,8 +138,13 @@ def _say_short(context: Context, path: epath.Path, whose: str) -> None:
 
 
 def initial_images(context: Context) -> Images:
-    """Where the synthetic images began, uint8 NHWC, class-major."""
+    """Where the synthetic images began, uint8 NHWC, class-major.
+
+    Of a generated image it is the real one nearest to its anchor, where it had one.
+    """
     config = context.config
+    if nearest := _nearest(context):
+        return context.inputs.read(context.inputs.open("train"), nearest)
     ipc, classes = config.recover.ipc, config.dataset.num_classes
 
     def read(positions: np.ndarray) -> np.ndarray:
@@ -149,6 +154,16 @@ def initial_images(context: Context) -> Images:
         return np.asarray(pixels.to_uint8(images, context.inputs.normalisation))
 
     return context.inputs.hold(LazyImages(read, (classes * ipc, *context.inputs.image_shape)))
+
+
+def _nearest(context: Context) -> list[int]:
+    """Positions among the training images, class-major; none where recover did not note them."""
+    manifest = workdir.read_record(context.root / "recover" / "manifest.json")
+    found: dict[tuple[int, int], int] = {}
+    for unit, record in zip(units(context.config), manifest["units"], strict=True):
+        places = zip(*members(context.config, unit), strict=True)
+        found |= dict(zip(places, record.get("nearest", ()), strict=False))
+    return [found[place] for place in sorted(found)]
 
 
 def embedder(context: Context, name: str) -> jax.stages.Wrapped:

@@ -3,19 +3,23 @@
 generate/latents/<class>.safetensors      of real images (other anchors keep them)
 generate/anchors/<class>.safetensors      with cluster sizes (another strength keeps them)
 generate/candidates/<class>.safetensors   generated images, where the judge chooses among them
+generate/<control>/<class>.safetensors    images of a control
     .../<class>.json                      written after it: the class is done
     .../record.json                       written last: all are
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from prism_jax import parallel, progress
+from prism_jax.config import GENERATED_CONTROLS
 from prism_jax.config.generation import clustering_of
 from prism_jax.data import weights, workdir
 from prism_jax.data.pipeline import read_images
@@ -43,6 +47,10 @@ FINGERPRINTS: dict[str, Callable[[Context], dict[str, Any]]] = {
     "latents": fingerprints.latents,
     "anchors": fingerprints.anchors,
     "candidates": fingerprints.candidates,
+    **{
+        name: functools.partial(fingerprints.generated_control, name=name)
+        for name in GENERATED_CONTROLS
+    },
 }
 
 
@@ -55,18 +63,50 @@ def needed(context: Context) -> list[str]:
     return [*found, *(["candidates"] if g.candidates > 1 else [])]
 
 
+def controls_of(context: Context) -> list[str]:
+    """The folders of controls that the experiment reads."""
+    return [name for name in context.config.validate.controls if name in GENERATED_CONTROLS]
+
+
 def folder(context: Context, name: str) -> epath.Path:
     return context.root / "generate" / name
 
 
-def run(context: Context) -> None:
-    """Make what is missing; every process does its share."""
+def run(context: Context, names: Sequence[str] | None = None) -> None:
+    """Make what is missing; every process does its share.
+
+    Args:
+      names: of folders; unset, those that recover reads.
+    """
     makers = {"latents": _latents, "anchors": _anchors, "candidates": _candidates}
-    left = [name for name in needed(context) if not _is_done(context, name)]
-    for name in left:
+    names = needed(context) if names is None else names
+    for name in [name for name in names if not _is_done(context, name)]:
         if name == "latents" and _is_done(context, "anchors"):
             continue  # anchors are all that is read
-        _run(context, name, makers[name])
+        _run(context, name, makers.get(name) or functools.partial(_control, name=name))
+
+
+def run_controls(context: Context) -> None:
+    """Make the images of controls, and what they are made of."""
+    left = [name for name in controls_of(context) if not _is_done(context, name)]
+    before = [name for name in needed(context) if name != "candidates"]
+    if left:
+        run(context, [*(before if left != ["no_anchors"] else []), *left])
+
+
+def control_images(context: Context, name: str) -> np.ndarray:
+    """A control's images, class-major.
+
+    Raises:
+      UserError: they are not there, or damaged.
+    """
+    if not _is_done(context, name):
+        raise UserError(
+            f"the images of the control {name} are not in {folder(context, name)}; run the "
+            f"recover stage first (--stages=recover,...)"
+        )
+    classes = range(context.config.dataset.num_classes)
+    return np.concatenate([read(context, name, cls)["images"] for cls in classes])
 
 
 def read(context: Context, name: str, cls: int) -> Tensors:
@@ -98,6 +138,18 @@ def anchors_of(context: Context, classes_N: np.ndarray, slots_N: np.ndarray) -> 
     return np.stack(
         [of_class(int(c))[int(s) % ipc] for c, s in zip(classes_N, slots_N, strict=True)]
     )
+
+
+def medoids_of(context: Context, classes_N: np.ndarray, slots_N: np.ndarray) -> list[int]:
+    """Positions of the real images nearest to where images start, among the training images."""
+    labels_N = context.inputs.open("train").labels_N
+
+    def of_class(cls: int) -> np.ndarray:
+        members, kept = np.flatnonzero(labels_N == cls), read(context, "anchors", cls)
+        return members[kept["nearest"]]
+
+    found = {cls: of_class(cls) for cls in sorted({int(c) for c in classes_N})}
+    return [int(found[int(c)][int(s)]) for c, s in zip(classes_N, slots_N, strict=True)]
 
 
 def image_weights(context: Context) -> list[float] | None:
@@ -229,3 +281,27 @@ def _candidates(context: Context, classes: list[int]) -> Iterator[Kept]:
         chosen = select.most_confident(logits_of(context, images), cls, config.recover.ipc)
         facts = {"chosen": chosen.index_S.tolist(), "recognised": chosen.recognised}
         yield Kept({"images": images[chosen.index_S]}, facts)
+
+
+def _control(context: Context, classes: list[int], name: str) -> Iterator[Kept]:
+    """Anchors as they are, the real images nearest to them, or images of no anchors."""
+    if not classes:
+        return
+    ipc, source = context.config.recover.ipc, context.inputs.open("train")
+    if name == "medoids":
+        for cls in classes:
+            at = medoids_of(context, np.full(ipc, cls), np.arange(ipc))
+            threads = context.config.dataset.threads
+            yield Kept({"images": read_images(source, at, threads=threads)}, {"positions": at})
+        return
+    opened = generator.open_(context)
+    anchored = name == "decoded_anchors"
+    sampling = dataclasses.replace(opened.sampling, strength=float(not anchored), terms=())
+    painter = Painter(context, opened._replace(sampling=sampling), ipc)
+    slots = np.arange(ipc)
+    wishes = [
+        Wish(cls_N, slots, anchors_of(context, cls_N, slots) if anchored else None)
+        for cls_N in (np.full(ipc, cls) for cls in classes)
+    ]
+    for images in painter.paint(wishes):
+        yield Kept({"images": images}, {})

@@ -139,15 +139,20 @@ def generator(context: Context) -> dict[str, Any]:
             "seed": config.squeeze.seed,
             "data": context.inputs.fields(context.inputs.open("train")),
         }
-    denoiser = "unet" if generate.generator == "stable_diffusion" else "transformer"
-    parts = ["vae", denoiser, *(["text_encoder"] if denoiser == "unet" else [])]
+    parts = generator_parts(context)
     fields: dict[str, Any] = {
         "generator": generate.generator,
         "files": {part: _part_digest(part_path(context, part), part) for part in parts},
     }
-    if denoiser == "unet":
+    if "text_encoder" in parts:
         fields["prompts"] = [generate.template, generate.negative, context.inputs.spoken_names]
     return fields
+
+
+def generator_parts(context: Context) -> list[str]:
+    """The networks of a released generator."""
+    prompted = context.config.generate.generator == "stable_diffusion"
+    return ["vae", "unet", "text_encoder"] if prompted else ["vae", "transformer"]
 
 
 def part_path(context: Context, part: str) -> str:
@@ -195,6 +200,26 @@ def candidates(context: Context) -> dict[str, Any]:
     if context.config.generate.candidates > 1:
         fields["judge"] = pool(context, [context.config.judge])
     return fields
+
+
+def generated_control(context: Context, name: str) -> dict[str, Any]:
+    """What a control of generated images is made of."""
+    ipc, size = context.config.recover.ipc, context.config.dataset.image_size
+    fields: dict[str, Any] = {"control": name, "ipc": ipc, "image_size": size}
+    if name != "no_anchors":
+        fields["anchors"] = workdir.digest(anchors(context))
+    if name == "medoids":
+        return fields
+    of_anchors = ("strength", "mode_weight", "mode_window", "weighted", "candidates")
+    names: tuple[str, ...] = ("dtype", "batch_size", "image_size", "resampler")
+    if name == "no_anchors":
+        names = tuple(field for field in _IMAGES if field not in of_anchors)
+        fields["seed"] = context.config.seed
+    return {
+        **fields,
+        "generate": _generate(context, names),
+        "generator": workdir.digest(generator(context)),
+    }
 
 
 def recover(context: Context) -> dict[str, Any]:

@@ -96,10 +96,12 @@ def check(context: Context) -> None:
     """Refuse, before any work, what the data does not allow, and a generator of other settings.
 
     Raises:
-      UserError: classes with too few images for their anchors, images of other channels than
-        the codec's, more components than a patch has numbers.
+      UserError: files that are not there, classes with too few images for their anchors, images
+        of other channels than the codec's, more components than a patch has numbers.
     """
     config, g = context.config, context.config.generate
+    if lines := missing(context):
+        raise UserError("the generator cannot be read: " + "; ".join(lines))
     labels_N = context.inputs.open("train").labels_N
     counts_K = np.bincount(labels_N, minlength=config.dataset.num_classes)
     least = int(min(counts_K.min(), g.most_images or counts_K.max()))
@@ -127,6 +129,24 @@ def check(context: Context) -> None:
             f"{g.patch**2 * channels} numbers; choose at most so many"
         )
     is_done(context)
+
+
+def missing(context: Context) -> list[str]:
+    """What it is read from and is not there, a line each."""
+    if context.config.generate.generator == "dit":
+        return []
+    found = []
+    for part in fingerprints.generator_parts(context):
+        try:
+            huggingface.check_there(fingerprints.part_path(context, part), part)
+        except UserError as error:
+            found.append(str(error))
+    if context.config.generate.generator == "stable_diffusion":
+        try:
+            context.inputs.spoken_names  # noqa: B018
+        except UserError as error:
+            found.append(str(error))
+    return found
 
 
 def run(context: Context) -> None:
@@ -166,7 +186,7 @@ def open_(context: Context) -> Opened:
             f"{root / WEIGHTS} is damaged: its content is not what squeeze wrote. Delete {root} "
             f"and run the same command again; only the generator is redone."
         )
-    return _small(context, unpack(data))
+    return small(context, unpack(data))
 
 
 # --- read from a directory --------------------------------------------------------------------
@@ -268,15 +288,26 @@ def module_of(g: Generate, classes: int, channels: int) -> dit.DiT:
     )  # fmt: skip
 
 
-def _codec_of(g: Generate) -> Codec:
+def codec_of(g: Generate) -> Codec:
     return patches.Patches(g.patch) if g.codec == "patches" else patches.Pixels()
 
 
-def _small(context: Context, tree: PyTree) -> Opened:
+def codec_shapes(context: Context) -> PyTree:
+    """The shapes of the codec's parameters, without data."""
+    g, size, channels = context.config.generate, *context.inputs.image_shape[1:]
+    blank = np.zeros((2, size, size, channels), np.uint8)
+    params = patches.fit_pixels(blank)
+    if g.codec == "patches":
+        params = patches.fit_patches(blank, g.patch, g.components)
+        params.pop("kept")
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+
+
+def small(context: Context, tree: PyTree) -> Opened:
     """The generator of trained weights."""
     config, g = context.config, context.config.generate
     size, _, channels = context.inputs.image_shape
-    codec = _codec_of(g)
+    codec = codec_of(g)
     shape = latent_shape(codec, tree["codec"], size, channels)
     module = module_of(g, config.dataset.num_classes, shape[-1])
     bounds = patches.bounds(tree["codec"]) if g.clip else None
@@ -296,7 +327,7 @@ def _train(context: Context, root: epath.Path) -> dict[str, Any]:
     source = context.inputs.open("train")
     images, labels_N = context.inputs.read(source), np.asarray(source.labels_N, np.int32)
     held = images[:]
-    codec = _codec_of(g)
+    codec = codec_of(g)
     if g.codec == "patches":
         params = patches.fit_patches(held, g.patch, g.components)
         params.pop("kept")
@@ -311,7 +342,7 @@ def _train(context: Context, root: epath.Path) -> dict[str, Any]:
     tree = jax.device_get({"codec": params, "denoiser": state.average})
     data = pack(tree)
     workdir.write_bytes(root / WEIGHTS, data)
-    found = _measure(context, _small(context, tree), held)
+    found = _measure(context, small(context, tree), held)
     told = f"recognised {found.recognised:.1%} (by {config.judge}), distance {found.distance:.2f}"
     context.say(f"generator: loss {loss:.3g}, {told}, near {found.near:.1%}")
     if found.faults:
@@ -458,6 +489,13 @@ class Painter:
                 )
                 self._context.stop.check()
             yield np.concatenate(found)
+
+    def lower(self) -> jax.stages.Lowered:
+        """The program of a batch on every device, from shapes alone."""
+        index: Any = jax.ShapeDtypeStruct((self._batch,), np.int32)
+        shape = (self._batch, *self._opened.latent_shape)
+        anchors = jax.ShapeDtypeStruct(shape, np.float32)
+        return self._lanes.lower_for((Places(index, index, index), anchors))
 
     def _batches(self, wish: Wish):
         for at in range(0, len(wish.classes_N), self._batch):

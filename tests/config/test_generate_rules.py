@@ -24,7 +24,9 @@ def changed(**fields) -> ConfigDict:
     return c
 
 
-NO_ANCHORS = {"generate__anchors": "none", "generate__strength": 1.0}
+NO_ANCHORS = {
+    "generate__anchors": "none", "generate__strength": 1.0, "validate__controls": ("random_real",),
+}  # fmt: skip
 READ = {
     "generate__generator": "dit_released", "generate__directory": "d",
     "generate__codec": "directory", "generate__clip": False,
@@ -46,7 +48,9 @@ REFUSED = {
     "eta of another": ({"generate__sampler": "pndm", "generate__eta": 0.5}, "eta belongs to"),
     "anchors": ({"generate__anchors": "medoids"}, "anchors are 'medoids'; allowed"),
     "outliers": ({"generate__outliers": 0.7}, "the share of outliers is 0.7"),
-    "no anchors": ({"generate__anchors": "none"}, "generate.strength=0.7 needs some"),
+    "no anchors": (
+        {**NO_ANCHORS, "generate__strength": 0.7}, "generate.strength=0.7 needs some",
+    ),
     "weights of none": ({**NO_ANCHORS, "generate__weighted": True}, "weighs by anchors"),
     "weights of candidates": (
         {"generate__weighted": True, "generate__candidates": 2}, "candidates are of any",
@@ -74,6 +78,14 @@ REFUSED = {
     "size": ({"generate__image_size": 32}, "leave it unset"),
     "warm-up": ({"generate__fit__warmup": 3500}, "shorter than the steps"),
     "nothing to fit": ({"generate__fit__learning_rate": 0.0}, "generate.fit.learning_rate is 0.0"),
+    "control of optimised": (
+        {"recover__maker": "optimise", "recover__iterations": 9, "recover__pool": ("resnet18",),
+         "recover__slots_per_batch": None, "validate__controls": ("medoids",)},
+        "names medoids, and recover.maker is not 'generate'",
+    ),
+    "control of anchors": (
+        {**NO_ANCHORS, "validate__controls": ("medoids",)}, "and generate.anchors is 'none'",
+    ),
     "word": ({"generate__codec": "vae"}, "generate.codec is 'vae'; allowed"),
     "resampler": ({"generate__resampler": "cubic"}, "did you mean bicubic?"),
     "batch": ({"generate__batch_size": 0}, "generate.batch_size is 0; it must be positive"),
@@ -105,6 +117,7 @@ ALLOWED = {
     },
     "nobody generates": {
         "recover__maker": "optimise", "generate__strength": 7.0, "generate__mode_window": (9, 3),
+        "validate__controls": ("random_real",),
     },
 }  # fmt: skip
 

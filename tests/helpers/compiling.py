@@ -21,7 +21,7 @@ FAST = {
     "xla_cpu_use_fusion_emitters": False,
 }
 # What the package keeps of compiled functions: none of here elsewhere, nor of elsewhere here.
-KEPT = (training._jitted_step, training._jitted_forward, course._ascent)
+KEPT = (training._jitted_step, training.jitted_forward, course.ascent_of)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,10 @@ from helpers.command import ROOT, assert_same, call, run, signal_when, snapshot
 from PIL import Image
 
 from prism_jax.data import weights, workdir
+from prism_jax.data.datasets import dataset_info
+from prism_jax.data.sources import open_sklearn
 from prism_jax.diffusion import patches
+from prism_jax.stages.inputs import first_classes
 
 D4M = f"--config={ROOT / 'tests' / 'configs' / 'tiny_d4m.py'}"
 RECOVER = "--stages=squeeze,recover"
@@ -96,7 +99,8 @@ def test_another_strength_keeps_generator_and_anchors(made, reference, tmp_path)
     np.testing.assert_array_equal(found, pixels_of(decode(anchors)))
     assert np.abs(found - expected).max() <= 1  # a product and a sum round once on some machines
     assert np.abs(images(reference) - expected).max() > 20
-    assert "recover.generated" in refused(made, "--config.generate.strength=0.0")
+    message = refused(made, "--config.generate.strength=0.0")
+    assert "generated.generate.strength: 0.5 -> 0.0" in message
 
 
 def test_another_ipc_keeps_latents(reference, tmp_path):
@@ -153,26 +157,60 @@ def test_modes_draw_images_to_their_anchors(reference, tmp_path):
 
 
 MOMENTS = [
-    "squeeze/generator/checkpoints/[1-9]*",
+    "squeeze/generator/checkpoints/[3-9]",
     "generate/latents/00001.json",
     "generate/anchors/00000.json",
     "recover/images/00000/00000.png",
 ]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL])
-def test_killed_in_substage_after_substage(tmp_path, reference, signum):
+def test_killed_in_substage_after_substage(tmp_path, reference):
     root, said = tmp_path / "run", ""
     command = (D4M, f"--workdir={root}", RECOVER, "--config.recover.checkpoint_seconds=0.001")
     for pattern in MOMENTS:
-        killed = signal_when(lambda p=pattern: any(root.glob(p)), signum, *command)
-        assert killed.returncode == -signum, killed.stderr
+        killed = signal_when(lambda p=pattern: any(root.glob(p)), signal.SIGKILL, *command)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
         said += killed.stdout
     done = run(*command)
     assert done.returncode == 0, done.stderr
     assert "generator: continues after step" in said + done.stdout
     assert_same(root, reference)
     assert digests(root) == digests(reference)
+
+
+CONTROLS = "--config.validate.controls=medoids,decoded_anchors,no_anchors"
+
+
+def test_controls_of_generated_images(made, tmp_path):
+    """Real images next to the anchors, anchors as they are, images of no anchors."""
+    before = snapshot(made, "recover", "generate/anchors", "squeeze")
+    ok(made, CONTROLS)
+    assert snapshot(made, "recover", "generate/anchors", "squeeze") == before
+
+    def control(name: str, cls: int) -> np.ndarray:
+        return kept(made, name, cls)["images"][..., 0].astype(int)
+
+    source = first_classes(open_sklearn(dataset_info("digits"), None, "train", 8), 4)
+    for cls in range(4):
+        record = json.loads((made / "generate" / "medoids" / f"{cls:05d}.json").read_text())
+        real = np.stack([source.image(at) for at in record["positions"]])[..., 0]
+        np.testing.assert_array_equal(control("medoids", cls), real)
+        assert set(source.labels_N[record["positions"]]) == {cls}
+        np.testing.assert_array_equal(
+            record["positions"],
+            np.flatnonzero(source.labels_N == cls)[kept(made, "anchors", cls)["nearest"]],
+        )
+    ok(tmp_path / "0", "--config.generate.strength=0.0", f"--from={made}")
+    decoded = np.concatenate([control("decoded_anchors", cls) for cls in range(4)])
+    np.testing.assert_array_equal(images(tmp_path / "0"), decoded)
+    free = ("--config.generate.anchors=none", "--config.generate.strength=1.0")
+    ok(tmp_path / "1", *free, f"--from={made}")
+    drawn = np.concatenate([control("no_anchors", cls) for cls in range(4)])
+    assert np.abs(images(tmp_path / "1") - drawn).max() <= 1
+    assert np.abs(decoded - drawn).max() > 20
+    shutil.rmtree(made / "generate" / "medoids")
+    status, _, err = call(D4M, f"--workdir={made}", CONTROLS, "--stages=relabel")
+    assert status == 2 and "the images of the control medoids are not in" in err
 
 
 def test_damage_is_named(made):

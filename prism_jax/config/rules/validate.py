@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from prism_jax import training
 from prism_jax.config.layout import bn_group_of
 from prism_jax.config.rules.common import not_negative, one_of, positive, repeated
-from prism_jax.config.sections import CONTROLS, Experiment
+from prism_jax.config.sections import CONTROLS, GENERATED_CONTROLS, Experiment
 from prism_jax.core import batching, losses, schedules
 from prism_jax.models import ARCHITECTURES
 
@@ -53,7 +53,11 @@ def violations(e: Experiment) -> Iterator[str]:
 def _controls(e: Experiment) -> Iterator[str]:
     v = e.validate
     for control in v.controls:
-        yield from one_of("validate.controls", control, CONTROLS)
+        yield from one_of("validate.controls", control, (*CONTROLS, *GENERATED_CONTROLS))
+        if control in GENERATED_CONTROLS and e.recover.maker != "generate":
+            yield f"validate.controls names {control}, and recover.maker is not 'generate'"
+        elif control in ("decoded_anchors", "medoids") and e.generate.anchors == "none":
+            yield f"validate.controls names {control}, and generate.anchors is 'none'"
     for control in repeated(v.controls):
         yield f"validate.controls names {control} twice"
     if "random_real" in v.controls and not e.soft_labels:

@@ -45,11 +45,13 @@ def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Ma
             found = painter.paint(
                 [Wish(*where, anchoring.anchors_of(context, *where)) for where in at]
             )
-        for unit, images in zip(waiting, found, strict=True):
+        anchored = "anchors" in anchoring.needed(context) and config.generate.candidates == 1
+        for unit, where, images in zip(waiting, at, found, strict=True):
+            facts = {"nearest": anchoring.medoids_of(context, *where)} if anchored else {}
             now = time.monotonic()
             normalised = np.asarray(pixels.normalise(images, context.inputs.normalisation))
             # Not recover.rounding: nearest gives back the very pixels.
-            yield Made(unit, normalised, "nearest", now - started, {})
+            yield Made(unit, normalised, "nearest", now - started, facts)
             started = now
             bar.advance(1)
             context.stop.check()
