@@ -18,7 +18,6 @@ from prism_jax.synthesis import course
 FAST = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
 }
 # What the package keeps of compiled functions: none of here elsewhere, nor of elsewhere here.
 KEPT = (training._jitted_step, training.jitted_forward, course.ascent_of)
