@@ -9,12 +9,14 @@ import subprocess
 import time
 
 import pytest
-from helpers.command import TIMEOUT, TINY, assert_same, reference, run, start
+from helpers.command import ROOT, TIMEOUT, TINY, assert_same, reference, run, start
 
 from prism_jax import parallel
 from prism_jax.errors import UserError
 
 __all__ = ["reference"]  # a fixture
+
+D4M = f"--config={ROOT / 'tests' / 'configs' / 'tiny_d4m.py'}"
 
 OFTEN = ("--config.recover.checkpoint_seconds=0.001", "--config.validate.checkpoint_seconds=0.001")
 
@@ -49,6 +51,17 @@ def wait_for(root, pattern: str, processes: list[subprocess.Popen]) -> None:
 def assert_done(ended) -> None:
     for status, out, err in ended:
         assert status == 0, f"{out}\n{err}"
+
+
+def test_two_processes_generate_what_one_does(tmp_path):
+    """Latents, anchors and units are dealt; the generator is one process' work."""
+    flags = (D4M, "--stages=squeeze,recover")
+    alone = run(*flags, f"--workdir={tmp_path / 'alone'}")
+    assert alone.returncode == 0, alone.stderr
+    ended = end_all(start_all(2, *flags, f"--workdir={tmp_path / 'run'}"))
+    assert_done(ended)
+    assert_same(tmp_path / "run", tmp_path / "alone")
+    assert all(f"[process 1 of 2] {name}: 2/2" in ended[1][1] for name in ("latents", "recover"))
 
 
 def kill_on(count: int, moment: str, root: pathlib.Path, *command: str) -> None:

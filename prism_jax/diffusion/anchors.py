@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from sklearn.cluster import KMeans, MiniBatchKMeans
-from sklearn.metrics import pairwise_distances
-from sklearn.neighbors import LocalOutlierFactor
 from threadpoolctl import threadpool_limits
 
 from prism_jax import rng
 from prism_jax.errors import UserError
+
+if TYPE_CHECKING:  # scikit-learn takes a second to import: not before there is something to find
+    from sklearn.cluster import MiniBatchKMeans
 
 NEIGHBOURS = 20  # that an image is compared with, to tell whether it lies apart
 
@@ -70,6 +70,8 @@ class Task(NamedTuple):
 
 def kmeans(task: Task) -> np.ndarray:
     """All latents at once, until nothing moves."""
+    from sklearn.cluster import KMeans
+
     model = KMeans(task.ipc, n_init=task.clustering.attempts, random_state=task.random_state)
     return model.fit(task.latents_ND).cluster_centers_
 
@@ -106,6 +108,8 @@ def chunked_released(task: Task) -> np.ndarray:
 
 
 def _minibatch(task: Task) -> MiniBatchKMeans:
+    from sklearn.cluster import MiniBatchKMeans
+
     return MiniBatchKMeans(
         task.ipc,
         batch_size=task.clustering.expand * task.ipc,
@@ -148,6 +152,8 @@ def anchors(
     rows_ND = np.asarray(latents_NHWC, np.float64).reshape(count, -1)
     if not np.isfinite(rows_ND).all():
         raise UserError(f"latents of class {cls} are not finite; encode its images in float32")
+    from sklearn.metrics import pairwise_distances
+
     draw = rng.generator(seed, "diffusion/anchors", cls)
     with threadpool_limits(1):
         kept = inliers(rows_ND, clustering.outliers)
@@ -196,6 +202,8 @@ def inliers(rows_ND: np.ndarray, outliers: float) -> np.ndarray:
     count = len(rows_ND)
     if outliers == 0 or count < 3:
         return np.arange(count)
+    from sklearn.neighbors import LocalOutlierFactor
+
     factor = LocalOutlierFactor(min(NEIGHBOURS, count - 1), contamination=outliers)
     return np.flatnonzero(factor.fit_predict(rows_ND) == 1)
 

@@ -144,11 +144,12 @@ def schedule(path: str, otherwise: noise.Schedule) -> noise.Schedule:
     try:
         config = json.loads(file.read_text())
         found = {ours: config[theirs] for theirs, ours in SCHEDULER.items() if theirs in config}
-    except (TypeError, ValueError) as error:
+        trained = config.get("num_train_timesteps", noise.TRAINED)
+    except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{file} is damaged ({error}); download it again") from None
     if found.get("prediction") == "v_prediction":
         found["prediction"] = "v"
-    if config.get("num_train_timesteps", noise.TRAINED) != noise.TRAINED:
+    if trained != noise.TRAINED:
         raise UserError(f"{file}: its denoiser was trained with other than {noise.TRAINED} steps")
     if otherwise.spacing != "leading":  # what follows is of the spacing of Stable Diffusion's
         found = {key: found[key] for key in found.keys() - {"offset", "ends_clean"}}

@@ -131,25 +131,21 @@ def anchors_of(context: Context, classes_N: np.ndarray, slots_N: np.ndarray) -> 
     if "anchors" not in needed(context):
         return None
 
-    def of_class(cls: int) -> np.ndarray:
-        return context.once(f"anchors {cls}", lambda: read(context, "anchors", cls)["latents"])
-
     ipc = context.config.recover.ipc
+    found = {cls: read(context, "anchors", cls)["latents"] for cls in sorted({*classes_N.tolist()})}
     return np.stack(
-        [of_class(int(c))[int(s) % ipc] for c, s in zip(classes_N, slots_N, strict=True)]
+        [found[c][s % ipc] for c, s in zip(classes_N.tolist(), slots_N.tolist(), strict=True)]
     )
 
 
 def medoids_of(context: Context, classes_N: np.ndarray, slots_N: np.ndarray) -> list[int]:
     """Positions of the real images nearest to where images start, among the training images."""
     labels_N = context.inputs.open("train").labels_N
-
-    def of_class(cls: int) -> np.ndarray:
-        members, kept = np.flatnonzero(labels_N == cls), read(context, "anchors", cls)
-        return members[kept["nearest"]]
-
-    found = {cls: of_class(cls) for cls in sorted({int(c) for c in classes_N})}
-    return [int(found[int(c)][int(s)]) for c, s in zip(classes_N, slots_N, strict=True)]
+    found = {
+        cls: np.flatnonzero(labels_N == cls)[read(context, "anchors", cls)["nearest"]]
+        for cls in sorted({*classes_N.tolist()})
+    }
+    return [int(found[c][s]) for c, s in zip(classes_N.tolist(), slots_N.tolist(), strict=True)]
 
 
 def image_weights(context: Context) -> list[float] | None:
@@ -273,10 +269,10 @@ def _candidates(context: Context, classes: list[int]) -> Iterator[Kept]:
     count = config.generate.candidates * config.recover.ipc
     painter = Painter(context, generator.open_(context), count)
     slots = np.arange(count)
-    wishes = [
+    wishes = (
         Wish(np.full(count, cls), slots, anchors_of(context, np.full(count, cls), slots))
         for cls in classes
-    ]
+    )
     for cls, images in zip(classes, painter.paint(wishes), strict=True):
         chosen = select.most_confident(logits_of(context, images), cls, config.recover.ipc)
         facts = {"chosen": chosen.index_S.tolist(), "recognised": chosen.recognised}
@@ -299,9 +295,9 @@ def _control(context: Context, classes: list[int], name: str) -> Iterator[Kept]:
     sampling = dataclasses.replace(opened.sampling, strength=float(not anchored), terms=())
     painter = Painter(context, opened._replace(sampling=sampling), ipc)
     slots = np.arange(ipc)
-    wishes = [
+    wishes = (
         Wish(cls_N, slots, anchors_of(context, cls_N, slots) if anchored else None)
         for cls_N in (np.full(ipc, cls) for cls in classes)
-    ]
+    )
     for images in painter.paint(wishes):
         yield Kept({"images": images}, {})

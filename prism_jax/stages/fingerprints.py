@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prism_jax.config import Network, Recover, batch_layout, bn_group_of
+from prism_jax.config.generation import SCHEDULES
 from prism_jax.core import batching
 from prism_jax.core.augment import Augment
 from prism_jax.data import weights, workdir
@@ -144,6 +145,9 @@ def generator(context: Context) -> dict[str, Any]:
         "generator": generate.generator,
         "files": {part: _part_digest(part_path(context, part), part) for part in parts},
     }
+    assert generate.directory is not None  # config.rules
+    schedule = huggingface.schedule(generate.directory, SCHEDULES[generate.generator])
+    fields["schedule"] = dataclasses.asdict(schedule)
     if "text_encoder" in parts:
         fields["prompts"] = [generate.template, generate.negative, context.inputs.spoken_names]
     return fields

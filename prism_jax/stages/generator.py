@@ -10,7 +10,9 @@ squeeze/generator/
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -213,11 +215,13 @@ def _released(context: Context, root: epath.Path) -> Opened:
         told, labels_K = {}, _imagenet_labels(context, denoiser.classes)
     size = g.image_size or context.config.dataset.image_size
     schedule = huggingface.schedule(directory, SCHEDULES[g.generator])
+    sampling = sampling_of(g, schedule)
+    samplers.check(sampling)  # config.rules has, but for what the directory says of its noise
     weights = Weights(vae.params, loaded.params, told)
     shape = latent_shape(codec, vae.params, size, 3)
     generator = Generator(codec, denoiser, condition)
     _check_whole(generator, weights, shape)
-    return Opened(generator, weights, sampling_of(g, schedule), labels_K, shape, size)
+    return Opened(generator, weights, sampling, labels_K, shape, size)
 
 
 def _imagenet_labels(context: Context, classes: int) -> np.ndarray:
@@ -466,8 +470,12 @@ class Painter:
             how=context.config.parallel.map,
         )  # fmt: skip
 
-    def paint(self, wishes: list[Wish], seed: int | None = None):
+    def paint(self, wishes: Iterable[Wish], seed: int | None = None) -> Iterator[np.ndarray]:
         """Yield each wish's images, uint8 at the data set's size, in turn.
+
+        Args:
+          wishes: of which so many are held at a time as the devices work on.
+          seed: unset, the experiment's.
 
         Raises:
           UserError: an image that is not finite.
@@ -475,7 +483,8 @@ class Painter:
         """
         g, config = self._context.config.generate, self._context.config
         seed = config.seed if seed is None else seed
-        results = self._lanes.stream(seed, (b for wish in wishes for b in self._batches(wish)))
+        ahead, wishes = itertools.tee(wishes)
+        results = self._lanes.stream(seed, (b for wish in ahead for b in self._batches(wish)))
         for wish in wishes:
             found = []
             for at in range(0, len(wish.classes_N), self._batch):
@@ -497,7 +506,7 @@ class Painter:
         anchors = jax.ShapeDtypeStruct(shape, np.float32)
         return self._lanes.lower_for((Places(index, index, index), anchors))
 
-    def _batches(self, wish: Wish):
+    def _batches(self, wish: Wish) -> Iterator[tuple[Places, np.ndarray]]:
         for at in range(0, len(wish.classes_N), self._batch):
             index = np.arange(at, at + self._batch).clip(max=len(wish.classes_N) - 1)
             classes = wish.classes_N[index].astype(np.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 
@@ -12,7 +13,7 @@ import pytest
 import safetensors.numpy
 from diffusion import parity
 
-from prism_jax.diffusion import huggingface
+from prism_jax.diffusion import huggingface, noise
 from prism_jax.errors import UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -176,6 +177,33 @@ def test_what_is_not_there(pipeline, tmp_path):
     assert "is one file; a unet is read from a directory" in refused(
         tmp_path / "sd.safetensors", "unet"
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, noise.STABLE_DIFFUSION),
+        (
+            {"prediction_type": "v_prediction", "beta_end": 0.02, "clip_sample": False},
+            dataclasses.replace(noise.STABLE_DIFFUSION, prediction="v", last=0.02),
+        ),
+        ({"prediction_type": "sample"}, "the kind of prediction is 'sample'"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "the noise schedule is 'squaredcos_cap_v2'"),
+        ({"num_train_timesteps": 500}, "other than 1000 steps"),
+        ([], "is damaged"),
+    ],
+)
+def test_a_scheduler_s_config_says_what_noise_a_denoiser_knows(said, expected, tmp_path):
+    found = noise.STABLE_DIFFUSION
+    assert huggingface.schedule(str(tmp_path), found) == found
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(said))
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            huggingface.schedule(str(tmp_path), found)
+    else:
+        assert huggingface.schedule(str(tmp_path), found) == expected
 
 
 def test_another_network_is_refused(pipeline):

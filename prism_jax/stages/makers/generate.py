@@ -38,12 +38,13 @@ def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Ma
     at = [members(config, unit) for unit in waiting]
     with progress.task("recover", len(waiting), unit="unit") as bar:
         started = time.monotonic()
+        found: Iterator[np.ndarray]
         if config.generate.candidates > 1:
             found = (_chosen(context, *where) for where in at)
         else:
             painter = Painter(context, generator.open_(context), batch_layout(config).size)
             found = painter.paint(
-                [Wish(*where, anchoring.anchors_of(context, *where)) for where in at]
+                Wish(*where, anchoring.anchors_of(context, *where)) for where in at
             )
         anchored = "anchors" in anchoring.needed(context) and config.generate.candidates == 1
         for unit, where, images in zip(waiting, at, found, strict=True):
@@ -59,9 +60,10 @@ def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Ma
 
 def _chosen(context: Context, classes_B: np.ndarray, slots_B: np.ndarray) -> np.ndarray:
     """Of each class the judge's choice, the surest first."""
-
-    def of_class(cls: int) -> np.ndarray:
-        name = f"candidates {cls}"
-        return context.once(name, lambda: anchoring.read(context, "candidates", cls)["images"])
-
-    return np.stack([of_class(int(c))[int(s)] for c, s in zip(classes_B, slots_B, strict=True)])
+    found = {
+        cls: anchoring.read(context, "candidates", cls)["images"]
+        for cls in sorted({*classes_B.tolist()})
+    }
+    return np.stack(
+        [found[c][s] for c, s in zip(classes_B.tolist(), slots_B.tolist(), strict=True)]
+    )

@@ -1,0 +1,126 @@
+"""Images from networks that are read: a pipeline's directory, tiny and of random weights."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from diffusion import parity
+from helpers.command import ROOT, call, snapshot
+from helpers.images import write_tree
+from PIL import Image
+
+from prism_jax.diffusion import prompts
+
+CLASSES = tuple(f"class{i}" for i in range(10))  # as many as the tiny transformer knows
+CASES = {"vae": "vae_decode", "unet": "unet_1", "text_encoder": "clip_text", "transformer": "dit"}
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Flags of a run on folders of 8 px, with a directory of networks that read 16 px."""
+    write_tree(tmp_path / "images", splits=("train", "test"), classes=CLASSES)
+    for part, case in CASES.items():
+        parity.write(parity.BY_NAME[case], tmp_path / "networks" / part)
+    (tmp_path / "names.txt").write_text("\n".join(CLASSES))
+    return [
+        f"--config={ROOT / 'tests' / 'configs' / 'tiny_d4m.py'}",
+        f"--workdir={tmp_path / 'run'}",
+        "--stages=squeeze,recover",
+        "--config.dataset.name=own",
+        "--config.dataset.source=folder",
+        f"--config.dataset.path={tmp_path / 'images'}",
+        "--config.dataset.num_classes=10",
+        "--config.squeeze.least_top1=0.0",
+        "--config.recover.batch_size=10",
+        f"--config.generate.directory={tmp_path / 'networks'}",
+        "--config.generate.codec=directory",
+        "--config.generate.clip=False",
+        "--config.generate.image_size=16",
+        "--config.generate.view=squashed",
+        "--config.generate.batch_size=5",
+    ]
+
+
+DIT = ("--config.generate.generator=dit_released", "--config.generate.sampler=ddpm",
+       "--config.generate.variance=learned")  # fmt: skip
+DIFFUSION = ("--config.generate.generator=stable_diffusion", "--config.generate.sampler=pndm")
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The texts that were encoded, in place of a tokenizer and an encoder that fits."""
+    texts: list[str] = []
+
+    def encode(directory, given):
+        texts.extend(given)
+        states = np.random.default_rng(0).standard_normal((len(given), 7, 12), np.float32)
+        return prompts.Encoded(states, states[:, 0])
+
+    monkeypatch.setattr(prompts, "encode", encode)
+    return texts
+
+
+def images(root) -> np.ndarray:
+    paths = sorted((root / "recover" / "images").glob("*/*.png"))
+    return np.stack([np.array(Image.open(path)) for path in paths])
+
+
+def ok(*flags: str) -> str:
+    status, out, err = call(*flags)
+    assert status == 0, err
+    return out
+
+
+def refused(root, *flags: str) -> str:
+    status, _, err = call(*flags)
+    assert status == 2 and "Traceback" not in err, err
+    assert not (root / "recover").exists()
+    return err
+
+
+def test_a_transformer_of_classes(command, tmp_path):
+    ok(*command, *DIT)
+    found = images(tmp_path / "run")
+    assert found.shape == (20, 8, 8, 3) and found.std() > 10
+    record = json.loads((tmp_path / "run" / "squeeze" / "generator" / "record.json").read_text())
+    assert record["latent"] == [8, 8, 4] and record["source"] == "dit_released"
+    before = snapshot(tmp_path / "run")
+    ok(*command, *DIT)
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_a_denoiser_of_prompts(command, tmp_path, told):
+    flags = (
+        *command, *DIFFUSION, f"--config.generate.class_names={tmp_path / 'names.txt'}",
+        "--config.generate.template=a {}", "--config.generate.negative=blur",
+    )  # fmt: skip
+    ok(*flags)
+    assert told == [*(f"a {name}" for name in CLASSES), "blur"]
+    assert images(tmp_path / "run").shape == (20, 8, 8, 3)
+    ok(*flags)
+    assert len(told) == 11  # kept: nothing is encoded again
+
+
+def test_what_is_not_there_is_told_with_what_to_download(command, tmp_path, told):
+    root, flags = tmp_path / "run", (*command, *DIFFUSION)
+    names = (*flags, f"--config.generate.class_names={tmp_path / 'names.txt'}")
+    (tmp_path / "names.txt").write_text("one\ntwo\n")
+    assert "has 2 names for 10 classes" in refused(root, *names)
+    (tmp_path / "networks" / "vae" / "config.json").unlink()
+    message = refused(root, *names)
+    assert (
+        "generator: there is no vae at" in message
+        and "Download vae/ of a Stable Diffusion" in message
+    )
+    assert not root.exists()
+
+
+def test_another_size_or_other_classes_are_refused(command, tmp_path, told):
+    root = tmp_path / "run"
+    odd = refused(root, *command, *DIT, "--config.generate.image_size=18")
+    assert "latents of 9 x 9 do not divide into patches of 2" in odd
+    config = tmp_path / "networks" / "vae" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "latent_channels": 3}))
+    assert "the weights of" in refused(root, *command, *DIT)
