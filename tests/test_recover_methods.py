@@ -132,7 +132,7 @@ def test_stopped_and_continued_on_other_devices_is_the_same(
 
     monkeypatch.setattr(optimise, "_start", noting)
     recover.run(again)
-    again.lock.release()
+    again.work.lock.release()
     assert max(starts) == 8
     np.testing.assert_array_equal(images_of(again), whole(name))
 
@@ -157,7 +157,7 @@ def test_lanes_in_different_phases_run_apart(whole, reference, tmp_path, monkeyp
 
     monkeypatch.setattr(optimise, "_dispatch", noting)
     recover.run(again)
-    again.lock.release()
+    again.work.lock.release()
     assert {(2, 8), (4, 8)} in shapes
     np.testing.assert_array_equal(images_of(again), whole("delt"))
 
@@ -188,7 +188,7 @@ def test_round_robin_goes_on_over_batches_and_resumes_in_order(
     context.work.lock.release()
     again = context_of(tmp_path / "run", "fadrm")
     recover.run(again)
-    again.lock.release()
+    again.work.lock.release()
     turns = [0, 1, 0] * 4 if restarts else [i % 2 for i in range(12)]
     assert drawn_by_iteration(again) == [[("first", "second")[turn]] for turn in turns]
 
@@ -196,7 +196,7 @@ def test_round_robin_goes_on_over_batches_and_resumes_in_order(
 def test_rded_is_its_mosaics_and_runs_no_iteration(reference, tmp_path, monkeypatch):
     context = context_of(tmp_path / "run", "rded")
     prepare(context, reference)
-    monkeypatch.setattr(recover, "_optimise", None)
+    monkeypatch.setattr(optimise, "engine_of", None)
     recover.run(context)
     context.work.lock.release()
     classes, slots = np.repeat(np.arange(4), 2), np.tile(np.arange(2), 4)
@@ -239,7 +239,7 @@ def test_statistics_are_made_once_resumed_by_shard_and_shared(reference, tmp_pat
     again = context_of(tmp_path / "run", "edc")
     made[:] = [None] * 9  # past the one at which it stopped
     statistics.run(again)
-    again.lock.release()
+    again.work.lock.release()
     # Two teachers, each with one shard of batches and four of classes; four were there.
     assert len(made) == 9 + 10 - 4 and statistics.is_done(again)
 
@@ -247,8 +247,8 @@ def test_statistics_are_made_once_resumed_by_shard_and_shared(reference, tmp_pat
     pipeline.adopt(whole, reference)
     monkeypatch.setattr(statistics, "_measure", measure)
     statistics.run(whole)
-    whole.lock.release()
-    pools = [statistics.with_targets(c, c.pool(("first", "second"))) for c in (again, whole)]
+    whole.work.lock.release()
+    pools = [statistics.with_targets(c, c.networks.pool(("first", "second"))) for c in (again, whole)]
     for ours, theirs in zip(*(pool.variables for pool in pools), strict=True):
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     table = pools[0].variables[0]["class_statistics"]["conv"]["features.0"]["mean"]
