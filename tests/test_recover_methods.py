@@ -248,7 +248,9 @@ def test_statistics_are_made_once_resumed_by_shard_and_shared(reference, tmp_pat
     monkeypatch.setattr(statistics, "_measure", measure)
     statistics.run(whole)
     whole.work.lock.release()
-    pools = [statistics.with_targets(c, c.networks.pool(("first", "second"))) for c in (again, whole)]
+    pools = [
+        statistics.with_targets(c, c.networks.pool(("first", "second"))) for c in (again, whole)
+    ]
     for ours, theirs in zip(*(pool.variables for pool in pools), strict=True):
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     table = pools[0].variables[0]["class_statistics"]["conv"]["features.0"]["mean"]
