@@ -15,7 +15,8 @@ from prism_jax import main
 from prism_jax.config import resolve
 from prism_jax.errors import UserError
 from prism_jax.paths import at_home
-from prism_jax.tools import export, prepare, results, teachers
+from prism_jax.tools import export, prepare, results
+from prism_jax.tools.teachers import __main__ as teachers
 
 
 @pytest.fixture
