@@ -362,6 +362,7 @@ def join_processes(given: flags.FlagValues) -> None:
         processes=given.processes,
         process=given.process,
     )
+    parallel.find_devices()
     if not parallel.is_main():
         progress.speak_as(parallel.name())
 

@@ -56,8 +56,9 @@ def test_where_nothing_is_asked_for_nothing_is_to_be_unset(monkeypatch):
     assert "unset" not in str(found.value)
 
 
-def test_the_real_command_on_a_misspelt_platform(tmp_path):
-    done = run(TINY, f"--workdir={tmp_path / 'run'}", "--plan", JAX_PLATFORMS="cdua")
+@pytest.mark.parametrize("flags", [(), ("--plan",)])
+def test_the_real_command_on_a_misspelt_platform(tmp_path, flags):
+    done = run(TINY, f"--workdir={tmp_path / 'run'}", *flags, JAX_PLATFORMS="cdua")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: JAX finds no device for JAX_PLATFORMS=cdua: ")
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
