@@ -27,7 +27,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -43,6 +43,7 @@ from prism_jax.errors import UserError
 from prism_jax.labelling import drawn
 from prism_jax.main import joined
 from prism_jax.paths import at_home
+from prism_jax.tools import cli
 from prism_jax.types import Mix, SoftLabels, View
 
 SYNTHETIC = "synthetic"
@@ -64,40 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit status.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        given = _parser().parse_args(argv or ["--help"])
-        export(
-            given.workdir,
-            given.to,
-            control=given.control,
-            form=given.format,
-            licence=given.licence,
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        name = error.filename or "a file"
-        print(f"error: {name} cannot be used: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was left half written.", file=sys.stderr)
-        return 130
-    except SystemExit as stopped:  # argparse has printed its help
-        return int(stopped.code or 0)
-    return 0
+    return cli.run(_command, _parser(), argv)
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are ours."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+def _command(given: argparse.Namespace) -> None:
+    export(given.workdir, given.to, control=given.control, form=given.format, licence=given.licence)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = cli.Parser(
         prog="python -m prism_jax.tools.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

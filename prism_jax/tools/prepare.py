@@ -20,7 +20,7 @@ import struct
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -29,6 +29,7 @@ from prism_jax.data import workdir
 from prism_jax.data.sources import tfds as tfds_source
 from prism_jax.errors import UserError
 from prism_jax.paths import at_home
+from prism_jax.tools import cli
 
 _FETCH = "prepare or fetch it again"
 
@@ -235,30 +236,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit status.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        given = _parser().parse_args(argv or ["--help"])
-        if given.source and given.downloads:
-            raise UserError("--from converts and --downloads prepares; give one of them")
-        if given.source:
-            _require_crc32c()
-            folder = convert(given.dataset, given.source, given.to)
-        else:
-            folder = prepare(given.dataset, given.to, given.downloads)
-        print(f"{folder} is ready: --config.dataset.source=tfds --config.dataset.path={given.to}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        name = error.filename or "a file"
-        print(f"error: {name} cannot be used: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on with the files that are left.", file=sys.stderr)
-        return 130
-    except SystemExit as stopped:  # argparse has printed its help
-        return int(stopped.code or 0)
-    return 0
+    return cli.run(
+        _command, _parser(), argv, "the same command goes on with the files that are left."
+    )
+
+
+def _command(given: argparse.Namespace) -> None:
+    if given.source and given.downloads:
+        raise UserError("--from converts and --downloads prepares; give one of them")
+    if given.source:
+        _require_crc32c()
+        folder = convert(given.dataset, given.source, given.to)
+    else:
+        folder = prepare(given.dataset, given.to, given.downloads)
+    print(f"{folder} is ready: --config.dataset.source=tfds --config.dataset.path={given.to}")
 
 
 def _require_crc32c() -> None:
@@ -271,15 +262,8 @@ def _require_crc32c() -> None:
         ) from None
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are ours."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> cli.Parser:
+    parser = cli.Parser(
         prog="python -m prism_jax.tools.prepare",
         description=__doc__.split("\n\n", 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,

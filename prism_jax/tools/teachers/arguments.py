@@ -6,23 +6,16 @@ import argparse
 import json
 import re
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from prism_jax.data.datasets import DATASETS
 from prism_jax.data.sources import SOURCES
-from prism_jax.errors import UserError
 from prism_jax.models.registry import STEMS
 from prism_jax.paths import at_home
 from prism_jax.tools import teachers
+from prism_jax.tools.cli import Parser
 from prism_jax.tools.teachers.commands import evaluate_command, import_command, list_command
 from prism_jax.tools.teachers.network import FIND
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are ours."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def _positive(kind: type) -> Callable[[str], Any]:
@@ -71,7 +64,7 @@ def _indices(text: str) -> str | tuple[int, ...]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     description = (teachers.__doc__ or "").split("\n\n", 2)
-    root = _Parser(
+    root = Parser(
         prog="python -m prism_jax.tools.teachers",
         description="\n\n".join(description[1:]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
