@@ -125,8 +125,7 @@ def _main(argv: list[str]) -> int:
     stages = parse_stages(given.stages, problems)
     target = parse_target(given, problems)
     prepare_environment(config, problems)
-    if not given.plan:
-        join_processes(given)
+    join_processes(given)
 
     from prism_jax import parallel
     from prism_jax.config import resolve
@@ -137,7 +136,6 @@ def _main(argv: list[str]) -> int:
     workdir = given.workdir or f"runs/{experiment.name}"
     if epath.Path(workdir).exists() and not epath.Path(workdir).is_dir():
         raise UserError(f"--workdir={workdir} is a file; name a folder, or one that is not there")
-    parallel.find_devices()
     if given.plan:
         from prism_jax import plan
 
@@ -353,15 +351,19 @@ def parse_target(given: flags.FlagValues, problems: list[str]) -> Any:
 
 
 def join_processes(given: flags.FlagValues) -> None:
-    """Join the other processes of this run, where there are any."""
+    """Join the other processes of this run, where there are any, and find the devices.
+
+    A plan is one process' work.
+    """
     from prism_jax import parallel, progress
 
-    parallel.start_processes(
-        given.distributed,
-        coordinator=given.coordinator,
-        processes=given.processes,
-        process=given.process,
-    )
+    if not given.plan:
+        parallel.start_processes(
+            given.distributed,
+            coordinator=given.coordinator,
+            processes=given.processes,
+            process=given.process,
+        )
     parallel.find_devices()
     if not parallel.is_main():
         progress.speak_as(parallel.name())
