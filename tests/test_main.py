@@ -258,6 +258,14 @@ def test_what_takes_long_to_import_is_imported_where_it_is_used(module, found):
     assert LATE & set(json.loads(done.stdout)) == found
 
 
+def test_the_command_is_there_before_jax():
+    """What the environment says of devices counts only where JAX comes later."""
+    program = "import sys, prism_jax.main; sys.exit('jax' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment()).returncode == 0
+    )
+
+
 @pytest.mark.parametrize(("libc", "told"), [("glibc", {-1, -3}), ("", set())])
 def test_glibc_alone_is_told_to_keep_freed_memory(monkeypatch, libc, told):
     options = set()

@@ -6,12 +6,15 @@ A *unit* is one image batch: a group of slots of a block of classes.
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from prism_jax.config.sections import Experiment, Validate
 from prism_jax.errors import UserError
-from prism_jax.types import Unit
+
+if TYPE_CHECKING:
+    from prism_jax.types import Unit
 
 MOST_CLASSES = 100  # of a batch, where nobody states its size
 LEAST_CLASSES = 32  # fewer say little of a statistic: then blocks may be of two sizes
@@ -116,6 +119,8 @@ def bn_group_of(validate: Validate) -> int:
 
 def units(e: Experiment) -> list[Unit]:
     """All units, in the set's order; they are worked on longest first."""
+    from prism_jax.types import Unit  # brings JAX, for which a run prepares first
+
     layout = batch_layout(e)
     groups, blocks = range(layout.groups), range(layout.blocks)
     if e.recover.batch_order == "ipc_major":
