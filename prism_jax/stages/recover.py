@@ -94,19 +94,19 @@ def run(context: Context) -> None:
         context.work.begin(root, fingerprints.recover(context))
         maker.prepare(context, root)
 
-    with parallel.enough_memory(
-        f"Lower generate.batch_size (now {config.generate.batch_size} images). It belongs to what "
-        f"the images are made from."
-    ):
+    generates = config.recover.maker == "generate"
+    field = "generate.batch_size" if generates else "recover.batch_size"
+    size = config.generate.batch_size if generates else batch_layout(config).size
+    remedy = (
+        f"Lower {field} (now {size} images). It belongs to what the images are made from, so start "
+        f"in another workdir: --workdir=<new> --from={context.root}."
+    )
+    with parallel.enough_memory(remedy):
         maker.before(context)
     ordered = parallel.longest_first(units(config), lambda unit: unit_budget(config, unit))
     if mine := context.work.deal("recover", ordered, lambda: pending(context), prepare):
         # The whole of it: what does not fit is said when a result is fetched, not when it is asked.
-        with parallel.enough_memory(
-            f"Lower recover.batch_size (now {batch_layout(config).size} images). It belongs "
-            f"to what the images are made from, so start in another workdir: --workdir=<new> "
-            f"--from={context.root}."
-        ):
+        with parallel.enough_memory(remedy):
             for made in maker.make(context, root, mine):
                 _write(context, made)
     if not parallel.is_main():

@@ -23,20 +23,22 @@ class Maker(NamedTuple):
     """One way to make images; ``root`` is recover's folder.
 
     Attributes:
+      make: yields units as they are finished.
+      prepare: looks after what a run that was stopped has left, on the main process.
       before: work that comes before units are dealt, of every process.
       weights: what each image counts, class-major; None: alike.
     """
 
-    prepare: Callable[[Context, epath.Path], None]
     make: Callable[[Context, epath.Path, list[Unit]], Iterator[Made]]
+    prepare: Callable[[Context, epath.Path], None] = lambda context, root: None
     before: Callable[[Context], None] = lambda context: None
     weights: Callable[[Context], list[float] | None] = lambda context: None
 
 
 MAKERS = {
-    "optimise": Maker(optimise.prepare, optimise.make),
-    "copy": Maker(copy.prepare, copy.make, weights=copy.weights),
-    "generate": Maker(generate.prepare, generate.make, generate.before, generate.weights),
+    "optimise": Maker(optimise.make, optimise.prepare),
+    "copy": Maker(copy.make, weights=copy.weights),
+    "generate": Maker(generate.make, before=generate.before, weights=generate.weights),
 }
 
 

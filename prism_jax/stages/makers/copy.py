@@ -15,10 +15,6 @@ from prism_jax.stages.makers.start import initial_images
 from prism_jax.types import Unit
 
 
-def prepare(context: Context, root: epath.Path) -> None:
-    """Nothing comes before."""
-
-
 def weights(context: Context) -> list[float] | None:
     """Those that came with a set; optimised further, images would be others than theirs."""
     source = context.inputs.start
