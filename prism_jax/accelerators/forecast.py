@@ -36,8 +36,8 @@ def rows(e: Experiment, target: Target) -> dict[str, str]:
         raise UserError(missing)
     device = target.device
     found = {
-        "target": f"{target.name}: {target.chips} device(s) with {_gigabytes(device.memory_bytes)}"
-        f" each; its compiler's word, nothing is run"
+        "target": f"{target.name}: {target.devices} device(s) with "
+        f"{_gigabytes(device.memory_bytes)} each; its compiler's word, nothing is run"
     }
     if e.recover.iterations:
         found |= _recover(e, target)
@@ -45,7 +45,7 @@ def rows(e: Experiment, target: Target) -> dict[str, str]:
     if e.soft_labels:
         batches = e.relabel.epochs * num_batches(images, min(e.relabel.batch_size, images))
         done, note = _compile(e, target, "relabel")
-        at_once = min(target.chips, num_batches(images, e.relabel.batch_size))
+        at_once = min(target.devices, num_batches(images, e.relabel.batch_size))
         found["relabel takes"] = _stage(target, done, batches / at_once, f"a batch{note}")
     steps = e.validate.epochs * num_batches(images, min(e.validate.batch_size, images))
     trainings = len(e.validate.seeds) * (1 + len(e.validate.controls))
@@ -105,7 +105,7 @@ def _recover(e: Experiment, target: Target) -> dict[str, str]:
         )
         found["collectives"] = "; ".join(dict.fromkeys(done.collectives)) or "none"
         cost = done.cost.mean(shares(e))
-        lanes = max(1, min(units, target.chips // e.parallel.recover_devices))
+        lanes = max(1, min(units, target.devices // e.parallel.recover_devices))
         budgets = [budget_of(e, group * layout.slots) for group in range(layout.groups)]
         rounds = math.ceil(units / lanes) * sum(budgets) / len(budgets)
         devices = lanes * e.parallel.recover_devices

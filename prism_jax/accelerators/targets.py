@@ -31,6 +31,7 @@ class Device:
       clock_hz: of a TPU: its peak rate divided by what its matrix units do in a cycle.
       capability, cores, core_bytes, l2_bytes, cuda_clock_ghz: of a GPU, for XLA.
       dimensions: of a TPU slice's shape.
+      per_chip: devices that a chip of a slice is to JAX.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Device:
     l2_bytes: int = 0
     cuda_clock_ghz: float = 0.0
     dimensions: int = 0
+    per_chip: int = 1
 
 
 def _gpu(name: str, capability: tuple[int, int], gigabytes: int, rates: tuple, **known: Any):
@@ -59,12 +61,20 @@ def _gpu(name: str, capability: tuple[int, int], gigabytes: int, rates: tuple, *
     )  # fmt: skip
 
 
-def _tpu(name: str, gigabytes: float, bandwidth: float, tera: float, clock: float, dimensions: int):
+def _tpu(
+    name: str,
+    gigabytes: float,
+    bandwidth: float,
+    tera: float,
+    clock: float,
+    dimensions: int,
+    per_chip: int = 1,
+):
     """A TPU: GiB, TB/s and TFLOP/s of bfloat16 per device, GHz."""
     memory = int(gigabytes * (1 << 30))
     return Device(
         name, "tpu", memory, 1.0, 1e12 * bandwidth, {"bfloat16": 1e12 * tera},
-        clock_hz=1e9 * clock, dimensions=dimensions,
+        clock_hz=1e9 * clock, dimensions=dimensions, per_chip=per_chip,
     )  # fmt: skip
 
 
@@ -82,7 +92,7 @@ DEVICES = {
              l2_bytes=52428800, cuda_clock_ghz=1.98),
         _gpu("b200", (10, 0), 180, (8.0, 2250, 1125, 75), cores=148, core_bytes=233472,
              l2_bytes=132120576, cuda_clock_ghz=1.965),
-        _tpu("v4", 16, 0.614, 137.5, 1.05, 3),
+        _tpu("v4", 16, 0.614, 137.5, 1.05, 3, per_chip=2),
         _tpu("v5e", 16, 0.819, 197, 1.5, 2),
         _tpu("v5p", 95, 2.765, 459, 1.75, 3),
         _tpu("v6e", 32, 1.64, 918, 1.75, 2),
@@ -109,15 +119,16 @@ dnn_version_info {{ major: 9 minor: 10 }}
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A machine: a device and how many there are, for a TPU as the shape of a slice."""
+    """A machine: a device and how many there are, for a TPU as the shape of a slice in chips."""
 
     name: str
     device: Device
     shape: tuple[int, ...]
 
     @property
-    def chips(self) -> int:
-        return math.prod(self.shape)
+    def devices(self) -> int:
+        """How many devices JAX has there."""
+        return math.prod(self.shape) * self.device.per_chip
 
 
 def known() -> str:
@@ -201,11 +212,11 @@ def devices_of(target: Target) -> list[Any]:
         given: dict[str, Any] = {
             "topology_name": device.name,
             "target_config": _describe(device),
-            "topology": f"1x1x{target.chips}",
+            "topology": f"1x1x{target.devices}",
         }
     else:
         given = {"topology_name": f"{device.name}:{'x'.join(map(str, target.shape))}"}
-        if target.chips == 1:
+        if math.prod(target.shape) == 1:
             given["chips_per_host_bounds"] = (1, 1, 1)
     try:
         return list(topologies.get_topology_desc(platform=device.platform, **given).devices)

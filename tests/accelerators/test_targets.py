@@ -11,7 +11,7 @@ from prism_jax.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("name", "device", "chips"),
+    ("name", "device", "devices"),
     [
         ("h100", "h100", 1),
         ("h100x8", "h100", 8),
@@ -21,11 +21,12 @@ from prism_jax.errors import UserError
         ("v5e:4x4", "v5e", 16),
         ("v5e:16x16", "v5e", 256),
         ("v5p:2x2x1", "v5p", 4),
+        ("v4:2x2x1", "v4", 8),
     ],
 )
-def test_a_machine_by_its_name(name, device, chips):
+def test_a_machine_by_its_name(name, device, devices):
     found = targets.parse(name)
-    assert (found.name, found.device.name, found.chips) == (name, device, chips)
+    assert (found.name, found.device.name, found.devices) == (name, device, devices)
 
 
 @pytest.mark.parametrize("name", ["", "h200", "h100x0", "h100:2", "v5ex4", "v9:2x2", "x8", "H100 "])
