@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from rich.table import Table
 
-from prism_jax import labelling, parallel, programs, progress, synthesis
+from prism_jax import labelling, parallel, programs, progress, synthesis, training
 from prism_jax.accelerators.targets import Target
 from prism_jax.config import Experiment, Layout, batch_layout, budget_of
 from prism_jax.config.generation import SCHEDULES, sampling_of
@@ -227,14 +227,14 @@ def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, s
 
 def _random_pool(e: Experiment, names: tuple[str, ...]) -> TeacherPool:
     """Teachers with random weights."""
-    context = Context(e, "unused")
+    context = programs.shapes_of(e)
     teachers, variables = [], []
     for name in names:
         module = context.networks.build(name)
-        indices = e.network(name).class_indices
+        indices = context.networks.class_indices(name)
         teachers.append(describe(name, module, context.inputs.image_shape, class_indices=indices))
         image = np.zeros((1, *context.inputs.image_shape), np.float32)
-        drawn = jax.jit(module.init)(jax.random.key(0), image)
+        drawn = training.jitted_init(module)(jax.random.key(0), image)
         variables.append({"batch_stats": {}, **drawn})
     return TeacherPool(tuple(teachers), tuple(variables), context.inputs.normalisation)
 
