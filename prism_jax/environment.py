@@ -16,6 +16,7 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any
 
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 # parallel.matmul_precision: what the operands of a float32 product become on a GPU and on a TPU.
@@ -36,8 +37,7 @@ def prepare_environment(config: Any, problems: list[str]) -> None:
         problems.append(f"NPROC in the environment is {nproc!r}; it must be a positive number")
     deterministic = config.get("parallel", {}).get("deterministic") is True
     if deterministic and "xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
-        flag = "--xla_gpu_deterministic_ops=true"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     keep_freed_memory()
 

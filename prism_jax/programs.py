@@ -30,10 +30,8 @@ from prism_jax.stages.networks import Networks
 from prism_jax.synthesis import UnitBatch, course, measuring
 from prism_jax.synthesis import start as starting
 from prism_jax.teachers import TeacherPool
-from prism_jax.training import TrainBatch, Trainer
+from prism_jax.training import TESTED, TrainBatch, Trainer
 from prism_jax.types import PyTree
-
-TESTED = 256  # images per call of a test, where there are as many
 
 
 class Program(NamedTuple):

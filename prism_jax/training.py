@@ -37,6 +37,8 @@ from prism_jax.types import (
     View,
 )
 
+TESTED = 256  # images per call of a test, where there are as many
+
 
 def kernels(params: PyTree) -> PyTree:
     """What decays: kernels. Biases, norms, tokens and tables do not."""
@@ -345,7 +347,7 @@ class Trainer:
         return *self._arguments, self.mesh.replicate(state), self.mesh.spread(batch)
 
     def test(
-        self, state: TrainState, images_uint8: Images, labels, *, batch_size: int = 256
+        self, state: TrainState, images_uint8: Images, labels, *, batch_size: int = TESTED
     ) -> TestResult:
         """Accuracy on real images, in evaluation mode, without augmentation."""
         return test(
@@ -382,7 +384,7 @@ def test(
     labels_N: np.ndarray,
     normalisation: Normalisation,
     *,
-    batch_size: int = 256,
+    batch_size: int = TESTED,
     class_indices: tuple[int, ...] | None = None,
     mesh: parallel.DataMesh | None = None,
 ) -> TestResult:

@@ -24,10 +24,10 @@ from typing import Any
 from prism_jax.accelerators import account, targets
 from prism_jax.accelerators.targets import Target
 from prism_jax.config import Experiment, resolve, to_dict
+from prism_jax.environment import DETERMINISTIC
 from prism_jax.errors import UserError
 
 TIMEOUT = 1800  # seconds; XLA's compiler for TPUs has taken 14 minutes for four networks
-DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 # A form of product that XLA's CUDA compiler fails to tile where there is no device to try on.
 WITHOUT_TRITON = "--xla_gpu_enable_triton_gemm=false"
 _DEVICELESS = "Couldn't find output tile sizes"
