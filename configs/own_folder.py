@@ -20,8 +20,6 @@ from ml_collections.config_dict import placeholder
 
 from configs import base
 
-POOL = ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2_x0_5")
-
 
 def get_config(arg: str = "") -> ConfigDict:
     words = base.words(arg, "cpu")
@@ -32,12 +30,12 @@ def get_config(arg: str = "") -> ConfigDict:
     c.dataset.source = "folder"
     c.dataset.image_size = 64
     c.dataset.num_classes = placeholder(int)  # as many as there are folders
-    for name in POOL:
+    for name in base.POOL:
         c.networks[name] = base.network(architecture=name, stem="small", width=narrow)
     c.networks.shufflenet_v2_x0_5.width = 1.0  # it has no narrower form
     c.networks.convnet = base.network(architecture="convnet_d3", width=narrow)
 
-    c.squeeze.teachers = (*POOL, "convnet")
+    c.squeeze.teachers = (*base.POOL, "convnet")
     c.squeeze.epochs = 100
     c.squeeze.batch_size = 64
     c.squeeze.optimiser = "adamw"

@@ -231,7 +231,7 @@ def _paid(flops: float, result: str, attributes: str) -> tuple[float, str]:
         return flops, "bfloat16"
     if passes := re.search(r"dot_(bf16|tf32)_\1_f32_x(\d)", attributes.lower()):
         kind = {"bf16": "bfloat16", "tf32": "tensorfloat32"}[passes[1]]
-        return flops * {"3": 3, "6": 6, "9": 9}[passes[2]], kind
+        return flops * int(passes[2]), kind
     exact = re.search(r'operand_precision"?[=:][\[{]"?highest', attributes.lower())
     return flops, "float32" if exact else "tensorfloat32"
 

@@ -32,7 +32,7 @@ def resolve(config: Any, problems: Sequence[str] = ()) -> Experiment:
     """Turn a config into an experiment.
 
     Args:
-      config: an ``ml_collections.ConfigDict`` (or nested dicts) with the fields above.
+      config: an ``ml_collections.ConfigDict`` (or nested dicts) with the fields of ``Experiment``.
       problems: what is known to be wrong already, to be said in the same message.
 
     Returns:
@@ -125,7 +125,7 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
         kind = words[0] if words and isinstance(value, str) else kinds[0]
         return _convert(kind, value, name, problems)
     elif origin is Literal:
-        return _convert(str, value, name, problems)  # which strings: violations()
+        return _convert(str, value, name, problems)  # which strings: rules.literals
     elif origin is tuple:
         if arguments[0] is str:  # "a,b" is ("a", "b"), also as the one value of a flag
             value = (value,) if isinstance(value, str) else value

@@ -134,7 +134,7 @@ def _targets(recipe: Recipe, teacher: Teacher, bn: PyTree, conv: PyTree | None):
     if conv is None:
         raise UserError(
             f"recover.match names statistics of convolutions, and teacher {teacher.name} has "
-            f"none of the real images; collect them first (stage squeeze, or measure())"
+            f"none of the real images; collect them first (stage squeeze, or synthesis.measuring)"
         )
     wanted = {name for pair in names for name in pair}
     layers = statistics.by_layer(conv).items()

@@ -24,7 +24,7 @@ def experiment(
     stem: str = "imagenet",
     **fields: Any,
 ) -> Experiment:
-    """Two classes, two images each, and every network as teacher, labeller and student.
+    """Four classes, two images each, and every network as teacher, labeller and student.
 
     Args:
       **fields: of the config, dots written as two underscores.
