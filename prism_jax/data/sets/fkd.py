@@ -196,10 +196,7 @@ class FkdLabels:
         beside = _beside(self._root)
         stated = os.path.isfile(beside)
         if stated:
-            orders = torch_file.load(beside)
-            if not isinstance(orders, np.ndarray) or orders.shape != (epochs, count):
-                raise UserError(f"{beside} must be a tensor of integers of shape {(epochs, count)}")
-            readings = {ORDER: orders}
+            readings = {ORDER: _stated_order(beside, epochs, count)}
         else:
             readings = {
                 f"{words} RandomSampler": torch_orders(count, epochs, draws=draws)
@@ -272,6 +269,28 @@ def _root(path: str) -> str:
 def _beside(root: str) -> str:
     """Where the order of the images is stated, if it is: next to the folder of the epochs."""
     return os.path.join(os.path.dirname(root), ORDER)
+
+
+def _stated_order(file: str, epochs: int, count: int) -> np.ndarray:
+    """The order that a file states: int64 (epochs, count).
+
+    Raises:
+      UserError: it does not give every image one place in every epoch.
+    """
+    orders = torch_file.load(file)
+    kind = type(orders).__name__
+    if isinstance(orders, np.ndarray):
+        kind = f"a tensor of type {orders.dtype} and shape {orders.shape}"
+        if orders.dtype.kind in "iu" and orders.shape == (epochs, count):
+            wrong = np.flatnonzero((np.sort(orders, 1) != np.arange(count)).any(1))
+            if not len(wrong):
+                return orders.astype(np.int64)
+            kind = f"one whose epoch {wrong[0]} repeats or lacks positions"
+    raise UserError(
+        f"{file} must be a tensor of integers of shape {(epochs, count)}, in each row every "
+        f"position from 0 to {count - 1} once; it holds {kind}. Write it anew, or delete it if the "
+        "batches are in the order of PyTorch's RandomSampler"
+    )
 
 
 def _numbered(folder: str, before: str, after: str) -> list[int]:
