@@ -194,6 +194,16 @@ def test_images_with_a_table(tmp_path, kind, named):
         assert opened(tmp_path).describe() != found.describe()
 
 
+def test_a_table_that_names_a_file_that_is_not_there(tmp_path):
+    write_tree(tmp_path, tree())
+    rows = [{"file_name": name, "label": name.split("/")[0]} for name in tree()]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert_same(tmp_path).describe()
+    (tmp_path / "c_dog" / "1.png").unlink()
+    with pytest.raises(UserError, match="c_dog/1.png cannot be read .*whole copy of the set"):
+        opened(tmp_path).describe()
+
+
 def test_a_table_that_leads_elsewhere_or_says_nothing(tmp_path):
     write_tree(tmp_path, tree())
     table = tmp_path / "metadata.jsonl"
@@ -268,8 +278,9 @@ def test_parquet_with_paths(tmp_path):
     )
     assert_same(tmp_path / "set.parquet")
     (tmp_path / "images" / "3.png").unlink()
-    with pytest.raises(UserError, match="row 3 cannot be read .*whole copy of the set"):
-        opened(tmp_path / "set.parquet").image(3)
+    for read in (lambda found: found.image(3), lambda found: found.describe()):
+        with pytest.raises(UserError, match="row 3 cannot be read .*whole copy of the set"):
+            read(opened(tmp_path / "set.parquet"))
 
 
 def test_parquet_of_other_things(tmp_path):
