@@ -162,6 +162,20 @@ def test_a_zip_file(tmp_path):
         opened(tmp_path / "set.zip")
 
 
+def test_a_damaged_compressed_tar_file_is_named(tmp_path):
+    path = tmp_path / "set.tar.xz"
+    with tarfile.open(path, "w:xz") as tar:
+        for name, data in tree().items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    whole = assert_same(path) and path.read_bytes()
+    for middle in (len(whole) // 2, len(whole) // 4):
+        path.write_bytes(whole[:middle] + bytes(64) + whole[middle + 64 :])
+        with pytest.raises(UserError, match="set.tar.xz is not a whole tar or zip file"):
+            opened(path)
+
+
 # --- tables -----------------------------------------------------------------------------------
 
 
