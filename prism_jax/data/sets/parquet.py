@@ -63,6 +63,8 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
         table = pa.concat_tables(tables)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as parquet ({error}); fetch it again") from error
+    if not table.num_rows:
+        raise UserError(f"{path} has no rows, which are its images; fetch it again")
     features = _features(table.schema)
     image = _column(path, table, IMAGES, "images")
     label = _column(path, table, LABELS, "labels")
@@ -199,8 +201,13 @@ def _rows(table: Any, image: str, counts: list[int], files: list[str]):
         if not isinstance(cell, dict):
             cell = {"path" if isinstance(cell, str) else "bytes": cell}
         data, name = cell.get("bytes"), cell.get("path")
-        if data is not None:
+        if isinstance(data, bytes):
             return data
+        if data is not None:
+            raise OSError(
+                f"its {image} is a {type(data).__name__}, not the bytes of an encoded image; cast "
+                "the column to datasets.Image()"
+            )
         root = os.path.dirname(os.path.abspath(files[int(np.searchsorted(ends, index, "right"))]))
         if not name:
             raise OSError(f"its {image} is neither bytes nor a path")

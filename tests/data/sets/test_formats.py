@@ -297,6 +297,21 @@ def test_parquet_with_paths(tmp_path):
             read(opened(tmp_path / "set.parquet"))
 
 
+def test_parquet_without_rows_and_of_arrays(tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow.parquet as pq
+
+    write_parquet(tmp_path / "none.parquet", [], label=pa.array([], pa.int64()), names=["a", "b"])
+    with pytest.raises(UserError, match="none.parquet has no rows"):
+        opened(tmp_path / "none.parquet")
+    table = pa.table({"image": PIXELS.tolist(), "label": LABELS})  # as datasets' Array3D
+    pq.write_table(table, tmp_path / "arrays.parquet")
+    found = opened(tmp_path / "arrays.parquet")
+    for read in (lambda: found.image(3), found.describe):
+        with pytest.raises(UserError, match=r"row \d cannot be read \(its image is a list, not"):
+            read()
+
+
 def test_parquet_of_other_things(tmp_path):
     pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     import pyarrow.parquet as pq
