@@ -252,6 +252,16 @@ def test_without_a_library_the_message_says_what_to_install(
     assert "pip install pyarrow" in capsys.readouterr().err and not to.exists()
 
 
+@pytest.mark.parametrize("form, worked_out", [("folder", 0), ("fkd", 0), ("npz", 1), (None, 1)])
+def test_mean_labels_are_worked_out_only_for_formats_that_hold_them(
+    reference, tmp_path, monkeypatch, form, worked_out
+):
+    calls, mean = [], export.mean_soft_labels
+    monkeypatch.setattr(export, "mean_soft_labels", lambda r: calls.append(r) or mean(r))
+    export.export(reference, tmp_path / "set", form=form)
+    assert len(calls) == worked_out
+
+
 def test_views_that_fkd_has_no_place_for_are_refused(finished, tmp_path):
     path = finished / "relabel" / "manifest.json"
     manifest = workdir.read_record(path)
