@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from prism_jax.data.sets.base import (
+    SOFT,
+    WEIGHTS,
     Found,
     Stated,
     by_position,
@@ -30,7 +32,6 @@ from prism_jax.data.sources import ImageSource
 from prism_jax.errors import UserError
 
 IMAGES, LABELS = ("image", "img", "images"), ("label", "labels", "fine_label", "class", "cls")
-WEIGHTS, SOFT = ("weight", "weights"), ("soft_label", "soft_labels")
 _SHARD = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})(?:-[0-9a-f]+)?\.parquet")
 _FIELDS = """configs:
 - config_name: default
