@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ from prism_jax.data import image_set, workdir
 from prism_jax.data.datasets import DATASETS
 from prism_jax.data.exchange import ImageSet
 from prism_jax.data.label_store import LabelReader
-from prism_jax.data.sets import fkd
+from prism_jax.data.sets import dd_ranking, fkd
 from prism_jax.data.sets.base import NOTHING_STATED, Stated
-from prism_jax.data.sources import ArraySource, read_all
+from prism_jax.data.sources import ArraySource, info_of, read_all
 from prism_jax.labelling import drawn
 from prism_jax.tools import export
 
@@ -229,6 +230,20 @@ def test_labels_in_pytorchs_order_need_no_change_of_the_reference(finished, tmp_
 def _in_fours(sampler):
     indices = list(sampler)
     return [indices[:4], indices[4:]]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_set_of_ones_own_goes_out_in_the_space_of_the_run(channels, tmp_path):
+    np.savez(
+        tmp_path / "set.npz",
+        train_images=np.zeros((2, 8, 8, channels), np.uint8), train_labels=np.arange(2),
+    )  # fmt: skip
+    content = types.SimpleNamespace(
+        images_NHWC=np.zeros((2, 8, 8, channels), np.uint8),
+        experiment={"dataset": {"name": "photos", "mean": None, "std": None}},
+    )
+    run = info_of("photos", str(tmp_path / "set.npz")).normalisation
+    assert dd_ranking.normalisation_of(content) == run
 
 
 def test_weights_go_out_and_come_back(finished, tmp_path):

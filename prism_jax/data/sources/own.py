@@ -70,19 +70,24 @@ def _open(info: DatasetInfo, path: str) -> ImageSource:
 def _info(
     name: str, classes: int, channels: int, class_names: tuple[str, ...] | None
 ) -> DatasetInfo:
-    own = IMAGENET_NORMALISATION
-    if channels != len(own.mean):
-        own = Normalisation(own.mean[1:2] * channels, own.std[1:2] * channels)
     return DatasetInfo(
         name=name,
         num_classes=classes,
         image_size=224,
         channels=channels,
-        normalisation=own,
+        normalisation=default_normalisation(channels),
         flip=True,
         class_names=None if class_names is None or len(class_names) != classes else class_names,
         resize_ratio=256 / 224,
     )
+
+
+def default_normalisation(channels: int) -> Normalisation:
+    """ImageNet's constants; for other channels than three, those of its green."""
+    own = IMAGENET_NORMALISATION
+    if channels == len(own.mean):
+        return own
+    return Normalisation(own.mean[1:2] * channels, own.std[1:2] * channels)
 
 
 def _classes(source: ImageSource) -> int:
