@@ -96,7 +96,7 @@ class ImageSet:
         try:
             stored = self._found.read(at)
         except OSError as error:
-            raise DamagedFile(name, f"cannot be read ({error})", _WHOLE) from error
+            raise _unreadable(name, error) from error
         if isinstance(stored, np.ndarray):
             image, size = self._resized(stored, name)
         else:
@@ -140,7 +140,11 @@ class ImageSet:
     def _description(self) -> dict[str, Any]:
         listing = hashlib.sha256()
         for at in self.places_N.tolist():
-            listing.update(self._found.stamp(at).encode("utf-8", "surrogateescape"))
+            try:
+                stamp = self._found.stamp(at)
+            except OSError as error:
+                raise _unreadable(self._found.name(at), error) from error
+            listing.update(stamp.encode("utf-8", "surrogateescape"))
         if self.weights_N is not None:
             listing.update(self.weights_N.tobytes())
         return {
@@ -153,6 +157,10 @@ class ImageSet:
 
 
 _WHOLE = "Get a whole copy of the set."
+
+
+def _unreadable(name: str, error: OSError) -> DamagedFile:
+    return DamagedFile(name, f"cannot be read ({error})", _WHOLE)
 
 
 def _of_mean_one(root: str, weights_N: np.ndarray) -> np.ndarray:

@@ -57,6 +57,7 @@ WRITERS: dict[str, Callable[[str, Content], None]] = {
     "fkd": fkd.write,
     "npz": npz.write,
 }
+WITHOUT_MEANS = ("folder", "fkd")  # formats that hold no mean soft labels: none are worked out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,7 +132,7 @@ def export(
         labels,
         classes,
         ipc=provenance["ipc"],
-        soft_NK=None if reader is None else mean_soft_labels(reader),
+        soft_NK=None if reader is None or form in WITHOUT_MEANS else mean_soft_labels(reader),
         weights_N=None if weights is None else np.array(weights, np.float32),
         reader=reader,
         drawn=shown,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ from prism_jax.data import image_set, workdir
 from prism_jax.data.datasets import DATASETS
 from prism_jax.data.exchange import ImageSet
 from prism_jax.data.label_store import LabelReader
-from prism_jax.data.sets import fkd
+from prism_jax.data.sets import dd_ranking, fkd
 from prism_jax.data.sets.base import NOTHING_STATED, Stated
-from prism_jax.data.sources import ArraySource, read_all
+from prism_jax.data.sources import ArraySource, info_of, read_all
 from prism_jax.labelling import drawn
 from prism_jax.tools import export
 
@@ -231,6 +232,20 @@ def _in_fours(sampler):
     return [indices[:4], indices[4:]]
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_set_of_ones_own_goes_out_in_the_space_of_the_run(channels, tmp_path):
+    np.savez(
+        tmp_path / "set.npz",
+        train_images=np.zeros((2, 8, 8, channels), np.uint8), train_labels=np.arange(2),
+    )  # fmt: skip
+    content = types.SimpleNamespace(
+        images_NHWC=np.zeros((2, 8, 8, channels), np.uint8),
+        experiment={"dataset": {"name": "photos", "mean": None, "std": None}},
+    )
+    run = info_of("photos", str(tmp_path / "set.npz")).normalisation
+    assert dd_ranking.normalisation_of(content) == run
+
+
 def test_weights_go_out_and_come_back(finished, tmp_path):
     manifest = workdir.read_record(finished / "recover" / "manifest.json")
     weights = [0.5, 1.5, 1, 1, 2, 0, 1, 1]
@@ -250,6 +265,16 @@ def test_without_a_library_the_message_says_what_to_install(
     to = tmp_path / "set"
     assert export.main([f"--workdir={reference}", f"--to={to}", "--format=parquet"]) == 2
     assert "pip install pyarrow" in capsys.readouterr().err and not to.exists()
+
+
+@pytest.mark.parametrize("form, worked_out", [("folder", 0), ("fkd", 0), ("npz", 1), (None, 1)])
+def test_mean_labels_are_worked_out_only_for_formats_that_hold_them(
+    reference, tmp_path, monkeypatch, form, worked_out
+):
+    calls, mean = [], export.mean_soft_labels
+    monkeypatch.setattr(export, "mean_soft_labels", lambda r: calls.append(r) or mean(r))
+    export.export(reference, tmp_path / "set", form=form)
+    assert len(calls) == worked_out
 
 
 def test_views_that_fkd_has_no_place_for_are_refused(finished, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import lzma
 import os
 import tarfile
 import zipfile
@@ -15,7 +16,10 @@ from prism_jax.data.sources import ImageSource, kinds, tars
 from prism_jax.data.sources.base import file_state
 from prism_jax.errors import UserError
 
-_BROKEN = (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, KeyError, zlib.error)
+_BROKEN = (
+    *(tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, KeyError),
+    *(zlib.error, lzma.LZMAError),
+)
 
 
 def sniff(path: str) -> bool:

@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prism_jax.data.sources import ImageSource
 from prism_jax.errors import UserError
+
+# What columns of tables are called that say more than the class.
+WEIGHTS, SOFT = ("weight", "weights"), ("soft_label", "soft_labels")
 
 
 class Stated(NamedTuple):
@@ -62,10 +64,6 @@ class Found(NamedTuple):
     weights_N: np.ndarray | None = None
     notes: tuple[str, ...] = ()
     left_out: int = 0
-
-
-# (path, what is stated of it, the real training images) -> the set
-Opener = Callable[[str, Stated, ImageSource], Found]
 
 
 def by_position(labels: Sequence[int | str]) -> tuple[tuple[str, ...], bool, np.ndarray]:

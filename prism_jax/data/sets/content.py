@@ -19,7 +19,8 @@ class Content(NamedTuple):
       labels_N: int32.
       classes: folder, index and name of every class, in label order.
       ipc: images of each class.
-      soft_NK: float32, one mean label (probabilities) per image; None: there are none.
+      soft_NK: float32, one mean label (probabilities) per image; None: there are none, or the
+        format has no place for them.
       weights_N: float32, how much each image counts; None: they count alike.
       reader: the stored labels of every view; None: there are none.
       drawn: record of ``reader`` -> the view and the mix that it labels.

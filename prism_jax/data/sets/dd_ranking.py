@@ -11,6 +11,7 @@ import numpy as np
 from prism_jax.data.datasets import DATASETS, IMAGENET_NORMALISATION
 from prism_jax.data.sets import torch_file
 from prism_jax.data.sets.content import Content
+from prism_jax.data.sources.own import default_normalisation, is_own
 from prism_jax.types import Normalisation
 
 CONFIG = "config.yaml"
@@ -57,7 +58,10 @@ def normalisation_of(content: Content) -> Normalisation:
         return Normalisation(tuple(data["mean"]), tuple(data["std"]))
     if data["name"] in DATASETS:
         return DATASETS[data["name"]].normalisation
-    grey = content.images_NHWC.shape[-1] == 1
+    channels = content.images_NHWC.shape[-1]
+    if is_own(data["name"]):
+        return default_normalisation(channels)
+    grey = channels == 1
     return Normalisation((0.5,), (0.5,)) if grey else IMAGENET_NORMALISATION
 
 

@@ -27,7 +27,7 @@ from prism_jax.errors import UserError
 from prism_jax.types import Mix, SoftLabels, View
 
 SEED = 42  # of the reference's sampler
-ORDER = "order.pt"  # ours, beside the epochs: (epochs, N) int64, where it is not the reference's
+ORDER = "order.pt"  # (epochs, N) integers, beside the folder of the epochs; where it is, it holds
 BATCHES = "img2batch_idx_list.tar"
 
 _LEAST_GAIN = 0.1  # by which one order of the images must fit the labels better than another
@@ -193,13 +193,10 @@ class FkdLabels:
     def _found_order(self, labels_N: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
         """The order in which the images were labelled, by how well labels and classes agree."""
         count, epochs = self.plan.count, self._epochs
-        beside = os.path.join(os.path.dirname(self._root), ORDER)
+        beside = _beside(self._root)
         stated = os.path.isfile(beside)
         if stated:
-            orders = torch_file.load(beside)
-            if not isinstance(orders, np.ndarray) or orders.shape != (epochs, count):
-                raise UserError(f"{beside} must be a tensor of integers of shape {(epochs, count)}")
-            readings = {ORDER: orders}
+            readings = {ORDER: _stated_order(beside, epochs, count)}
         else:
             readings = {
                 f"{words} RandomSampler": torch_orders(count, epochs, draws=draws)
@@ -239,7 +236,7 @@ class FkdLabels:
 
 
 def digest(path: str) -> str:
-    """What identifies FKD labels: names and sizes of files, the first batch of each epoch."""
+    """What identifies FKD labels: names and sizes of files, first batches, a stated order."""
     sha, root = hashlib.sha256(), _root(path)
     for epoch in _numbered(root, "epoch_", ""):
         folder = os.path.join(root, f"epoch_{epoch}")
@@ -247,6 +244,9 @@ def digest(path: str) -> str:
             size = os.path.getsize(os.path.join(folder, f"batch_{batch}.tar"))
             sha.update(f"{epoch} {batch} {size}\n".encode())
         with open(os.path.join(folder, "batch_0.tar"), "rb") as file:
+            sha.update(file.read())
+    if os.path.isfile(order := _beside(root)):
+        with open(order, "rb") as file:
             sha.update(file.read())
     return sha.hexdigest()
 
@@ -263,6 +263,33 @@ def _root(path: str) -> str:
     raise UserError(
         f"{path} has no folder epoch_0; relabel.labels_from takes a folder of FKD labels, "
         "epoch_0/batch_0.tar and so on, as SRe2L's relabel writes them, or the word set"
+    )
+
+
+def _beside(root: str) -> str:
+    """Where the order of the images is stated, if it is: next to the folder of the epochs."""
+    return os.path.join(os.path.dirname(root), ORDER)
+
+
+def _stated_order(file: str, epochs: int, count: int) -> np.ndarray:
+    """The order that a file states: int64 (epochs, count).
+
+    Raises:
+      UserError: it does not give every image one place in every epoch.
+    """
+    orders = torch_file.load(file)
+    kind = type(orders).__name__
+    if isinstance(orders, np.ndarray):
+        kind = f"a tensor of type {orders.dtype} and shape {orders.shape}"
+        if orders.dtype.kind in "iu" and orders.shape == (epochs, count):
+            wrong = np.flatnonzero((np.sort(orders, 1) != np.arange(count)).any(1))
+            if not len(wrong):
+                return orders.astype(np.int64)
+            kind = f"one whose epoch {wrong[0]} repeats or lacks positions"
+    raise UserError(
+        f"{file} must be a tensor of integers of shape {(epochs, count)}, in each row every "
+        f"position from 0 to {count - 1} once; it holds {kind}. Write it anew, or delete it if the "
+        "batches are in the order of PyTorch's RandomSampler"
     )
 
 

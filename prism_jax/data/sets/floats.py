@@ -116,16 +116,17 @@ def unwhitened(path: str, images_NHWC: np.ndarray, real: ImageSource) -> np.ndar
             f"{WHITENING}=zca undoes the whitening of images of up to {ZCA_LARGEST} numbers; those "
             f"of {path} have {size}: save them unwhitened (MTT's images_zca_*.pt are)"
         )
-    pixels, _ = read_all(real)
-    if pixels.shape[1:] != images_NHWC.shape[1:]:
+    shape = real.image(0).shape
+    if shape != images_NHWC.shape[1:]:
         raise UserError(
             f"{WHITENING}=zca needs real images of the shape of those of {path}, "
             f"{images_NHWC.shape[1:]}, from which the whitening was computed; they have "
-            f"{pixels.shape[1:]}: set dataset.image_size"
+            f"{shape}: set dataset.image_size"
         )
     key = json.dumps(real.describe())
     if key not in _INVERSES:  # a run looks at its set more than once; this takes a minute
         _INVERSES.clear()
+        pixels, _ = read_all(real)
         _INVERSES[key] = zca_inverse(_flat(pixels.astype(np.float32) / np.float32(255)))
     mean, inverse = _INVERSES[key]
     rows = _flat(images_NHWC) @ inverse + mean

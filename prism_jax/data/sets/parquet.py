@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from prism_jax.data.sets.base import (
+    SOFT,
+    WEIGHTS,
     Found,
     Stated,
     by_position,
@@ -30,7 +32,6 @@ from prism_jax.data.sources import ImageSource
 from prism_jax.errors import UserError
 
 IMAGES, LABELS = ("image", "img", "images"), ("label", "labels", "fine_label", "class", "cls")
-WEIGHTS, SOFT = ("weight", "weights"), ("soft_label", "soft_labels")
 _SHARD = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})(?:-[0-9a-f]+)?\.parquet")
 _FIELDS = """configs:
 - config_name: default
@@ -63,6 +64,8 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
         table = pa.concat_tables(tables)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as parquet ({error}); fetch it again") from error
+    if not table.num_rows:
+        raise UserError(f"{path} has no rows, which are its images; fetch it again")
     features = _features(table.schema)
     image = _column(path, table, IMAGES, "images")
     label = _column(path, table, LABELS, "labels")
@@ -199,8 +202,13 @@ def _rows(table: Any, image: str, counts: list[int], files: list[str]):
         if not isinstance(cell, dict):
             cell = {"path" if isinstance(cell, str) else "bytes": cell}
         data, name = cell.get("bytes"), cell.get("path")
-        if data is not None:
+        if isinstance(data, bytes):
             return data
+        if data is not None:
+            raise OSError(
+                f"its {image} is a {type(data).__name__}, not the bytes of an encoded image; cast "
+                "the column to datasets.Image()"
+            )
         root = os.path.dirname(os.path.abspath(files[int(np.searchsorted(ends, index, "right"))]))
         if not name:
             raise OSError(f"its {image} is neither bytes nor a path")

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from prism_jax.data.sets.base import (
+    SOFT,
+    WEIGHTS,
     Found,
     Stated,
     by_position,
@@ -23,7 +25,6 @@ from prism_jax.errors import UserError
 
 TABLES = ("metadata.csv", "metadata.jsonl")
 FILE, LABELS = "file_name", ("label", "labels", "class", "class_name")
-WEIGHTS, SOFT = ("weight", "weights"), ("soft_label", "soft_labels")
 
 
 def sniff(path: str) -> bool:

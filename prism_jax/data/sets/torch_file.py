@@ -16,6 +16,7 @@ import math
 import pickle
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -24,6 +25,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from prism_jax.data.weight_files.torch_files import check_numbers
 from prism_jax.errors import UserError
 
 STORAGES: dict[str, Any] = {
@@ -48,6 +50,7 @@ _BROKEN = (
     *(AttributeError, EOFError, IndexError, KeyError, OverflowError, TypeError, ValueError),
     *(MemoryError, RecursionError, NotImplementedError, struct.error),
     *(pickle.UnpicklingError, zipfile.BadZipFile),
+    *(zlib.error, RuntimeError),  # of a member that is damaged, or encrypted
 )
 
 
@@ -90,7 +93,9 @@ def _load(archive: zipfile.ZipFile) -> Any:
             stored[key] = archive.read(f"{root}data/{key}")
         return stored[key]
 
-    return _Unpickler(io.BytesIO(archive.read(pickled)), storage).load()
+    stream = io.BytesIO(archive.read(pickled))
+    check_numbers(stream)
+    return _Unpickler(stream, storage).load()
 
 
 class _StorageType(NamedTuple):

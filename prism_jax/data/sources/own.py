@@ -8,10 +8,12 @@ import os
 import warnings
 import zipfile
 import zlib
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from prism_jax.data.datasets import DATASETS, IMAGENET_NORMALISATION, TFDS, DatasetInfo
+from prism_jax.data.image_set import DamagedFile
 from prism_jax.data.sources.arrays import open_npz
 from prism_jax.data.sources.base import ImageSource
 from prism_jax.data.sources.files import open_folder, open_tar
@@ -68,19 +70,24 @@ def _open(info: DatasetInfo, path: str) -> ImageSource:
 def _info(
     name: str, classes: int, channels: int, class_names: tuple[str, ...] | None
 ) -> DatasetInfo:
-    own = IMAGENET_NORMALISATION
-    if channels != len(own.mean):
-        own = Normalisation(own.mean[1:2] * channels, own.std[1:2] * channels)
     return DatasetInfo(
         name=name,
         num_classes=classes,
         image_size=224,
         channels=channels,
-        normalisation=own,
+        normalisation=default_normalisation(channels),
         flip=True,
         class_names=None if class_names is None or len(class_names) != classes else class_names,
         resize_ratio=256 / 224,
     )
+
+
+def default_normalisation(channels: int) -> Normalisation:
+    """ImageNet's constants; for other channels than three, those of its green."""
+    own = IMAGENET_NORMALISATION
+    if channels == len(own.mean):
+        return own
+    return Normalisation(own.mean[1:2] * channels, own.std[1:2] * channels)
 
 
 def _classes(source: ImageSource) -> int:
@@ -104,11 +111,29 @@ def _stored_channels(path: str) -> int | None:
 
 def _channels(source: ImageSource) -> int:
     """1 where all of some images are grey, whatever they are stored as."""
-    for at in spread(len(source), LOOKED_AT):
-        pixels_HWC = source.original(at)
+    for pixels_HWC in _readable(source.original, spread(len(source), LOOKED_AT)):
         if pixels_HWC.shape[-1] == 3 and (pixels_HWC != pixels_HWC[..., :1]).any():
             return 3
     return 1
+
+
+def _readable(read: Callable[[int], np.ndarray], positions: list[int]) -> Iterator[np.ndarray]:
+    """The images at some positions that can be read; ``dataset.damaged`` decides of the others.
+
+    Raises:
+      DamagedFile: none of them can.
+    """
+    found, damaged = False, None
+    for at in positions:
+        try:
+            image_HWC = read(at)
+        except DamagedFile as error:
+            damaged = error
+            continue
+        found = True
+        yield image_HWC
+    if damaged is not None and not found:
+        raise damaged
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -119,14 +144,14 @@ def spread(count: int, most: int) -> list[int]:
 def measure_normalisation(name: str, path: str | None) -> Normalisation:
     """Mean and standard deviation of the training pixels in [0, 1], per channel.
 
-    Of at most ``MEASURED`` images, evenly spread, rounded to four digits.
+    Of at most ``MEASURED`` images, evenly spread, that can be read; rounded to four digits.
     """
     info = own_info(name, path)
     assert path is not None  # own_info says so
     source = _open(info, path)
     total, squares, count = np.zeros(info.channels), np.zeros(info.channels), 0
-    for at in spread(len(source), MEASURED):
-        pixels = source.image(at).reshape(-1, info.channels) / 255.0
+    for image_HWC in _readable(source.image, spread(len(source), MEASURED)):
+        pixels = image_HWC.reshape(-1, info.channels) / 255.0
         total += pixels.sum(0)
         squares += np.square(pixels).sum(0)
         count += len(pixels)

@@ -281,17 +281,28 @@ class Unpickler(pickle.Unpickler):
 
 def unpickle(stream: io.BytesIO) -> tuple[Any, Unpickler]:
     """Read the pickle at which a stream stands, and leave the stream behind it."""
+    check_numbers(stream)
+    unpickler = Unpickler(stream)
+    return unpickler.load(), unpickler
+
+
+def check_numbers(stream: io.BytesIO) -> None:
+    """Look through the pickle at which a stream stands, and leave the stream there.
+
+    An unpickler keeps a table with as many entries as the largest number that the pickle gives to
+    an object: gigabytes, for a file of a few bytes.
+
+    Raises:
+      UnpicklingError: a number is larger than there can be objects.
+    """
     start = stream.tell()
     for opcode, argument, at in pickletools.genops(stream):
-        # The unpickler keeps a table of so many entries: of this number, in a file of a few bytes.
         if not opcode.name.endswith("PUT"):
             continue
         assert argument is not None and at is not None  # it has one, and the stream tells
         if argument > at - start:
             raise pickle.UnpicklingError(f"it numbers an object {argument} that is not there yet")
     stream.seek(start)
-    unpickler = Unpickler(stream)
-    return unpickler.load(), unpickler
 
 
 def tensors_of(found: Any) -> dict[tuple[str, ...], Tensor | np.ndarray]:

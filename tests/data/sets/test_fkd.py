@@ -131,6 +131,31 @@ def test_another_order_is_refused_unless_it_is_stated(tmp_path):
         opened(tmp_path)
 
 
+def test_a_stated_order_is_part_of_what_identifies_the_labels(tmp_path):
+    orders = fkd.torch_orders(COUNT, EPOCHS)
+    write(tmp_path / "labels", orders)
+    found = {fkd.digest(str(tmp_path))}
+    for order in (orders, orders[::-1]):
+        torch_file.save(tmp_path / "order.pt", order)
+        found.add(fkd.digest(str(tmp_path)))
+    assert len(found) == 3 and fkd.digest(str(tmp_path / "labels")) in found
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (lambda orders: orders.astype(np.float32), "it holds a tensor of type float32"),
+    (lambda orders: orders + 1, "epoch 0 repeats or lacks"),
+    (lambda orders: orders - 1, "epoch 0 repeats or lacks"),
+    (lambda orders: np.concatenate([orders[:1], 0 * orders[1:]]), "epoch 1 repeats or lacks"),
+    (lambda orders: orders.tolist(), "it holds list"),
+])  # fmt: skip
+def test_a_stated_order_gives_every_image_one_place(tmp_path, wrong, said):
+    orders = fkd.torch_orders(COUNT, EPOCHS)
+    write(tmp_path / "labels", orders)
+    torch_file.save(tmp_path / "order.pt", wrong(orders))
+    with pytest.raises(UserError, match=f"position from 0 to 19 once; .*{said}"):
+        opened(tmp_path)
+
+
 def test_images_may_stand_in_another_order_than_in_their_folder(tmp_path):
     """Our class 0 is the last folder: its images are the last ones of the ImageFolder."""
     orders = fkd.torch_orders(COUNT, EPOCHS)

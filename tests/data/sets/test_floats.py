@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from prism_jax.data.sets import floats
 from prism_jax.data.sets.base import Stated
 from prism_jax.data.sets.floats import to_pixels, zca_inverse
-from prism_jax.data.sources import ArraySource
+from prism_jax.data.sources import ArraySource, read_all
 from prism_jax.errors import UserError
 
 UNIT = Stated((0.0,) * 3, (1.0,) * 3)
@@ -47,6 +48,16 @@ def whiten(pixels_NHWC, among_NHWC):
     matrix = u @ np.diag(1 / np.sqrt(s + 0.1)) @ u.T
     height, width, channels = pixels_NHWC.shape[1:]
     return ((rows - mean) @ matrix).reshape(-1, channels, height, width).astype(np.float32)
+
+
+def test_real_images_are_read_once_for_a_whitening(monkeypatch):
+    source, read = real(count=50), []
+    monkeypatch.setattr(floats, "read_all", lambda s: read.append(s) or read_all(s))
+    for _ in range(3):
+        to_pixels("x", np.zeros((2, 4, 4, 3), np.float32), Stated(whitening="zca"), source)
+    assert len(read) == 1
+    with pytest.raises(UserError, match=r"real images of the shape .* they have \(4, 4, 3\)"):
+        to_pixels("x", np.zeros((2, 5, 5, 3), np.float32), Stated(whitening="zca"), source)
 
 
 def test_a_whitening_is_undone():

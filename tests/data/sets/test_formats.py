@@ -162,6 +162,20 @@ def test_a_zip_file(tmp_path):
         opened(tmp_path / "set.zip")
 
 
+def test_a_damaged_compressed_tar_file_is_named(tmp_path):
+    path = tmp_path / "set.tar.xz"
+    noise = np.random.default_rng(0).bytes(1 << 18)  # more than is read at once
+    with tarfile.open(path, "w:xz") as tar:
+        for name, data in {**tree(), "README.md": noise}.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    whole = assert_same(path) and path.read_bytes()
+    path.write_bytes(whole[:-100_000] + bytes(100_000))
+    with pytest.raises(UserError, match="set.tar.xz is not a whole tar or zip file"):
+        opened(path)
+
+
 # --- tables -----------------------------------------------------------------------------------
 
 
@@ -192,6 +206,16 @@ def test_images_with_a_table(tmp_path, kind, named):
     if kind == "jsonl":
         table.write_text("\n".join(map(json.dumps, rows)))
         assert opened(tmp_path).describe() != found.describe()
+
+
+def test_a_table_that_names_a_file_that_is_not_there(tmp_path):
+    write_tree(tmp_path, tree())
+    rows = [{"file_name": name, "label": name.split("/")[0]} for name in tree()]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert_same(tmp_path).describe()
+    (tmp_path / "c_dog" / "1.png").unlink()
+    with pytest.raises(UserError, match="c_dog/1.png cannot be read .*whole copy of the set"):
+        opened(tmp_path).describe()
 
 
 def test_a_table_that_leads_elsewhere_or_says_nothing(tmp_path):
@@ -268,8 +292,24 @@ def test_parquet_with_paths(tmp_path):
     )
     assert_same(tmp_path / "set.parquet")
     (tmp_path / "images" / "3.png").unlink()
-    with pytest.raises(UserError, match="row 3 cannot be read .*whole copy of the set"):
-        opened(tmp_path / "set.parquet").image(3)
+    for read in (lambda found: found.image(3), lambda found: found.describe()):
+        with pytest.raises(UserError, match="row 3 cannot be read .*whole copy of the set"):
+            read(opened(tmp_path / "set.parquet"))
+
+
+def test_parquet_without_rows_and_of_arrays(tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow.parquet as pq
+
+    write_parquet(tmp_path / "none.parquet", [], label=pa.array([], pa.int64()), names=["a", "b"])
+    with pytest.raises(UserError, match="none.parquet has no rows"):
+        opened(tmp_path / "none.parquet")
+    table = pa.table({"image": PIXELS.tolist(), "label": LABELS})  # as datasets' Array3D
+    pq.write_table(table, tmp_path / "arrays.parquet")
+    found = opened(tmp_path / "arrays.parquet")
+    for read in (lambda: found.image(3), found.describe):
+        with pytest.raises(UserError, match=r"row \d cannot be read \(its image is a list, not"):
+            read()
 
 
 def test_parquet_of_other_things(tmp_path):

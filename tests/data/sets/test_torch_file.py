@@ -85,6 +85,31 @@ def test_nothing_is_run(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("put", [b"r\xff\xff\xff\x0f", b"p268435455\n", b"q\x09"])
+def test_a_pickle_cannot_ask_for_more_memory_than_it_has_objects(put, tmp_path):
+    _zip(tmp_path / "x.pt", b"\x80\x02}" + put + b".")
+    with pytest.raises(UserError, match="x.pt is damaged .* that is not there yet"):
+        torch_file.load(tmp_path / "x.pt")
+    _zip(tmp_path / "x.pt", b"\x80\x02}q\x00.")
+    assert torch_file.load(tmp_path / "x.pt") == {}
+
+
+def test_a_damaged_or_encrypted_member_is_named(tmp_path):
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}q\x00." + bytes(100))
+    whole = path.read_bytes()
+    assert torch_file.load(path) == {}
+    at = 30 + len("archive/data.pkl")
+    path.write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
+    with pytest.raises(UserError, match="x.pt is damaged .*error: Error -3"):
+        torch_file.load(path)
+    central = whole.index(b"PK\x01\x02")  # its flags say encrypted, here and at the member
+    path.write_bytes(whole[:6] + b"\x01" + whole[7 : central + 8] + b"\x01" + whole[central + 9 :])
+    with pytest.raises(UserError, match="x.pt is damaged .*encrypted"):
+        torch_file.load(path)
+
+
 def test_damage_is_named(tmp_path):
     path = tmp_path / "x.pt"
     torch_file.save(path, np.arange(100.0))

@@ -10,6 +10,7 @@ from helpers.images import encoded
 
 from configs import own_folder
 from prism_jax.config import resolve
+from prism_jax.data.image_set import DamagedFile
 from prism_jax.data.sources import info_of, open_source, own
 from prism_jax.errors import UserError
 
@@ -70,6 +71,28 @@ def test_the_normalisation_is_that_of_the_training_pixels(tmp_path):
     c.networks.resnet18.checkpoint = "weights.pth"  # trained with ImageNet's constants
     assert resolve(c).dataset.mean is None
     assert info_of("own", str(root)).normalisation.mean == (0.485, 0.456, 0.406)
+
+
+def test_damaged_images_do_not_hide_the_others(tmp_path):
+    """The set is as without them; where nothing can be read, that is said."""
+    root = write(tmp_path / "set", ["a", "b", "c"])
+    whole = own.measure_normalisation("photos", str(write(tmp_path / "same", ["a", "b", "c"])))
+    for name in ("a", "b", "c"):  # one of the three equal images of each class
+        (root / "train" / name / "1.png").write_bytes(b"\x89PNG cut short")
+    assert (info_of("photos", str(root)).num_classes, info_of("photos", str(root)).channels) == (
+        3,
+        3,
+    )
+    assert own.measure_normalisation("photos", str(root)) == whole
+    read = open_source(
+        name="photos", source="folder", path=str(root), split="train", image_size=SIZE,
+        damaged="skip",
+    )  # fmt: skip
+    assert len(read) == 6
+    for path in (root / "train").rglob("*.png"):
+        path.write_bytes(b"\x89PNG cut short")
+    with pytest.raises(DamagedFile, match="2.png"):
+        info_of("other_photos", str(root))
 
 
 def test_an_archive_of_arrays_says_its_classes(tmp_path):
