@@ -11,6 +11,7 @@ import importlib
 import pytest
 from helpers.accelerators import FOUR, compiled, experiment
 
+from configs import tiny_d4m
 from prism_jax import programs, synthesis
 from prism_jax.accelerators import compiling, targets
 from prism_jax.config import resolve
@@ -66,13 +67,19 @@ def test_a_strided_product_ends_the_process():
     assert not whole.around  # the same program, with XLA's default flags
 
 
-@pytest.mark.parametrize("family", FAMILIES[1:], ids=lambda names: names[0])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda names: names[0])
 def test_recover_compiles_with_every_family(family):
     check(compiled(experiment(family, depth=SHALLOW), "h100", "recover"))
 
 
 def test_transformers_compile_where_a_device_would_be_asked():
     check(compiled(experiment(WITHOUT_BN, depth=SHALLOW), "h100", "recover"))
+
+
+@pytest.mark.parametrize("target", ["h100", "v5e:2x2"])
+@pytest.mark.parametrize("program", ["recover/generator", "recover"])
+def test_a_generator_and_its_images_compile(target, program):
+    check(compiled(resolve(tiny_d4m.get_config()), target, program))
 
 
 @pytest.mark.parametrize("target", ["h100", "b200"])
