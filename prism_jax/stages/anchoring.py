@@ -198,7 +198,9 @@ def _latents(context: Context, classes: list[int]) -> Iterator[Kept]:
     opened, g = generator.open_(context), context.config.generate
     source, batch = context.inputs.open("train"), context.config.generate.batch_size
     members = {c: np.flatnonzero(source.labels_N == c)[: g.most_images] for c in classes}
-    batch = min(batch, max(len(at) for at in members.values()))
+    # Of all classes, not of those that are missing here: another batch may round otherwise.
+    most = int(np.bincount(source.labels_N).max())
+    batch = min(batch, most, g.most_images or most)
 
     def encode(params: PyTree, seed: Array, lane: tuple[Array, Array]) -> Array:
         return generate.encode(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import signal
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,10 +14,14 @@ import pytest
 from helpers.command import ROOT, assert_same, call, run, signal_when, snapshot
 from PIL import Image
 
+from configs import tiny_d4m
+from prism_jax.config import resolve
 from prism_jax.data import weights, workdir
 from prism_jax.data.datasets import dataset_info
 from prism_jax.data.sources import open_sklearn
 from prism_jax.diffusion import patches
+from prism_jax.stages import anchoring, fingerprints
+from prism_jax.stages.context import Context
 from prism_jax.stages.inputs import first_classes
 
 D4M = f"--config={ROOT / 'tests' / 'configs' / 'tiny_d4m.py'}"
@@ -245,3 +250,54 @@ def test_another_generator_is_refused(made):
     before = snapshot(made)
     assert "the generator in" in refused(made, "--config.generate.fit.steps=31")
     assert snapshot(made) == before
+
+
+def context_of(root, **fields) -> Context:
+    """The tiny run with fields of generate, of which nothing is made yet."""
+    c = tiny_d4m.get_config()
+    with c.unlocked():
+        for name, value in fields.items():
+            setattr(c.generate, name, value)
+    return Context(resolve(c), root)
+
+
+@pytest.mark.parametrize(
+    ("kept_of", "fields"),
+    [
+        (fingerprints.latents, {"resampler": "bilinear"}),
+        (fingerprints.generator, {"dtype": "bfloat16"}),
+    ],
+)
+def test_what_decides_bits_is_in_the_fingerprint(kept_of, fields, tmp_path):
+    before = kept_of(context_of(tmp_path))
+    assert kept_of(context_of(tmp_path)) == before
+    assert kept_of(context_of(tmp_path, strength=0.3)) == before
+    assert kept_of(context_of(tmp_path, **fields)) != before
+
+
+@pytest.mark.parametrize(("most", "batch"), [(None, None), (10, 10)])
+def test_a_class_by_itself_is_encoded_as_among_all(most, batch, tmp_path, monkeypatch):
+    """Of unequal classes, as another host or a second start has them."""
+    context = context_of(tmp_path, batch_size=200, most_images=most)
+    sizes = np.bincount(context.inputs.open("train").labels_N)
+    assert sizes.min() < sizes.max() < 200
+    params = patches.fit_pixels(context.inputs.read(context.inputs.open("train"))[:])
+    opened = SimpleNamespace(
+        generator=SimpleNamespace(codec=patches.Pixels()),
+        weights=SimpleNamespace(codec=params),
+        image_size=context.config.dataset.image_size,
+    )
+    monkeypatch.setattr(anchoring.generator, "open_", lambda context: opened)
+    shapes, read = [], anchoring.real_images
+
+    def seen(context, opened, positions):
+        shapes.append(len(positions))
+        return read(context, opened, positions)
+
+    monkeypatch.setattr(anchoring, "real_images", seen)
+    everyone = list(anchoring._latents(context, list(range(len(sizes)))))
+    (alone,) = anchoring._latents(context, [int(sizes.argmin())])
+    assert set(shapes) == {batch or sizes.max()}
+    np.testing.assert_array_equal(
+        alone.tensors["latents"], everyone[sizes.argmin()].tensors["latents"]
+    )
