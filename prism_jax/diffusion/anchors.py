@@ -113,7 +113,7 @@ def _minibatch(task: Task) -> MiniBatchKMeans:
     return MiniBatchKMeans(
         task.ipc,
         batch_size=task.clustering.expand * task.ipc,
-        n_init="auto",
+        n_init=task.clustering.attempts,
         random_state=task.random_state,
     )
 
