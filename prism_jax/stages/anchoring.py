@@ -276,7 +276,8 @@ def _candidates(context: Context, classes: list[int]) -> Iterator[Kept]:
         for cls in classes
     )
     for cls, images in zip(classes, painter.paint(wishes), strict=True):
-        chosen = select.most_confident(logits_of(context, images), cls, config.recover.ipc)
+        logits_NK = logits_of(context, config.judge, images)
+        chosen = select.most_confident(logits_NK, cls, config.recover.ipc)
         facts = {"chosen": chosen.index_S.tolist(), "recognised": chosen.recognised}
         yield Kept({"images": images[chosen.index_S]}, facts)
 

@@ -430,7 +430,7 @@ def _measure(context: Context, opened: Opened, train_images: np.ndarray) -> qual
     free = dataclasses.replace(opened.sampling, strength=1.0, terms=())
     painter = Painter(context, opened._replace(sampling=free), len(class_N))
     (images,) = painter.paint([Wish(class_N, slot_N)], context.config.squeeze.seed)
-    logits_NK = logits_of(context, images)
+    logits_NK = logits_of(context, context.config.judge, images)
     test = context.inputs.test_set()[0][:]
     return quality.quality(images, logits_NK.argmax(1), class_N, train=train_images, test=test)
 

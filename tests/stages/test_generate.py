@@ -20,7 +20,7 @@ from prism_jax.data import weights, workdir
 from prism_jax.data.datasets import dataset_info
 from prism_jax.data.sources import open_sklearn
 from prism_jax.diffusion import patches
-from prism_jax.stages import anchoring, fingerprints
+from prism_jax.stages import anchoring, fingerprints, judging
 from prism_jax.stages.context import Context
 from prism_jax.stages.inputs import first_classes
 
@@ -301,3 +301,19 @@ def test_a_class_by_itself_is_encoded_as_among_all(most, batch, tmp_path, monkey
     np.testing.assert_array_equal(
         alone.tensors["latents"], everyone[sizes.argmin()].tensors["latents"]
     )
+
+
+def test_a_judge_is_loaded_once(tmp_path, monkeypatch):
+    """And pads what is left over: as images read one at a time."""
+    run = context_of(tmp_path)
+    module = run.networks.build("first")
+    images = run.inputs.read(run.inputs.open("train"))[:103]
+    like = module.init(jax.random.key(0), images[:1].astype(np.float32), train=False)
+    loads = []
+    monkeypatch.setattr(run.networks, "load", lambda name: loads.append(name) or like)
+    whole = judging.logits_of(run, "first", images)
+    assert whole.shape == (103, 4) and whole.dtype == np.float32
+    np.testing.assert_allclose(
+        judging.logits_of(run, "first", images[101:]), whole[101:], rtol=1e-5
+    )
+    assert loads == ["first"]
