@@ -230,7 +230,7 @@ def _imagenet_labels(context: Context, classes: int) -> np.ndarray:
     wanted = context.config.dataset.num_classes
     if classes == wanted:
         return np.arange(wanted, dtype=np.int32)
-    if classes == 1000 and known is not None:
+    if classes == 1000 and known is not None:  # first: all of them may be in another order
         return np.array(known, np.int32)
     raise UserError(
         f"the transformer knows {classes} classes and the data has {wanted}, and which of them "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -20,7 +21,7 @@ from prism_jax.data import weights, workdir
 from prism_jax.data.datasets import dataset_info
 from prism_jax.data.sources import open_sklearn
 from prism_jax.diffusion import patches
-from prism_jax.stages import anchoring, fingerprints, judging
+from prism_jax.stages import anchoring, fingerprints, generator, judging
 from prism_jax.stages.context import Context
 from prism_jax.stages.inputs import first_classes
 
@@ -317,3 +318,15 @@ def test_a_judge_is_loaded_once(tmp_path, monkeypatch):
         judging.logits_of(run, "first", images[101:]), whole[101:], rtol=1e-5
     )
     assert loads == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"), [(tuple(range(1000))[::-1], range(1000)[::-1]), (None, range(1000))]
+)
+def test_a_transformer_knows_imagenet_in_its_own_order(known, expected, tmp_path, monkeypatch):
+    run = context_of(tmp_path)
+    dataset = dataclasses.replace(run.config.dataset, num_classes=1000)
+    run.config = dataclasses.replace(run.config, dataset=dataset)
+    source = SimpleNamespace(imagenet_indices=known)
+    monkeypatch.setattr(run.inputs, "open", lambda split: source)
+    np.testing.assert_array_equal(generator._imagenet_labels(run, 1000), expected)
