@@ -244,6 +244,8 @@ def test_what_the_data_does_not_allow_is_refused_before_any_work(tmp_path):
     assert "generate.components is 5, and patches of generate.patch=2 have 4" in refused(
         root, *wide
     )
+    apart = ("--config.generate.outliers=0.5", "--config.generate.most_images=4")
+    assert "has 2 training images" in refused(root, *apart, "--config.recover.ipc=3")
     assert not root.exists()
 
 
