@@ -29,8 +29,6 @@ def get_config(arg: str = "") -> ConfigDict:
     recipes.generated(c, at)
     recipes.stable_diffusion(c, at)
     g = c.generate
-    g.strength = 0.7
-    g.anchors = "kmeans" if at.dataset == "digits" else "minibatch"
     if at.official:
         g.anchors, g.expand = "chunked_released", 1
         if at.dataset != "digits":

@@ -19,8 +19,5 @@ def get_config(arg: str = "") -> ConfigDict:
     c, at = recipes.begin("ddoq", arg, datasets=("imagenet",))
     recipes.generated(c, at)
     recipes.stable_diffusion(c, at)
-    g = c.generate
-    g.strength = 0.7
-    g.anchors = "kmeans" if at.dataset == "digits" else "minibatch"
-    g.weighted = True
+    c.generate.weighted = True
     return recipes.finish(c, at)

@@ -23,7 +23,6 @@ def get_config(arg: str = "") -> ConfigDict:
     recipes.generated(c, at)
     recipes.dit(c, at, guidance=4.0)
     g = c.generate
-    g.anchors = "kmeans"
     g.mode_weight, g.mode_window = 0.1, (26, 49)
     if at.dataset != "digits":
         g.flip = True

@@ -255,6 +255,7 @@ def stable_diffusion(c: ConfigDict, at: At) -> None:
     g.negative = "cartoon, anime, painting"
     g.image_size, g.view = 512, "squashed"
     g.sampler, g.guidance = "pndm", 8.0
+    g.anchors = "minibatch"
 
 
 def dit(c: ConfigDict, at: At, *, guidance: float) -> None:

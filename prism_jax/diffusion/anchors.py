@@ -8,6 +8,7 @@ each thread has found: so the bits depend neither on the number of threads nor o
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # scikit-learn takes a second to import: not before there is 
     from sklearn.cluster import MiniBatchKMeans
 
 NEIGHBOURS = 20  # that an image is compared with, to tell whether it lies apart
+FEWEST = 3  # images, of which one may lie apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _minibatch(task: Task) -> MiniBatchKMeans:
     return MiniBatchKMeans(
         task.ipc,
         batch_size=task.clustering.expand * task.ipc,
-        n_init="auto",
+        n_init=task.clustering.attempts,
         random_state=task.random_state,
     )
 
@@ -200,12 +202,19 @@ def check(clustering: Clustering) -> None:
 def inliers(rows_ND: np.ndarray, outliers: float) -> np.ndarray:
     """Positions of the rows that do not lie apart from their neighbours (local outlier factor)."""
     count = len(rows_ND)
-    if outliers == 0 or count < 3:
+    if outliers == 0 or count < FEWEST:
         return np.arange(count)
     from sklearn.neighbors import LocalOutlierFactor
 
     factor = LocalOutlierFactor(min(NEIGHBOURS, count - 1), contamination=outliers)
     return np.flatnonzero(factor.fit_predict(rows_ND) == 1)
+
+
+def fewest_inliers(count: int, outliers: float) -> int:
+    """How many of so many rows are left by ``inliers``; more only where rows lie apart alike."""
+    if count < FEWEST:
+        return count
+    return count - math.ceil(outliers * (count - 1))  # those below a quantile of their factors
 
 
 def _nearest(distances_NI: np.ndarray, owner_N: np.ndarray) -> np.ndarray:

@@ -145,14 +145,28 @@ def schedule(path: str, otherwise: noise.Schedule) -> noise.Schedule:
         config = json.loads(file.read_text())
         found = {ours: config[theirs] for theirs, ours in SCHEDULER.items() if theirs in config}
         trained = config.get("num_train_timesteps", noise.TRAINED)
+        unknown = [key for key in ("trained_betas", "rescale_betas_zero_snr") if config.get(key)]
+        spacing = config.get("timestep_spacing") or "leading"
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{file} is damaged ({error}); download it again") from None
     if found.get("prediction") == "v_prediction":
         found["prediction"] = "v"
     if trained != noise.TRAINED:
         raise UserError(f"{file}: its denoiser was trained with other than {noise.TRAINED} steps")
+    if unknown:
+        raise UserError(
+            f"{file}: {unknown[0]} is {config[unknown[0]]!r}, and noise of that kind is not "
+            f"implemented; choose a denoiser that was trained without"
+        )
     if otherwise.spacing != "leading":  # what follows is of the spacing of Stable Diffusion's
         found = {key: found[key] for key in found.keys() - {"offset", "ends_clean"}}
+    elif spacing in SPACED:
+        found["spacing"] = SPACED[spacing]
+    else:
+        raise UserError(
+            f"{file}: timestep_spacing is {spacing!r}; allowed: {', '.join(SPACED)}. State "
+            f"the one that the images are to be sampled with"
+        )
     try:
         noise.check(dataclasses.replace(otherwise, **found), 1)
     except UserError as error:
@@ -288,6 +302,8 @@ SCHEDULER = {
     "set_alpha_to_one": "ends_clean",
     "prediction_type": "prediction",
 }
+# Of ``timestep_spacing``, and of ours.
+SPACED = {"leading": "leading", "trailing": "trailing", "linspace": "even"}
 # The first that is there is read: one without pickles, of full precision.
 STEMS = {
     ".safetensors": ("diffusion_pytorch_model", "model"),

@@ -42,6 +42,18 @@ class Kept(NamedTuple):
     facts: dict[str, Any]
 
 
+class Starts(NamedTuple):
+    """Where N images start.
+
+    Attributes:
+      anchors_NHWC: latents.
+      medoids_N: positions among the training images of the real ones nearest to them.
+    """
+
+    anchors_NHWC: np.ndarray
+    medoids_N: list[int]
+
+
 # What each folder is made of, in the order they are made.
 FINGERPRINTS: dict[str, Callable[[Context], dict[str, Any]]] = {
     "latents": fingerprints.latents,
@@ -126,26 +138,25 @@ def read(context: Context, name: str, cls: int) -> Tensors:
     return weights.unpack(data)
 
 
+def starts_of(context: Context, classes_N: np.ndarray, slots_N: np.ndarray) -> Starts:
+    """The anchors of images, each class's read once."""
+    labels_N, ipc = context.inputs.open("train").labels_N, context.config.recover.ipc
+    found, positions = {}, {}
+    for cls in sorted({*classes_N.tolist()}):
+        found[cls] = read(context, "anchors", cls)
+        positions[cls] = np.flatnonzero(labels_N == cls)[found[cls]["nearest"]]
+    at = list(zip(classes_N.tolist(), (slots_N % ipc).tolist(), strict=True))
+    return Starts(
+        np.stack([found[cls]["latents"][slot] for cls, slot in at]),
+        [int(positions[cls][slot]) for cls, slot in at],
+    )
+
+
 def anchors_of(context: Context, classes_N: np.ndarray, slots_N: np.ndarray) -> np.ndarray | None:
     """Where images start, (N, h, w, c); None where they start from noise alone."""
     if "anchors" not in needed(context):
         return None
-
-    ipc = context.config.recover.ipc
-    found = {cls: read(context, "anchors", cls)["latents"] for cls in sorted({*classes_N.tolist()})}
-    return np.stack(
-        [found[c][s % ipc] for c, s in zip(classes_N.tolist(), slots_N.tolist(), strict=True)]
-    )
-
-
-def medoids_of(context: Context, classes_N: np.ndarray, slots_N: np.ndarray) -> list[int]:
-    """Positions of the real images nearest to where images start, among the training images."""
-    labels_N = context.inputs.open("train").labels_N
-    found = {
-        cls: np.flatnonzero(labels_N == cls)[read(context, "anchors", cls)["nearest"]]
-        for cls in sorted({*classes_N.tolist()})
-    }
-    return [int(found[c][s]) for c, s in zip(classes_N.tolist(), slots_N.tolist(), strict=True)]
+    return starts_of(context, classes_N, slots_N).anchors_NHWC
 
 
 def image_weights(context: Context) -> list[float] | None:
@@ -198,7 +209,9 @@ def _latents(context: Context, classes: list[int]) -> Iterator[Kept]:
     opened, g = generator.open_(context), context.config.generate
     source, batch = context.inputs.open("train"), context.config.generate.batch_size
     members = {c: np.flatnonzero(source.labels_N == c)[: g.most_images] for c in classes}
-    batch = min(batch, max(len(at) for at in members.values()))
+    # Of all classes, not of those that are missing here: another batch may round otherwise.
+    most = int(np.bincount(source.labels_N).max())
+    batch = min(batch, most, g.most_images or most)
 
     def encode(params: PyTree, seed: Array, lane: tuple[Array, Array]) -> Array:
         return generate.encode(
@@ -274,7 +287,8 @@ def _candidates(context: Context, classes: list[int]) -> Iterator[Kept]:
         for cls in classes
     )
     for cls, images in zip(classes, painter.paint(wishes), strict=True):
-        chosen = select.most_confident(logits_of(context, images), cls, config.recover.ipc)
+        logits_NK = logits_of(context, config.judge, images)
+        chosen = select.most_confident(logits_NK, cls, config.recover.ipc)
         facts = {"chosen": chosen.index_S.tolist(), "recognised": chosen.recognised}
         yield Kept({"images": images[chosen.index_S]}, facts)
 
@@ -286,7 +300,7 @@ def _control(context: Context, classes: list[int], name: str) -> Iterator[Kept]:
     ipc, source = context.config.recover.ipc, context.inputs.open("train")
     if name == "medoids":
         for cls in classes:
-            at = medoids_of(context, np.full(ipc, cls), np.arange(ipc))
+            at = starts_of(context, np.full(ipc, cls), np.arange(ipc)).medoids_N
             threads = context.config.dataset.threads
             yield Kept({"images": read_images(source, at, threads=threads)}, {"positions": at})
         return

@@ -116,7 +116,10 @@ def statistic_kinds(recover: Recover) -> list[str]:
 
 # Of the section ``generate``: what decides the codec, the latents, and the images of anchors.
 _CODEC = ("codec", "patch", "components")
-_LATENTS = ("dtype", "batch_size", "image_size", "view", "most_images", "sampled", "flip")
+_LATENTS = (
+    *("dtype", "batch_size", "image_size", "view", "most_images", "sampled", "flip"),
+    "resampler",
+)
 _ANCHORS = ("anchors", "expand", "attempts", "outliers")
 _IMAGES = (
     *("dtype", "batch_size", "image_size", "weighted", "sampler", "steps", "strength", "guidance"),
@@ -136,7 +139,7 @@ def generator(context: Context) -> dict[str, Any]:
     generate = config.generate
     if generate.generator == "dit":
         return {
-            "generate": _generate(context, (*_CODEC, "denoiser", "fit")),
+            "generate": _generate(context, (*_CODEC, "dtype", "denoiser", "fit")),
             "seed": config.squeeze.seed,
             "data": context.inputs.fields(context.inputs.open("train")),
         }

@@ -29,6 +29,7 @@ from prism_jax.data.lazy import chunks
 from prism_jax.data.metrics import MetricsWriter, truncate
 from prism_jax.data.weights import RECORD, WEIGHTS, pack, sha256, unpack
 from prism_jax.diffusion import (
+    anchors,
     dit,
     fit,
     generate,
@@ -107,6 +108,7 @@ def check(context: Context) -> None:
     labels_N = context.inputs.open("train").labels_N
     counts_K = np.bincount(labels_N, minlength=config.dataset.num_classes)
     least = int(min(counts_K.min(), g.most_images or counts_K.max()))
+    least = anchors.fewest_inliers(least, g.outliers)
     if g.anchors != "none" and config.recover.ipc > least:
         raise UserError(
             f"recover.ipc is {config.recover.ipc}, and class {counts_K.argmin()} has {least} "
@@ -228,10 +230,10 @@ def _imagenet_labels(context: Context, classes: int) -> np.ndarray:
     """What a DiT of ImageNet's classes calls the data set's."""
     known = context.inputs.open("train").imagenet_indices
     wanted = context.config.dataset.num_classes
+    if classes == 1000 and known is not None:  # first: all of them may be in another order
+        return np.array(known, np.int32)
     if classes == wanted:
         return np.arange(wanted, dtype=np.int32)
-    if classes == 1000 and known is not None:
-        return np.array(known, np.int32)
     raise UserError(
         f"the transformer knows {classes} classes and the data has {wanted}, and which of them "
         f"they are is not known (class folders named by WordNet IDs would tell it)"
@@ -430,7 +432,7 @@ def _measure(context: Context, opened: Opened, train_images: np.ndarray) -> qual
     free = dataclasses.replace(opened.sampling, strength=1.0, terms=())
     painter = Painter(context, opened._replace(sampling=free), len(class_N))
     (images,) = painter.paint([Wish(class_N, slot_N)], context.config.squeeze.seed)
-    logits_NK = logits_of(context, images)
+    logits_NK = logits_of(context, context.config.judge, images)
     test = context.inputs.test_set()[0][:]
     return quality.quality(images, logits_NK.argmax(1), class_N, train=train_images, test=test)
 

@@ -5,27 +5,23 @@ recover/imported.json   what the label teachers say of an imported set
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 
 from prism_jax import parallel
-from prism_jax.core import pixels
 from prism_jax.data import workdir
 from prism_jax.data.exchange import ImageSet
 from prism_jax.data.label_store import LabelPlan
-from prism_jax.data.lazy import Images, chunks
 from prism_jax.data.sets import fkd
 from prism_jax.data.sets.classes import FLAG
 from prism_jax.data.weights import sha256
 from prism_jax.errors import UserError
 from prism_jax.labelling import FixedLabels
 from prism_jax.stages.context import Context, LabelledSet
+from prism_jax.stages.judging import logits_of
 
 RECORD = "imported.json"
 OF_THE_SET = "set"  # relabel.labels_from: the soft labels that came with the images
 GIVEN = "labels from elsewhere"  # opened once
-
-_BATCH = 100
 
 
 def has_labels(context: Context, labelled: LabelledSet) -> bool:
@@ -136,7 +132,7 @@ def say_top1(context: Context, labelled: LabelledSet) -> None:
     official = context.inputs.info.class_names
     found: dict[str, float] = {}
     for name in context.config.relabel.teachers:
-        logits_NK = _logits(context, name, labelled.images_uint8_NHWC)
+        logits_NK = logits_of(context, name, labelled.images_uint8_NHWC)
         right_N = logits_NK.argmax(1) == labels
         found[name] = float(right_N.mean())
         context.say(
@@ -167,23 +163,3 @@ def say_top1(context: Context, labelled: LabelledSet) -> None:
             )
     context.work.acquire()
     workdir.write_json(path, {"format": source.describe()["split"], "top1": found})
-
-
-def _logits(context: Context, name: str, images: Images) -> np.ndarray:
-    """A teacher's logits of whole images: float32 (N, K)."""
-    pool = context.networks.pool([name])
-    teacher, variables = pool.teachers[0], pool.variables[0]
-
-    @jax.jit
-    def read(variables, images_uint8_BHWC):
-        images_BHWC = pixels.normalise(images_uint8_BHWC, context.inputs.normalisation)
-        return teacher.read(
-            variables, images_BHWC, context.inputs.normalisation, statistics=False
-        ).logits_BK
-
-    found = []
-    for part in chunks(len(images), _BATCH):
-        rows = images[part]
-        padded = rows[np.resize(np.arange(len(rows)), min(_BATCH, len(images)))]
-        found.append(np.asarray(read(variables, padded))[: len(rows)])
-    return np.concatenate(found)

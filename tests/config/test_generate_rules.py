@@ -66,6 +66,9 @@ REFUSED = {
         k: READ[k] for k in ("generate__codec", "generate__clip")}}, "generate.directory=DIR"),
     "directory of ours": ({"generate__directory": "d"}, "reads no directory"),
     "codec of others": ({**READ, "generate__codec": "patches"}, "set it to 'directory'"),
+    "variance of ours": (
+        {"generate__sampler": "ddpm", "generate__variance": "learned"}, "learns no variance",
+    ),
     "bounds": ({**READ, "generate__clip": True}, "have no bounds"),
     "posterior": ({"generate__sampled": True}, "which has none"),
     "prompts": ({"generate__negative": "blur"}, "reads no prompts"),
@@ -112,6 +115,9 @@ ALLOWED = {
         "generate__mode_window": (26, 49),
     },
     "read": READ,
+    "variance that was learned": {
+        **READ, "generate__sampler": "ddpm", "generate__variance": "learned",
+    },
     "patches": {
         "generate__codec": "patches", "generate__patch": 4, "generate__denoiser__token": 2,
     },

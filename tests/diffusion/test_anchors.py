@@ -124,6 +124,14 @@ def test_images_that_lie_apart_are_left_out():
     assert not {7, 90} & set(without.nearest_I)
 
 
+@pytest.mark.parametrize("count", [2, 3, 4, 31, 100])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.07, 0.1, 0.5])
+def test_how_many_are_left_is_known_before(count, share):
+    rows = np.random.default_rng(0).normal(size=(count, 4))
+    left = len(anchors_module.inliers(rows, share))
+    assert anchors_module.fewest_inliers(count, share) == left
+
+
 @pytest.mark.parametrize("mode", CLUSTERING_MODES)
 def test_the_bits_do_not_depend_on_threads(mode):
     latents = np.random.default_rng(0).normal(size=(3000, 4, 4, 4)).astype(np.float32)

@@ -190,6 +190,21 @@ def test_what_is_not_there(pipeline, tmp_path):
         ({"prediction_type": "sample"}, "the kind of prediction is 'sample'"),
         ({"beta_schedule": "squaredcos_cap_v2"}, "the noise schedule is 'squaredcos_cap_v2'"),
         ({"num_train_timesteps": 500}, "other than 1000 steps"),
+        (  # as Stable Diffusion 1.5 and 2.1 state them
+            {"trained_betas": None, "rescale_betas_zero_snr": False, "timestep_spacing": "leading"},
+            noise.STABLE_DIFFUSION,
+        ),
+        (
+            {"timestep_spacing": "trailing"},
+            dataclasses.replace(noise.STABLE_DIFFUSION, spacing="trailing"),
+        ),
+        (
+            {"timestep_spacing": "linspace"},
+            dataclasses.replace(noise.STABLE_DIFFUSION, spacing="even"),
+        ),
+        ({"timestep_spacing": "karras"}, "scheduler_config.json: timestep_spacing is 'karras'"),
+        ({"trained_betas": [0.1, 0.2]}, r"scheduler_config.json: trained_betas is \[0.1, 0.2\]"),
+        ({"rescale_betas_zero_snr": True}, "json: rescale_betas_zero_snr is True"),
         ([], "is damaged"),
     ],
 )
@@ -204,6 +219,17 @@ def test_a_scheduler_s_config_says_what_noise_a_denoiser_knows(said, expected, t
             huggingface.schedule(str(tmp_path), found)
     else:
         assert huggingface.schedule(str(tmp_path), found) == expected
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+def test_a_dit_has_its_own_spacing(spacing, tmp_path):
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"timestep_spacing": spacing, "trained_betas": None}))
+    assert huggingface.schedule(str(tmp_path), noise.DIT) == noise.DIT
+    file.write_text(json.dumps({"rescale_betas_zero_snr": True}))
+    with pytest.raises(UserError, match="rescale_betas_zero_snr"):
+        huggingface.schedule(str(tmp_path), noise.DIT)
 
 
 def test_another_network_is_refused(pipeline):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
 import signal
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,10 +15,14 @@ import pytest
 from helpers.command import ROOT, assert_same, call, run, signal_when, snapshot
 from PIL import Image
 
+from configs import tiny_d4m
+from prism_jax.config import resolve
 from prism_jax.data import weights, workdir
 from prism_jax.data.datasets import dataset_info
 from prism_jax.data.sources import open_sklearn
 from prism_jax.diffusion import patches
+from prism_jax.stages import anchoring, fingerprints, generator, judging
+from prism_jax.stages.context import Context
 from prism_jax.stages.inputs import first_classes
 
 D4M = f"--config={ROOT / 'tests' / 'configs' / 'tiny_d4m.py'}"
@@ -238,6 +244,8 @@ def test_what_the_data_does_not_allow_is_refused_before_any_work(tmp_path):
     assert "generate.components is 5, and patches of generate.patch=2 have 4" in refused(
         root, *wide
     )
+    apart = ("--config.generate.outliers=0.5", "--config.generate.most_images=4")
+    assert "has 2 training images" in refused(root, *apart, "--config.recover.ipc=3")
     assert not root.exists()
 
 
@@ -245,3 +253,82 @@ def test_another_generator_is_refused(made):
     before = snapshot(made)
     assert "the generator in" in refused(made, "--config.generate.fit.steps=31")
     assert snapshot(made) == before
+
+
+def context_of(root, **fields) -> Context:
+    """The tiny run with fields of generate, of which nothing is made yet."""
+    c = tiny_d4m.get_config()
+    with c.unlocked():
+        for name, value in fields.items():
+            setattr(c.generate, name, value)
+    return Context(resolve(c), root)
+
+
+@pytest.mark.parametrize(
+    ("kept_of", "fields"),
+    [
+        (fingerprints.latents, {"resampler": "bilinear"}),
+        (fingerprints.generator, {"dtype": "bfloat16"}),
+    ],
+)
+def test_what_decides_bits_is_in_the_fingerprint(kept_of, fields, tmp_path):
+    before = kept_of(context_of(tmp_path))
+    assert kept_of(context_of(tmp_path)) == before
+    assert kept_of(context_of(tmp_path, strength=0.3)) == before
+    assert kept_of(context_of(tmp_path, **fields)) != before
+
+
+@pytest.mark.parametrize(("most", "batch"), [(None, None), (10, 10)])
+def test_a_class_by_itself_is_encoded_as_among_all(most, batch, tmp_path, monkeypatch):
+    """Of unequal classes, as another host or a second start has them."""
+    context = context_of(tmp_path, batch_size=200, most_images=most)
+    sizes = np.bincount(context.inputs.open("train").labels_N)
+    assert sizes.min() < sizes.max() < 200
+    params = patches.fit_pixels(context.inputs.read(context.inputs.open("train"))[:])
+    opened = SimpleNamespace(
+        generator=SimpleNamespace(codec=patches.Pixels()),
+        weights=SimpleNamespace(codec=params),
+        image_size=context.config.dataset.image_size,
+    )
+    monkeypatch.setattr(anchoring.generator, "open_", lambda context: opened)
+    shapes, read = [], anchoring.real_images
+
+    def seen(context, opened, positions):
+        shapes.append(len(positions))
+        return read(context, opened, positions)
+
+    monkeypatch.setattr(anchoring, "real_images", seen)
+    everyone = list(anchoring._latents(context, list(range(len(sizes)))))
+    (alone,) = anchoring._latents(context, [int(sizes.argmin())])
+    assert set(shapes) == {batch or sizes.max()}
+    np.testing.assert_array_equal(
+        alone.tensors["latents"], everyone[sizes.argmin()].tensors["latents"]
+    )
+
+
+def test_a_judge_is_loaded_once(tmp_path, monkeypatch):
+    """And pads what is left over: as images read one at a time."""
+    run = context_of(tmp_path)
+    module = run.networks.build("first")
+    images = run.inputs.read(run.inputs.open("train"))[:103]
+    like = module.init(jax.random.key(0), images[:1].astype(np.float32), train=False)
+    loads = []
+    monkeypatch.setattr(run.networks, "load", lambda name: loads.append(name) or like)
+    whole = judging.logits_of(run, "first", images)
+    assert whole.shape == (103, 4) and whole.dtype == np.float32
+    np.testing.assert_allclose(
+        judging.logits_of(run, "first", images[101:]), whole[101:], rtol=1e-5
+    )
+    assert loads == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"), [(tuple(range(1000))[::-1], range(1000)[::-1]), (None, range(1000))]
+)
+def test_a_transformer_knows_imagenet_in_its_own_order(known, expected, tmp_path, monkeypatch):
+    run = context_of(tmp_path)
+    dataset = dataclasses.replace(run.config.dataset, num_classes=1000)
+    run.config = dataclasses.replace(run.config, dataset=dataset)
+    source = SimpleNamespace(imagenet_indices=known)
+    monkeypatch.setattr(run.inputs, "open", lambda split: source)
+    np.testing.assert_array_equal(generator._imagenet_labels(run, 1000), expected)

@@ -31,7 +31,7 @@ def run(tmp_path, monkeypatch):
         real = ArraySource(np.zeros((10, 8, 8, 1), np.uint8), np.arange(10), num_classes=10)
         source = ImageSet(tmp_path / "set.npz", DATASETS["digits"], real, ipc=IPC, image_size=8)
         (tmp_path / "recover").mkdir(exist_ok=True)
-        monkeypatch.setattr(imported, "_logits", lambda *_: logits)
+        monkeypatch.setattr(imported, "logits_of", lambda *_: logits)
         said: list[str] = []
         config = SimpleNamespace(
             relabel=SimpleNamespace(teachers=("first",), labels_from=labels_from, batch_size=40),

@@ -12,7 +12,7 @@ from prism_jax.config.generation import (
     fitting_of,
     sampling_of,
 )
-from prism_jax.config.rules.common import literals_of, one_of, positive, share
+from prism_jax.config.rules.common import literals_of, one_of, positive
 from prism_jax.config.sections import Experiment
 from prism_jax.diffusion import fit, pixels, samplers
 from prism_jax.diffusion.anchors import check as check_anchors
@@ -32,7 +32,6 @@ def violations(e: Experiment) -> Iterator[str]:
         for name, value in dataclasses.asdict(getattr(g, group)).items():
             if value <= 0 and name != "warmup" and name != "class_dropout":
                 yield f"generate.{group}.{name} is {value}; it must be positive"
-    yield from share(e, "generate", "outliers")
     yield from one_of("generate.resampler", g.resampler, pixels.RESAMPLERS)
     if g.guidance < 0 or g.mode_weight < 0:
         yield (
@@ -90,6 +89,11 @@ def _networks(e: Experiment) -> Iterator[str]:
         yield (
             "generate.generator is 'dit', which is trained here and reads no directory; unset "
             "generate.directory, and let generate.codec be 'none' or 'patches'"
+        )
+    if not read and g.variance == "learned":
+        yield (
+            "generate.variance is 'learned', but a 'dit', which is trained here, learns no "
+            "variance; allowed for it: small, large. Set one of them, or read a 'dit_released'"
         )
     if g.transformer and g.generator != "dit_released":
         yield f"generate.transformer is the file of a 'dit_released', not of a {g.generator!r}"

@@ -36,23 +36,29 @@ def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Ma
     """Generate units, a batch on every device; or take them from among the candidates."""
     config = context.config
     at = [members(config, unit) for unit in waiting]
+    anchored = "anchors" in anchoring.needed(context)
+    facts: list[dict[str, list[int]]] = []  # of units that were begun
+
+    def wishes() -> Iterator[Wish]:
+        for where in at:
+            starts = anchoring.starts_of(context, *where) if anchored else None
+            facts.append({"nearest": starts.medoids_N} if starts else {})
+            yield Wish(*where, starts.anchors_NHWC if starts else None)
+
     with progress.task("recover", len(waiting), unit="unit") as bar:
         started = time.monotonic()
         found: Iterator[np.ndarray]
         if config.generate.candidates > 1:
+            facts = [{} for _ in at]
             found = (_chosen(context, *where) for where in at)
         else:
             painter = Painter(context, generator.open_(context), batch_layout(config).size)
-            found = painter.paint(
-                Wish(*where, anchoring.anchors_of(context, *where)) for where in at
-            )
-        anchored = "anchors" in anchoring.needed(context) and config.generate.candidates == 1
-        for unit, where, images in zip(waiting, at, found, strict=True):
-            facts = {"nearest": anchoring.medoids_of(context, *where)} if anchored else {}
+            found = painter.paint(wishes())
+        for number, (unit, images) in enumerate(zip(waiting, found, strict=True)):
             now = time.monotonic()
             normalised = np.asarray(pixels.normalise(images, context.inputs.normalisation))
             # Not recover.rounding: nearest gives back the very pixels.
-            yield Made(unit, normalised, "nearest", now - started, facts)
+            yield Made(unit, normalised, "nearest", now - started, facts[number])
             started = now
             bar.advance(1)
             context.stop.check()
