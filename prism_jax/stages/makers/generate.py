@@ -18,10 +18,6 @@ from prism_jax.stages.makers.made import Made
 from prism_jax.types import Unit
 
 
-def prepare(context: Context, root: epath.Path) -> None:
-    """Nothing that was stopped leaves anything behind."""
-
-
 def before(context: Context) -> None:
     """Latents, anchors and candidates, by every process."""
     anchoring.run(context)
