@@ -86,7 +86,11 @@ def table(rows: list[dict]) -> str:
             for dtype in DTYPES:
                 row = cells.get((target, pool, dtype))
                 lines.append(f"| {target} | {pool} | {dtype} | {_cells(row)} |")
+    commits = dict.fromkeys(row["commit"] for row in rows)
+    of = {c: ", ".join(sorted({r["target"] for r in rows if r["commit"] == c})) for c in commits}
     lines += [
+        "",
+        "Commits: " + "; ".join(f"{c} for {names}" for c, names in of.items()) + ".",
         "",
         "Of GPUs a lower bound, of TPUs the compiler's estimate of cycles at the clock of its peak "
         "rate; nothing was run. *Mean* is over PRISM's draws, *all read* an iteration that draws "
@@ -128,7 +132,6 @@ def main() -> None:
     path = pathlib.Path(f"{given.out}.json")
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     machine = {
-        "commit": commit(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
         "jax": jax.__version__,
