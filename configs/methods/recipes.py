@@ -225,10 +225,10 @@ def _smoke(c: ConfigDict) -> ConfigDict:
 
 
 def generated(c: ConfigDict, at: At) -> None:
-    """Images from a denoiser: on ImageNet one that is read, on the digits one of ours.
+    """Images from a denoiser: one that is read, and on the digits one of ours.
 
-    Stable Diffusion's directory has unet/, vae/, text_encoder/, tokenizer/ and scheduler/; the
-    names of the classes are a file with a line a class, in the order of the labels.
+    Stable Diffusion's directory has unet/, vae/, text_encoder/, tokenizer/ and scheduler/; where
+    the names of the classes are a file, it has a line a class, in the order of the labels.
     """
     c.recover.maker = "generate"
     c.recover.iterations = 0
@@ -250,7 +250,8 @@ def stable_diffusion(c: ConfigDict, at: At) -> None:
         return
     g = c.generate
     g.generator, g.directory = "stable_diffusion", "data/stable-diffusion-v1-5"
-    g.class_names = "data/imagenet_names.txt"
+    if at.dataset not in CIFAR:  # whose classes have names that prompts can say
+        g.class_names = f"data/{at.dataset}_names.txt"
     g.template = "{}" if at.official else "a photo of a {}"
     g.negative = "cartoon, anime, painting"
     g.image_size, g.view = 512, "squashed"

@@ -88,7 +88,7 @@ class Inputs:
                     f"known here; give a file with a line a class, in the order of the labels: "
                     f"generate.class_names=FILE"
                 )
-            return list(known[:wanted])
+            return [name.replace("_", " ") for name in known[:wanted]]
         file = epath.Path(path)
         if not file.is_file():
             raise UserError(f"there is no file {path}, which generate.class_names gives")
