@@ -55,11 +55,6 @@ class Anchors(NamedTuple):
     sizes_I: np.ndarray
     nearest_I: np.ndarray
 
-    @property
-    def shares_I(self) -> np.ndarray:
-        """Of the class, float32; they sum to 1."""
-        return (self.sizes_I / self.sizes_I.sum()).astype(np.float32)
-
 
 class Task(NamedTuple):
     """What a mode is given: latents of one class in a drawn order, and a seed."""

@@ -67,7 +67,6 @@ class TextEncoder(nn.Module):
       end: the token at whose first place the embedding is read; None: at the largest token's,
         which is the same where a config names the wrong one.
       projection: channels of the embedding; None: it is the state itself.
-      skip: last layers that are not run; the final norm is.
       dtype: of the computation; parameters, norms and softmax are float32.
     """
 
@@ -81,7 +80,6 @@ class TextEncoder(nn.Module):
     epsilon: float = 1e-5
     end: int | None = None
     projection: int | None = None
-    skip: int = 0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -92,7 +90,7 @@ class TextEncoder(nn.Module):
         )
         x_BND = (table[tokens_BN] + positions[: tokens_BN.shape[1]]).astype(self.dtype)
         arguments = self.heads, self.hidden, self.activation, self.epsilon, True, self.dtype
-        for index in range(self.depth - self.skip):
+        for index in range(self.depth):
             x_BND = Layer(*arguments, name=f"encoder.layers.{index}")(x_BND)
         wide = jnp.promote_types(self.dtype, jnp.float32)
         x_BND = layers.LayerNorm(self.epsilon, self.dtype, name="final_layer_norm")(x_BND)

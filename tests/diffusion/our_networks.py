@@ -42,7 +42,7 @@ def _vae(case, module, params, latents=None, images=None):
 
 def _text(case, module, params, tokens):
     states, embedding = module.encode(params, tokens)
-    return {"states": states} | ({} if module.skip else {"embedding": embedding})
+    return {"states": states, "embedding": embedding}
 
 
 def _image(case, module, params, images):
@@ -57,7 +57,7 @@ CALLS = {
     "image_encoder": _image,
 }
 # What a directory does not say.
-FORMS = {"dit_released": {"frequency_shift": 0}, "clip_text_skip": {"skip": 1}}
+FORMS = {"dit_released": {"frequency_shift": 0}}
 
 
 def run(

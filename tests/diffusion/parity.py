@@ -129,13 +129,6 @@ CASES = [
     Case("vae_encode", "vae", "AutoencoderKL", _VAE, {"images": (2, 3, 8, 12)}),
     Case("clip_text", "text_encoder", "CLIPTextModel", {**_TEXT, "eos_token_id": 2}, _TOKENS),
     Case(
-        "clip_text_skip",  # the last layer
-        "text_encoder",
-        "CLIPTextModel",
-        {**_TEXT, "eos_token_id": 39, "hidden_act": "gelu"},
-        _TOKENS,
-    ),
-    Case(
         "clip_text_projection",
         "text_encoder",
         "CLIPTextModelWithProjection",

@@ -77,7 +77,6 @@ TWINS = [
     ("vae_encode", (layers, "conv2d"), centred),
     ("clip_text", (blocks, "attend"), attend_to_all),
     ("clip_text", (clip, "ACTIVATIONS"), {"quick_gelu": exact_gelu}),
-    ("clip_text_skip", (our_networks, "FORMS"), {"clip_text_skip": {"skip": 2}}),
     ("clip_text_projection", (clip, "ACTIVATIONS"), {"gelu": tanh_gelu}),
     ("clip_image", (layers, "normalise"), other_epsilon),
     ("clip_whole_image", (clip, "ACTIVATIONS"), {"quick_gelu": exact_gelu}),

@@ -64,8 +64,6 @@ def _text(case, module, tokens):
     found = module(tokens, output_hidden_states=True)
     if case.name == "clip_text_projection":
         return {"states": found.last_hidden_state, "embedding": found.text_embeds}
-    if case.name == "clip_text_skip":
-        return {"states": module.final_layer_norm(found.hidden_states[-2])}
     return {"states": found.last_hidden_state, "embedding": found.pooler_output}
 
 
