@@ -178,6 +178,11 @@ def get_config(arg: str = "") -> ConfigDict:
     c.generate.mode_weight = 0.0  # towards the anchor (MGD3)
     c.generate.mode_window = placeholder(tuple)  # first and last step, down to 0; unset: all
     c.generate.candidates = 1  # for each image, of which the judge takes the surest (CaO2)
+    c.generate.refine = ConfigDict()  # of latents, before they are decoded (CaO2)
+    c.generate.refine.steps = 0  # of Adam; 0: none
+    c.generate.refine.learning_rate = 6e-4
+    c.generate.refine.maximum = 10.0  # what the largest error counts beside the mean square
+    c.generate.refine.window = (1, 11)  # at the times of these steps of the sampler, down to 0
     c.generate.judge = placeholder(str)  # unset: analyse.network, or the first that labels
     c.generate.resampler = "bicubic"  # to the data set's size
 

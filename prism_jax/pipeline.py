@@ -70,12 +70,15 @@ def check(context: Context) -> None:
 
 
 def _squeeze(context: Context) -> None:
+    generates = generator.wanted(context)
+    if generates and not generator.is_done(context):  # first: what is read may not be whole
+        generator.run(context)
     if squeeze.pending(context):
         squeeze.run(context)
     if not statistics.is_done(context):
         statistics.run(context)
-    if generator.wanted(context) and not generator.is_done(context):
-        generator.run(context)
+    if generates and not generator.is_measured(context):
+        generator.measure(context)
 
 
 def _recover(context: Context) -> None:

@@ -15,11 +15,11 @@ from rich.table import Table
 from prism_jax import labelling, parallel, programs, progress, synthesis, training
 from prism_jax.accelerators.targets import Target
 from prism_jax.config import Experiment, Layout, batch_layout, budget_of
-from prism_jax.config.generation import SCHEDULES, sampling_of
+from prism_jax.config.generation import SCHEDULES, fitting_of, sampling_of
 from prism_jax.config.layout import LEAST_IMAGES
 from prism_jax.data.label_store import LabelPlan
 from prism_jax.data.sources import info_of, open_source
-from prism_jax.diffusion import samplers
+from prism_jax.diffusion import fit, samplers
 from prism_jax.errors import UserError
 from prism_jax.progress import hours_of, megabytes
 from prism_jax.stages import generator, relabel
@@ -148,8 +148,9 @@ def _generation(e: Experiment) -> dict[str, str]:
     if e.recover.maker != "generate":
         return {}
     g, images = e.generate, e.recover.ipc * e.dataset.num_classes
-    steps = samplers.begun(sampling_of(g, SCHEDULES[g.generator]))
-    evaluated = steps * (1 if g.guidance == 1 else 2) * g.candidates * images
+    sampling = sampling_of(g, SCHEDULES[g.generator])
+    steps, evaluations = samplers.begun(sampling), samplers.evaluations(sampling)
+    evaluated = evaluations * (1 if g.guidance == 1 else 2) * g.candidates * images
     rows = {
         "generator": f"{g.generator}, read from {g.directory}"
         if g.directory
@@ -157,6 +158,11 @@ def _generation(e: Experiment) -> dict[str, str]:
         "generate": f"{g.candidates * images:,} images of {steps} steps by {g.sampler}, "
         f"{evaluated:,} evaluations in all, in batches of at most {g.batch_size}",
     }
+    if g.refine.steps:
+        rows["refine"] = (
+            f"{g.refine.steps} steps for each of {images:,} images, with as many gradients of the "
+            f"generator"
+        )
     if g.anchors != "none":
         of = f"at most {g.most_images:,} images a class" if g.most_images else "all images"
         rows["anchors"] = f"{images:,} by {g.anchors}, among the latents of {of}"
@@ -174,14 +180,50 @@ def _few(e: Experiment, layout: Layout) -> str:
 
 
 def _measured(e: Experiment, batch: int, iterations: int, label_batches: int) -> dict[str, str]:
-    """Hours of recover and relabel on this machine, and recover's memory."""
+    """Hours of recover and relabel on this machine, and recover's memory.
+
+    And those of a generator that is trained here; one that is read may be larger than the machine.
+    """
     rows = _measured_recover(e, batch, iterations) if iterations else {}
+    if e.recover.maker == "generate" and e.generate.generator == "dit":
+        rows |= _measured_generation(e)
     if not label_batches:
         return rows
     label_batch = min(e.relabel.batch_size, e.recover.ipc * e.dataset.num_classes)
     per_batch = _time_labels(e, label_batch)
     hours = label_batches * per_batch / len(jax.local_devices()) / 3600
     return rows | {"relabel takes": f"about {hours_of(hours)}: {per_batch:.3g} s a batch"}
+
+
+def _measured_generation(e: Experiment) -> dict[str, str]:
+    """Hours of a generator's training, and of its images, with fresh weights."""
+    context, g, fitting = programs.shapes_of(e), e.generate, fitting_of(e.generate)
+    size, _, channels = context.inputs.image_shape
+    codec = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), generator.codec_shapes(context))
+    shape = generator.latent_shape(generator.codec_of(g), codec, size, channels)
+    module = generator.module_of(g, e.dataset.num_classes, shape[-1])
+    state = fit.initial_state(module, fitting, 0, shape)
+    average = jax.device_get(state.average)
+    step = fit.jitted_step(fitting, module)
+    latents = np.zeros((fitting.batch_size, *shape), np.float32)
+    labels = np.zeros(fitting.batch_size, np.int32)
+
+    def train() -> None:
+        nonlocal state
+        state, _ = jax.block_until_ready(step(np.uint32(0), state, latents, labels))
+
+    seconds = _time(train)
+    images = g.candidates * e.recover.ipc * e.dataset.num_classes
+    batch = min(g.batch_size, images)
+    opened = generator.small(context, {"codec": codec, "denoiser": average})
+    painter, at = generator.Painter(context, opened, batch), np.zeros(batch, np.int32)
+    per_batch = _time(lambda: list(painter.paint([generator.Wish(at, at)])))
+    hours = -(-images // batch) * per_batch / len(jax.local_devices()) / 3600
+    return {
+        "generator takes": f"about {hours_of(fitting.steps * seconds / 3600)} on one device: "
+        f"{seconds:.3g} s a step",
+        "generate takes": f"about {hours_of(hours)}: {per_batch:.3g} s a batch of {batch}",
+    }
 
 
 def recover_bytes(e: Experiment) -> int | None:

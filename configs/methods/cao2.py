@@ -1,4 +1,4 @@
-"""CaO2: of several images from noise alone those that a teacher is surest of.
+"""CaO2: of several images from noise alone those that a teacher is surest of, refined.
 
 Paper: arXiv 2506.22637, ICCV 2025. Reports under RDED's protocol; its table is not at hand.
 
@@ -6,11 +6,13 @@ Paper: arXiv 2506.22637, ICCV 2025. Reports under RDED's protocol; its table is 
     python -m prism_jax.main --config=configs/methods/cao2.py:digits
 
 DiT-XL/2 samples four times as many images as are wanted (twice for ten classes) with DDPM in 50
-steps and guidance 2.7; of those that ResNet-18 recognises the most confident are taken. Labels
-and students are RDED's.
+steps and guidance 2.7; of those that ResNet-18 recognises the most confident are taken. A hundred
+steps of Adam then move each latent until the transformer, told the class, predicts better what
+noise was added to it, at the times of steps 11 to 1. Labels and students are RDED's.
 
-Left out: the hundred steps of Adam on each latent that follow.
-:official guides three of a latent's four channels, as the transformer's released code does.
+:official guides three of a latent's four channels, as the transformer's released code does. Two
+slips of the released code are not brought back: while latents are refined the transformer is told
+the number of a step in place of its time, and for a tenth of the steps no class.
 """
 
 from ml_collections import ConfigDict
@@ -26,5 +28,6 @@ def get_config(arg: str = "") -> ConfigDict:
     g.anchors = "none"
     g.candidates = 2 if c.dataset.num_classes <= 10 else 4
     g.judge = "resnet18"
+    g.refine.steps = 20 if "quick" in at.words else 100
     recipes.rded_students(c, at)
     return recipes.finish(c, at)

@@ -7,6 +7,7 @@ import dataclasses
 from prism_jax.config.sections import Generate
 from prism_jax.diffusion import fit, guidance, noise, samplers
 from prism_jax.diffusion.anchors import Clustering
+from prism_jax.diffusion.refine import Refining
 
 FOLDER = "generator"  # where squeeze keeps it, beside the teachers
 
@@ -32,6 +33,11 @@ def sampling_of(g: Generate, schedule: noise.Schedule) -> samplers.Sampling:
         schedule, g.sampler, g.steps, g.strength, g.guidance, g.guided_channels, g.eta,
         g.variance, g.slip, terms,
     )  # fmt: skip
+
+
+def refining_of(g: Generate, schedule: noise.Schedule) -> Refining:
+    """How latents are refined; not at all in no steps."""
+    return Refining(schedule, g.steps, **dataclasses.asdict(g.refine))
 
 
 def fitting_of(g: Generate) -> fit.Fitting:

@@ -198,6 +198,16 @@ class Fit:
 
 
 @dataclasses.dataclass(frozen=True)
+class Refine:
+    """How latents are refined before they are decoded; see ``diffusion.refine.Refining``."""
+
+    steps: int
+    learning_rate: float
+    maximum: float
+    window: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
 class Generate:
     """Images from a denoiser, where ``recover.maker`` is "generate".
 
@@ -244,6 +254,7 @@ class Generate:
     mode_window: tuple[int, int] | None
     candidates: int
     judge: str | None
+    refine: Refine
     resampler: str
 
 

@@ -7,6 +7,7 @@ guidance.py     what draws a sample: its class, and further terms
 generate.py     the heart: a batch from anchors to images
 anchors.py      the points of latent space that a class starts from
 select.py       which of several candidates are taken
+refine.py       what is moved in a latent before it is decoded
 pixels.py       images in [-1, 1], from pixels and back
 patches.py      codecs that need no training
 fit.py          a small denoiser, trained from nothing

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -46,7 +47,6 @@ class Fitting:
     warmup: int = 100
     last_rate: float = 0.05
     betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
     clip: float = 1.0
     class_dropout: float = 0.1
     average: float = 0.998
@@ -59,6 +59,19 @@ class FitState(NamedTuple):
     params: PyTree
     opt_state: PyTree
     average: PyTree
+
+
+class Progress(NamedTuple):
+    """A training under way.
+
+    Attributes:
+      losses: of the steps since they were looked at; empty where they just were.
+      mean: of those that were looked at last; NaN: none were.
+    """
+
+    state: FitState
+    losses: tuple[Array | float, ...] = ()
+    mean: float = math.nan
 
 
 def check(fitting: Fitting) -> None:
@@ -82,12 +95,8 @@ def check(fitting: Fitting) -> None:
 
 
 def optimiser(fitting: Fitting) -> optax.GradientTransformation:
-    """AdamW behind a limit of the gradient's norm, without its learning rate."""
-    return optax.chain(
-        optax.clip_by_global_norm(fitting.clip),
-        optax.scale_by_adam(*fitting.betas),
-        optax.add_decayed_weights(fitting.weight_decay),
-    )
+    """Adam behind a limit of the gradient's norm, without its learning rate."""
+    return optax.chain(optax.clip_by_global_norm(fitting.clip), optax.scale_by_adam(*fitting.betas))
 
 
 def rate(fitting: Fitting, step: Array) -> Array:
@@ -181,29 +190,31 @@ def fit(
     labels_N: np.ndarray,
     *,
     seed: int,
-    state: FitState | None = None,
-) -> tuple[PyTree, list[float]]:
-    """Train a denoiser on latents in memory, or go on from a state.
+    begun: Progress,
+) -> Iterator[Progress]:
+    """Train a denoiser on latents in memory, from where it is to its last step.
 
-    Returns:
-      The averaged weights, and the loss of each step.
+    Args:
+      fitting: already found good by ``check``.
+      begun: its state is given away with the first step, and so is each that is yielded.
+
+    Yields:
+      After each step how far it is.
 
     Raises:
-      UserError: as ``check``, or a loss that is not finite.
+      UserError: a loss that is not finite, when it is looked at.
     """
-    check(fitting)
-    state = state or initial_state(module, fitting, seed, latents_NHWC.shape[1:])
-    step, losses, first = jitted_step(fitting, module), [], int(state.step)
-    for number in range(first, fitting.steps):
-        index = batch_index(fitting, seed, len(labels_N), number)
+    state, losses, mean = begun
+    step = jitted_step(fitting, module)
+    for number in range(int(state.step) + 1, fitting.steps + 1):
+        index = batch_index(fitting, seed, len(labels_N), number - 1)
         state, loss = step(np.uint32(seed), state, latents_NHWC[index], labels_N[index])
-        losses.append(loss)
-        if len(losses) % LOOKED == 0 or number + 1 == fitting.steps:
-            losses[-LOOKED:] = [float(loss) for loss in losses[-LOOKED:]]
-            broken = np.flatnonzero(~np.isfinite(losses))
-            if len(broken):
+        losses = (*losses, loss)
+        if number % LOOKED == 0 or number == fitting.steps:
+            mean, losses = float(np.mean(np.array(jax.device_get(losses), np.float32))), ()
+            if not math.isfinite(mean):
                 raise UserError(
-                    f"the denoiser's loss is {losses[broken[0]]} at step {first + broken[0]}; "
-                    f"lower its learning rate, which is {fitting.learning_rate}"
+                    f"the generator's loss is {mean} up to step {number}; lower "
+                    f"generate.fit.learning_rate={fitting.learning_rate:g}, in another workdir"
                 )
-    return state.average, losses
+        yield Progress(state, losses, mean)

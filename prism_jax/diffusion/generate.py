@@ -1,4 +1,4 @@
-"""Images of a batch: start, sample, decode. Pure, and the same on every device.
+"""Images of a batch: start, sample, refine, decode. Pure, and the same on every device.
 
 Everything random has coordinates (class, slot, step), so an image depends neither on its batch
 nor on devices.
@@ -13,7 +13,9 @@ import jax.numpy as jnp
 
 from prism_jax import rng
 from prism_jax.diffusion import guidance, noise, samplers
+from prism_jax.diffusion import refine as engine
 from prism_jax.diffusion.protocols import Codec, Condition, Denoiser
+from prism_jax.diffusion.refine import Refining
 from prism_jax.diffusion.samplers import Sampling
 from prism_jax.types import Array, PyTree
 
@@ -50,6 +52,7 @@ def generate(
     seed: Array,
     places: Places,
     anchors_BHWC: Array,
+    refining: Refining | None = None,
 ) -> Array:
     """Images of a batch of anchors.
 
@@ -57,12 +60,29 @@ def generate(
       sampling: already found good by ``samplers.check``.
       seed: uint32.
       anchors_BHWC: latents; they do not count at strength 1, but give the shape.
+      refining: of the sampled latents; None, or no steps: they are decoded as they are.
 
     Returns:
       (B, H, W, C) float32 images, not clipped to [-1, 1].
     """
+    of_batch = weights, seed, places, anchors_BHWC
+    return generator.codec.decode(weights.codec, latents(generator, sampling, *of_batch, refining))
+
+
+def latents(
+    generator: Generator,
+    sampling: Sampling,
+    weights: Weights,
+    seed: Array,
+    places: Places,
+    anchors_BHWC: Array,
+    refining: Refining | None = None,
+) -> Array:
+    """What the images of :func:`generate` are decoded from."""
     latents_BHWC = sample(generator, sampling, weights, seed, places, anchors_BHWC)
-    return generator.codec.decode(weights.codec, latents_BHWC)
+    if refining is None or refining.steps == 0:
+        return latents_BHWC
+    return refine(generator, refining, weights, seed, places, latents_BHWC)
 
 
 def sample(
@@ -102,6 +122,39 @@ def sample(
     )
     begin_BHWC = samplers.start(sampling, anchors_BHWC, draw("diffusion/start"))
     return samplers.run(samplers.SAMPLERS[sampling.sampler](sampling, sight, begin_BHWC))
+
+
+def refine(
+    generator: Generator,
+    refining: Refining,
+    weights: Weights,
+    seed: Array,
+    places: Places,
+    latents_BHWC: Array,
+) -> Array:
+    """The latents of a batch, each refined under its class, without guidance."""
+    key = rng.root(seed)
+    condition = generator.condition.of_labels(weights.condition, places.labels_B)
+    first, last = refining.window
+
+    def added(cls: Array, slot: Array) -> Array:
+        address = rng.stream(key, "diffusion/refine/noise", cls, slot)
+        return jax.random.normal(address, latents_BHWC.shape[1:], jnp.float32)
+
+    def number(cls: Array, slot: Array, step: Array) -> Array:
+        address = rng.stream(key, "diffusion/refine/step", cls, slot, step)
+        return jax.random.randint(address, (), first, last + 1, jnp.int32)
+
+    of_images = places.classes_B, places.slots_B
+    return engine.refine(
+        refining,
+        lambda *seen: generator.denoiser.predict(weights.denoiser, *seen, condition),
+        latents_BHWC,
+        jax.vmap(added)(*of_images),
+        jax.vmap(lambda step: jax.vmap(number, (0, 0, None))(*of_images, step))(
+            jnp.arange(refining.steps, dtype=jnp.int32)
+        ),
+    )
 
 
 def encode(

@@ -39,12 +39,10 @@ class Loaded(NamedTuple):
     Attributes:
       module: of ``prism_jax.diffusion``, or a view of one.
       params: float32 NumPy arrays.
-      config: what the directory says of it.
     """
 
     module: nn.Module
     params: PyTree
-    config: dict[str, Any]
 
 
 class Part(NamedTuple):
@@ -119,17 +117,36 @@ def load(path: str, part: str) -> Loaded:
     if part == "transformer" and file.is_file():
         tensors = dit.without_position_table(_read(file))
         released = dit.from_released(tensors)
-        return Loaded(released, lay_out(tensors, shapes(part, released), path, part), {})
+        return Loaded(released, lay_out(tensors, shapes(part, released), path, part))
     folder = _folder(file, part)
-    config = _config(folder, part)
-    row = PARTS[part]
-    module: nn.Module
+    module = _built(folder, part)
     try:
-        module = row.build(config)
-        tensors = row.rename(_tensors(folder))
+        tensors = PARTS[part].rename(_tensors(folder))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    return Loaded(module, lay_out(tensors, shapes(part, module), str(folder), part), config)
+    return Loaded(module, lay_out(tensors, shapes(part, module), str(folder), part))
+
+
+def form(path: str, part: str) -> nn.Module:
+    """The network that a part's config states, without its weights.
+
+    Of a DiT in the released code's layout, which has no config, the weights are read.
+
+    Raises:
+      UserError: it is not there, damaged, or another network.
+    """
+    file = epath.Path(path)
+    if part == "transformer" and file.is_file():
+        return dit.from_released(_read(file))
+    return _built(_folder(file, part), part)
+
+
+def _built(folder: epath.Path, part: str) -> nn.Module:
+    config = _config(folder, part)
+    try:
+        return PARTS[part].build(config)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
 
 
 def schedule(path: str, otherwise: noise.Schedule) -> noise.Schedule:

@@ -189,7 +189,11 @@ def check(schedule: Schedule, steps: int) -> None:
 
 
 class Estimate(NamedTuple):
-    """What a prediction says of a noisy latent: the clean one, and the noise."""
+    """What a prediction says of a noisy latent: the clean one, and the noise.
+
+    No array is divided by a number, but multiplied by its inverse: where a program is for several
+    devices XLA does so itself, and bits would depend on them.
+    """
 
     clean: Array
     noise: Array
@@ -208,7 +212,7 @@ class Prediction(NamedTuple):
 
 def from_epsilon(noisy: Array, prediction: Array, alpha: Array, sigma: Array) -> Estimate:
     """The prediction is the noise."""
-    return Estimate((noisy - sigma * prediction) / alpha, prediction)
+    return Estimate((noisy - sigma * prediction) * (1 / alpha), prediction)
 
 
 def from_v(noisy: Array, prediction: Array, alpha: Array, sigma: Array) -> Estimate:
@@ -225,4 +229,4 @@ PREDICTIONS: dict[str, Prediction] = {
 def within(bounds: Bounds, estimate: Estimate, noisy: Array, alpha: Array, sigma: Array):
     """The clean latent within bounds, and the noise that then explains the noisy one."""
     clean = jnp.clip(estimate.clean, bounds.low_C, bounds.high_C)
-    return Estimate(clean, (noisy - alpha * clean) / sigma)
+    return Estimate(clean, (noisy - alpha * clean) * (1 / sigma))

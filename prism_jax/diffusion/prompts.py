@@ -6,6 +6,7 @@ FOLDER/record.json            the prompts, the encoder's digest
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from prism_jax.types import Array, PyTree
 
 TENSORS, RECORD = "prompts.safetensors", "record.json"
 START, END = "<|startoftext|>", "<|endoftext|>"
+PADDING = ("special_tokens_map.json", "tokenizer_config.json")  # the first that says it counts
+FILES = ("vocab.json", "merges.txt", *PADDING)
 BATCH = 16  # prompts that are encoded at once
 # A text falls into: the special tokens, English endings, words, single digits, runs of signs.
 WORDS = (
@@ -79,7 +82,7 @@ def tokenise(directory: str, texts: Iterable[str], length: int) -> np.ndarray:
     Raises:
       UserError: the package tokenizers or the files are not there; a text is too long.
     """
-    folder = _tokenizer_folder(directory)
+    folder = tokenizer_folder(directory)
     tokenizer = _tokenizer(folder)
     start, end, pad = (tokenizer.token_to_id(token) for token in (START, END, _padding(folder)))
     if None in (start, end, pad):
@@ -99,7 +102,12 @@ def tokenise(directory: str, texts: Iterable[str], length: int) -> np.ndarray:
     return np.array(rows, np.int32)
 
 
-def _tokenizer_folder(directory: str) -> epath.Path:
+def tokenizer_folder(directory: str) -> epath.Path:
+    """Where the tokenizer of a text encoder is.
+
+    Raises:
+      UserError: it is not there.
+    """
     path = epath.Path(directory)
     for folder in (path / "tokenizer", path):
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -108,6 +116,20 @@ def _tokenizer_folder(directory: str) -> epath.Path:
         f"there is no tokenizer at {path}: {path / 'tokenizer'} needs vocab.json and merges.txt. "
         "Download tokenizer/ of the repository that the text encoder is from"
     )
+
+
+def digest(directory: str) -> str:
+    """SHA-256 of what decides a text's states: the encoder's files, and its tokenizer's.
+
+    Raises:
+      UserError: they are not there.
+    """
+    found = hashlib.sha256(huggingface.digest(directory, "text_encoder").encode())
+    folder = tokenizer_folder(directory)
+    for name in FILES:
+        data = (folder / name).read_bytes() if (folder / name).is_file() else b""
+        found.update(hashlib.sha256(data).digest())
+    return found.hexdigest()
 
 
 def _tokenizer(folder: epath.Path) -> Any:
@@ -143,7 +165,7 @@ def _tokenizer(folder: epath.Path) -> Any:
 
 def _padding(folder: epath.Path) -> str:
     """The padding token: the end mark, in Stable Diffusion 2 "!", which is token 0."""
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+    for name in PADDING:
         if (folder / name).is_file():
             token = json.loads((folder / name).read_text()).get("pad_token")
             if token:
@@ -161,7 +183,7 @@ def encode(directory: str, texts: Sequence[str]) -> Encoded:
     Raises:
       UserError: see :func:`tokenise` and ``huggingface.load``.
     """
-    module, params, _ = huggingface.load(directory, "text_encoder")
+    module, params = huggingface.load(directory, "text_encoder")
     tokens_BN = tokenise(directory, texts, module.length)
     run = jax.jit(module.encode)
     params = jax.device_put(params)
@@ -195,7 +217,7 @@ def conditions(
     kept = workdir.read_record(folder / RECORD) if (folder / RECORD).is_file() else {}
     fits = all(kept.get(key) == value for key, value in about.items())
     if epath.Path(directory).is_dir() or not fits:
-        about["encoder"] = huggingface.digest(directory, "text_encoder")
+        about["encoder"] = digest(directory)
     if all(kept.get(key) == value for key, value in about.items()):
         data = (folder / TENSORS).read_bytes()
         if weights.sha256(data) != kept["sha256"]:

@@ -88,6 +88,13 @@ def begun(sampling: Sampling) -> int:
     return min(int(sampling.steps * sampling.strength), sampling.steps)
 
 
+def evaluations(sampling: Sampling) -> int:
+    """How often the denoiser reads an image, each half of guidance counted as one."""
+    if sampling.strength == 0:
+        return 0
+    return len(_twice(sampling)[0]) if sampling.sampler == "pndm" else begun(sampling)
+
+
 def check(sampling: Sampling) -> None:
     """Refuse what cannot be sampled.
 

@@ -248,7 +248,12 @@ def summarise(
         }
     if generator.wanted(context) and generator.is_done(context):
         record = workdir.read_record(generator.folder(context) / RECORD)
-        names = ("params", "loss", "recognised", "distance", "near", "judge", "seconds")
+        record = {
+            **record,
+            **dict.fromkeys(generator.QUALITIES),
+            **(generator.quality_of(context) or {}),
+        }
+        names = ("params", "loss", *generator.QUALITIES, "seconds")
         found["generator"] = {name: record.get(name) for name in names}
     if not sets:
         summary.validate(found)

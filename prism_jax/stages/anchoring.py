@@ -2,7 +2,8 @@
 
 generate/latents/<class>.safetensors      of real images (other anchors keep them)
 generate/anchors/<class>.safetensors      with cluster sizes (another strength keeps them)
-generate/candidates/<class>.safetensors   generated images, where the judge chooses among them
+generate/candidates/<class>.safetensors   generated images that the judge chose, and, where they
+                                          are refined, the latents of them
 generate/<control>/<class>.safetensors    images of a control
     .../<class>.json                      written after it: the class is done
     .../record.json                       written last: all are
@@ -22,6 +23,7 @@ from prism_jax import parallel, progress
 from prism_jax.config import GENERATED_CONTROLS
 from prism_jax.config.generation import clustering_of
 from prism_jax.data import weights, workdir
+from prism_jax.data.lazy import OneByOne
 from prism_jax.data.pipeline import read_images
 from prism_jax.data.weights import RECORD, sha256
 from prism_jax.diffusion import anchors, generate, pixels, select
@@ -247,11 +249,15 @@ def real_images(context: Context, opened: Opened, positions: np.ndarray) -> np.n
     source, size = context.inputs.open("train"), opened.image_size
     if size == context.config.dataset.image_size and context.config.generate.view == "cropped":
         return read_images(source, positions.tolist(), threads=context.config.dataset.threads)
-    originals = [source.original(int(at)) for at in positions]
-    if context.config.generate.view == "cropped":
-        originals = [centre(image) for image in originals]
-    resampler = context.config.generate.resampler
-    return np.concatenate([pixels.resize(image[None], size, resampler) for image in originals])
+
+    def view(at: int) -> np.ndarray:
+        image = source.original(at)
+        if context.config.generate.view == "cropped":
+            image = centre(image)
+        return pixels.resize(image[None], size, context.config.generate.resampler)[0]
+
+    threads = context.config.dataset.threads
+    return context.once("views", lambda: OneByOne(view, threads=threads))(positions)
 
 
 def centre(image_HWC: np.ndarray) -> np.ndarray:
@@ -280,17 +286,22 @@ def _candidates(context: Context, classes: list[int]) -> Iterator[Kept]:
         return
     config = context.config
     count = config.generate.candidates * config.recover.ipc
-    painter = Painter(context, generator.open_(context), count)
+    refined = bool(config.generate.refine.steps)
+    opened = generator.open_(context)._replace(refining=None)  # of those that are chosen
+    painter = Painter(context, opened, count, keeps=refined)
     slots = np.arange(count)
     wishes = (
         Wish(np.full(count, cls), slots, anchors_of(context, np.full(count, cls), slots))
         for cls in classes
     )
-    for cls, images in zip(classes, painter.paint(wishes), strict=True):
-        logits_NK = logits_of(context, config.judge, images)
+    for cls, painted in zip(classes, painter.paint(wishes), strict=True):
+        logits_NK = logits_of(context, config.judge, painted.images)
         chosen = select.most_confident(logits_NK, cls, config.recover.ipc)
         facts = {"chosen": chosen.index_S.tolist(), "recognised": chosen.recognised}
-        yield Kept({"images": images[chosen.index_S]}, facts)
+        tensors = {"images": painted.images[chosen.index_S]}
+        if painted.latents_NHWC is not None:
+            tensors["latents"] = painted.latents_NHWC[chosen.index_S]
+        yield Kept(tensors, facts)
 
 
 def _control(context: Context, classes: list[int], name: str) -> Iterator[Kept]:
@@ -307,11 +318,11 @@ def _control(context: Context, classes: list[int], name: str) -> Iterator[Kept]:
     opened = generator.open_(context)
     anchored = name == "decoded_anchors"
     sampling = dataclasses.replace(opened.sampling, strength=float(not anchored), terms=())
-    painter = Painter(context, opened._replace(sampling=sampling), ipc)
+    painter = Painter(context, opened._replace(sampling=sampling, refining=None), ipc)
     slots = np.arange(ipc)
     wishes = (
         Wish(cls_N, slots, anchors_of(context, cls_N, slots) if anchored else None)
         for cls_N in (np.full(ipc, cls) for cls in classes)
     )
-    for images in painter.paint(wishes):
-        yield Kept({"images": images}, {})
+    for painted in painter.paint(wishes):
+        yield Kept({"images": painted.images}, {})

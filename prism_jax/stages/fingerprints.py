@@ -18,7 +18,7 @@ from prism_jax.config.generation import SCHEDULES
 from prism_jax.core import batching
 from prism_jax.core.augment import Augment
 from prism_jax.data import weights, workdir
-from prism_jax.diffusion import huggingface
+from prism_jax.diffusion import huggingface, prompts
 from prism_jax.stages import imported
 from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.synthesis.start import SCORING
@@ -126,6 +126,7 @@ _IMAGES = (
     *("guided_channels", "eta", "variance", "slip", "clip", "mode_weight", "mode_window"),
     *("candidates", "resampler"),
 )
+OF_ANCHORS = ("strength", "mode_weight", "mode_window", "weighted", "candidates")
 
 
 def _generate(context: Context, names: Sequence[str]) -> dict[str, Any]:
@@ -154,6 +155,17 @@ def generator(context: Context) -> dict[str, Any]:
     if "text_encoder" in parts:
         fields["prompts"] = [generate.template, generate.negative, context.inputs.spoken_names]
     return fields
+
+
+def quality(context: Context) -> dict[str, Any]:
+    """What the measured quality of a trained generator is made of."""
+    names = [field for field in _IMAGES if field not in OF_ANCHORS]
+    return {
+        "generate": _generate(context, names),
+        "generator": workdir.digest(generator(context)),
+        "judge": pool(context, [context.config.judge]),
+        "test": context.inputs.fields(context.inputs.open("test")),
+    }
 
 
 def generator_parts(context: Context) -> list[str]:
@@ -202,6 +214,8 @@ def candidates(context: Context) -> dict[str, Any]:
         "ipc": context.config.recover.ipc,
         "generator": workdir.digest(generator(context)),
     }
+    if (g := context.config.generate).candidates > 1 and g.refine.steps:
+        fields["kept"] = "latents"
     if context.config.generate.anchors != "none":
         fields["anchors"] = workdir.digest(anchors(context))
     if context.config.generate.candidates > 1:
@@ -217,10 +231,9 @@ def generated_control(context: Context, name: str) -> dict[str, Any]:
         fields["anchors"] = workdir.digest(anchors(context))
     if name == "medoids":
         return fields
-    of_anchors = ("strength", "mode_weight", "mode_window", "weighted", "candidates")
     names: tuple[str, ...] = ("dtype", "batch_size", "image_size", "resampler")
     if name == "no_anchors":
-        names = tuple(field for field in _IMAGES if field not in of_anchors)
+        names = tuple(field for field in _IMAGES if field not in OF_ANCHORS)
         fields["seed"] = context.config.seed
     return {
         **fields,
@@ -246,6 +259,8 @@ def recover(context: Context) -> dict[str, Any]:
         fields["scorer"] = pool(context, [settings.scorer or settings.primary])
     if settings.maker == "generate":
         fields["generated"] = candidates(context)
+        if context.config.generate.refine.steps:
+            fields["refined"] = _generate(context, ["refine"])["refine"]
     if matched := {t: found for t in settings.pool if (found := statistics(context, t))}:
         fields["statistics"] = workdir.digest(matched)
     return fields
@@ -309,4 +324,4 @@ def _weights_digest(path: str) -> str:
 
 @functools.cache
 def _part_digest(path: str, part: str) -> str:
-    return huggingface.digest(path, part)
+    return prompts.digest(path) if part == "text_encoder" else huggingface.digest(path, part)

@@ -5,10 +5,12 @@ squeeze/generator/
     prompts/              the classes' states, where it reads prompts
     checkpoints/  metrics.jsonl   of a training
     record.json           written last: done
+    quality.json          what images without anchors are worth, and how those were sampled
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import time
@@ -22,7 +24,13 @@ from etils import epath
 
 from prism_jax import parallel, progress
 from prism_jax.config import Generate
-from prism_jax.config.generation import FOLDER, SCHEDULES, fitting_of, sampling_of
+from prism_jax.config.generation import (
+    FOLDER,
+    SCHEDULES,
+    fitting_of,
+    refining_of,
+    sampling_of,
+)
 from prism_jax.data import workdir
 from prism_jax.data.checkpoints import Checkpoints
 from prism_jax.data.lazy import chunks
@@ -42,6 +50,7 @@ from prism_jax.diffusion import (
 )
 from prism_jax.diffusion.generate import Generator, Places, Weights
 from prism_jax.diffusion.protocols import Codec
+from prism_jax.diffusion.refine import Refining
 from prism_jax.errors import UserError
 from prism_jax.stages import fingerprints
 from prism_jax.stages.context import Context
@@ -50,6 +59,8 @@ from prism_jax.stages.squeeze import refusal
 from prism_jax.types import Array, PyTree
 
 MEASURED = 1000  # images that the quality of a trained generator is measured on
+TESTED = 2000  # test images at most, evenly spaced, that they are compared with
+QUALITY, QUALITIES = "quality.json", ("judge", "recognised", "distance", "near")
 
 
 class Opened(NamedTuple):
@@ -58,6 +69,7 @@ class Opened(NamedTuple):
     Attributes:
       generator: its networks; ``weights``, theirs.
       sampling: how images are sampled.
+      refining: how their latents are refined; None, or no steps: they are not.
       labels_K: what the condition calls each class.
       latent_shape: of one image.
       image_size: side of the images that the codec reads and makes.
@@ -66,6 +78,7 @@ class Opened(NamedTuple):
     generator: Generator
     weights: Weights
     sampling: samplers.Sampling
+    refining: Refining | None
     labels_K: np.ndarray
     latent_shape: tuple[int, int, int]
     image_size: int
@@ -99,8 +112,9 @@ def check(context: Context) -> None:
     """Refuse, before any work, what the data does not allow, and a generator of other settings.
 
     Raises:
-      UserError: files that are not there, classes with too few images for their anchors, images
-        of other channels than the codec's, more components than a patch has numbers.
+      UserError: files that are not there or do not fit together, classes with too few images for
+        their anchors, images of other channels than the codec's, more components than a patch has
+        numbers, more guided channels than latents have.
     """
     config, g = context.config, context.config.generate
     if lines := missing(context):
@@ -132,12 +146,60 @@ def check(context: Context) -> None:
             f"generate.components is {g.components}, and patches of generate.patch={g.patch} have "
             f"{g.patch**2 * channels} numbers; choose at most so many"
         )
-    is_done(context)
+    latent = channels if g.codec == "none" else g.components
+    if g.generator == "dit" and (g.guided_channels or 0) > latent:
+        raise UserError(_too_many(g, latent))
+    if not is_done(context) and g.generator != "dit":
+        _check_forms(context)
+
+
+def _too_many(g: Generate, channels: int) -> str:
+    return (
+        f"generate.guided_channels is {g.guided_channels}, and the latents have {channels} "
+        f"channel(s); choose at most so many, or leave it unset for all"
+    )
+
+
+def _check_forms(context: Context) -> None:
+    """Refuse, by what the configs of released networks say, those that do not fit together.
+
+    Raises:
+      UserError: another network, latents that it does not read, other classes, a prompt that is
+        too long or cannot be cut into tokens, a variance that is not returned, or more guided
+        channels than there are.
+    """
+    g = context.config.generate
+    vae: Any = huggingface.form(fingerprints.part_path(context, "vae"), "vae")
+    part = "unet" if g.generator == "stable_diffusion" else "transformer"
+    denoiser: Any = huggingface.form(fingerprints.part_path(context, part), part)
+    if part == "transformer":
+        _imagenet_labels(context, denoiser.classes)
+    else:
+        texts: Any = huggingface.form(
+            fingerprints.part_path(context, "text_encoder"), "text_encoder"
+        )
+        said = prompts.of_classes(context.inputs.spoken_names, g.template)
+        prompts.tokenise(str(g.directory), [*said, g.negative], texts.length)
+    size = g.image_size or context.config.dataset.image_size
+    shape = latent_shape(vae, huggingface.shapes("vae", vae), size, 3)
+    _, *told = huggingface.PARTS[part].arguments(denoiser)
+    arguments = jax.ShapeDtypeStruct((1, *shape), np.float32), *told
+    params = huggingface.shapes(part, denoiser)
+    with _reading(shape):
+        returned = jax.eval_shape(denoiser.predict, params, *arguments).shape[-1]
+    if g.variance == "learned" and returned != 2 * shape[-1]:
+        raise UserError(
+            f"generate.variance is 'learned', but the denoiser in {g.directory} returns {returned} "
+            f"channels for latents of {shape[-1]}: it learned none; allowed for it: small, large"
+        )
+    if (g.guided_channels or 0) > shape[-1]:
+        raise UserError(_too_many(g, shape[-1]))
 
 
 def missing(context: Context) -> list[str]:
     """What it is read from and is not there, a line each."""
-    if context.config.generate.generator == "dit":
+    g = context.config.generate
+    if g.generator == "dit":
         return []
     found = []
     for part in fingerprints.generator_parts(context):
@@ -145,11 +207,15 @@ def missing(context: Context) -> list[str]:
             huggingface.check_there(fingerprints.part_path(context, part), part)
         except UserError as error:
             found.append(str(error))
-    if context.config.generate.generator == "stable_diffusion":
-        try:
-            context.inputs.spoken_names  # noqa: B018
-        except UserError as error:
-            found.append(str(error))
+    if g.generator == "stable_diffusion":
+        for look in (
+            lambda: prompts.of_classes(context.inputs.spoken_names, g.template),
+            lambda: prompts.tokenizer_folder(str(g.directory)),
+        ):
+            try:
+                look()
+            except UserError as error:
+                found.append(str(error))
     return found
 
 
@@ -223,7 +289,8 @@ def _released(context: Context, root: epath.Path) -> Opened:
     shape = latent_shape(codec, vae.params, size, 3)
     generator = Generator(codec, denoiser, condition)
     _check_whole(generator, weights, shape)
-    return Opened(generator, weights, sampling, labels_K, shape, size)
+    refining = refining_of(g, schedule)
+    return Opened(generator, weights, sampling, refining, labels_K, shape, size)
 
 
 def _imagenet_labels(context: Context, classes: int) -> np.ndarray:
@@ -248,8 +315,15 @@ def _check_whole(generator: Generator, weights: Weights, shape: tuple[int, int, 
         condition = generator.condition.of_labels(weights.condition, jnp.asarray(label))
         return generator.denoiser.predict(weights.denoiser, noisy, jnp.zeros(1), condition)
 
-    try:
+    with _reading(shape):
         jax.eval_shape(once, weights, noisy)
+
+
+@contextlib.contextmanager
+def _reading(shape: tuple[int, int, int]) -> Iterator[None]:
+    """Say of a failure that a denoiser does not read latents of a shape."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:  # flax raises several kinds
@@ -321,6 +395,7 @@ def small(context: Context, tree: PyTree) -> Opened:
         Generator(codec, module, module),
         Weights(tree["codec"], tree["denoiser"], {}, bounds),
         sampling_of(g, SCHEDULES["dit"]),
+        refining_of(g, SCHEDULES["dit"]),
         np.arange(config.dataset.num_classes, dtype=np.int32),
         shape,
         size,
@@ -348,22 +423,12 @@ def _train(context: Context, root: epath.Path) -> dict[str, Any]:
     tree = jax.device_get({"codec": params, "denoiser": state.average})
     data = pack(tree)
     workdir.write_bytes(root / WEIGHTS, data)
-    found = _measure(context, small(context, tree), held)
-    told = f"recognised {found.recognised:.1%} (by {config.judge}), distance {found.distance:.2f}"
-    context.say(f"generator: loss {loss:.3g}, {told}, near {found.near:.1%}")
-    if found.faults:
-        context.say(
-            f"warning: the generator's images are not as they should be: "
-            f"{'; '.join(found.faults)}. Train it longer (generate.fit.steps={g.fit.steps}) or "
-            f"make it larger (generate.denoiser)"
-        )
+    context.say(f"generator: loss {loss:.3g}")
     return {
         "source": "train",
         "params": _count(tree["denoiser"]),
         "latent": list(latents_NHWC.shape[1:]),
         "loss": loss,
-        "judge": config.judge,
-        **found._asdict(),
         "seconds": seconds,
         "sha256": sha256(data),
     }
@@ -379,40 +444,31 @@ def _fit(
         every_seconds=context.config.recover.checkpoint_seconds,
         of=workdir.read_fingerprint(root),
     )
-    state, seconds = fit.initial_state(module, fitting, seed, latents.shape[1:]), 0.0
-    losses: list[Any] = []  # since they were looked at
-    mean = float("nan")
-    if restored := checkpoints.restore(jax.device_get(state)):
+    now, seconds = fit.Progress(fit.initial_state(module, fitting, seed, latents.shape[1:])), 0.0
+    if restored := checkpoints.restore(jax.device_get(now.state)):
         done, state, meta = restored
-        seconds, losses, mean = meta["seconds"], meta["losses"], meta["mean"] or mean
+        mean = float("nan") if meta["mean"] is None else meta["mean"]
+        seconds, now = meta["seconds"], fit.Progress(state, tuple(meta["losses"]), mean)
         context.say(f"generator: continues after step {done} of {fitting.steps}")
-    began, first, step = time.monotonic(), int(state.step), fit.jitted_step(fitting, module)
+    began, first = time.monotonic(), int(now.state.step)
     metrics = root / "metrics.jsonl"
     truncate(metrics, lambda line: line["step"] <= first)
     writer = MetricsWriter(metrics, tensorboard_dir=root / "tensorboard")
 
     def save(number: int) -> None:
         writer.flush()
-        found = [float(loss) for loss in jax.device_get(losses)]
-        meta = {"losses": found, "mean": None if np.isnan(mean) else mean}
+        found = [float(loss) for loss in jax.device_get(now.losses)]
+        meta = {"losses": found, "mean": None if np.isnan(now.mean) else now.mean}
         meta["seconds"] = seconds + time.monotonic() - began
-        checkpoints.save(number, state, meta)
+        checkpoints.save(number, now.state, meta)
 
     with progress.task("generator", fitting.steps, unit="step", done=first) as bar:
-        for number in range(first + 1, fitting.steps + 1):
-            at = fit.batch_index(fitting, seed, len(labels), number - 1)
-            state, loss = step(np.uint32(seed), state, latents[at], labels[at])
-            losses.append(loss)
+        steps = fit.fit(module, fitting, latents, labels, seed=seed, begun=now)
+        for number, now in enumerate(steps, first + 1):
             shown = {}
-            if number % fit.LOOKED == 0 or number == fitting.steps:
-                mean = float(np.mean(np.array(jax.device_get(losses), np.float32)))
-                losses, shown = [], {"loss": mean}
-                if not np.isfinite(mean):
-                    raise UserError(
-                        f"the generator's loss is {mean} up to step {number}; lower "
-                        f"generate.fit.learning_rate={fitting.learning_rate:g}, in another workdir"
-                    )
-                writer.write(number, loss=mean)
+            if not now.losses:
+                shown = {"loss": now.mean}
+                writer.write(number, loss=now.mean)
             bar.advance(1, **shown)
             if context.stop.requested or (checkpoints.due and number < fitting.steps):
                 save(number)
@@ -422,19 +478,60 @@ def _fit(
     writer.close()
     save(fitting.steps)
     checkpoints.close()
-    return state, mean, seconds + time.monotonic() - began
+    return now.state, now.mean, seconds + time.monotonic() - began
 
 
-def _measure(context: Context, opened: Opened, train_images: np.ndarray) -> quality.Quality:
-    """What images without anchors are worth: recognised, and no copies."""
-    classes = context.config.dataset.num_classes
+def quality_of(context: Context) -> dict[str, Any] | None:
+    """What images without anchors are worth as they are sampled now; None: it is not known."""
+    path = folder(context) / QUALITY
+    if not path.exists():
+        return None
+    record = workdir.read_record(path)
+    return record if record["of"] == workdir.digest(fingerprints.quality(context)) else None
+
+
+def is_measured(context: Context) -> bool:
+    """Whether there is nothing to measure; a generator that is read is not measured."""
+    return context.config.generate.generator != "dit" or quality_of(context) is not None
+
+
+def measure(context: Context) -> None:
+    """Measure what images without anchors are worth: recognised, and no copies; one process' work.
+
+    Another sampler, guidance or judge measures anew.
+    """
+
+    def missing() -> list[str]:
+        return [] if is_measured(context) else [QUALITY]
+
+    if context.work.deal(QUALITY, [QUALITY], missing):
+        found, config = _measured(context), context.config
+        record = {"of": workdir.digest(fingerprints.quality(context)), "judge": config.judge}
+        workdir.write_record(folder(context) / QUALITY, {**record, **found._asdict()})
+        context.say(
+            f"generator: recognised {found.recognised:.1%} (by {config.judge}), distance "
+            f"{found.distance:.2f}, near {found.near:.1%}"
+        )
+        if found.faults:
+            context.say(
+                f"warning: the generator's images are not as they should be: "
+                f"{'; '.join(found.faults)}. Train it longer (generate.fit.steps="
+                f"{config.generate.fit.steps}) or make it larger (generate.denoiser)"
+            )
+    context.work.wait(lambda: is_measured(context))
+
+
+def _measured(context: Context) -> quality.Quality:
+    classes, opened = context.config.dataset.num_classes, open_(context)
     class_N, slot_N = (x.ravel() for x in np.mgrid[:classes, : -(-MEASURED // classes)])
     free = dataclasses.replace(opened.sampling, strength=1.0, terms=())
-    painter = Painter(context, opened._replace(sampling=free), len(class_N))
-    (images,) = painter.paint([Wish(class_N, slot_N)], context.config.squeeze.seed)
-    logits_NK = logits_of(context, context.config.judge, images)
-    test = context.inputs.test_set()[0][:]
-    return quality.quality(images, logits_NK.argmax(1), class_N, train=train_images, test=test)
+    painter = Painter(context, opened._replace(sampling=free, refining=None), len(class_N))
+    (painted,) = painter.paint([Wish(class_N, slot_N)], context.config.squeeze.seed)
+    logits_NK = logits_of(context, context.config.judge, painted.images)
+    train = context.inputs.read(context.inputs.open("train"))[:]
+    test = context.inputs.test_set()[0]
+    some = test[:: -(-len(test) // TESTED)]
+    return quality.quality(painted.images, logits_NK.argmax(1), class_N, train=train, test=some)
 
 
 # --- images -----------------------------------------------------------------------------------
@@ -451,29 +548,42 @@ class Wish(NamedTuple):
     anchors_NHWC: np.ndarray | None = None
 
 
+class Painted(NamedTuple):
+    """The images of a wish, uint8 at the data set's size; the latents of them, where kept."""
+
+    images: np.ndarray
+    latents_NHWC: np.ndarray | None = None
+
+
 class Painter:
     """The generator on every device: a batch on each, without a collective."""
 
-    def __init__(self, context: Context, opened: Opened, images: int):
+    def __init__(self, context: Context, opened: Opened, images: int, *, keeps: bool = False):
         """Place the weights.
 
         Args:
           images: of a wish at most; smaller ones are padded, so that a program is compiled once.
+          keeps: give the latents too.
         """
         g = context.config.generate
         self._context, self._opened = context, opened
         self._batch = min(g.batch_size, images)
 
-        def paint(weights: Weights, seed: Array, lane: tuple[Places, Array]) -> Array:
-            return generate.generate(opened.generator, opened.sampling, weights, seed, *lane)
+        def paint(weights: Weights, seed: Array, lane: tuple[Places, Array]) -> tuple[Array, ...]:
+            networks = opened.generator
+            latents_BHWC = generate.latents(
+                networks, opened.sampling, weights, seed, *lane, opened.refining
+            )
+            images_BHWC = networks.codec.decode(weights.codec, latents_BHWC)
+            return (images_BHWC, latents_BHWC) if keeps else (images_BHWC,)
 
         self._lanes = parallel.LaneMap(
             paint, opened.weights, arity=1, devices=parallel.devices(),
             how=context.config.parallel.map,
         )  # fmt: skip
 
-    def paint(self, wishes: Iterable[Wish], seed: int | None = None) -> Iterator[np.ndarray]:
-        """Yield each wish's images, uint8 at the data set's size, in turn.
+    def paint(self, wishes: Iterable[Wish], seed: int | None = None) -> Iterator[Painted]:
+        """Yield each wish's images in turn.
 
         Args:
           wishes: of which so many are held at a time as the devices work on.
@@ -492,14 +602,12 @@ class Painter:
             for at in range(0, len(wish.classes_N), self._batch):
                 part = slice(at, at + self._batch)
                 places = list(zip(wish.classes_N[part], wish.slots_N[part], strict=True))
-                images = next(results)[: len(places)]
-                found.append(
-                    pixels.resize(
-                        pixels.to_uint8(images, places), config.dataset.image_size, g.resampler
-                    )
-                )
+                images, *kept = (rows[: len(places)] for rows in next(results))
+                levels = pixels.to_uint8(images, places)
+                resized = pixels.resize(levels, config.dataset.image_size, g.resampler)
+                found.append((resized, *kept))
                 self._context.stop.check()
-            yield np.concatenate(found)
+            yield Painted(*map(np.concatenate, zip(*found, strict=True)))
 
     def lower(self) -> jax.stages.Lowered:
         """The program of a batch on every device, from shapes alone."""

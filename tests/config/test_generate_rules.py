@@ -44,6 +44,23 @@ REFUSED = {
         "the strength leaves steps 34 to 0",
     ),
     "window of nothing": ({"generate__mode_window": (1, 2)}, "generate.mode_weight is 0"),
+    "modes of anchors alone": (
+        {"generate__strength": 0.0, "generate__mode_weight": 0.1},
+        "generate.mode_weight=0.1 counts for nothing",
+    ),
+    "candidates of anchors alone": (
+        {"generate__strength": 0.0, "generate__candidates": 2},
+        "generate.candidates=2 counts for nothing",
+    ),
+    "refined outside": (
+        {"generate__refine__steps": 3, "generate__refine__window": (1, 50)},
+        "at the times of steps 1 to 50, but the steps are numbered 0",
+    ),
+    "refined backwards": ({"generate__refine__steps": -1}, "generate.refine.steps is -1"),
+    "refined at no rate": (
+        {"generate__refine__steps": 3, "generate__refine__learning_rate": 0.0},
+        "at learning rate 0",
+    ),
     "sampler": ({"generate__sampler": "euler"}, "'euler'; allowed: ddim, ddpm, pndm"),
     "eta of another": ({"generate__sampler": "pndm", "generate__eta": 0.5}, "eta belongs to"),
     "anchors": ({"generate__anchors": "medoids"}, "anchors are 'medoids'; allowed"),
@@ -118,6 +135,7 @@ ALLOWED = {
     "variance that was learned": {
         **READ, "generate__sampler": "ddpm", "generate__variance": "learned",
     },
+    "refined": {**NO_ANCHORS, "generate__candidates": 2, "generate__refine__steps": 100},
     "patches": {
         "generate__codec": "patches", "generate__patch": 4, "generate__denoiser__token": 2,
     },

@@ -12,6 +12,9 @@ from helpers.command import call
 from configs.methods import recipes
 from prism_jax import plan, synthesis
 from prism_jax.config import Experiment, resolve
+from prism_jax.config.generation import clustering_of
+from prism_jax.config.sections import Refine
+from prism_jax.diffusion.anchors import Clustering
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "configs" / "methods"
 METHODS = sorted(p.stem for p in FOLDER.glob("*.py") if "def get_config" in p.read_text())
@@ -65,8 +68,10 @@ def test_the_real_command_plans_every_method(name):
     file = FOLDER / f"{name}.py"
     status, out, err = call(f"--config={file}:digits,ipc2,quick", "--plan")
     assert status == 0, err
-    optimises = name not in ("rded", "d4m", "ddoq", "mgd3", "cao2")
+    generates = name in ("d4m", "ddoq", "mgd3", "cao2")
+    optimises = name != "rded" and not generates
     assert "relabel takes" in out and ("recover takes" in out) == optimises
+    assert ("generator takes" in out) == ("generate takes" in out) == generates
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -213,6 +218,16 @@ STATED = {
         "validate.loss": "kl", "validate.temperature": 20.0, "validate.learning_rate": 1e-3,
         "validate.weight_decay": 0.01, "validate.schedule": "cosine", "validate.accumulate": 2,
     },
+    ("d4m", "cifar100", "ipc50"): {
+        "generate.generator": "stable_diffusion", "generate.image_size": 512,
+        "generate.strength": 0.7, "generate.guidance": 8.0, "generate.class_names": None,
+        "generate.template": "a photo of a {}", "relabel.mix": "mixup",
+        "validate.temperature": 30.0, "validate.epochs": 400,
+    },
+    ("d4m", "tiny_imagenet"): {
+        "generate.class_names": "data/tiny_imagenet_names.txt", "generate.sampler": "pndm",
+        "validate.epochs": 100, "validate.optimiser": "sgd",
+    },
     ("ddoq", "imagenet"): {"generate.weighted": True, "generate.strength": 0.7},
     ("mgd3", "imagenet"): {
         "generate.generator": "dit_released", "generate.image_size": 256,
@@ -224,7 +239,7 @@ STATED = {
     ("cao2", "imagenet"): {
         "generate.sampler": "ddpm", "generate.guidance": 2.7, "generate.candidates": 4,
         "generate.judge": "resnet18", "generate.anchors": "none", "generate.strength": 1.0,
-        "validate.schedule": "half_cosine",
+        "validate.schedule": "half_cosine", "generate.refine": Refine(100, 6e-4, 10.0, (1, 11)),
     },
     ("cao2", "digits"): {"generate.candidates": 2},
     ("prism", "imagenet"): {
@@ -233,6 +248,29 @@ STATED = {
         "validate.schedule": "cos2", "validate.batch_size": 50, "validate.accumulate": 2,
     },
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("d4m", {"imagenet", "tiny_imagenet", "cifar100", "cifar10", "digits"})]
+    + [(name, {"imagenet", "digits"}) for name in ("mgd3", "ddoq", "cao2")],
+)
+def test_a_generator_has_the_recipes_of_its_paper(name, given):
+    """What no paper gives is refused, with what there is."""
+    assert set(recipes_of(name)) == given
+    for dataset in {*recipes.DATASETS} - given:
+        with pytest.raises(ValueError, match=f"{name} has no recipe for {dataset}.*give imagenet"):
+            experiment(name, dataset)
+
+
+def test_the_released_d4m_is_that_of_the_notes():
+    """Every defect by its flag, and what they are in the engine's words."""
+    e = experiment("d4m", "imagenet", "official")
+    assert clustering_of(e.generate) == Clustering("chunked_released", expand=1)
+    assert e.generate.sampled and e.generate.slip and e.generate.template == "{}"
+    page = (FOLDER.parents[1] / "docs" / "presets.md").read_text().split("## D4M as released")[1]
+    for flag in BROUGHT_BACK["d4m", "imagenet"]:
+        assert f"`generate.{flag}" in page, flag
 
 
 @pytest.mark.parametrize("at", STATED, ids=" ".join)
@@ -272,6 +310,7 @@ BROUGHT_BACK = {
     },
     ("sre2l", "imagenet"): {"rounding", "jpeg_quality"},
     ("d4m", "imagenet"): {"anchors", "expand", "sampled", "slip", "template"},
+    ("d4m", "cifar10"): {"anchors", "expand", "sampled", "slip", "template"},
     ("d4m", "digits"): {"anchors", "expand"},
     ("mgd3", "imagenet"): {"guided_channels"},
 }  # fmt: skip

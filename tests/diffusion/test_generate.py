@@ -14,6 +14,7 @@ from prism_jax import parallel, rng
 from prism_jax.diffusion import generate, guidance, noise, pixels, samplers
 from prism_jax.diffusion.generate import Generator, Places, Weights
 from prism_jax.diffusion.guidance import Term
+from prism_jax.diffusion.refine import Refining
 from prism_jax.diffusion.samplers import Sampling
 from prism_jax.errors import UserError
 from prism_jax.types import Array
@@ -62,6 +63,7 @@ def program(sampling: Sampling, toy: Toy):
 
 
 SILENT = Toy()
+GENERATOR = Generator(Half(), SILENT, SILENT)
 
 
 def made(sampling: Sampling, *, at: Places | None = None, anchors=None, toy=SILENT) -> np.ndarray:
@@ -222,6 +224,33 @@ def test_another_batch_changes_no_draw_and_pixels_by_rounding_alone(name):
         np.testing.assert_allclose(found, whole[rows], atol=1e-5)
     by_row = made(sampling, at=Places(*(x[:1] for x in places())), anchors=anchors[[4]])  # twin
     assert np.abs(by_row - whole[[4]]).max() > 1e-2
+
+
+BOUNDS = noise.Bounds(np.array([-0.5, -0.9], np.float32), np.array([0.7, 1.1], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "bounds"),
+    [("ddim", noise.COSINE, BOUNDS), ("ddpm", noise.DIT, None), ("pndm", noise.DIT, BOUNDS)],
+    ids=NAMES,
+)
+def test_a_lane_of_one_device_rounds_as_one_of_eight(name, schedule, bounds):
+    """The latents themselves: XLA divides by a number otherwise where there are several lanes."""
+    term = Term("mode", 0.2, (0, 7))
+    sampling = sampled(name, schedule=schedule, terms=(term,))
+    refining = Refining(schedule, sampling.steps, 3, learning_rate=0.1, window=(1, 3))
+    weights = Weights({}, np.float32(0.5), {}, bounds)
+
+    def lane(weights, seed, batch):
+        return generate.latents(GENERATOR, sampling, weights, seed, *batch, refining)
+
+    anchors = np.random.default_rng(1).normal(size=(6, *SHAPE)).astype(np.float32)
+    found = []
+    for count in (1, 8):
+        lanes = parallel.LaneMap(lane, weights, arity=1, devices=jax.devices()[:count])
+        (latents,) = lanes.stream(3, [(places(), anchors)])
+        found.append(latents)
+    np.testing.assert_array_equal(found[1], found[0])
 
 
 def test_any_number_of_devices_makes_the_same_bits_without_a_collective():

@@ -136,7 +136,7 @@ def test_states_are_kept_and_a_run_needs_neither_tokenizer_nor_encoder(tmp_path,
     monkeypatch.setattr(prompts, "BATCH", 3)  # the second batch is not full
     made = prompts.conditions(folder, str(source), NAMES, "dog")
     assert made["texts"].shape == (3, 12, 16) and made["null"].shape == (12, 16)
-    module, params, _ = huggingface.load(str(source), "text_encoder")
+    module, params = huggingface.load(str(source), "text_encoder")
     tokens = prompts.tokenise(str(source), [*NAMES, "dog"], 12)
     states = module.encode(params, tokens)[0]
     np.testing.assert_allclose(made["texts"], states[:3], atol=1e-5)

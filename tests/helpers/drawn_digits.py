@@ -57,14 +57,15 @@ def judged(images_uint8: np.ndarray) -> np.ndarray:
 
 
 def trained(fitting: fit.Fitting) -> tuple[generate.Weights, list[float]]:
-    """The weights of a generator, and its losses."""
+    """The weights of a generator, and its losses as they were looked at."""
     train = digits("train")
     codec = patches.fit_pixels(train.images)
     latents, _ = patches.Pixels().encode(codec, pixels.from_uint8(train.images))
-    average, losses = fit.fit(
-        DENOISER, fitting, np.asarray(latents), train.labels.astype(np.int32), seed=0
-    )
-    return generate.Weights(codec, average, {}, patches.bounds(codec)), losses
+    latents, labels = np.asarray(latents), train.labels.astype(np.int32)
+    begun = fit.Progress(fit.initial_state(DENOISER, fitting, 0, latents.shape[1:]))
+    *_, last = steps = list(fit.fit(DENOISER, fitting, latents, labels, seed=0, begun=begun))
+    losses = [step.mean for step in steps if not step.losses]
+    return generate.Weights(codec, last.state.average, {}, patches.bounds(codec)), losses
 
 
 def drawn(

@@ -151,6 +151,57 @@ def test_the_judge_chooses_among_candidates(reference, tmp_path):
     assert any(np.abs(taken[c] - every[c][:2]).max() > 20 for c in range(4))
 
 
+BOUND = 1e-5  # of latents, whose deviation is 1
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_another_batch_size_changes_no_draw(reference, batch):
+    """And pixels by their rounding alone: docs/diffusion.md."""
+    classes, slots = (x.ravel().astype(np.int32) for x in np.mgrid[:4, :10])
+
+    def painted(batch_size: int, seed: int = 0) -> generator.Painted:
+        context = context_of(reference, batch_size=batch_size)
+        painter = generator.Painter(context, generator.open_(context), 40, keeps=True)
+        anchors = anchoring.anchors_of(context, classes, slots)
+        (found,) = painter.paint([generator.Wish(classes, slots, anchors)], seed)
+        return found
+
+    whole, parts, twin = painted(40), painted(batch), painted(40, seed=1)
+    assert np.abs(parts.latents_NHWC - whole.latents_NHWC).max() < BOUND
+    moved = np.abs(parts.images.astype(int) - whole.images)
+    assert moved.max() <= 1 and (moved > 0).mean() < 1e-3
+    assert np.abs(twin.latents_NHWC - whole.latents_NHWC).max() > 0.1
+
+
+CHOSEN = ("--config.generate.candidates=2", "--config.generate.refine.steps=4",
+          "--config.generate.refine.window=(1,3)")  # fmt: skip
+
+
+def test_the_chosen_are_refined_and_not_sampled_again(reference, tmp_path):
+    ok(tmp_path / "plain", CHOSEN[0], f"--from={reference}")
+    ok(tmp_path / "r", *CHOSEN, f"--from={reference}")
+    out = ok(
+        tmp_path / "more", *CHOSEN, "--config.generate.refine.learning_rate=0.02",
+        f"--from={tmp_path / 'r'}",
+    )  # fmt: skip
+    assert "candidates:" not in out and "recover:" in out
+    plain, refined, more = (images(tmp_path / n).astype(int) for n in ("plain", "r", "more"))
+    assert digests(tmp_path / "more") == digests(tmp_path / "r")
+    for cls in range(4):
+        one, other = (kept(tmp_path / n, "candidates", cls) for n in ("plain", "r"))
+        np.testing.assert_array_equal(one["images"], other["images"])
+        assert other["latents"].shape == (2, 8, 8, 1) and "latents" not in one
+    assert 0 < np.abs(more - plain).mean() and np.abs(refined - plain).max() <= 2
+    message = refused(tmp_path / "r", *CHOSEN, "--config.generate.refine.steps=5")
+    assert "refined.steps: 4 -> 5" in message
+
+
+def test_images_are_refined_without_candidates_too(reference, tmp_path):
+    rate = "--config.generate.refine.learning_rate=0.05"
+    ok(tmp_path / "r", *CHOSEN[1:], rate, f"--from={reference}")
+    assert np.abs(images(tmp_path / "r").astype(int) - images(reference)).max() > 2
+
+
 def test_modes_draw_images_to_their_anchors(reference, tmp_path):
     def distance(root) -> float:
         return float(np.abs(images(root).astype(float) - images(tmp_path / "anchors")).mean())
@@ -182,6 +233,51 @@ def test_killed_in_substage_after_substage(tmp_path, reference):
     assert "generator: continues after step" in said + done.stdout
     assert_same(root, reference)
     assert digests(root) == digests(reference)
+
+
+def test_killed_among_candidates_and_refined_images(tmp_path, reference):
+    """Made by one device; without an interruption by eight."""
+    root, whole = tmp_path / "run", tmp_path / "whole"
+    ok(whole, *CHOSEN, f"--from={reference}")
+    command = (D4M, f"--workdir={root}", RECOVER, *CHOSEN, f"--from={reference}")
+    for pattern in ("generate/candidates/00001.json", "recover/images/00000/00000.png"):
+        killed = signal_when(lambda p=pattern: any(root.glob(p)), signal.SIGKILL, *command)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert_same(root, whole)
+    assert digests(root) == digests(whole)
+
+
+KILLS = 10
+SUBSTAGES = ("latents", "anchors", "candidates", "images")
+
+
+@pytest.mark.slow
+def test_killed_ten_times_at_drawn_events(tmp_path, reference):
+    """In every substage, at a file that is half written, written or in its place."""
+    root, whole = tmp_path / "run", tmp_path / "whole"
+    trained = ("--stages=recover", *CHOSEN)
+    for into in (root, whole):
+        shutil.copytree(reference / "squeeze", into / "squeeze")
+    done = run(D4M, f"--workdir={whole}", *trained)
+    assert done.returncode == 0, done.stderr
+    random, kills = np.random.default_rng(0), []
+    while len(kills) < KILLS:
+        substage, number = SUBSTAGES[len(kills) % 4], int(random.integers(1, 13))
+        command = (f"in {substage}", str(number), D4M, f"--workdir={root}", *trained)
+        done = run(*command, command=("tests/helpers/dying.py",))
+        if done.returncode == 0:  # it happened less often than that
+            assert_same(root, whole)
+            for name in ("generate", "recover"):
+                shutil.rmtree(root / name)
+            continue
+        assert done.returncode == -signal.SIGKILL, f"{kills} {command[0]} {number}: {done.stderr}"
+        kills.append(f"{substage} {number}")
+    done = run(D4M, f"--workdir={root}", *trained)
+    assert done.returncode == 0, f"{kills}: {done.stderr}"
+    assert_same(root, whole)
+    assert digests(root) == digests(whole)
 
 
 CONTROLS = "--config.validate.controls=medoids,decoded_anchors,no_anchors"

@@ -10,8 +10,10 @@ from diffusion import parity
 from helpers.command import ROOT, call, snapshot
 from helpers.images import write_tree
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from prism_jax.diffusion import prompts
+from prism_jax.stages import fingerprints
 
 CLASSES = tuple(f"class{i}" for i in range(10))  # as many as the tiny transformer knows
 CASES = {"vae": "vae_decode", "unet": "unet_1", "text_encoder": "clip_text", "transformer": "dit"}
@@ -49,9 +51,13 @@ DIFFUSION = ("--config.generate.generator=stable_diffusion", "--config.generate.
 
 
 @pytest.fixture
-def told(monkeypatch):
+def told(monkeypatch, tmp_path):
     """The texts that were encoded, in place of a tokenizer and an encoder that fits."""
     texts: list[str] = []
+    (tmp_path / "networks" / "tokenizer").mkdir(parents=True)
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "networks" / "tokenizer" / name).write_text("{}")
+    monkeypatch.setattr(prompts, "tokenise", lambda directory, given, length: None)
 
     def encode(directory, given):
         texts.extend(given)
@@ -117,10 +123,53 @@ def test_what_is_not_there_is_told_with_what_to_download(command, tmp_path, told
     assert not root.exists()
 
 
+def test_what_parts_say_is_refused_before_anything_is_made(command, tmp_path, told):
+    """By their configs alone: nothing is trained, and nothing of the weights is read."""
+    root, networks = tmp_path / "run", tmp_path / "networks"
+    for part in CASES:
+        for file in (networks / part).glob("*.safetensors"):
+            file.write_bytes(b"")
+    few = refused(root, *command, *DIT, "--config.generate.guided_channels=5")
+    assert "guided_channels is 5, and the latents have 4" in few
+    names = f"--config.generate.class_names={tmp_path / 'names.txt'}"
+    ddpm = (*command, *DIFFUSION, names, "--config.generate.sampler=ddpm")
+    assert "it learned none" in refused(root, *ddpm, "--config.generate.variance=learned")
+    assert "do not divide into patches" in refused(
+        root, *command, *DIT, "--config.generate.image_size=18"
+    )
+    (networks / "tokenizer" / "vocab.json").unlink()
+    assert "there is no tokenizer at" in refused(root, *command, *DIFFUSION, names)
+    assert "needs one {}" in refused(root, *ddpm, "--config.generate.template=a")
+    config = networks / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "SiT"}))
+    assert "holds a SiT; a transformer is a" in refused(root, *command, *DIT)
+    assert not root.exists()
+
+
+def test_a_tensor_too_many_is_named_before_a_teacher_is_trained(command, tmp_path):
+    path = next((tmp_path / "networks" / "transformer").glob("*.safetensors"))
+    tensors = load_file(path)
+    save_file({**tensors, "extra.weight": np.zeros(2, np.float32)}, path)
+    message = refused(tmp_path / "run", *command, *DIT)
+    assert "1 tensors are not part of it: extra.weight" in message
+    assert not (tmp_path / "run" / "squeeze" / "first").exists()
+
+
+def test_another_tokenizer_is_another_generator(command, tmp_path, told):
+    names = f"--config.generate.class_names={tmp_path / 'names.txt'}"
+    ok(*command, *DIFFUSION, names, "--stages=squeeze")
+    before = prompts.digest(str(tmp_path / "networks"))
+    (tmp_path / "networks" / "tokenizer" / "tokenizer_config.json").write_text('{"pad_token": "!"}')
+    assert prompts.digest(str(tmp_path / "networks")) != before
+    fingerprints._part_digest.cache_clear()
+    message = refused(tmp_path / "run", *command, *DIFFUSION, names)
+    assert "the generator in" in message and "files.text_encoder" in message
+
+
 def test_another_size_or_other_classes_are_refused(command, tmp_path, told):
     root = tmp_path / "run"
     odd = refused(root, *command, *DIT, "--config.generate.image_size=18")
     assert "latents of 9 x 9 do not divide into patches of 2" in odd
     config = tmp_path / "networks" / "vae" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "latent_channels": 3}))
-    assert "the weights of" in refused(root, *command, *DIT)
+    assert "does not read latents of 8 x 8 x 3" in refused(root, *command, *DIT)

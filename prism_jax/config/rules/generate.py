@@ -10,11 +10,12 @@ from prism_jax.config.generation import (
     SCHEDULES,
     clustering_of,
     fitting_of,
+    refining_of,
     sampling_of,
 )
 from prism_jax.config.rules.common import literals_of, one_of, positive
 from prism_jax.config.sections import Experiment
-from prism_jax.diffusion import fit, pixels, samplers
+from prism_jax.diffusion import fit, pixels, refine, samplers
 from prism_jax.diffusion.anchors import check as check_anchors
 from prism_jax.errors import UserError
 
@@ -28,6 +29,8 @@ def violations(e: Experiment) -> Iterator[str]:
         e, "generate", "batch_size", "patch", "components", "image_size", "most_images",
         "candidates", "guided_channels",
     )  # fmt: skip
+    if g.refine.steps < 0:
+        yield f"generate.refine.steps is {g.refine.steps}; it must be zero or positive"
     for group in ("denoiser", "fit"):
         for name, value in dataclasses.asdict(getattr(g, group)).items():
             if value <= 0 and name != "warmup" and name != "class_dropout":
@@ -38,6 +41,14 @@ def violations(e: Experiment) -> Iterator[str]:
             f"generate.guidance is {g.guidance} and generate.mode_weight {g.mode_weight}; both "
             f"must be zero or positive"
         )
+    if g.strength == 0:
+        for field, idle in (("mode_weight", 0), ("candidates", 1)):
+            if (value := getattr(g, field)) != idle:
+                yield (
+                    f"generate.strength is 0, at which images are the anchors as they are, and "
+                    f"generate.{field}={value} counts for nothing; set it to {idle}, or use more "
+                    f"strength"
+                )
     yield from _with_others(e)
     yield from _networks(e)
     yield from _anchors(e)
@@ -48,6 +59,8 @@ def violations(e: Experiment) -> Iterator[str]:
     ]
     if g.generator == "dit":
         checks.append(lambda: fit.check(fitting_of(g)))
+    if g.refine.steps > 0 and g.steps > 0:
+        checks.append(lambda: refine.check(refining_of(g, schedule)))
     for check in checks:
         try:
             check()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -16,6 +19,9 @@ from prism_jax.stages.context import Context
 from prism_jax.stages.generator import Painter, Wish
 from prism_jax.stages.makers.made import Made
 from prism_jax.types import Unit
+
+Members = tuple[np.ndarray, np.ndarray]  # of a unit: classes and slots
+Found = tuple[np.ndarray, dict[str, Any]]  # its images, and facts for its record
 
 
 def before(context: Context) -> None:
@@ -32,8 +38,28 @@ def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Ma
     """Generate units, a batch on every device; or take them from among the candidates."""
     config = context.config
     at = [members(config, unit) for unit in waiting]
+    if config.generate.candidates == 1:
+        found = _painted(context, at)
+    elif config.generate.refine.steps:
+        found = _refined(context, at)
+    else:
+        found = ((_chosen(context, "images", *where), {}) for where in at)
+    with progress.task("recover", len(waiting), unit="unit") as bar:
+        started = time.monotonic()
+        for unit, (images, facts) in zip(waiting, found, strict=True):
+            now = time.monotonic()
+            normalised = np.asarray(pixels.normalise(images, context.inputs.normalisation))
+            # Not recover.rounding: nearest gives back the very pixels.
+            yield Made(unit, normalised, "nearest", now - started, facts)
+            started = now
+            bar.advance(1)
+            context.stop.check()
+
+
+def _painted(context: Context, at: list[Members]) -> Iterator[Found]:
+    """Images of units, and the real ones nearest to where they start."""
     anchored = "anchors" in anchoring.needed(context)
-    facts: list[dict[str, list[int]]] = []  # of units that were begun
+    facts: deque[dict[str, list[int]]] = deque()  # of units that were begun
 
     def wishes() -> Iterator[Wish]:
         for where in at:
@@ -41,29 +67,25 @@ def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Ma
             facts.append({"nearest": starts.medoids_N} if starts else {})
             yield Wish(*where, starts.anchors_NHWC if starts else None)
 
-    with progress.task("recover", len(waiting), unit="unit") as bar:
-        started = time.monotonic()
-        found: Iterator[np.ndarray]
-        if config.generate.candidates > 1:
-            facts = [{} for _ in at]
-            found = (_chosen(context, *where) for where in at)
-        else:
-            painter = Painter(context, generator.open_(context), batch_layout(config).size)
-            found = painter.paint(wishes())
-        for number, (unit, images) in enumerate(zip(waiting, found, strict=True)):
-            now = time.monotonic()
-            normalised = np.asarray(pixels.normalise(images, context.inputs.normalisation))
-            # Not recover.rounding: nearest gives back the very pixels.
-            yield Made(unit, normalised, "nearest", now - started, facts[number])
-            started = now
-            bar.advance(1)
-            context.stop.check()
+    painter = Painter(context, generator.open_(context), batch_layout(context.config).size)
+    for painted in painter.paint(wishes()):
+        yield painted.images, facts.popleft()
 
 
-def _chosen(context: Context, classes_B: np.ndarray, slots_B: np.ndarray) -> np.ndarray:
-    """Of each class the judge's choice, the surest first."""
+def _refined(context: Context, at: list[Members]) -> Iterator[Found]:
+    """The candidates that were chosen, refined; nothing is sampled again."""
+    opened = generator.open_(context)
+    still = dataclasses.replace(opened.sampling, strength=0.0, terms=())
+    painter = Painter(context, opened._replace(sampling=still), batch_layout(context.config).size)
+    wishes = (Wish(*where, _chosen(context, "latents", *where)) for where in at)
+    for painted in painter.paint(wishes):
+        yield painted.images, {}
+
+
+def _chosen(context: Context, name: str, classes_B: np.ndarray, slots_B: np.ndarray) -> np.ndarray:
+    """Images or latents of each class's chosen candidates, the surest first."""
     found = {
-        cls: anchoring.read(context, "candidates", cls)["images"]
+        cls: anchoring.read(context, "candidates", cls)[name]
         for cls in sorted({*classes_B.tolist()})
     }
     return np.stack(
