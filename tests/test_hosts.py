@@ -18,6 +18,10 @@ __all__ = ["reference"]  # a fixture
 
 D4M = f"--config={ROOT / 'tests' / 'configs' / 'tiny_d4m.py'}"
 
+CHOSEN = (
+    *(D4M, "--stages=squeeze,recover", "--config.generate.candidates=2"),
+    *("--config.generate.refine.steps=4", "--config.generate.refine.window=(1,3)"),
+)
 OFTEN = ("--config.recover.checkpoint_seconds=0.001", "--config.validate.checkpoint_seconds=0.001")
 
 
@@ -62,6 +66,26 @@ def test_two_processes_generate_what_one_does(tmp_path):
     assert_done(ended)
     assert_same(tmp_path / "run", tmp_path / "alone")
     assert all(f"[process 1 of 2] {name}: 2/2" in ended[1][1] for name in ("latents", "recover"))
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory):
+    """Candidates, and what is made of the chosen, by one process on one device."""
+    root = tmp_path_factory.mktemp("chosen") / "run"
+    done = run(*CHOSEN, f"--workdir={root}")
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "devices"), [(1, 2), (1, 8), (2, 1), (4, 1), (2, 8), (4, 2)])
+def test_any_number_of_processes_and_devices_generates_the_same(tmp_path, chosen, count, devices):
+    ended = end_all(start_all(count, *CHOSEN, f"--workdir={tmp_path / 'run'}", devices=devices))
+    assert_done(ended)
+    assert_same(tmp_path / "run", chosen)
+    for path in (chosen / "generate").rglob("*.safetensors"):
+        ours = tmp_path / "run" / path.relative_to(chosen)
+        assert ours.read_bytes() == path.read_bytes(), path
 
 
 def kill_on(count: int, moment: str, root: pathlib.Path, *command: str) -> None:

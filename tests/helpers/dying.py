@@ -168,6 +168,38 @@ def before_a_folder_is_begun(happen) -> None:
     before(workdir, "write_fingerprint", happen)
 
 
+# --- where images are generated: half of a file is written, all of it, or it is in its place ----
+
+SUBSTAGES = {
+    "in latents": "/generate/latents/",
+    "in anchors": "/generate/anchors/",
+    "in candidates": "/generate/candidates/",
+    "in images": "/recover/",
+}
+
+
+def files_of(part: str, happen: Callable[[], None]) -> None:
+    path = _path()
+    whole, rename = path.write_bytes, path.replace
+
+    def write(self, data):
+        if part not in str(self):
+            return whole(self, data)
+        whole(self, bytes(data)[: len(data) // 2])
+        happen()
+        return whole(self, data)
+
+    def replace(self, target):
+        if part not in str(self):
+            return rename(self, target)
+        happen()
+        found = rename(self, target)
+        happen()
+        return found
+
+    path.write_bytes, path.replace = write, replace
+
+
 def main(argv: list[str]) -> int:
     name, number, *flags = argv
     lock, left = threading.Lock(), [int(number)]
@@ -180,7 +212,10 @@ def main(argv: list[str]) -> int:
 
     from prism_jax import main as command
 
-    EVENTS[name](happen)
+    if name in SUBSTAGES:
+        files_of(SUBSTAGES[name], happen)
+    else:
+        EVENTS[name](happen)
     return command.main(flags)
 
 
