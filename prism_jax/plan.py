@@ -120,6 +120,7 @@ def show(
         "experiment": f"{experiment.name} (preset {experiment.preset}), in {workdir}",
         "images": f"{images:,} ({recover.ipc} per class, {experiment.dataset.num_classes} classes, "
         f"{side} px)",
+        **_held_out(experiment),
         "pool": ", ".join(
             f"{name} (primary)" if name == recover.primary else name for name in recover.pool
         )
@@ -161,6 +162,11 @@ def _generation(e: Experiment) -> dict[str, str]:
         of = f"at most {g.most_images:,} images a class" if g.most_images else "all images"
         rows["anchors"] = f"{images:,} by {g.anchors}, among the latents of {of}"
     return rows
+
+
+def _held_out(e: Experiment) -> dict[str, str]:
+    share = e.dataset.held_out
+    return {"held out": f"{share:.4g} of every class' training images"} if share else {}
 
 
 def _few(e: Experiment, layout: Layout) -> str:
