@@ -29,6 +29,8 @@ Flags:
     --config.a=VALUE     override one field of it
     --workdir=DIR        where everything is written (default: runs/<name of the comparison>)
     --plan               list the cells and which of them are finished, then stop
+    --target=NAME        with --plan: hours on a machine that is not here, such as h100, by its
+                         compiler
     --cost=AXIS          of the figure: seconds (default), bytes, recover or memory
     --help               this text
 
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     from prism_jax.environment import prepare_environment
-    from prism_jax.main import parse
+    from prism_jax.main import parse, parse_target
 
     problems: list[str] = []
     records, rest = _taken(argv, "records")
@@ -84,6 +86,7 @@ def _main(argv: list[str]) -> int:
             raise UserError(f"--records={records} goes with --workdir and --cost, not {rest[0]}")
         return _from_records(records, folder, cost)
     config, given = parse(rest, problems)
+    target = parse_target(given, problems)
     if problems:
         raise UserError("; ".join(problems))
     # The comparison's own config does not say how its cells use devices.
@@ -91,7 +94,8 @@ def _main(argv: list[str]) -> int:
         prepare_environment(_parsed(config, cell, problems), problems)
         if problems:
             raise UserError(f"{cell.name}: {'; '.join(problems)}")
-    return _compare(config, given.workdir or f"runs/{config.name}", given.plan, cost, argv)
+    root = given.workdir or f"runs/{config.name}"
+    return _compare(config, root, given.plan, cost, argv, target)
 
 
 def _taken(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
@@ -160,7 +164,38 @@ def choices_of(config: Any) -> Any:
     return Choices(Resampling(resamples), reference, selected, (config.controls,))
 
 
-def _compare(config: Any, root: str, plan: bool, cost: str, argv: Sequence[str]) -> int:
+def _show_forecast(experiments: dict[Cell, Any], target: Any) -> None:
+    """What every row takes on a machine that is not here, and all of them together.
+
+    Seeds differ in nothing; images are made once for all protocols.
+    """
+    from prism_jax import progress
+    from prism_jax.accelerators import forecast
+
+    progress.say(f"\n{forecast.said_of(target)}")
+    alike: dict[tuple[str, int, str], list[Cell]] = {}
+    for cell in experiments:
+        alike.setdefault((cell.row, cell.ipc, cell.protocol), []).append(cell)
+    known: forecast.Known = {}
+    hours, unknown, made = 0.0, 0, set()
+    for (row, ipc, protocol), cells in alike.items():
+        progress.say(f"\n{row}, IPC {ipc}, {protocol}: {len(cells)} x")
+        for name, stage in forecast.stages(experiments[cells[0]], target, known).items():
+            if name == "recover takes" and (row, ipc) in made:
+                continue
+            progress.say(f"  {name} {stage.said}")
+            hours += len(cells) * (stage.hours or 0.0)
+            unknown += stage.hours is None
+        made.add((row, ipc))
+    besides = f", and {unknown} parts that are not forecast" if unknown else ""
+    progress.say(
+        f"\nin all {progress.hours_of(hours)}{besides}; teachers and generators are not counted"
+    )
+
+
+def _compare(
+    config: Any, root: str, plan: bool, cost: str, argv: Sequence[str], target: Any = None
+) -> int:
     from prism_jax import parallel, progress
     from prism_jax.stages.coordination import Interrupted, StopSignal
 
@@ -172,9 +207,11 @@ def _compare(config: Any, root: str, plan: bool, cost: str, argv: Sequence[str])
     starts = {cell: found for cell in experiments if (found := start_of(config, cell))}
     comparison = Comparison(pathlib.Path(root), experiments, starts, choices_of(config), cost)
     if plan:
+        todo = [cell for cell in experiments if comparison.result(cell) is None]
         for cell in experiments:
-            done = "done" if comparison.result(cell) else "to do"
-            progress.say(f"{done:6} {cell.name}")
+            progress.say(f"{'to do' if cell in todo else 'done':6} {cell.name}")
+        if target:
+            _show_forecast({cell: experiments[cell] for cell in todo}, target)
         return 0
     stop = StopSignal()
     stop.install()

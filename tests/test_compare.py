@@ -263,6 +263,29 @@ def test_the_tables_are_made_anew_from_the_records(finished, tmp_path):
         assert status == 2 and said in err
 
 
+def test_the_plan_for_a_machine_adds_up_what_every_row_takes(tmp_path, monkeypatch):
+    from prism_jax.accelerators import forecast, targets
+
+    def stages(experiment, target, known):
+        assert target.name == "h100"
+        hours = 3.0 if experiment.recover.iterations else None
+        return {
+            "recover takes": forecast.Stage(hours, "so long"),
+            "outside takes": forecast.Stage(0.5, "as long as that"),
+        }
+
+    monkeypatch.setattr(forecast, "stages", stages)
+    monkeypatch.setattr(targets, "compiler_missing", lambda target: None)
+    status, out, err = run(TINY, f"--workdir={tmp_path}", "--plan", "--target=h100")
+    assert status == 0, err
+    # 20 cells; images of two methods, two IPCs, two seeds, once for both protocols.
+    assert "prism, IPC 2, short: 2 x" in out and out.count("recover takes so long") == 6
+    assert f"in all {20 * 0.5 + 8 * 3:.1f} h" in out and "and 2 parts that are not forecast" in out
+    assert list(tmp_path.iterdir()) == []
+    status, _, err = run(TINY, "--target=h100")
+    assert status == 2 and "--target=h100 goes with --plan" in err
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path):
     status, _, err = run(TINY, "--config.shared=recover.ipd=3", f"--workdir={tmp_path}")
     assert status == 2 and "prism/ipc1/seed0/own" in err and "recover.ipd" in err
