@@ -213,6 +213,7 @@ def _compare(
         if target:
             _show_forecast({cell: experiments[cell] for cell in todo}, target)
         return 0
+    comparison.check()
     stop = StopSignal()
     stop.install()
     try:
@@ -378,6 +379,28 @@ class Comparison:
             return None
         found = workdir.read_record(path)
         return found if found["experiment"] == self._digests[cell] else None
+
+    def check(self) -> None:
+        """Refuse, before any work, what some cell needs and is not there.
+
+        Raises:
+          UserError: images or weights; the rows that need them are named.
+        """
+        from prism_jax import plan
+
+        rows: dict[str, list[str]] = {}
+        todo = [cell for cell in self.experiments if self.result(cell) is None]
+        for cell in todo:
+            experiment, root = self.experiments[cell], str(self.folder(cell))
+            look = plan.missing if cell is todo[0] else plan.missing_weights  # images are alike
+            for line in look(experiment, root):
+                rows.setdefault(line, []).append(cell.row)
+        if rows:
+            lines = [f"{line} (for {', '.join(dict.fromkeys(of))})" for line, of in rows.items()]
+            raise UserError(
+                "the comparison needs what is not there (--config.rows.ROW=None leaves a row "
+                "out):\n" + "\n".join(f"  - {line}" for line in lines)
+            )
 
     def run(self, stop: Any, argv: Sequence[str]) -> None:
         """Everything that is missing, and the tables."""

@@ -55,6 +55,12 @@ def missing(experiment: Experiment, workdir: str) -> list[str]:
         except UserError as error:
             if not any(str(error) in line for line in lines):
                 lines.append(f"images to start from: {error}")
+    return list(dict.fromkeys([*lines, *missing_weights(experiment, workdir)]))
+
+
+def missing_weights(experiment: Experiment, workdir: str) -> list[str]:
+    """What is imported and not there, of teachers and of the generator."""
+    lines = []
     for name in experiment.squeeze.teachers:
         path = experiment.network(name).checkpoint
         if path and not epath.Path(path).exists():
@@ -64,7 +70,7 @@ def missing(experiment: Experiment, workdir: str) -> list[str]:
             )
     if generator.wanted(context := Context(experiment, workdir)):
         lines += [f"generator: {line}" for line in generator.missing(context)]
-    return list(dict.fromkeys(lines))
+    return lines
 
 
 def _unknown_outputs(context: Context) -> list[str]:

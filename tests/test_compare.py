@@ -146,7 +146,7 @@ def test_the_tables_hold_every_method_and_its_controls(finished):
     for row in ("prism", "gvbsm", "prism: random real, soft labels", "random real, hard labels",
                 "full real training set"):  # fmt: skip
         assert f"\n| {row} |" in table
-    own, short = table.split("### Protocol: ")[1:]
+    own, short = table.split("### Costs")[0].split("### Protocol: ")[1:]
     assert own.startswith("own") and "full real" not in own
     assert "random real, soft labels" in short and "prism:" not in short
     lines = list(csv.DictReader(io.StringIO((root / "table.csv").read_text())))
@@ -160,6 +160,15 @@ def test_the_tables_hold_every_method_and_its_controls(finished):
     assert of_seeds[0] == str(record["top1"]) and len(of_seeds) == 2
     assert int(line["recover_peak_bytes"]) > 1000
     assert (root / "accuracy_over_cost.png").read_bytes().startswith(b"\x89PNG")
+    # Beside each accuracy what it took, and how certain it is.
+    seconds = [float(line[f"{stage}_seconds"]) for stage in ("squeeze", "recover", "validate")]
+    assert min(seconds) > 0 and float(line["bytes"]) == 8 * 64 + float(line["label_bytes"])
+    certain = table.split("### How certain")[1]
+    assert "#### short, IPC 2, outside" in certain and "2 seed(s)" in certain
+    answers = list(csv.DictReader(io.StringIO((root / "differences.csv").read_text())))
+    [found] = [x for x in answers if (x["method"], x["protocol"], x["set"], x["why"])
+               == ("prism", "own", "synthetic", "")]  # fmt: skip
+    assert float(found["value"]) == pytest.approx(float(line["top1"]), abs=1e-6)
     tex = (root / "table.tex").read_text()
     assert tex.count(r"\toprule") == 2 and r"\multicolumn{1}{c}{IPC 2}" in tex
 
@@ -284,6 +293,17 @@ def test_the_plan_for_a_machine_adds_up_what_every_row_takes(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
     status, _, err = run(TINY, "--target=h100")
     assert status == 2 and "--target=h100 goes with --plan" in err
+
+
+def test_what_some_row_needs_is_said_before_any_work(tmp_path):
+    absent = "networks.second.checkpoint=nowhere.pth"
+    more = f"--config.rows.gvbsm=('{TINY_IPC}','{absent}')"
+    status, _, err = run(*ONE, more, f"--workdir={tmp_path}")
+    assert status == 2 and "the weights nowhere.pth" in err and "(for gvbsm)" in err
+    assert list(tmp_path.iterdir()) == []
+    # A row that is left out needs nothing.
+    status, out, err = run(*ONE, "--config.rows.gvbsm=None", "--plan", f"--workdir={tmp_path}")
+    assert status == 0 and "prism/ipc2" in out and "gvbsm" not in out, err
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):

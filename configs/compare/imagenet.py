@@ -32,7 +32,7 @@ def config(name: str, argument: str) -> ConfigDict:
     c = ConfigDict()
     c.name, c.argument = f"compare_{name}", argument
     c.ipcs, c.seeds, c.student_seeds = (10,), (0,), 3
-    c.dataset = ConfigDict({"held_out": 0.01})
+    c.dataset = ConfigDict({"path": "data/imagenet", "held_out": 0.01})
 
     rows = {"prism": digits.method("prism")}
     rows["prism_self"] = digits.method("prism", "recover.statistics_by=fixed")

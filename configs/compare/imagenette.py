@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
         raise ValueError(f"unknown argument {arg!r}; this config takes none")
     c = imagenet.config("imagenette", "imagenet,imagenette")
     c.ipcs, c.seeds, c.student_seeds = (1, 10), (0, 1, 2), 1
-    c.dataset.held_out = 0.1
+    c.dataset = ConfigDict({"path": "data/imagenette2-320", "held_out": 0.1})
     c.control_sets = ("random_real_hard", "full_real")
     c.resamples = 10_000
     return c

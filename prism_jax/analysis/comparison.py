@@ -128,7 +128,9 @@ def documents(
     if whole:
         certain = list(differences.tables(columns(entries), choices))
         imported = sorted({name for e in entries for name in e.imported})
-        found["table.md"] += differences.markdown(certain, choices, imported).encode()
+        if certain:
+            said = differences.markdown(certain, choices, imported)
+            found["table.md"] += f"\n{said}".encode()
         found["differences.csv"] = differences.table_csv(certain).encode()
         found["accuracy_over_cost.png"] = accuracy_over_cost(entries, cost)
     return found

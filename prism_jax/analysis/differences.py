@@ -145,8 +145,6 @@ def markdown(found: Sequence[Table], choices: Choices, imported: Sequence[str] =
     Args:
       imported: teachers that were trained elsewhere.
     """
-    if not found:
-        return ""
     how = choices.resampling
     lines = [
         "### How certain the differences are", "",
