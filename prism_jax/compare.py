@@ -116,7 +116,7 @@ def _taken(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
 
 
 def _check_cost(name: str) -> None:
-    from prism_jax.analysis.comparison import COSTS
+    from prism_jax.analysis.expenses import COSTS
 
     if name not in COSTS:
         raise UserError(f"--cost={name}; allowed: {', '.join(COSTS)}")
@@ -125,7 +125,7 @@ def _check_cost(name: str) -> None:
 def _from_records(path: str, folder: str | None, cost: str) -> int:
     """The tables of cells whose records are kept."""
     from prism_jax import progress
-    from prism_jax.analysis import comparison
+    from prism_jax.analysis import cells, comparison
     from prism_jax.data import workdir
 
     _check_cost(cost)
@@ -133,7 +133,7 @@ def _from_records(path: str, folder: str | None, cost: str) -> int:
     file = file / RECORDS if file.is_dir() else file
     if not file.is_file():
         raise UserError(f"there is no {file}; --records takes the {RECORDS} of a comparison")
-    entries, choices = comparison.from_records(workdir.read_record(file))
+    entries, choices = cells.from_records(workdir.read_record(file))
     found = comparison.documents(entries, choices, cost=cost)
     for name, content in found.items() if folder else ():
         workdir.write_bytes(pathlib.Path(folder or "") / name, content)
@@ -152,6 +152,14 @@ def choices_of(config: Any) -> Any:
 
     reference, selected = config.get("reference"), tuple(config.get("selected_real", ()))
     sets = {row: _more_controls(config, row) for row in config.rows}
+    for row, names in config.get("more_controls", {}).items():
+        others = [other for other in sets if other != row and not {*names}.isdisjoint(sets[other])]
+        if row not in sets or others:
+            why = f"{others[0]} has one of these too" if others else "there is no such row"
+            raise UserError(
+                f"more_controls gives {row} {', '.join(names)}, and {why}; the tables call a set "
+                f"by its name alone, so one row makes it"
+            )
     sets[config.controls] = tuple(config.get("control_sets", ()))
     known = {*sets, *(f"{row}/{name}" for row, names in sets.items() for name in names)}
     known |= {name for names in sets.values() for name in names}
@@ -534,11 +542,11 @@ class Comparison:
         Args:
           whole: with the figure, the intervals and the records, which take seconds.
         """
-        from prism_jax.analysis import comparison
+        from prism_jax.analysis import cells, comparison
         from prism_jax.data import workdir
 
         found = [
-            comparison.entry_of(cell._asdict() | result)
+            cells.entry_of(cell._asdict() | result)
             for cell in self.experiments
             if (result := self.result(cell)) is not None
         ]
@@ -548,7 +556,7 @@ class Comparison:
         for name, content in documents.items():
             workdir.write_bytes(self.root / name, content)
         if whole:
-            workdir.write_record(self.root / RECORDS, comparison.to_records(found, self.choices))
+            workdir.write_record(self.root / RECORDS, cells.to_records(found, self.choices))
 
 
 def _with_all_teachers(experiments: dict[Cell, Any]) -> dict[Cell, Any]:

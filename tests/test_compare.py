@@ -17,7 +17,7 @@ from helpers.command import snapshot
 
 from prism_jax import compare
 from prism_jax.analysis import comparison
-from prism_jax.analysis.comparison import Entry
+from prism_jax.analysis.cells import Entry
 from prism_jax.main import parse
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -216,6 +216,7 @@ def test_a_row_starts_from_the_images_of_one_before_it(monkeypatch):
         ("reference=nothing", "reference names 'nothing'; allowed: d4m, d4m/medoids"),
         ("selected_real=('prims',)", "selected_real names 'prims'"),
         ("resamples=3", "resamples is 3"),
+        ("more_controls.guided=('medoids',)", "and guided has one of these too"),
     ],
 )
 def test_starts_and_choices_that_there_are_not_are_refused(tmp_path, override, said):

@@ -9,8 +9,8 @@ import json
 import numpy as np
 import pytest
 
-from prism_jax.analysis import comparison, differences
-from prism_jax.analysis.comparison import Entry
+from prism_jax.analysis import cells, comparison, differences
+from prism_jax.analysis.cells import Entry
 from prism_jax.analysis.differences import BEST, REFERENCE, SELECTED, Choices
 from prism_jax.analysis.intervals import Resampling
 from prism_jax.data import answers
@@ -47,7 +47,7 @@ def entry(row: str, seed: int, tests: dict[str, int], held: dict[str, int] | Non
 
 def table(entries, **choices):
     settings = Choices(HOW, controls=("random_real",), **choices)
-    (found,) = differences.tables(comparison.columns(entries), settings)
+    (found,) = differences.tables(cells.columns(entries), settings)
     return found
 
 
@@ -84,18 +84,18 @@ def test_each_set_is_measured_by_the_reference_the_best_and_the_best_selection()
 
 
 def test_who_is_best_is_said_by_the_images_that_were_held_out():
-    cells = [
+    two = [
         entry("a", 0, {"synthetic": 150}, {"synthetic": 100}),
         entry("b", 0, {"synthetic": 140}, {"synthetic": 110}),
     ]
-    found = table(cells)
+    found = table(two)
     assert found.against == {BEST: "b"} and found.chosen_by == "held_out"
     text = differences.markdown([found], Choices(HOW), ["resnet18"])
     assert "chosen by the held-out images" in text and "| a | 75.0 [" in text
     assert "resnet18 were not trained here, and may have seen the held-out images" in text
     # Twin: the test images would have said otherwise; so they do where one set has no others.
-    cells[0].right["synthetic"].pop("held_out")
-    assert table(cells).against == {BEST: "a"}
+    two[0].right["synthetic"].pop("held_out")
+    assert table(two).against == {BEST: "a"}
 
 
 def test_every_interval_is_a_line_of_the_csv():
@@ -113,10 +113,10 @@ def test_every_interval_is_a_line_of_the_csv():
 def test_cells_without_answers_have_no_intervals():
     """Those of older work."""
     old = Entry("a", 1, 0, "single", CELLS[2].summary, None)
-    assert list(differences.tables(comparison.columns([old]), Choices(HOW))) == []
+    assert list(differences.tables(cells.columns([old]), Choices(HOW))) == []
     none = {"synthetic": {"test": {"net": [None]}}}
     unkept = Entry("a", 1, 0, "single", CELLS[2].summary, None, none)
-    assert list(differences.tables(comparison.columns([unkept]), Choices(HOW))) == []
+    assert list(differences.tables(cells.columns([unkept]), Choices(HOW))) == []
     found = comparison.documents([old], Choices(HOW))
     assert (
         b"How certain" not in found["table.md"] and len(found["differences.csv"].splitlines()) == 1
@@ -125,8 +125,8 @@ def test_cells_without_answers_have_no_intervals():
 
 def test_tables_come_back_from_their_records():
     choices = Choices(HOW, "prism", ("medoids",), ("random_real",))
-    record = json.loads(json.dumps(comparison.to_records(CELLS, choices)))
-    assert comparison.from_records(record) == (CELLS, choices)
+    record = json.loads(json.dumps(cells.to_records(CELLS, choices)))
+    assert cells.from_records(record) == (CELLS, choices)
     record["schema"] = 2
     with pytest.raises(UserError, match="schema 2"):
-        comparison.from_records(record)
+        cells.from_records(record)

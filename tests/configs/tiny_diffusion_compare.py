@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.starts = ConfigDict({"from_d4m": "d4m", "from_medoids": "d4m/medoids"})
     c.starts.d4m = placeholder(str)
     c.controls = "random_real"  # no row of that name
-    c.more_controls = ConfigDict({"d4m": ("medoids",)})
+    c.more_controls = ConfigDict({"d4m": ("medoids",), "guided": ()})
     c.reference, c.selected_real, c.resamples = "d4m", ("medoids",), 200
     c.shared = ("relabel.epochs=2", "validate.epochs=2", "recover.slots_per_batch=1")
     c.protocols = ConfigDict({"single": ()})
