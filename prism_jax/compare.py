@@ -321,6 +321,8 @@ def start_of(config: Any, cell: Cell) -> Start | None:
     Raises:
       UserError: there is no such row before it, or it does not make that control.
     """
+    from prism_jax.config import GENERATED_CONTROLS
+
     named = config.get("starts", {}).get(cell.row)
     if named is None:
         return None
@@ -332,10 +334,12 @@ def start_of(config: Any, cell: Cell) -> Start | None:
             f"({', '.join(rows[: rows.index(cell.row)])})"
         )
     made = config.control_sets if row == config.controls else _more_controls(config, row)
-    if control and (cell.protocol == OWN or control not in made):
+    # Those with soft labels, whose images are written beside them.
+    kept = [name for name in made if name in ("random_real", *GENERATED_CONTROLS)]
+    if control and (cell.protocol == OWN or control not in kept):
         raise UserError(
-            f"{cell.name} starts from {named!r}, and {row} has the controls "
-            f"{', '.join(made) or 'none'}; state it in the comparison's `more_controls`"
+            f"{cell.name} starts from {named!r}; the sets of {row} that it can start from are "
+            f"{', '.join(kept) or 'none'}: state it in the comparison's `more_controls`"
         )
     return Start(cell._replace(row=row), control or None)
 

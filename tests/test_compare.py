@@ -212,7 +212,7 @@ def test_a_row_starts_from_the_images_of_one_before_it(monkeypatch):
     [
         ("starts.from_d4m=random", "starts from 'random'; allowed: the rows before it"),
         ("starts.d4m=from_d4m", "starts from 'from_d4m'; allowed: the rows before it"),
-        ("starts.from_d4m=d4m/no_anchors", "d4m has the controls medoids"),
+        ("starts.from_d4m=d4m/no_anchors", "the sets of d4m that it can start from are medoids"),
         ("reference=nothing", "reference names 'nothing'; allowed: d4m, d4m/medoids"),
         ("selected_real=('prims',)", "selected_real names 'prims'"),
         ("resamples=3", "resamples is 3"),
