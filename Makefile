@@ -25,6 +25,7 @@ RESULTS := $(foreach c,$(RESULTS_CONFIGS),$(foreach s,$(RESULTS_SEEDS),runs/resu
 help:
 	@echo "make demo      distil scikit-learn's digits on the CPU: PRISM, then SRe2L beside it"
 	@echo "make results   the runs behind the README's tables (resumable)"
+	@echo "make results-cifar10 DATA=FOLDER   a comparison of configs/compare/, from its data"
 	@echo "make test      the fast tests"
 	@echo "make test-accelerators  what GPUs' and TPUs' compilers make of the programs; no device"
 	@echo "make test-all  every test"
@@ -44,6 +45,10 @@ results: $(VENV)/.installed
 	    --config.seed=$$seed --config.validate.seeds="($$seed,)"; \
 	done; done
 	$(BIN)/python -m prism_jax.tools.results $(RESULTS)
+
+results-%: $(VENV)/.installed
+	$(BIN)/python -m prism_jax.compare --config=configs/compare/$*.py \
+	  $(if $(DATA),--config.dataset.path=$(DATA))
 
 test: $(VENV)/.installed-test
 	$(PYTEST)

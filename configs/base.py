@@ -30,6 +30,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.dataset.cache_gigabytes = 2.0  # a larger set is decoded whenever it is read
     c.dataset.mean = placeholder(tuple)  # unset: the data set's own
     c.dataset.std = placeholder(tuple)
+    c.dataset.held_out = 0.0  # of every class' training images: nothing is made of them
+    c.dataset.held_out_seed = 0
 
     c.networks = ConfigDict()  # name -> architecture, width, depth, stem, checkpoint, ...
 

@@ -29,13 +29,23 @@ Flags:
     --config.a=VALUE     override one field of it
     --workdir=DIR        where everything is written (default: runs/<name of the comparison>)
     --plan               list the cells and which of them are finished, then stop
+    --target=NAME        with --plan: hours on a machine that is not here, such as h100, by its
+                         compiler
+    --cost=AXIS          of the figure: seconds (default), bytes, recover or memory
     --help               this text
 
-Writes cells/, teachers/, table.md, table.tex, table.csv and accuracy_over_cost.png.
+Writes cells/, teachers/, generators/, table.md, table.tex, table.csv, differences.csv,
+accuracy_over_cost.png and records.json.
 The same command continues a comparison that was stopped, and adds what its config has gained.
+
+    python -m prism_jax.compare --records=FILE [--workdir=DIR] [--cost=AXIS]
+
+makes the tables anew from a records.json (or the folder that holds it), without the runs: printed,
+and written to DIR where one is given.
 """
 OWN = "own"  # the protocol that overrides nothing
-TEACHERS = "teachers"
+TEACHERS, GENERATORS, CELLS = "teachers", "generators", "cells"
+RECORDS = "records.json"
 
 
 class Cell(NamedTuple):
@@ -64,10 +74,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     from prism_jax.environment import prepare_environment
-    from prism_jax.main import parse
+    from prism_jax.main import parse, parse_target
 
     problems: list[str] = []
-    config, given = parse(argv, problems)
+    records, rest = _taken(argv, "records")
+    cost, rest = _taken(rest, "cost")
+    cost = cost or "seconds"
+    if records is not None:
+        folder, rest = _taken(rest, "workdir")
+        if rest:
+            raise UserError(f"--records={records} goes with --workdir and --cost, not {rest[0]}")
+        return _from_records(records, folder, cost)
+    config, given = parse(rest, problems)
+    target = parse_target(given, problems)
     if problems:
         raise UserError("; ".join(problems))
     # The comparison's own config does not say how its cells use devices.
@@ -75,23 +94,134 @@ def _main(argv: list[str]) -> int:
         prepare_environment(_parsed(config, cell, problems), problems)
         if problems:
             raise UserError(f"{cell.name}: {'; '.join(problems)}")
-    return _compare(config, given.workdir or f"runs/{config.name}", given.plan, argv)
+    root = given.workdir or f"runs/{config.name}"
+    return _compare(config, root, given.plan, cost, argv, target)
 
 
-def _compare(config: Any, root: str, plan: bool, argv: Sequence[str]) -> int:
+def _taken(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of a flag, "--name=value" or "--name value", and the other arguments."""
+    from prism_jax.main import joined
+
+    flag, value, rest = f"--{name}", None, []
+    arguments = list(argv)
+    while arguments:
+        argument = arguments.pop(0)
+        if argument == flag and arguments:
+            value = arguments.pop(0)
+        elif argument.startswith(f"{flag}="):
+            value = argument.removeprefix(f"{flag}=")
+        else:
+            rest.append(argument)
+    return value, joined(rest)
+
+
+def _check_cost(name: str) -> None:
+    from prism_jax.analysis.expenses import COSTS
+
+    if name not in COSTS:
+        raise UserError(f"--cost={name}; allowed: {', '.join(COSTS)}")
+
+
+def _from_records(path: str, folder: str | None, cost: str) -> int:
+    """The tables of cells whose records are kept."""
+    from prism_jax import progress
+    from prism_jax.analysis import cells, comparison
+    from prism_jax.data import workdir
+
+    _check_cost(cost)
+    file = pathlib.Path(path)
+    file = file / RECORDS if file.is_dir() else file
+    if not file.is_file():
+        raise UserError(f"there is no {file}; --records takes the {RECORDS} of a comparison")
+    entries, choices = cells.from_records(workdir.read_record(file))
+    found = comparison.documents(entries, choices, cost=cost)
+    for name, content in found.items() if folder else ():
+        workdir.write_bytes(pathlib.Path(folder or "") / name, content)
+    progress.say(found["table.md"].decode())
+    return 0
+
+
+def choices_of(config: Any) -> Any:
+    """What a comparison's sets are measured by.
+
+    Raises:
+      UserError: it names a row or set that the comparison does not have.
+    """
+    from prism_jax.analysis.differences import Choices
+    from prism_jax.analysis.intervals import Resampling
+
+    reference, selected = config.get("reference"), tuple(config.get("selected_real", ()))
+    sets = {row: _more_controls(config, row) for row in config.rows}
+    for row, names in config.get("more_controls", {}).items():
+        others = [other for other in sets if other != row and not {*names}.isdisjoint(sets[other])]
+        if row not in sets or others:
+            why = f"{others[0]} has one of these too" if others else "there is no such row"
+            raise UserError(
+                f"more_controls gives {row} {', '.join(names)}, and {why}; the tables call a set "
+                f"by its name alone, so one row makes it"
+            )
+    sets[config.controls] = tuple(config.get("control_sets", ()))
+    known = {*sets, *(f"{row}/{name}" for row, names in sets.items() for name in names)}
+    known |= {name for names in sets.values() for name in names}
+    for field, name in [("reference", reference), *(("selected_real", s) for s in selected)]:
+        if name is not None and name not in known:
+            raise UserError(f"{field} names {name!r}; allowed: {', '.join(sorted(known))}")
+    resamples = config.get("resamples", Resampling.resamples)
+    if not isinstance(resamples, int) or resamples < 100:
+        raise UserError(f"resamples is {resamples!r}; it must be a whole number, 100 at least")
+    return Choices(Resampling(resamples), reference, selected, (config.controls,))
+
+
+def _show_forecast(experiments: dict[Cell, Any], target: Any) -> None:
+    """What every row takes on a machine that is not here, and all of them together.
+
+    Seeds differ in nothing; images are made once for all protocols.
+    """
+    from prism_jax import progress
+    from prism_jax.accelerators import forecast
+
+    progress.say(f"\n{forecast.said_of(target)}")
+    alike: dict[tuple[str, int, str], list[Cell]] = {}
+    for cell in experiments:
+        alike.setdefault((cell.row, cell.ipc, cell.protocol), []).append(cell)
+    known: forecast.Known = {}
+    hours, unknown, made = 0.0, 0, set()
+    for (row, ipc, protocol), cells in alike.items():
+        progress.say(f"\n{row}, IPC {ipc}, {protocol}: {len(cells)} x")
+        for name, stage in forecast.stages(experiments[cells[0]], target, known).items():
+            if name == "recover takes" and (row, ipc) in made:
+                continue
+            progress.say(f"  {name} {stage.said}")
+            hours += len(cells) * (stage.hours or 0.0)
+            unknown += stage.hours is None
+        made.add((row, ipc))
+    besides = f", and {unknown} parts that are not forecast" if unknown else ""
+    progress.say(
+        f"\nin all {progress.hours_of(hours)}{besides}; teachers and generators are not counted"
+    )
+
+
+def _compare(
+    config: Any, root: str, plan: bool, cost: str, argv: Sequence[str], target: Any = None
+) -> int:
     from prism_jax import parallel, progress
     from prism_jax.stages.coordination import Interrupted, StopSignal
 
+    _check_cost(cost)
     parallel.find_devices()
     if not parallel.is_main():
         raise UserError("a comparison runs in one process; its cells use all of its devices")
     experiments = {cell: experiment_of(config, cell) for cell in cells(config)}
-    comparison = Comparison(pathlib.Path(root), experiments)
+    starts = {cell: found for cell in experiments if (found := start_of(config, cell))}
+    comparison = Comparison(pathlib.Path(root), experiments, starts, choices_of(config), cost)
     if plan:
+        todo = [cell for cell in experiments if comparison.result(cell) is None]
         for cell in experiments:
-            done = "done" if comparison.result(cell) else "to do"
-            progress.say(f"{done:6} {cell.name}")
+            progress.say(f"{'to do' if cell in todo else 'done':6} {cell.name}")
+        if target:
+            _show_forecast({cell: experiments[cell] for cell in todo}, target)
         return 0
+    comparison.check()
     stop = StopSignal()
     stop.install()
     try:
@@ -112,13 +242,15 @@ def _compare(config: Any, root: str, plan: bool, argv: Sequence[str]) -> int:
 def cells(config: Any) -> list[Cell]:
     """All cells, in the order in which they are worked on: early tables are comparable.
 
-    Protocol by protocol and seed by seed, everything; the controls first.
+    Protocol by protocol and seed by seed, everything; the controls first. A row that is None is
+    left out.
     """
+    rows = [row for row in config.rows if config.rows[row] is not None]
     found = []
     for protocol in config.protocols:
         for seed in config.seeds:
             for ipc in config.ipcs:
-                for row in sorted(config.rows, key=lambda row: row != config.controls):
+                for row in sorted(rows, key=lambda row: row != config.controls):
                     if row != config.controls or protocol != OWN:
                         found.append(Cell(row, ipc, seed, protocol))
     return found
@@ -145,6 +277,8 @@ def _parsed(config: Any, cell: Cell, problems: list[str]) -> Any:
     from prism_jax.main import parse
 
     file, *own = config.rows[cell.row]
+    if start := start_of(config, cell):
+        own += ["recover.initialise=folder", f"recover.initialise_from={start.images}"]
     data = (f"dataset.{field}={value}" for field, value in config.get("dataset", {}).items())
     overrides = [*data, *config.shared, *own, *config.protocols[cell.protocol]]
     first = cell.seed * config.student_seeds
@@ -153,7 +287,7 @@ def _parsed(config: Any, cell: Cell, problems: list[str]) -> Any:
     if cell.row == config.controls:
         overrides.append(f"validate.controls={','.join(config.control_sets)}")
     elif cell.protocol != OWN:
-        overrides.append("validate.controls=()")
+        overrides.append(f"validate.controls={','.join(_more_controls(config, cell.row)) or '()'}")
     last = dict(override.partition("=")[::2] for override in overrides)  # a list would grow
     argument = ",".join(filter(None, (config.argument, f"ipc{cell.ipc}")))
     flags = [f"--config={file}:{argument}", *(f"--config.{k}={v}" for k, v in last.items())]
@@ -163,15 +297,90 @@ def _parsed(config: Any, cell: Cell, problems: list[str]) -> Any:
         raise UserError(f"{cell.name}: {error}") from error
 
 
-class Comparison:
-    """Cells, the folder they are in, and what is known of them."""
+def _more_controls(config: Any, row: str) -> tuple[str, ...]:
+    """The sets that a row's protocols train on beside its images; of what it alone can make."""
+    return tuple(config.get("more_controls", {}).get(row, ()))
 
-    def __init__(self, root: pathlib.Path, experiments: dict[Cell, Any]):
-        self.root, self.experiments = root, experiments
+
+class Start(NamedTuple):
+    """Where a cell's images begin: with another's, or with one of its controls'."""
+
+    cell: Cell
+    control: str | None
+
+    @property
+    def images(self) -> str:
+        """Their folder, in that of the comparison."""
+        inside = f"controls/{self.control}" if self.control else "recover"
+        return f"{CELLS}/{self.cell.name}/{inside}/images"
+
+
+def start_of(config: Any, cell: Cell) -> Start | None:
+    """The row that ``starts`` names for a cell's, at the same IPC, seed and protocol.
+
+    Raises:
+      UserError: there is no such row before it, or it does not make that control.
+    """
+    from prism_jax.config import GENERATED_CONTROLS
+
+    named = config.get("starts", {}).get(cell.row)
+    if named is None:
+        return None
+    row, _, control = named.partition("/")
+    rows = [found.row for found in cells(config) if found[1:] == cell[1:]]
+    if row not in rows[: rows.index(cell.row)]:
+        raise UserError(
+            f"{cell.name} starts from {row!r}; allowed: the rows before it under this protocol "
+            f"({', '.join(rows[: rows.index(cell.row)])})"
+        )
+    made = config.control_sets if row == config.controls else _more_controls(config, row)
+    # Those with soft labels, whose images are written beside them.
+    kept = [name for name in made if name in ("random_real", *GENERATED_CONTROLS)]
+    if control and (cell.protocol == OWN or control not in kept):
+        raise UserError(
+            f"{cell.name} starts from {named!r}; the sets of {row} that it can start from are "
+            f"{', '.join(kept) or 'none'}: state it in the comparison's `more_controls`"
+        )
+    return Start(cell._replace(row=row), control or None)
+
+
+class Comparison:
+    """Cells, the folder they are in, and what is known of them.
+
+    Attributes:
+      root: the folder.
+      experiments: of the cells, in their order.
+      starts: the cells that begin with another's images.
+      choices: what sets are measured by.
+      cost: the figure's axis.
+    """
+
+    def __init__(
+        self,
+        root: pathlib.Path,
+        experiments: dict[Cell, Any],
+        starts: dict[Cell, Start],
+        choices: Any,
+        cost: str,
+    ):
+        self.root, self.starts, self.choices, self.cost = root, starts, choices, cost
+        self.experiments = {
+            cell: self._placed(e) if cell in starts else e for cell, e in experiments.items()
+        }
+        self._digests: dict[Cell, str] = {}
+        for cell, experiment in experiments.items():  # a start's comes before
+            start = starts.get(cell)
+            self._digests[cell] = _digest(experiment, self._digests[start.cell] if start else None)
         self._peaks: dict[tuple[str, int], int | None] = {}
 
+    def _placed(self, experiment: Any) -> Any:
+        """An experiment whose start is named from where the command runs."""
+        there = str(self.root / experiment.recover.initialise_from)
+        recover = dataclasses.replace(experiment.recover, initialise_from=there)
+        return dataclasses.replace(experiment, recover=recover)
+
     def folder(self, cell: Cell) -> pathlib.Path:
-        return self.root / "cells" / cell.name
+        return self.root / CELLS / cell.name
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """A finished cell's summary and costs; None where it is not finished with its settings."""
@@ -181,7 +390,29 @@ class Comparison:
         if not path.exists():
             return None
         found = workdir.read_record(path)
-        return found if found["experiment"] == _digest(self.experiments[cell]) else None
+        return found if found["experiment"] == self._digests[cell] else None
+
+    def check(self) -> None:
+        """Refuse, before any work, what some cell needs and is not there.
+
+        Raises:
+          UserError: images or weights; the rows that need them are named.
+        """
+        from prism_jax import plan
+
+        rows: dict[str, list[str]] = {}
+        todo = [cell for cell in self.experiments if self.result(cell) is None]
+        for cell in todo:
+            experiment, root = self.experiments[cell], str(self.folder(cell))
+            look = plan.missing if cell is todo[0] else plan.missing_weights  # images are alike
+            for line in look(experiment, root):
+                rows.setdefault(line, []).append(cell.row)
+        if rows:
+            lines = [f"{line} (for {', '.join(dict.fromkeys(of))})" for line, of in rows.items()]
+            raise UserError(
+                "the comparison needs what is not there (--config.rows.ROW=None leaves a row "
+                "out):\n" + "\n".join(f"  - {line}" for line in lines)
+            )
 
     def run(self, stop: Any, argv: Sequence[str]) -> None:
         """Everything that is missing, and the tables."""
@@ -198,37 +429,66 @@ class Comparison:
         try:
             for number, cell in enumerate(todo, 1):
                 progress.say(f"cell {number} of {len(todo)}: {cell.name}")
-                self._squeeze(with_teachers[cell], stop, made_by)
-                self._run(cell, stop, made_by)
+                squeezed = self._squeeze(with_teachers[cell], stop, made_by)
+                self._run(cell, squeezed, stop, made_by)
                 self.write_tables()
         finally:
-            self.write_tables(figure=True)
+            self.write_tables(whole=True)
         progress.say(f"\n{(self.root / 'table.md').read_text()}\n{self.root / 'table.md'}")
 
-    def _squeeze(self, experiment: Any, stop: Any, made_by: Callable[[], dict[str, Any]]) -> None:
-        """The networks that any cell asks for, and the statistics that this one does; once."""
+    def _squeeze(
+        self, experiment: Any, stop: Any, made_by: Callable[[], dict[str, Any]]
+    ) -> pathlib.Path:
+        """What squeeze makes, once: the networks that any cell asks for, and what this one does.
+
+        A generator lies in a folder of its own for every kind, beside copies of the networks.
+
+        Returns:
+          The folder with all that the cell adopts.
+        """
         from prism_jax import pipeline
+        from prism_jax.data import workdir
+        from prism_jax.stages import fingerprints, generator
         from prism_jax.stages.context import Context
 
-        root = str(self.root / TEACHERS)
-        context = Context(experiment, root, stop=stop, provenance=made_by())
-        try:
-            pipeline.RUNNERS["squeeze"](context)
-        finally:
-            context.work.lock.release()
+        def squeeze(experiment: Any, root: pathlib.Path, source: pathlib.Path | None) -> None:
+            context = Context(experiment, str(root), stop=stop, provenance=made_by())
+            try:
+                if source:
+                    pipeline.adopt(context, source)
+                pipeline.RUNNERS["squeeze"](context)
+            finally:
+                context.work.lock.release()
 
-    def _run(self, cell: Cell, stop: Any, made_by: Callable[[], dict[str, Any]]) -> None:
+        networks = self.root / TEACHERS
+        recover = dataclasses.replace(experiment.recover, maker="optimise")
+        squeeze(dataclasses.replace(experiment, recover=recover), networks, None)
+        context = Context(experiment, str(networks))
+        if not generator.wanted(context):
+            return networks
+        root = self.root / GENERATORS / workdir.digest(fingerprints.generator(context))
+        squeeze(experiment, root, networks)
+        return root
+
+    def _run(
+        self,
+        cell: Cell,
+        squeezed: pathlib.Path,
+        stop: Any,
+        made_by: Callable[[], dict[str, Any]],
+    ) -> None:
         """One cell's pipeline, which begins with what others have made."""
         from prism_jax import pipeline
         from prism_jax.config import STAGES
         from prism_jax.data import workdir
-        from prism_jax.stages import analyse
+        from prism_jax.stages import analyse, costs, validate
         from prism_jax.stages.context import Context
 
         experiment, root = self.experiments[cell], self.folder(cell)
         context = Context(experiment, str(root), stop=stop, provenance=made_by())
         try:
-            pipeline.adopt(context, self.root / TEACHERS)
+            pipeline.adopt(context, squeezed)
+            self._adopt_anchors(cell, context)
             others = list(self._with_equal_images(cell))
             for other in others:
                 if (self.folder(other) / "recover" / "manifest.json").exists():
@@ -241,13 +501,28 @@ class Comparison:
             if not analyse.is_summarised(context, sets):
                 analyse.write_summary(context, sets, made_by())
             record = {
-                "experiment": _digest(experiment),
+                "experiment": self._digests[cell],
                 "peak_bytes": self._peak_bytes(cell),
                 "summary": workdir.read_json(root / "summary.json"),
+                "imported": [t for t in experiment.squeeze.teachers if _is_imported(experiment, t)],
+                "right": {name: validate.right_answers(context, s) for name, s in sets.items()},
+                "costs": {name: costs.of(context, found) for name, found in sets.items()},
             }
             workdir.write_record(root / "cell.json", record)
         finally:
             context.work.lock.release()
+
+    def _adopt_anchors(self, cell: Cell, context: Any) -> None:
+        """Latents of real images and anchors that another generating cell has already."""
+        from prism_jax import pipeline
+        from prism_jax.stages import anchoring
+
+        near = sorted(self.experiments, key=lambda other: other[1:3] != cell[1:3])
+        for other in near:
+            if not anchoring.missing(context):
+                return
+            if other != cell and (self.folder(other) / "generate").exists():
+                pipeline.adopt(context, self.folder(other))
 
     def _peak_bytes(self, cell: Cell) -> int | None:
         """Of recover, as compiled: the same for every seed and protocol."""
@@ -265,20 +540,27 @@ class Comparison:
             if other[:3] == cell[:3] and other.protocol != cell.protocol:
                 yield other
 
-    def write_tables(self, *, figure: bool = False) -> None:
-        """The tables of all cells that are finished, and the figure, which takes seconds."""
-        from prism_jax.analysis import comparison
+    def write_tables(self, *, whole: bool = False) -> None:
+        """The tables of all cells that are finished.
+
+        Args:
+          whole: with the figure, the intervals and the records, which take seconds.
+        """
+        from prism_jax.analysis import cells, comparison
         from prism_jax.data import workdir
 
         found = [
-            comparison.Entry(*cell, summary=result["summary"], peak_bytes=result["peak_bytes"])
+            cells.entry_of(cell._asdict() | result)
             for cell in self.experiments
             if (result := self.result(cell)) is not None
         ]
         if not found:
             return
-        for name, content in comparison.documents(found, figure=figure).items():
+        documents = comparison.documents(found, self.choices, cost=self.cost, whole=whole)
+        for name, content in documents.items():
             workdir.write_bytes(self.root / name, content)
+        if whole:
+            workdir.write_record(self.root / RECORDS, cells.to_records(found, self.choices))
 
 
 def _with_all_teachers(experiments: dict[Cell, Any]) -> dict[Cell, Any]:
@@ -315,13 +597,18 @@ def _with_all_teachers(experiments: dict[Cell, Any]) -> dict[Cell, Any]:
     }
 
 
-def _digest(experiment: Any) -> str:
-    """What decides a cell's numbers."""
+def _is_imported(experiment: Any, teacher: str) -> bool:
+    return bool(experiment.network(teacher).checkpoint)
+
+
+def _digest(experiment: Any, start: str | None = None) -> str:
+    """What decides a cell's numbers; ``start`` is that of the cell it begins with."""
     from prism_jax.config import to_dict
     from prism_jax.data import workdir
     from prism_jax.stages.fingerprints import BITS_VERSION
 
-    return workdir.digest({"bits_version": BITS_VERSION, **to_dict(experiment)})
+    fields = {"bits_version": BITS_VERSION, **to_dict(experiment)}
+    return workdir.digest(fields | ({"start": start} if start else {}))
 
 
 if __name__ == "__main__":

@@ -202,8 +202,11 @@ def adopt(context: Context, source: epath.PathLike) -> list[str]:
         take(f"squeeze/{name}", fingerprints.teacher(context, name), RECORD)
     if generator.wanted(context):
         take(f"squeeze/{FOLDER}", fingerprints.generator(context), RECORD)
-    for name in (*anchoring.needed(context), *anchoring.controls_of(context)):
+    made = [name for name in anchoring.needed(context) if name != "latents"]
+    for name in (*made, *anchoring.controls_of(context)):
         take(f"generate/{name}", anchoring.FINGERPRINTS[name](context), RECORD)
+    if "latents" in anchoring.missing(context):  # many gigabytes, where images are large
+        take("generate/latents", fingerprints.latents(context), RECORD)
     take("recover", fingerprints.recover(context), "manifest.json")
     if recover.is_done(context):  # not so while a run that was stopped in recover goes on
         _adopt_set(context, recover.synthetic_set(context), take)

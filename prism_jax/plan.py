@@ -55,6 +55,12 @@ def missing(experiment: Experiment, workdir: str) -> list[str]:
         except UserError as error:
             if not any(str(error) in line for line in lines):
                 lines.append(f"images to start from: {error}")
+    return list(dict.fromkeys([*lines, *missing_weights(experiment, workdir)]))
+
+
+def missing_weights(experiment: Experiment, workdir: str) -> list[str]:
+    """What is imported and not there, of teachers and of the generator."""
+    lines = []
     for name in experiment.squeeze.teachers:
         path = experiment.network(name).checkpoint
         if path and not epath.Path(path).exists():
@@ -64,7 +70,7 @@ def missing(experiment: Experiment, workdir: str) -> list[str]:
             )
     if generator.wanted(context := Context(experiment, workdir)):
         lines += [f"generator: {line}" for line in generator.missing(context)]
-    return list(dict.fromkeys(lines))
+    return lines
 
 
 def _unknown_outputs(context: Context) -> list[str]:
@@ -120,6 +126,7 @@ def show(
         "experiment": f"{experiment.name} (preset {experiment.preset}), in {workdir}",
         "images": f"{images:,} ({recover.ipc} per class, {experiment.dataset.num_classes} classes, "
         f"{side} px)",
+        **_held_out(experiment),
         "pool": ", ".join(
             f"{name} (primary)" if name == recover.primary else name for name in recover.pool
         )
@@ -167,6 +174,11 @@ def _generation(e: Experiment) -> dict[str, str]:
         of = f"at most {g.most_images:,} images a class" if g.most_images else "all images"
         rows["anchors"] = f"{images:,} by {g.anchors}, among the latents of {of}"
     return rows
+
+
+def _held_out(e: Experiment) -> dict[str, str]:
+    share = e.dataset.held_out
+    return {"held out": f"{share:.4g} of every class' training images"} if share else {}
 
 
 def _few(e: Experiment, layout: Layout) -> str:

@@ -22,6 +22,7 @@ from prism_jax import parallel, rng
 from prism_jax.core import batching, losses, pixels, schedules
 from prism_jax.core.augment import Augment, augment, show
 from prism_jax.core.statistics import at_least_float32
+from prism_jax.data.answers import NONE
 from prism_jax.data.lazy import Images, read_ahead
 from prism_jax.data.pipeline import continuous_index, num_batches, read_batches
 from prism_jax.errors import UserError
@@ -155,11 +156,15 @@ class TrainBatch(NamedTuple):
 
 
 class TestResult(NamedTuple):
-    """Fractions in [0, 1]: top-1, top-5, and top-1 of each class (NaN where it has no image)."""
+    """Fractions in [0, 1]: top-1, top-5, and top-1 of each class (NaN where it has no image).
+
+    ``answers_N`` are the classes that were said, -1 where logits are not finite.
+    """
 
     top1: float
     top5: float
     per_class_K: np.ndarray
+    answers_N: np.ndarray
 
 
 def initial_state(
@@ -401,6 +406,7 @@ def test(
     count = len(labels_N)
     batch_size = mesh.count * -(-min(batch_size, count) // mesh.count)
     right1, right5 = np.zeros(count, bool), np.zeros(count, bool)
+    answers_N = np.zeros(count, np.int32)
 
     def read(number: int) -> tuple[np.ndarray, np.ndarray]:
         rows = np.arange(number * batch_size, min((number + 1) * batch_size, count))
@@ -411,7 +417,9 @@ def test(
         if class_indices is not None:
             logits_BK = logits_BK[:, list(class_indices)]
         order = np.argsort(-logits_BK, axis=1, kind="stable")  # ties: the lower class first
-        hit = (order == labels_N[rows][:, None]) & np.isfinite(logits_BK).all(1)[:, None]
+        finite_B = np.isfinite(logits_BK).all(1)
+        answers_N[rows] = np.where(finite_B, order[:, 0], NONE)
+        hit = (order == labels_N[rows][:, None]) & finite_B[:, None]
         right1[rows], right5[rows] = hit[:, :1].any(1), hit[:, :5].any(1)
 
     begun: list[tuple[np.ndarray, Array]] = []  # on the devices, while the next batch is read
@@ -426,7 +434,7 @@ def test(
         right1[labels_N == c].mean() if (labels_N == c).any() else np.nan
         for c in range(int(labels_N.max()) + 1)
     ]
-    return TestResult(float(right1.mean()), float(right5.mean()), np.array(per_class))
+    return TestResult(float(right1.mean()), float(right5.mean()), np.array(per_class), answers_N)
 
 
 def _ahead(images: Images) -> int:

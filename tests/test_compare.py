@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -16,12 +17,13 @@ from helpers.command import snapshot
 
 from prism_jax import compare
 from prism_jax.analysis import comparison
-from prism_jax.analysis.comparison import Entry
+from prism_jax.analysis.cells import Entry
 from prism_jax.main import parse
 
 ROOT = pathlib.Path(__file__).resolve().parent
 TINY = f"--config={ROOT / 'configs' / 'tiny_compare.py'}"
 TINY_IPC = "tests/configs/tiny_ipc.py"
+DIFFUSION = f"--config={ROOT / 'configs' / 'tiny_diffusion_compare.py'}"
 ONE = (TINY, "--config.seeds=(0,)", "--config.ipcs=(2,)")
 
 
@@ -73,8 +75,9 @@ def test_cells_and_their_experiments(monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["digits", "digits:quick", "cifar10", "studies:crop", "studies:batch", "studies:selection",
-     "studies:crop,digits", "studies:selection,digits"],
+    ["digits", "digits:quick", "cifar10", "diffusion_digits", "imagenette", "imagenet",
+     "studies:crop", "studies:batch", "studies:selection", "studies:crop,digits",
+     "studies:selection,digits"],
 )  # fmt: skip
 def test_every_cell_of_the_shipped_comparisons_can_be_used(name, monkeypatch):
     monkeypatch.chdir(ROOT.parent)
@@ -96,11 +99,11 @@ def finished(tmp_path_factory):
     arguments = (*ONE, f"--workdir={root}")
     run_cell, count = compare.Comparison._run, []
 
-    def stopping(self, cell, stop, provenance):
+    def stopping(self, cell, squeezed, stop, provenance):
         count.append(cell)
         if len(count) == 3:
             stop.signum = signal.SIGTERM
-        run_cell(self, cell, stop, provenance)
+        run_cell(self, cell, squeezed, stop, provenance)
 
     compare.Comparison._run = stopping
     try:
@@ -143,7 +146,7 @@ def test_the_tables_hold_every_method_and_its_controls(finished):
     for row in ("prism", "gvbsm", "prism: random real, soft labels", "random real, hard labels",
                 "full real training set"):  # fmt: skip
         assert f"\n| {row} |" in table
-    own, short = table.split("### Protocol: ")[1:]
+    own, short = table.split("### Costs")[0].split("### Protocol: ")[1:]
     assert own.startswith("own") and "full real" not in own
     assert "random real, soft labels" in short and "prism:" not in short
     lines = list(csv.DictReader(io.StringIO((root / "table.csv").read_text())))
@@ -157,6 +160,15 @@ def test_the_tables_hold_every_method_and_its_controls(finished):
     assert of_seeds[0] == str(record["top1"]) and len(of_seeds) == 2
     assert int(line["recover_peak_bytes"]) > 1000
     assert (root / "accuracy_over_cost.png").read_bytes().startswith(b"\x89PNG")
+    # Beside each accuracy what it took, and how certain it is.
+    seconds = [float(line[f"{stage}_seconds"]) for stage in ("squeeze", "recover", "validate")]
+    assert min(seconds) > 0 and float(line["bytes"]) == 8 * 64 + float(line["label_bytes"])
+    certain = table.split("### How certain")[1]
+    assert "#### short, IPC 2, outside" in certain and "2 seed(s)" in certain
+    answers = list(csv.DictReader(io.StringIO((root / "differences.csv").read_text())))
+    [found] = [x for x in answers if (x["method"], x["protocol"], x["set"], x["why"])
+               == ("prism", "own", "synthetic", "")]  # fmt: skip
+    assert float(found["value"]) == pytest.approx(float(line["top1"]), abs=1e-6)
     tex = (root / "table.tex").read_text()
     assert tex.count(r"\toprule") == 2 and r"\multicolumn{1}{c}{IPC 2}" in tex
 
@@ -166,6 +178,133 @@ def test_the_plan_says_what_is_finished(finished):
     status, out, _ = run(TINY, f"--workdir={root}", "--plan")
     assert status == 0
     assert out.count("done ") == 5 and out.count("to do ") == 15  # IPC 1's and the second seed's
+
+
+def test_a_row_starts_from_the_images_of_one_before_it(monkeypatch):
+    monkeypatch.chdir(ROOT.parent)
+    c = parse([DIFFUSION], [])[0]
+    cells = {cell.row: cell for cell in compare.cells(c)}
+    start = compare.start_of(c, cells["from_medoids"])
+    assert (start.cell, start.control) == (cells["d4m"], "medoids")
+    assert start.images == "cells/d4m/ipc2/seed0/single/controls/medoids/images"
+    experiments = {cell: compare.experiment_of(c, cell) for cell in cells.values()}
+    recover = experiments[cells["from_d4m"]].recover
+    assert (recover.initialise, recover.initialise_from) == (
+        "folder", "cells/d4m/ipc2/seed0/single/recover/images",
+    )  # fmt: skip
+    starts = {cell: found for cell in experiments if (found := compare.start_of(c, cell))}
+
+    def digests(changed):
+        found = compare.Comparison(pathlib.Path("x"), changed, starts, None, "seconds")
+        assert found.experiments[cells["from_d4m"]].recover.initialise_from.startswith("x/cells/")
+        return found._digests
+
+    # A row is another one where that is which it starts from.
+    other = dataclasses.replace(experiments[cells["d4m"]], seed=5)
+    before, after = digests(experiments), digests({**experiments, cells["d4m"]: other})
+    assert {cell.row for cell in before if before[cell] != after[cell]} == {
+        "d4m", "from_d4m", "from_medoids",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("starts.from_d4m=random", "starts from 'random'; allowed: the rows before it"),
+        ("starts.d4m=from_d4m", "starts from 'from_d4m'; allowed: the rows before it"),
+        ("starts.from_d4m=d4m/no_anchors", "the sets of d4m that it can start from are medoids"),
+        ("reference=nothing", "reference names 'nothing'; allowed: d4m, d4m/medoids"),
+        ("selected_real=('prims',)", "selected_real names 'prims'"),
+        ("resamples=3", "resamples is 3"),
+        ("more_controls.guided=('medoids',)", "and guided has one of these too"),
+    ],
+)
+def test_starts_and_choices_that_there_are_not_are_refused(tmp_path, override, said):
+    status, _, err = run(DIFFUSION, f"--config.{override}", f"--workdir={tmp_path}")
+    assert status == 2 and said in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_generator_and_anchors_are_made_once_and_rows_start_where_they_say(tmp_path):
+    status, _, err = run(DIFFUSION, f"--workdir={tmp_path}")
+    assert status == 0, err
+    cells = tmp_path / "cells"
+    generators = list(tmp_path.rglob("squeeze/generator/weights.safetensors"))
+    assert len(list((tmp_path / "generators").iterdir())) == 1 and len(generators) == 3
+    assert len({path.read_bytes() for path in generators}) == 1
+    assert not (tmp_path / "teachers/squeeze/generator").exists()
+    own, taken = (cells / row / "ipc2/seed0/single/generate" for row in ("d4m", "guided"))
+    assert (own / "latents").exists() and not (taken / "latents").exists()
+    for path in (own / "anchors").iterdir():
+        assert (taken / "anchors" / path.name).read_bytes() == path.read_bytes()
+
+    def images(*parts):
+        folder = cells.joinpath(*parts)
+        return [p.read_bytes() for p in sorted(folder.rglob("*.png"))]
+
+    d4m, medoids = (
+        images("d4m/ipc2/seed0/single", *inside)
+        for inside in (("recover", "images"), ("controls", "medoids", "images"))
+    )
+    assert len(d4m) == len(medoids) == 8 and d4m != medoids
+    assert images("from_d4m/ipc2/seed0/single/recover/images") == d4m
+    assert images("from_medoids/ipc2/seed0/single/recover/images") == medoids
+
+
+def test_the_tables_are_made_anew_from_the_records(finished, tmp_path):
+    root, _ = finished
+    record = json.loads((root / "records.json").read_text())
+    assert len(record["cells"]) == 5
+    status, out, _ = run(f"--records={root}", f"--workdir={tmp_path}")
+    assert status == 0
+    for name in ("table.md", "table.tex", "table.csv", "differences.csv"):
+        assert (tmp_path / name).read_bytes() == (root / name).read_bytes(), name
+    assert (tmp_path / "table.md").read_text() in out
+    record["cells"][0]["summary"]["validate"]["outside"]["top1"] = 0.5
+    (tmp_path / "other.json").write_text(json.dumps(record))
+    for arguments, said in (
+        ((f"--records={tmp_path / 'other.json'}",), "is damaged"),
+        ((f"--records={tmp_path / 'none.json'}",), "there is no"),
+        ((f"--records={root}", "--cost=euros"), "allowed: seconds, bytes, recover, memory"),
+        ((f"--records={root}", "--plan"), "goes with --workdir and --cost, not --plan"),
+    ):
+        status, _, err = run(*arguments)
+        assert status == 2 and said in err
+
+
+def test_the_plan_for_a_machine_adds_up_what_every_row_takes(tmp_path, monkeypatch):
+    from prism_jax.accelerators import forecast, targets
+
+    def stages(experiment, target, known):
+        assert target.name == "h100"
+        hours = 3.0 if experiment.recover.iterations else None
+        return {
+            "recover takes": forecast.Stage(hours, "so long"),
+            "outside takes": forecast.Stage(0.5, "as long as that"),
+        }
+
+    monkeypatch.setattr(forecast, "stages", stages)
+    monkeypatch.setattr(targets, "compiler_missing", lambda target: None)
+    status, out, err = run(TINY, f"--workdir={tmp_path}", "--plan", "--target=h100")
+    assert status == 0, err
+    # 20 cells; images of two methods, two IPCs, two seeds, once for both protocols.
+    assert "prism, IPC 2, short: 2 x" in out and out.count("recover takes so long") == 6
+    assert f"in all {20 * 0.5 + 8 * 3:.1f} h" in out and "and 2 parts that are not forecast" in out
+    assert list(tmp_path.iterdir()) == []
+    status, _, err = run(TINY, "--target=h100")
+    assert status == 2 and "--target=h100 goes with --plan" in err
+
+
+def test_what_some_row_needs_is_said_before_any_work(tmp_path):
+    absent = "networks.second.checkpoint=nowhere.pth"
+    more = f"--config.rows.gvbsm=('{TINY_IPC}','{absent}')"
+    status, _, err = run(*ONE, more, f"--workdir={tmp_path}")
+    assert status == 2 and "the weights nowhere.pth" in err and "(for gvbsm)" in err
+    assert list(tmp_path.iterdir()) == []
+    # A row that is left out needs nothing.
+    status, out, err = run(*ONE, "--config.rows.gvbsm=None", "--plan", f"--workdir={tmp_path}")
+    assert status == 0 and "prism/ipc2" in out and "gvbsm" not in out, err
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):

@@ -64,6 +64,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.controls = "random_real"  # the row that goes first, and trains on these sets too
     c.control_sets = ("random_real_hard", "full_real")
 
+    # What all are measured by; and how often intervals are drawn.
+    c.reference, c.selected_real, c.resamples = "prism", (), 10_000
+
     # Overrides of every cell, and of the cells of a protocol.
     c.shared = ("validate.students=resnet18,convnet", f"squeeze.teachers={TEACHERS},convnet")
     c.protocols = ConfigDict(sort_keys=False)

@@ -41,6 +41,7 @@ def get_config(arg: str = "crop") -> ConfigDict:
     c.student_seeds = 1
     c.rows = ConfigDict(ROWS[study](dataset), sort_keys=False)
     c.controls = "random_real"  # no row of that name: every cell has its own
+    c.resamples = 10_000
     c.shared = ()
     control = "random_real_hard" if study == "selection" else "random_real"
     c.protocols = ConfigDict({"own": (f"validate.controls={control}",)}, sort_keys=False)

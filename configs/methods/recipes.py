@@ -7,6 +7,7 @@ The argument after the colon names a data set and what else may be wanted, separ
   imagenet, tiny_imagenet, cifar100, cifar10, digits   the data set (default: imagenet)
   ipc1, ipc10, ipc50, ...                              images per class (default: ipc10)
   official    what the released code does where it is mended here, see the config's docstring
+  imagenette  ImageNet's recipe on ten of its classes, with its networks
   smoke       ImageNet with 10 classes, 20 iterations, 2 epochs: runs on your paths in minutes
   quick       digits with a fifth of the iterations
 
@@ -48,6 +49,7 @@ SMALL_NETWORKS = {
 DIGITS_NETWORKS = {
     **digits_config.NETWORKS,
     "alexnet": dict(architecture="alexnet", width=0.125, stem="small"),
+    "vit": dict(architecture="vit_tiny_patch16_224", width=1 / 3, depth=0.25, stem="small"),
 }
 
 
@@ -74,12 +76,12 @@ def begin(method: str, arg: str, *, datasets: tuple[str, ...]) -> tuple[ConfigDi
     named = [word for word in words if word in DATASETS] or ["imagenet"]
     ipcs = [int(w[3:]) for w in words if w.startswith("ipc") and w[3:].isdecimal()] or [10]
     rest = {w for w in words - {*named} if not (w.startswith("ipc") and w[3:].isdecimal())}
-    only = {"smoke": "imagenet", "quick": "digits"}
+    only = {"imagenette": "imagenet", "smoke": "imagenet", "quick": "digits"}
     known = all(w == "official" or only.get(w) == named[0] for w in rest)
     if len(named) > 1 or len(ipcs) > 1 or ipcs[0] < 1 or not known:
         raise ValueError(
             f"argument {arg!r}; allowed: one of {', '.join(DATASETS)}, one ipc<number>, official, "
-            f"smoke (imagenet), quick (digits), separated by commas"
+            f"imagenette or smoke (imagenet), quick (digits), separated by commas"
         )
     at = At(method, named[0], ipcs[0], rest)
     if at.dataset not in (*datasets, "digits"):
@@ -194,7 +196,7 @@ def finish(c: ConfigDict, at: At) -> ConfigDict:
     asked = (r.scorer or r.primary,) if r.initialise.startswith(("mosaic", "real_median")) else ()
     measuring = (c.analyse.network,) if c.analyse.network else ()
     c.squeeze.teachers = tuple(dict.fromkeys((*r.pool, *c.relabel.teachers, *asked, *measuring)))
-    others = digits_config.NETWORKS if at.dataset == "digits" else ()  # at hand for overrides
+    others = DIGITS_NETWORKS if at.dataset == "digits" else ()  # at hand for overrides
     for name in dict.fromkeys((*c.squeeze.teachers, *c.validate.students, *others)):
         if at.dataset == "imagenet":
             fields = {"architecture": name}
@@ -205,7 +207,18 @@ def finish(c: ConfigDict, at: At) -> ConfigDict:
         else:
             fields = SMALL_NETWORKS.get(name, {"architecture": name, "stem": "small"})
         c.networks[name] = base.network(**fields)
+    if "imagenette" in at.words:
+        _imagenette(c)
     return _smoke(c) if "smoke" in at.words else c
+
+
+def _imagenette(c: ConfigDict) -> None:
+    c.dataset.name, c.dataset.path = "imagenette", "data/imagenette2-320"
+    c.dataset.num_classes = 10
+    c.recover.batch_size = None
+    c.generate.class_names = None  # the data set's own
+    for name in c.squeeze.teachers:
+        c.networks[name].head_classes = 1000  # cut to the classes that the data has
 
 
 def _smoke(c: ConfigDict) -> ConfigDict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from prism_jax.accelerators import compiling, targets
 from prism_jax.accelerators.account import Cost
 from prism_jax.accelerators.compiling import Found
 from prism_jax.accelerators.targets import Target
-from prism_jax.config import Experiment, batch_layout, budget_of
+from prism_jax.config import Experiment, batch_layout, budget_of, to_dict
+from prism_jax.data import workdir
 from prism_jax.data.pipeline import num_batches
 from prism_jax.errors import UserError
 from prism_jax.programs import shapes_of
@@ -26,31 +28,79 @@ PATIENCE = 600.0  # seconds that they may take together; beyond it a proportion 
 SAMPLES = 64  # of slots and of iterations, in which draws are counted
 
 
+# Programs that were compiled, and what was done to get each.
+Known = dict[str, tuple[Found, str]]
+
+
+class Stage(NamedTuple):
+    """How long a part of a run takes: hours, None where they are not known; and in words."""
+
+    hours: float | None
+    said: str
+
+
 def rows(e: Experiment, target: Target) -> dict[str, str]:
     """Lines of the plan: what recover, relabel and validate would take.
 
     Raises:
       UserError: the compiler is not installed, or it ended or hung on a program.
     """
+    found = {"target": said_of(target)}
+    if e.recover.iterations:
+        done, note = _compile(e, target, "recover")
+        found |= _compiled(done, note) | {
+            name: stage.said for name, stage in _recover(e, target, done).items()
+        }
+        found["memory"] = _memory(e, target, done, batch_layout(e).size)
+    return found | {name: stage.said for name, stage in _students(e, target).items()}
+
+
+def stages(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
+    """The same of each stage, without its memory; generated images are not forecast.
+
+    Args:
+      known: programs that were compiled already, of this experiment or another; it grows.
+
+    Raises:
+      UserError: as ``rows``.
+    """
+    found = {}
+    if e.recover.maker == "generate":
+        found["recover takes"] = Stage(None, "not forecast: its images are generated")
+    elif e.recover.iterations:
+        done, _ = _compile(e, target, "recover", known)
+        unknown = Stage(None, f"unknown: the program does not fit ({done.line})")
+        found = _recover(e, target, done) or {"recover takes": unknown}
+    return found | _students(e, target, known)
+
+
+def said_of(target: Target) -> str:
+    """What a target is.
+
+    Raises:
+      UserError: its compiler is not installed.
+    """
     if missing := targets.compiler_missing(target):
         raise UserError(missing)
-    device = target.device
-    found = {
-        "target": f"{target.name}: {target.devices} device(s) with "
-        f"{_gigabytes(device.memory_bytes)} each; its compiler's word, nothing is run"
-    }
-    if e.recover.iterations:
-        found |= _recover(e, target)
+    return (
+        f"{target.name}: {target.devices} device(s) with "
+        f"{_gigabytes(target.device.memory_bytes)} each; its compiler's word, nothing is run"
+    )
+
+
+def _students(e: Experiment, target: Target, known: Known | None = None) -> dict[str, Stage]:
+    """Relabel and validate."""
+    found = {}
     images = e.recover.ipc * e.dataset.num_classes
     if e.soft_labels:
         batches = e.relabel.epochs * num_batches(images, min(e.relabel.batch_size, images))
-        done, note = _compile(e, target, "relabel")
+        done, note = _compile(e, target, "relabel", known)
         at_once = min(target.devices, num_batches(images, e.relabel.batch_size))
         found["relabel takes"] = _stage(target, done, batches / at_once, f"a batch{note}")
     steps = e.validate.epochs * num_batches(images, min(e.validate.batch_size, images))
     trainings = len(e.validate.seeds) * (1 + len(e.validate.controls))
     for student in e.validate.students:
-        done, note = _compile(e, target, f"validate/{student}")
+        done, note = _compile(e, target, f"validate/{student}", known)
         found[f"{student} takes"] = _stage(
             target, done, steps * trainings, f"a step, {trainings} trainings on one host{note}"
         )
@@ -94,26 +144,26 @@ def fits(done: Found, target: Target) -> bool:
 # --- recover ----------------------------------------------------------------------------------
 
 
-def _recover(e: Experiment, target: Target) -> dict[str, str]:
+def _compiled(done: Found, note: str) -> dict[str, str]:
+    if not done.cost:
+        return {}
+    return {
+        "recover compiles": f"in {done.compile_seconds:.0f} s, lowered in "
+        f"{done.lower_seconds:.0f} s{note}",
+        "collectives": "; ".join(dict.fromkeys(done.collectives)) or "none",
+    }
+
+
+def _recover(e: Experiment, target: Target, done: Found) -> dict[str, Stage]:
+    if not done.cost:
+        return {}
     layout = batch_layout(e)
-    size, units = layout.size, layout.groups * layout.blocks
-    done, note = _compile(e, target, "recover")
-    found = {}
-    if done.cost:
-        found["recover compiles"] = (
-            f"in {done.compile_seconds:.0f} s, lowered in {done.lower_seconds:.0f} s{note}"
-        )
-        found["collectives"] = "; ".join(dict.fromkeys(done.collectives)) or "none"
-        cost = done.cost.mean(shares(e))
-        lanes = max(1, min(units, target.devices // e.parallel.recover_devices))
-        budgets = [budget_of(e, group * layout.slots) for group in range(layout.groups)]
-        rounds = math.ceil(units / lanes) * sum(budgets) / len(budgets)
-        devices = lanes * e.parallel.recover_devices
-        found["recover takes"] = _stage(
-            target, done, rounds, f"an iteration, on {devices} device(s)", cost
-        )
-    found["memory"] = _memory(e, target, done, size)
-    return found
+    units, cost = layout.groups * layout.blocks, done.cost.mean(shares(e))
+    lanes = max(1, min(units, target.devices // e.parallel.recover_devices))
+    budgets = [budget_of(e, group * layout.slots) for group in range(layout.groups)]
+    rounds = math.ceil(units / lanes) * sum(budgets) / len(budgets)
+    what = f"an iteration, on {lanes * e.parallel.recover_devices} device(s)"
+    return {"recover takes": _stage(target, done, rounds, what, cost)}
 
 
 def _memory(e: Experiment, target: Target, done: Found, size: int) -> str:
@@ -175,25 +225,51 @@ def largest_batch(e: Experiment, target: Target, done: Found, size: int) -> tupl
 # --- small parts ------------------------------------------------------------------------------
 
 
-def _compile(e: Experiment, target: Target, program: str) -> tuple[Found, str]:
+def _compile(
+    e: Experiment, target: Target, program: str, known: Known | None = None
+) -> tuple[Found, str]:
     """A program, compiled or out of memory, and what was done to get it.
 
     Raises:
       UserError: it is neither.
     """
+    key = _key(e, target, program) if known is not None else ""
+    if known and key in known:
+        return known[key]
     progress.say(f"compiling {program} for {target.name}")
     done, note = compiling.compile_around(e, target, program), ""
     if done.around:
         note = f", with {done.around}: without a device XLA does not tile one of its products"
     if done.outcome in (compiling.COMPILED, compiling.MEMORY):
+        if known is not None:
+            known[key] = done, note
         return done, note
     raise UserError(f"the compiler for {target.name} {done.outcome} on {program}: {done.line}")
 
 
-def _stage(target: Target, done: Found, times: float, what: str, cost: Cost | None = None) -> str:
+def _key(e: Experiment, target: Target, program: str) -> str:
+    """What decides a program: experiments that agree in it share its compilation."""
+    stage, fields = program.split("/")[0], to_dict(e)
+    sections = {"recover": ("recover", "generate"), "relabel": ("relabel",)}
+    names = {"recover": e.recover.pool, "relabel": e.relabel.teachers}
+    read = names.get(stage, program.split("/")[1:])
+    several = ("seeds", "students", "controls")  # each has programs of its own
+    return workdir.digest(
+        {
+            "program": [target.name, program, e.recover.ipc, fields["dataset"], fields["parallel"]],
+            "networks": {name: dataclasses.asdict(e.network(name)) for name in read},
+            **{
+                name: {k: v for k, v in fields[name].items() if k not in several}
+                for name in sections.get(stage, ("relabel", "validate"))
+            },
+        }
+    )
+
+
+def _stage(target: Target, done: Found, times: float, what: str, cost: Cost | None = None) -> Stage:
     """How long something takes that is done so many times."""
     if done.cost is None:
-        return f"unknown: the program does not fit ({done.line})"
+        return Stage(None, f"unknown: the program does not fit ({done.line})")
     cost = cost or done.cost.mean({})
     seconds = seconds_of(cost, target)
     if target.device.clock_hz:
@@ -202,8 +278,8 @@ def _stage(target: Target, done: Found, times: float, what: str, cost: Cost | No
     else:
         said = f"{cost.bytes / 1e9:.2f} GB, {cost.flops / 1e12:.2f} TFLOP, {cost.launches:.0f}"
         said, bound = f"{said} launches: a lower bound", "at least"
-    duration = hours_of(times * seconds / 3600)
-    return f"{bound} {duration}: {1e3 * seconds:.3g} ms {what} ({said})"
+    hours = times * seconds / 3600
+    return Stage(hours, f"{bound} {hours_of(hours)}: {1e3 * seconds:.3g} ms {what} ({said})")
 
 
 def _gigabytes(count: int) -> str:

@@ -7,11 +7,15 @@ import csv
 import dataclasses
 import io
 import statistics
+import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from matplotlib.figure import Figure
 
+from prism_jax.analysis import differences, expenses
+from prism_jax.analysis.cells import OWN, Entry, columns, label_of, mean, of
+from prism_jax.analysis.differences import Choices
+from prism_jax.analysis.differences import row as row_of
 from prism_jax.analysis.figures import COLOURS, QUIET, styled
 from prism_jax.analysis.words import (
     SYNTHETIC,
@@ -24,39 +28,30 @@ from prism_jax.analysis.words import (
 )
 from prism_jax.config import CONTROLS
 
-OWN = "own"
 
+def documents(
+    entries: Sequence[Entry], choices: Choices, *, cost: str = "seconds", whole: bool = True
+) -> dict[str, bytes]:
+    """The files of a comparison by their names.
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A finished cell: one method, IPC, seed and protocol.
-
-    Attributes:
-      summary: of its working directory.
-      peak_bytes: of one image batch in recover, as compiled; None: not known, or no iterations.
+    Args:
+      cost: of ``expenses.COSTS``, the axis of the figure.
+      whole: with the figure and the intervals, which take seconds.
     """
-
-    row: str
-    ipc: int
-    seed: int
-    protocol: str
-    summary: dict[str, Any]
-    peak_bytes: int | None
-
-    @property
-    def sets(self) -> dict[str, dict[str, Any]]:
-        """Students' results by set of images: the synthetic one, then controls."""
-        return {SYNTHETIC: self.summary.get("validate", {}), **self.summary.get("controls", {})}
-
-
-def documents(entries: Sequence[Entry], *, figure: bool) -> dict[str, bytes]:
-    """The files of a comparison by their names."""
     found = {
         "table.md": markdown(entries).encode(),
         "table.tex": latex(entries).encode(),
         "table.csv": table_csv(entries).encode(),
     }
-    return found | {"accuracy_over_cost.png": accuracy_over_cost(entries)} if figure else found
+    if whole:
+        certain = list(differences.tables(columns(entries), choices))
+        imported = sorted({name for e in entries for name in e.imported})
+        if certain:
+            said = differences.markdown(certain, choices, imported)
+            found["table.md"] += f"\n{said}".encode()
+        found["differences.csv"] = differences.table_csv(certain).encode()
+        found["accuracy_over_cost.png"] = accuracy_over_cost(entries, cost)
+    return found
 
 
 # --- numbers --------------------------------------------------------------------------------
@@ -81,7 +76,7 @@ def grids(entries: Sequence[Entry]) -> list[Grid]:
         for row in dict.fromkeys(e.row for e in mine):
             for entry in (e for e in mine if e.row == row):
                 for name, students in entry.sets.items():
-                    label = _label(row, name, protocol)
+                    label = label_of(row, name, protocol)
                     for student, result in students.items():
                         column = entry.ipc, student
                         columns.append(column)
@@ -89,12 +84,6 @@ def grids(entries: Sequence[Entry]) -> list[Grid]:
                         values += result["top1_per_seed"]
         found.append(Grid(protocol, sorted(set(columns)), rows))
     return found
-
-
-def _label(row: str, name: str, protocol: str) -> str:
-    if name == SYNTHETIC:
-        return row_label(row)
-    return f"{row}: {row_label(name)}" if protocol == OWN else row_label(name)
 
 
 def spread(values: Sequence[float | None]) -> str:
@@ -111,13 +100,13 @@ def costs(entries: Sequence[Entry]) -> list[list[str]]:
     rows = []
     for row, ipc in dict.fromkeys((e.row, e.ipc) for e in entries):
         mine = [e for e in entries if (e.row, e.ipc) == (row, ipc)]
-        labels = {e.protocol: _of(e.summary, "relabel", "bytes") for e in mine}
+        labels = {e.protocol: of(e.summary, "relabel", "bytes") for e in mine}
         rows.append(
             [
                 row,
                 str(ipc),
-                seconds(_mean(_of(e.summary, "recover", "seconds_per_image") for e in mine)),
-                size(_mean(e.peak_bytes for e in mine)),
+                seconds(mean(of(e.summary, "recover", "seconds_per_image") for e in mine)),
+                size(mean(e.peak_bytes for e in mine)),
                 ", ".join(f"{size(count)} ({protocol})" for protocol, count in labels.items()),
                 _similarity(mine),
             ]
@@ -125,23 +114,12 @@ def costs(entries: Sequence[Entry]) -> list[list[str]]:
     return rows
 
 
-COSTS = ("method", "IPC", "recover per image", "memory", "labels", "intra-class similarity")
+COST_HEADS = ("method", "IPC", "recover per image", "memory", "labels", "intra-class similarity")
 
 
 def _similarity(entries: Sequence[Entry]) -> str:
-    values = [_of(e.summary, "analyse", "intra_class_cosine", "synthetic") for e in entries]
-    return number(_mean(values))
-
-
-def _of(tree: Any, *path: str) -> Any:
-    for key in path:
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree
-
-
-def _mean(values: Any) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
+    values = [of(e.summary, "analyse", "intra_class_cosine", "synthetic") for e in entries]
+    return number(mean(values))
 
 
 # --- documents ------------------------------------------------------------------------------
@@ -152,20 +130,22 @@ def markdown(entries: Sequence[Entry]) -> str:
     lines = [f"Top-1 in per cent, {_seeds(entries)}; the last epoch's, not the best one's.", ""]
     for grid in grids(entries):
         lines += [f"### Protocol: {grid.protocol}", "", *_markdown_grid(grid), ""]
-    lines += ["### Costs", "", _row(COSTS), _row([":--", *["--:"] * (len(COSTS) - 1)])]
-    lines += [_row(row) for row in costs(entries)]
-    return "\n".join(lines) + "\n"
+    lines += ["### Costs", "", row_of(COST_HEADS)]
+    lines += [row_of([":--", *["--:"] * (len(COST_HEADS) - 1)])]
+    lines += [row_of(row) for row in costs(entries)]
+    for (protocol, ipc), table in expenses.accuracies_and_costs(entries).items():
+        lines += ["", f"#### Accuracy and its costs: {protocol}, IPC {ipc}", ""]
+        lines += [row_of(table[0]), row_of([":--", *["--:"] * (len(table[0]) - 1)])]
+        lines += [row_of(row) for row in table[1:]]
+    lines += ["", *textwrap.wrap(expenses.NOTE, 100, break_on_hyphens=False), ""]
+    return "\n".join(lines)
 
 
 def _markdown_grid(grid: Grid) -> Iterator[str]:
-    yield _row(["", *(f"IPC {ipc}, {student}" for ipc, student in grid.columns)])
-    yield _row([":--", *["--:"] * len(grid.columns)])
+    yield row_of(["", *(f"IPC {ipc}, {student}" for ipc, student in grid.columns)])
+    yield row_of([":--", *["--:"] * len(grid.columns)])
     for label, results in grid.rows.items():
-        yield _row([label, *(spread(results.get(column, ())) for column in grid.columns)])
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+        yield row_of([label, *(spread(results.get(column, ())) for column in grid.columns)])
 
 
 def _seeds(entries: Sequence[Entry]) -> str:
@@ -210,8 +190,9 @@ def _tex(text: str) -> str:
 
 FIELDS = (
     "method", "ipc", "protocol", "seed", "set", "student", "top1", "top5", "best_top1",
-    "top1_per_seed", "recover_seconds_per_image", "recover_peak_bytes", "label_bytes",
-    "intra_class_cosine",
+    "top1_per_seed", "held_out", "recover_seconds_per_image", "recover_peak_bytes", "label_bytes",
+    "intra_class_cosine", "squeeze_seconds", "recover_seconds", "relabel_seconds",
+    "validate_seconds", "bytes", "real_bytes",
 )  # fmt: skip
 
 
@@ -221,16 +202,19 @@ def table_csv(entries: Sequence[Entry]) -> str:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(FIELDS)
     for e in entries:
-        cost = (
-            _of(e.summary, "recover", "seconds_per_image"),
-            e.peak_bytes,
-            _of(e.summary, "relabel", "bytes"),
-            _of(e.summary, "analyse", "intra_class_cosine", "synthetic"),
-        )
+        recovered = (of(e.summary, "recover", "seconds_per_image"), e.peak_bytes)
+        similar = of(e.summary, "analyse", "intra_class_cosine", "synthetic")
         for name, students in e.sets.items():
             for student, result in students.items():
                 numbers = [result[key] for key in ("top1", "top5", "best_top1")]
-                numbers.append(" ".join(map(str, result["top1_per_seed"])))
+                numbers += [" ".join(map(str, result["top1_per_seed"])), result.get("held_out")]
+                labels = of(e.costs, name, "bytes", "labels")
+                if not e.costs and name == SYNTHETIC:
+                    labels = of(e.summary, "relabel", "bytes")
+                cost = (
+                    *recovered, labels, similar, *expenses.stage_seconds(e, name, student).values(),
+                    expenses.all_bytes(e, name, student), of(e.costs, name, "bytes", "real"),
+                )  # fmt: skip
                 writer.writerow([e.row, e.ipc, e.protocol, e.seed, name, student, *numbers, *cost])
     return file.getvalue()
 
@@ -242,10 +226,10 @@ MARKERS = "osD^v"  # one for every time that the colours come again
 
 
 @styled
-def accuracy_over_cost(entries: Sequence[Entry]) -> Figure:
-    """Accuracy over the seconds that recovering an image takes: a panel per protocol and IPC.
+def accuracy_over_cost(entries: Sequence[Entry], cost: str = "seconds") -> Figure:
+    """Accuracy over a cost of ``expenses.COSTS``: a panel per protocol and IPC.
 
-    The first student's, with the standard deviation over seeds; a method whose time is not known
+    The first student's, with the standard deviation over seeds; a method whose cost is not known
     stands at the left edge, controls are lines.
     """
     panels = list(dict.fromkeys((e.protocol, e.ipc) for e in entries))
@@ -259,28 +243,28 @@ def accuracy_over_cost(entries: Sequence[Entry]) -> Figure:
         mine = [e for e in entries if (e.protocol, e.ipc) == (protocol, ipc)]
         student = next(iter(mine[0].sets[SYNTHETIC]))
         axis.set_title(f"{protocol}, IPC {ipc}, {student}")
-        axis.set_xlabel("seconds per image")
+        axis.set_xlabel(expenses.COSTS[cost].words)
         axis.set_ylabel("top-1, %")
         axis.set_xscale("log")
-        times = [_of(e.summary, "recover", "seconds_per_image") for e in mine]
-        least = min((t for t in times if t), default=1.0)
+        taken = {id(e): expenses.COSTS[cost].of(e, SYNTHETIC, student) for e in mine}
+        least = min((t for t in taken.values() if t), default=1.0)
         for row in dict.fromkeys(e.row for e in mine):
             here = [e for e in mine if e.row == row]
-            top1 = _mean(e.sets[SYNTHETIC].get(student, {}).get("top1") for e in here)
-            time = _mean(_of(e.summary, "recover", "seconds_per_image") for e in here) or least
+            top1 = mean(e.sets[SYNTHETIC].get(student, {}).get("top1") for e in here)
+            at = mean(taken[id(e)] for e in here) or least
             if top1 is None:
                 continue
             number = rows.index(row)
             values = [100 * v for e in here for v in _top1_per_seed(e, student)]
             (points, *_) = axis.errorbar(
-                time, 100 * top1, statistics.stdev(values) if len(values) > 1 else None,
+                at, 100 * top1, statistics.stdev(values) if len(values) > 1 else None,
                 fmt=MARKERS[number // len(COLOURS) % len(MARKERS)],
                 color=COLOURS[number % len(COLOURS)], elinewidth=1, label=row,
             )  # fmt: skip
             handles[row] = points
         for name in CONTROLS:
             values = [e.sets.get(name, {}).get(student, {}).get("top1") for e in mine]
-            if protocol != OWN and (level := _mean(values)) is not None:
+            if protocol != OWN and (level := mean(values)) is not None:
                 axis.axhline(100 * level, color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
                 axis.annotate(
                     row_label(name), (1, 100 * level), xycoords=("axes fraction", "data"),

@@ -23,7 +23,8 @@ def over_seeds(records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
     Args:
       records: {"top1", "top5", "best_top1", "per_class", "seconds"} of each seed; top1 is the
-        last epoch's, best_top1 that of the best test on the way.
+        last epoch's, best_top1 that of the best test on the way. Where training images were held
+        out, "held_out" is top1 on them.
 
     Returns:
       Means, the sum of seconds, and the sample standard deviation of top1 (n - 1 below; None for
@@ -45,7 +46,7 @@ def over_seeds(records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
             for values in zip(*seeds, strict=True)
         ]
 
-    top1 = known("top1")
+    top1, held_out = known("top1"), mean("held_out")
     return {
         "top1": mean("top1"),
         "top1_std": statistics.stdev(top1) if top1 and len(top1) > 1 else None,
@@ -54,6 +55,7 @@ def over_seeds(records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         "best_top1": mean("best_top1"),
         "per_class": mean_by_class(),
         "seconds": sum(seconds) if (seconds := known("seconds")) else None,
+        **({} if held_out is None else {"held_out": held_out}),
     }
 
 

@@ -60,7 +60,7 @@ def accuracy(entry: Mapping[str, Any] | None) -> str:
 
 def more(entry: Mapping[str, Any] | None) -> str:
     """What else is known of an entry: "best 93.5, top-5 99.6", in per cent."""
-    found = {"best": "best_top1", "top-5": "top5"}
+    found = {"best": "best_top1", "top-5": "top5", "held out": "held_out"}
     known = {words: (entry or {}).get(key) for words, key in found.items()}
     return ", ".join(f"{words} {percent(x)}" for words, x in known.items() if x is not None)
 

@@ -25,6 +25,9 @@ class Dataset:
     ``threads`` and ``workers`` (processes) read ahead; they change no batch. A set of images that
     takes more than ``cache_gigabytes`` decoded is read from disk whenever it is needed.
     ``mean`` and ``std`` replace the normalisation of the data set.
+    ``held_out`` is the share of every class' training images, drawn by ``held_out_seed``, that
+    nothing is made of: students are tested on them too, so that settings and methods can be chosen
+    without the test images.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Dataset:
     cache_gigabytes: float
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
+    held_out: float
+    held_out_seed: int
 
 
 @dataclasses.dataclass(frozen=True)

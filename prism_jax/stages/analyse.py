@@ -399,6 +399,17 @@ def notes(context: Context) -> list[str]:
             "The full real set gets as many optimiser steps as the synthetic set, and at least "
             "as many epochs as the teachers."
         )
+    if share := config.dataset.held_out:
+        said.append(
+            f"{share:.4g} of the training images of every class are held out: nothing is made of "
+            f"them, and students are tested on them too, so that a choice needs no test image."
+        )
+        imported = [t for t in config.squeeze.teachers if config.network(t).checkpoint]
+        if imported:
+            said.append(
+                f"{', '.join(imported)} were not trained here, and may have seen the held-out "
+                f"images."
+            )
     if config.recover.initialise == "real" and not generator.wanted(context):
         said.append("The synthetic images start from real training images.")
     return said

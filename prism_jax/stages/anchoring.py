@@ -82,6 +82,18 @@ def controls_of(context: Context) -> list[str]:
     return [name for name in context.config.validate.controls if name in GENERATED_CONTROLS]
 
 
+def missing(context: Context, names: Sequence[str] | None = None) -> list[str]:
+    """The folders that are not there; latents are read for anchors alone.
+
+    Args:
+      names: of folders; unset, all that the experiment reads.
+    """
+    names = [*needed(context), *controls_of(context)] if names is None else names
+    left = [name for name in names if not _is_done(context, name)]
+    spared = "latents" in left and _is_done(context, "anchors")
+    return [name for name in left if not (spared and name == "latents")]
+
+
 def folder(context: Context, name: str) -> epath.Path:
     return context.root / "generate" / name
 
@@ -94,9 +106,7 @@ def run(context: Context, names: Sequence[str] | None = None) -> None:
     """
     makers = {"latents": _latents, "anchors": _anchors, "candidates": _candidates}
     names = needed(context) if names is None else names
-    for name in [name for name in names if not _is_done(context, name)]:
-        if name == "latents" and _is_done(context, "anchors"):
-            continue  # anchors are all that is read
+    for name in missing(context, names):
         _run(context, name, makers.get(name) or functools.partial(_control, name=name))
 
 

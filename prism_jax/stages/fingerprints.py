@@ -21,6 +21,7 @@ from prism_jax.data import weights, workdir
 from prism_jax.diffusion import huggingface, prompts
 from prism_jax.stages import imported
 from prism_jax.stages.context import Context, LabelledSet
+from prism_jax.stages.inputs import HELD_OUT
 from prism_jax.synthesis.start import SCORING
 
 # Fields that change no bits, or that only say where the same bits come from.
@@ -297,6 +298,8 @@ def validate(context: Context, labelled: LabelledSet, student: str, seed: int) -
         "images": workdir.digest(labelled.fields),
         "test": context.inputs.fields(context.inputs.open("test")),
     }
+    if context.config.dataset.held_out:
+        fields["held_out"] = context.inputs.fields(context.inputs.open(HELD_OUT))
     settings = context.config.validate
     division = {"accumulate": settings.accumulate, "bn_group": bn_group_of(settings)}
     if _spares(labelled, settings.batch_size, **division):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from prism_jax import rng
 from prism_jax.config import Dataset, Experiment, Network
 from prism_jax.data.datasets import DatasetInfo
 from prism_jax.data.exchange import ImageSet
@@ -19,6 +20,8 @@ from prism_jax.data.sets.base import Stated
 from prism_jax.data.sources import ImageSource, Subset, info_of, open_source
 from prism_jax.errors import UserError
 from prism_jax.types import Normalisation
+
+HELD_OUT = "held_out"  # the split of the training images that nothing is made of
 
 
 class Inputs:
@@ -48,11 +51,21 @@ class Inputs:
         return size, size, self.info.channels
 
     def open(self, split: str) -> ImageSource:
-        """The real images of a split ("train", "test"), opened on first use."""
+        """The real images of a split ("train", "test", ``HELD_OUT``), opened on first use."""
         return self._open(split)
 
     @functools.cache  # noqa: B019 - a context lives as long as the run
     def _open(self, split: str) -> ImageSource:
+        dataset = self.config.dataset
+        if split == HELD_OUT:
+            return held_out(self._stored("train"), dataset.held_out, dataset.held_out_seed)[1]
+        source = self._stored(split)
+        if split == "train" and dataset.held_out:
+            return held_out(source, dataset.held_out, dataset.held_out_seed)[0]
+        return source
+
+    @functools.cache  # noqa: B019
+    def _stored(self, split: str) -> ImageSource:
         dataset = self.config.dataset
         source = open_source(
             name=dataset.name,
@@ -133,10 +146,14 @@ class Inputs:
             LazyImages(lambda at: one_by_one(positions[at]), (len(positions), *self.image_shape))
         )
 
-    @functools.cache  # noqa: B019
     def test_set(self) -> tuple[Images, np.ndarray]:
         """The real test images, uint8 NHWC, and their labels."""
-        source = self.open("test")
+        return self.real_set("test")
+
+    @functools.cache  # noqa: B019
+    def real_set(self, split: str) -> tuple[Images, np.ndarray]:
+        """A split's images, uint8 NHWC, and their labels."""
+        source = self.open(split)
         return self.read(source), source.labels_N
 
     def fields(self, source: ImageSource) -> dict[str, Any]:
@@ -154,6 +171,30 @@ def first_classes(source: ImageSource, count: int) -> ImageSource:
     found.class_names = None if names is None else names[:count]
     found.imagenet_indices = None if indices is None else indices[:count]
     return found
+
+
+def held_out(source: ImageSource, share: float, seed: int) -> tuple[Subset, Subset]:
+    """Divide a source: what is left, and a share of every class, drawn by the seed.
+
+    Raises:
+      UserError: a class has too few images to be in both.
+    """
+    out_N, labels_N = np.zeros(len(source), bool), np.asarray(source.labels_N)
+    for cls in range(source.num_classes):
+        at = np.flatnonzero(labels_N == cls)
+        count = round(share * len(at))
+        if not 0 < count < len(at):
+            raise UserError(
+                f"dataset.held_out={share:g} of the {len(at)} training images of class {cls} is "
+                f"{count}: at least one must be held out, and one left; choose another share"
+            )
+        drawn = rng.generator(seed, "dataset/held_out", cls).permutation(len(at))[:count]
+        out_N[at[drawn]] = True
+    how = {"share": share, "seed": seed}
+    return (
+        Subset(source, np.flatnonzero(~out_N), described={"without": how}),
+        Subset(source, np.flatnonzero(out_N), described={"held_out": how}),
+    )
 
 
 def own_normalisation(of: Network | Dataset) -> Normalisation | None:

@@ -37,6 +37,7 @@ class Trained:
     best_top1: float
     per_class: list[float | None]
     seconds: float
+    answers_N: np.ndarray
 
 
 def train(
@@ -128,4 +129,4 @@ def train(
     if result is None:  # everything was done before; only the record was missing
         result = trainer.test(state, images, labels)
     per_class = [None if np.isnan(x) else float(x) for x in result.per_class_K]
-    return Trained(state, result.top1, result.top5, best, per_class, elapsed())
+    return Trained(state, result.top1, result.top5, best, per_class, elapsed(), result.answers_N)

@@ -1,8 +1,10 @@
 """Validate: train students on a set of images and test them on the real test images.
 
-    validate/<student>/<seed>/  metrics.jsonl  checkpoints/  record.json (last: present = done)
+    validate/<student>/<seed>/  metrics.jsonl  checkpoints/  answers.json
+                                record.json (last: present = done)
 
-The synthetic set and every control go through this same code.
+The synthetic set and every control go through this same code. Where the data set holds out a part
+of its training images, students are tested on it too, once.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ from etils import epath
 
 from prism_jax.config import bn_group_of
 from prism_jax.core.augment import Augment
-from prism_jax.data import workdir
+from prism_jax.data import answers, workdir
 from prism_jax.data.pipeline import num_batches
 from prism_jax.data.weights import RECORD
 from prism_jax.parallel import enough_memory
 from prism_jax.stages import fingerprints
 from prism_jax.stages.context import Context, LabelledSet
+from prism_jax.stages.inputs import HELD_OUT
 from prism_jax.stages.loop import train
 from prism_jax.stages.relabel import Labels
 from prism_jax.training import TrainBatch, Trainer, TrainRecipe, hard_batches, soft_batches
@@ -66,6 +69,22 @@ def run(
         ):
             _train(context, labelled, labels, augment, student, seed)
         context.stop.check()
+
+
+def right_answers(context: Context, labelled: LabelledSet) -> dict[str, dict[str, list]]:
+    """Which answers of a set's students are right: by part and student, packed, one per seed.
+
+    None stands for a student whose answers were not kept.
+    """
+    parts = ("test", *((HELD_OUT,) if context.config.dataset.held_out else ()))
+    found: dict[str, dict[str, list]] = {part: {} for part in parts}
+    for student, seed in students(context):
+        said = answers.read(folder(labelled, student, seed))
+        for part, by_student in found.items():
+            truth_N = context.inputs.open(part).labels_N
+            right = answers.pack_right(said[part] == truth_N) if part in said else None
+            by_student.setdefault(student, []).append(right)
+    return found
 
 
 def epochs_of(context: Context, labelled: LabelledSet) -> int:
@@ -151,16 +170,17 @@ def _train(
         accumulate=recipe.accumulate,
         bn_group=recipe.bn_group,
     )
+    trainer = Trainer(
+        context.networks.build(student, student=True, dtype=context.config.validate.dtype),
+        recipe,
+        context.inputs.normalisation,
+        view_seed=context.config.seed,
+        seed=seed,
+        devices=devices,
+    )
     trained = train(
         context,
-        Trainer(
-            context.networks.build(student, student=True, dtype=context.config.validate.dtype),
-            recipe,
-            context.inputs.normalisation,
-            view_seed=context.config.seed,
-            seed=seed,
-            devices=devices,
-        ),
+        trainer,
         root,
         title=f"validate {labelled.name}/{student}/{seed}",
         batches=from_batch,
@@ -179,4 +199,10 @@ def _train(
         "per_class": trained.per_class,
         "seconds": trained.seconds,
     }
+    said = {"test": trained.answers_N}
+    if context.config.dataset.held_out:
+        result = trainer.test(trained.state, *context.inputs.real_set(HELD_OUT))
+        record["held_out"] = result.top1
+        said[HELD_OUT] = result.answers_N
+    answers.write(root, said, context.config.dataset.num_classes)
     workdir.write_record(root / RECORD, record)

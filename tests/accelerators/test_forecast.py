@@ -140,3 +140,36 @@ def test_the_command_line_says_what_is_wrong_with_a_target(monkeypatch, argument
     monkeypatch.setattr(targets, "_MODULES", {"cuda": "no_such_module", "tpu": "no_such_module"})
     status, out, err = call(TINY, *arguments)
     assert status == 2 and said in err and not out
+
+
+def test_programs_are_compiled_once_for_experiments_that_agree_in_them(monkeypatch):
+    monkeypatch.setattr(targets, "compiler_missing", lambda target: None)
+    compile_program, _ = compiler(1)
+    asked = []
+
+    def noting(made, target, program, **given):
+        asked.append(program)
+        return compile_program(made, target, program)
+
+    monkeypatch.setattr(compiling, "compile_program", noting)
+    one = experiment(["convnet_d1_bn", "convnet_d2_bn"], side=16)
+    weight = dataclasses.replace(one.recover, alpha_bn=0.5)
+    students = dataclasses.replace(one.validate, seeds=(7,), controls=())
+    loss = dataclasses.replace(one.validate, temperature=3.0)
+    known: forecast.Known = {}
+    found = forecast.stages(one, H100, known)
+    everything = [*asked]
+    assert everything[:2] == ["recover", "relabel"] and len(everything) == 2 + len(
+        one.validate.students
+    )
+    assert {name: stage.said for name, stage in found.items()}.items() <= forecast.rows(
+        one, H100
+    ).items()
+    asked.clear()
+    forecast.stages(dataclasses.replace(one, seed=9, validate=students), H100, known)
+    assert asked == []
+    forecast.stages(dataclasses.replace(one, recover=weight), H100, known)
+    assert asked == ["recover"]
+    asked.clear()
+    forecast.stages(dataclasses.replace(one, validate=loss), H100, known)
+    assert asked == everything[2:]

@@ -16,7 +16,7 @@ def violations(e: Experiment) -> Iterator[str]:
     """What is wrong with the section, one line each."""
     d = e.dataset
     yield from positive(e, "dataset", "image_size", "num_classes", "threads")
-    yield from not_negative(e, "dataset", "workers", "cache_gigabytes")
+    yield from not_negative(e, "dataset", "workers", "cache_gigabytes", "held_out_seed")
     if own.is_own(d.name):
         yield from _own(e)
     elif d.name.startswith(datasets.TFDS) and d.source != "tfds":
@@ -26,6 +26,11 @@ def violations(e: Experiment) -> Iterator[str]:
         yield (
             f"dataset.mean is {d.mean} and dataset.std is {d.std}; they belong together, with one "
             f"number per channel each"
+        )
+    if not 0 <= d.held_out < 1:
+        yield (
+            f"dataset.held_out is {d.held_out:g}; it is the share of the training images that is "
+            f"held out, from 0 (none) to below 1"
         )
     if d.std and min(d.std) <= 0:
         yield f"dataset.std is {d.std}; its numbers must be positive"

@@ -1,0 +1,132 @@
+"""The cells of a comparison, as its tables are made of them, and as they are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prism_jax.analysis.differences import Choices, Column, Tested
+from prism_jax.analysis.intervals import Resampling
+from prism_jax.analysis.words import SYNTHETIC, row_label
+from prism_jax.data import answers
+from prism_jax.errors import UserError
+
+OWN = "own"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A finished cell: one method, IPC, seed and protocol.
+
+    Attributes:
+      summary: of its working directory.
+      peak_bytes: of one image batch in recover, as compiled; None: not known, or no iterations.
+      right: which answers are right, packed: by set, part, student and seed of students.
+      costs: of every set, see ``stages.costs``.
+      imported: the teachers that were trained elsewhere.
+    """
+
+    row: str
+    ipc: int
+    seed: int
+    protocol: str
+    summary: dict[str, Any]
+    peak_bytes: int | None
+    right: dict[str, dict[str, dict[str, list[str | None]]]] = dataclasses.field(
+        default_factory=dict
+    )
+    costs: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    imported: tuple[str, ...] = ()
+
+    @property
+    def sets(self) -> dict[str, dict[str, Any]]:
+        """Students' results by set of images: the synthetic one, then controls."""
+        return {SYNTHETIC: self.summary.get("validate", {}), **self.summary.get("controls", {})}
+
+
+# Of a cell's summary: what the tables say, and what a reader asks next.
+RECORDED = (
+    "config", "commit", "protocol", "recover", "relabel", "validate", "controls", "analyse",
+)  # fmt: skip
+
+
+def entry_of(record: Mapping[str, Any]) -> Entry:
+    """An entry from a cell's record, whatever else that says."""
+    known = {f.name: record[f.name] for f in dataclasses.fields(Entry) if f.name in record}
+    return Entry(**known | {"imported": tuple(record.get("imported", ()))})
+
+
+def to_records(entries: Sequence[Entry], choices: Choices) -> dict[str, Any]:
+    """All that the tables are made of, as JSON values: a few kB a cell."""
+    cells = []
+    for e in entries:
+        summary = {key: e.summary[key] for key in RECORDED if key in e.summary}
+        for part in ("validate", "controls"):
+            if part in summary:
+                summary[part] = _without(summary[part], "per_class")
+        cells.append(dataclasses.asdict(dataclasses.replace(e, summary=summary)))
+    return {"schema": 1, "choices": dataclasses.asdict(choices), "cells": cells}
+
+
+def _without(tree: Any, key: str) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    return {k: _without(v, key) for k, v in tree.items() if k != key}
+
+
+def from_records(found: Mapping[str, Any]) -> tuple[list[Entry], Choices]:
+    """Entries, and what they are measured by.
+
+    Raises:
+      UserError: the records are of another version.
+    """
+    if found.get("schema") != 1:
+        raise UserError(
+            f"these records have schema {found.get('schema')!r}, and this version of prism_jax "
+            f"reads 1"
+        )
+    choices = {k: tuple(v) if isinstance(v, list) else v for k, v in found["choices"].items()}
+    choices["resampling"] = Resampling(**choices["resampling"])
+    return [entry_of(cell) for cell in found["cells"]], Choices(**choices)
+
+
+def columns(entries: Sequence[Entry]) -> dict[Column, list[Tested]]:
+    """What students said, by protocol, IPC and student, in the order of the tables."""
+    found: dict[Column, dict[str, Tested]] = {}
+    for e in entries:
+        for name, parts in e.right.items():
+            label = label_of(e.row, name, e.protocol)
+            for part, by_student in parts.items():
+                for student, seeds in by_student.items():
+                    sets = found.setdefault(Column(e.protocol, e.ipc, student), {})
+                    tested = sets.setdefault(label, Tested(label, e.row, name, {}))
+                    tested.right.setdefault(part, {}).update(
+                        ((e.seed, i), answers.unpack_right(packed))
+                        for i, packed in enumerate(seeds)
+                        if packed is not None
+                    )
+    protocols = list(dict.fromkeys(e.protocol for e in entries))
+    order = sorted(found, key=lambda column: (protocols.index(column.protocol), *column[1:]))
+    return {column: list(found[column].values()) for column in order}
+
+
+def label_of(row: str, name: str, protocol: str) -> str:
+    """What the tables call a row's set of images."""
+    if name == SYNTHETIC:
+        return row_label(row)
+    return f"{row}: {row_label(name)}" if protocol == OWN else row_label(name)
+
+
+def of(tree: Any, *path: str) -> Any:
+    """What is at a path of keys; None where there is no such path."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def mean(values: Any) -> float | None:
+    """Of the known values; None where there is none."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None

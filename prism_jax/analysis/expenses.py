@@ -1,0 +1,90 @@
+"""What the sets of a comparison cost, beside the accuracies that they give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from prism_jax.analysis.cells import Entry, label_of, mean, of
+from prism_jax.analysis.words import UNKNOWN, number, percent, seconds, size
+
+STAGES = ("squeeze", "recover", "relabel")
+NOTE = (
+    "Seconds are means over seeds, as measured, with compiling: squeeze of the networks that made "
+    "images and labels (unknown where one was imported), recover and relabel of the whole set, "
+    "training of one student. Bytes are those of uncompressed pixels and of labels as stored, and "
+    "their share is of the real training set's pixels; per MB: points of top-1."
+)
+
+
+class Cost(NamedTuple):
+    """A cost that the figure can have as its axis: its words, and of a student on a set."""
+
+    words: str
+    of: Callable[[Entry, str, str], float | None]
+
+
+def stage_seconds(entry: Entry, name: str, student: str) -> dict[str, float | None]:
+    """Seconds of every stage, and of training one student."""
+    trained = entry.sets.get(name, {}).get(student, {})
+    in_all, seeds = trained.get("seconds"), len(trained.get("top1_per_seed", ()))
+    found = {stage: of(entry.costs, name, "seconds", stage) for stage in STAGES}
+    return found | {"validate": None if in_all is None or not seeds else in_all / seeds}
+
+
+def all_seconds(entry: Entry, name: str, student: str) -> float | None:
+    return _sum_of(stage_seconds(entry, name, student).values())
+
+
+def all_bytes(entry: Entry, name: str, student: str) -> float | None:
+    del student
+    return _sum_of(of(entry.costs, name, "bytes", part) for part in ("images", "labels"))
+
+
+def _sum_of(values: Iterable[float | None]) -> float | None:
+    known = list(values)
+    return None if None in known else math.fsum(v for v in known if v is not None)
+
+
+COSTS = {
+    "seconds": Cost("seconds of squeeze, recover, relabel and one student", all_seconds),
+    "bytes": Cost("bytes of images and labels", all_bytes),
+    "recover": Cost(
+        "seconds per image in recover",
+        lambda entry, name, student: of(entry.summary, "recover", "seconds_per_image"),
+    ),
+    "memory": Cost("bytes of a batch in recover", lambda entry, name, student: entry.peak_bytes),
+}
+
+
+def accuracies_and_costs(entries: Sequence[Entry]) -> dict[tuple[str, int], list[list[str]]]:
+    """A table by protocol and IPC, its head first: what every set takes, and what it gives."""
+    tables = {}
+    for key in dict.fromkeys((e.protocol, e.ipc) for e in entries):
+        mine = [e for e in entries if (e.protocol, e.ipc) == key and e.costs]
+        students = list(dict.fromkeys(s for e in mine for found in e.sets.values() for s in found))
+        rows = []
+        for row, name in dict.fromkeys((e.row, name) for e in mine for name in e.sets):
+            here = [e for e in mine if e.row == row and name in e.sets]
+            stages = [stage_seconds(e, name, "") for e in here]
+            held, real = (
+                mean(find(e) for e in here)
+                for find in (
+                    lambda e, name=name: all_bytes(e, name, ""),
+                    lambda e, name=name: of(e.costs, name, "bytes", "real"),
+                )
+            )
+            cells = [seconds(mean(s[stage] for s in stages)) for stage in STAGES]
+            cells += [size(held), f"{held / real:.2%}" if held and real else UNKNOWN]
+            for student in students:
+                top1 = mean(of(e.sets[name], student, "top1") for e in here)
+                took = mean(stage_seconds(e, name, student)["validate"] for e in here)
+                rate = UNKNOWN if top1 is None or not held else number(1e8 * top1 / held)
+                cells += [UNKNOWN if top1 is None else percent(top1), seconds(took), rate]
+            rows.append([label_of(row, name, key[0]), *cells])
+        if rows:
+            heads = ["", *STAGES, "images + labels", "of the real"]
+            heads += [h for s in students for h in (s, f"{s}: training", f"{s}: per MB")]
+            tables[key] = [heads, *rows]
+    return tables

@@ -1,0 +1,72 @@
+"""What an experiment's images and labels take: seconds by stage, and bytes."""
+
+from __future__ import annotations
+
+import math
+
+from prism_jax.analysis.words import SYNTHETIC
+from prism_jax.config import GENERATED_CONTROLS
+from prism_jax.config.generation import FOLDER
+from prism_jax.data import label_store, workdir
+from prism_jax.data.weights import RECORD
+from prism_jax.stages import fingerprints, generator, recover
+from prism_jax.stages.context import Context, LabelledSet
+from prism_jax.synthesis.start import SCORING
+
+
+def of(context: Context, labelled: LabelledSet) -> dict[str, dict[str, float | None]]:
+    """Costs of a finished set; None for what is not known.
+
+    Returns:
+      "seconds": of squeeze (of the networks that images and labels are made with; None where one
+      was imported), recover and relabel, as they were measured, with compiling. "bytes": of the
+      images and of the real training set as uncompressed pixels, of the labels as stored.
+    """
+    networks = [*context.config.relabel.teachers] if labelled.soft else []
+    recovered: float | None = 0.0
+    if labelled.name == SYNTHETIC:
+        networks += _makers(context)
+        manifest = workdir.read_record(recover.folder(context) / "manifest.json")
+        recovered = sum(unit["seconds"] for unit in manifest["units"])
+    elif labelled.name in GENERATED_CONTROLS:
+        networks += [FOLDER]
+        recovered = None  # it is not measured
+    folders = [context.networks.folder(name) for name in dict.fromkeys(networks)]
+    squeezed = [workdir.read_record(folder / RECORD).get("seconds") for folder in folders]
+    pixels = math.prod(context.inputs.image_shape)
+    seconds, stored = _labels(context, labelled)
+    return {
+        "seconds": {
+            "squeeze": None if None in squeezed else sum(squeezed),
+            "recover": recovered,
+            "relabel": seconds,
+        },
+        "bytes": {
+            "images": len(labelled.labels_N) * pixels,
+            "labels": stored,
+            "real": len(context.inputs.open("train")) * pixels,
+        },
+    }
+
+
+def _makers(context: Context) -> list[str]:
+    """The networks that the synthetic images are made with."""
+    config = context.config
+    names = [*config.recover.pool]
+    if config.recover.initialise in SCORING:
+        names.append(config.recover.scorer or config.recover.primary)
+    if generator.wanted(context):
+        names += [FOLDER, *([config.judge] if config.generate.candidates > 1 else [])]
+    return names
+
+
+def _labels(context: Context, labelled: LabelledSet) -> tuple[float | None, int | None]:
+    """Seconds and bytes of a set's soft labels."""
+    if not labelled.soft:
+        return 0.0, 0
+    root, wanted = labelled.root / "relabel", fingerprints.relabel(context, labelled)
+    if not (root / label_store.MANIFEST).exists() or not workdir.fits(root, wanted):
+        return None, None  # made while students train
+    timing = root / "timing.json"
+    seconds = workdir.read_json(timing)["seconds"] if timing.exists() else None
+    return seconds, label_store.size_bytes(root)
