@@ -2,13 +2,13 @@
 
     python -m prism_jax.compare --config=configs/compare/diffusion_digits.py
 
-An hour on two cores; it can be stopped and continues. One protocol, `single` of `digits.py`: one
+An hour and a half on two cores; it can be stopped and continues. One protocol, `single` of `digits.py`: one
 teacher labels, one training. One small generator, trained once, makes the images of all rows.
 
   d4m, mgd3, ddoq, cao2   the second engine's methods, on one small transformer
   d4m's controls          its anchors, decoded; the real images nearest to them (medoids: real
                           images that are selected); the same generator without anchors
-  prism                   from real images
+  prism, sre2l            from real images
   prism_d4m               from D4M's images
   prism_medoids           from D4M's medoids: selected real images
 
@@ -37,6 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.dataset = ConfigDict({"held_out": 0.1})
     rows = {name: digits.method(name) for name in GENERATED}
     rows |= dict.fromkeys(("prism", "prism_d4m", "prism_medoids"), digits.method("prism"))
+    rows["sre2l"] = digits.method("sre2l")
     c.rows = ConfigDict(rows | {"random_real": full.rows.random_real}, sort_keys=False)
     c.starts = ConfigDict({"prism_d4m": "d4m", "prism_medoids": "d4m/medoids"})
     c.controls, c.control_sets = full.controls, full.control_sets
