@@ -43,6 +43,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place.get(item.path, len(LONG)))  # others keep their order
 
 
+def pytest_collection_finish():
+    from prism_jax.environment import collect_less
+
+    collect_less()  # as the real command does
+
+
 @pytest.fixture
 def compilations():
     """One entry for every program that JAX lowers, whether or not a cache then holds it."""
