@@ -197,21 +197,19 @@ def choose_form(step: str, spec: Spec, platform: str) -> str:
 
 def _run(step: str, left: Array, right: Array, spec: Spec) -> Array:
     """Run one step; the platform is known when the program is lowered, not when it is traced."""
-
-    def branch(form: str) -> Callable[[Array, Array], Array]:
-        function = getattr(FORMS[form], step)
-        return lambda left, right: function(left, right, spec)
-
-    forms = {platform: choose_form(step, spec, platform) for platform in ("cpu", "tpu", "gpu")}
-    if len(set(forms.values())) == 1:
-        return branch(forms["cpu"])(left, right)
-    return lax.platform_dependent(
-        left,
-        right,
-        cpu=branch(forms["cpu"]),
-        tpu=branch(forms["tpu"]),
-        default=branch(forms["gpu"]),
+    cpu, tpu, gpu = (
+        _of_spec(getattr(FORMS[choose_form(step, spec, platform)], step), spec)
+        for platform in ("cpu", "tpu", "gpu")
     )
+    if cpu is tpu is gpu:
+        return cpu(left, right)
+    return lax.platform_dependent(left, right, cpu=cpu, tpu=tpu, default=gpu)
+
+
+@functools.cache
+def _of_spec(function: Callable[[Array, Array, Spec], Array], spec: Spec) -> Callable[..., Array]:
+    """One object for one purpose, since JAX traces once what it knows."""
+    return lambda left, right: function(left, right, spec)
 
 
 def _lax_forward(x_BHWC: Array, kernel_HWIO: Array, spec: Spec) -> Array:
