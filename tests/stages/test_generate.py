@@ -355,6 +355,8 @@ def test_what_the_data_does_not_allow_is_refused_before_any_work(tmp_path):
     )
     apart = ("--config.generate.outliers=0.5", "--config.generate.most_images=4")
     assert "has 2 training images" in refused(root, *apart, "--config.recover.ipc=3")
+    many = refused(root, "--config.recover.ipc=500")
+    assert "recover.ipc is 500" in many and "images to find anchors among" in many
     assert not root.exists()
 
 
