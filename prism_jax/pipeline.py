@@ -60,10 +60,10 @@ def check(context: Context) -> None:
                 f"parallel.{field} is {wanted}, but this process has {there} device(s); lower it "
                 f"or {otherwise}"
             )
-    start.check(context)
-    squeeze.pending(context)
     if generator.wanted(context):
         generator.check(context)
+    start.check(context)
+    squeeze.pending(context)
     recover.pending(context)
     imported.check(context)
     imported.check_labels(context)

@@ -148,7 +148,9 @@ def refine(
     of_images = places.classes_B, places.slots_B
     return engine.refine(
         refining,
-        lambda *seen: generator.denoiser.predict(weights.denoiser, *seen, condition),
+        lambda noisy_BHWC, time_B: generator.denoiser.predict(
+            weights.denoiser, noisy_BHWC, time_B, condition
+        ),
         latents_BHWC,
         jax.vmap(added)(*of_images),
         jax.vmap(lambda step: jax.vmap(number, (0, 0, None))(*of_images, step))(

@@ -75,7 +75,8 @@ def lay_out(tensors: Tensors, like: PyTree, source: str, what: str) -> PyTree:
       Float32 NumPy arrays, nested as ``like``.
 
     Raises:
-      UserError: a tensor is missing, left over or of another shape; all are counted, some named.
+      UserError: a tensor is missing, left over, of another shape or not finite; all are counted,
+        some named.
     """
     leaves = import_torch.torch_leaves({"params": like})
     wrong = {
@@ -86,6 +87,7 @@ def lay_out(tensors: Tensors, like: PyTree, source: str, what: str) -> PyTree:
             for name, leaf in leaves.items()
             if name in tensors and tensors[name].shape != leaf.torch_shape
         ],
+        "not finite": [name for name in sorted(tensors) if not np.isfinite(tensors[name]).all()],
     }
     told = [
         f"{len(names)} tensors are {how}: "

@@ -181,12 +181,15 @@ def _check_forms(context: Context) -> None:
         said = prompts.of_classes(context.inputs.spoken_names, g.template)
         prompts.tokenise(str(g.directory), [*said, g.negative], texts.length)
     size = g.image_size or context.config.dataset.image_size
-    shape = latent_shape(vae, huggingface.shapes("vae", vae), size, 3)
-    _, *told = huggingface.PARTS[part].arguments(denoiser)
-    arguments = jax.ShapeDtypeStruct((1, *shape), np.float32), *told
     params = huggingface.shapes(part, denoiser)
-    with _reading(shape):
-        returned = jax.eval_shape(denoiser.predict, params, *arguments).shape[-1]
+    _, *told = huggingface.PARTS[part].arguments(denoiser)
+    try:
+        shape = latent_shape(vae, huggingface.shapes("vae", vae), size, 3)
+        noisy = jax.ShapeDtypeStruct((1, *shape), np.float32)
+        with _reading(shape):
+            returned = jax.eval_shape(denoiser.predict, params, noisy, *told).shape[-1]
+    except UserError as error:
+        raise UserError(f"generate.image_size is {size}: {error}") from None
     if g.variance == "learned" and returned != 2 * shape[-1]:
         raise UserError(
             f"generate.variance is 'learned', but the denoiser in {g.directory} returns {returned} "

@@ -109,6 +109,19 @@ def test_another_strength_keeps_generator_and_anchors(made, reference, tmp_path)
     assert "generated.generate.strength: 0.5 -> 0.0" in message
 
 
+def test_another_guidance_is_measured_anew(reference, tmp_path):
+    root = tmp_path / "other"
+    out = ok(root, "--config.generate.guidance=3.0", f"--from={reference}", "--stages=squeeze")
+    assert "generator: recognised" in out and "generator: loss" not in out
+    before, now = (workdir.read_record(r / "squeeze/generator/quality.json")
+                   for r in (reference, root))  # fmt: skip
+    assert before.keys() == now.keys() == {"of", *generator.QUALITIES}
+    assert before["of"] != now["of"] and before["distance"] != now["distance"]
+    stale = context_of(root)  # its own guidance: what is there is of another
+    assert generator.quality_of(stale) is None and not generator.is_measured(stale)
+    assert generator.quality_of(context_of(root, guidance=3.0)) == now
+
+
 def test_another_ipc_keeps_latents(reference, tmp_path):
     root = tmp_path / "other"
     out = ok(root, "--config.recover.ipc=3", f"--from={reference}")
@@ -342,6 +355,8 @@ def test_what_the_data_does_not_allow_is_refused_before_any_work(tmp_path):
     )
     apart = ("--config.generate.outliers=0.5", "--config.generate.most_images=4")
     assert "has 2 training images" in refused(root, *apart, "--config.recover.ipc=3")
+    many = refused(root, "--config.recover.ipc=500")
+    assert "recover.ipc is 500" in many and "images to find anchors among" in many
     assert not root.exists()
 
 

@@ -134,9 +134,8 @@ def test_what_parts_say_is_refused_before_anything_is_made(command, tmp_path, to
     names = f"--config.generate.class_names={tmp_path / 'names.txt'}"
     ddpm = (*command, *DIFFUSION, names, "--config.generate.sampler=ddpm")
     assert "it learned none" in refused(root, *ddpm, "--config.generate.variance=learned")
-    assert "do not divide into patches" in refused(
-        root, *command, *DIT, "--config.generate.image_size=18"
-    )
+    odd = refused(root, *command, *DIT, "--config.generate.image_size=18")
+    assert "generate.image_size is 18: latents of 9 x 9 do not divide into patches" in odd
     (networks / "tokenizer" / "vocab.json").unlink()
     assert "there is no tokenizer at" in refused(root, *command, *DIFFUSION, names)
     assert "needs one {}" in refused(root, *ddpm, "--config.generate.template=a")
@@ -146,12 +145,17 @@ def test_what_parts_say_is_refused_before_anything_is_made(command, tmp_path, to
     assert not root.exists()
 
 
-def test_a_tensor_too_many_is_named_before_a_teacher_is_trained(command, tmp_path):
+def test_a_wrong_tensor_is_named_before_a_teacher_is_trained(command, tmp_path):
     path = next((tmp_path / "networks" / "transformer").glob("*.safetensors"))
     tensors = load_file(path)
     save_file({**tensors, "extra.weight": np.zeros(2, np.float32)}, path)
     message = refused(tmp_path / "run", *command, *DIT)
     assert "1 tensors are not part of it: extra.weight" in message
+    save_file(
+        {**tensors, "proj_out_2.bias": np.full_like(tensors["proj_out_2.bias"], np.nan)}, path
+    )
+    message = refused(tmp_path / "run", *command, *DIT)
+    assert "1 tensors are not finite: final_layer.linear.bias" in message
     assert not (tmp_path / "run" / "squeeze" / "first").exists()
 
 
