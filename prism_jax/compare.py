@@ -479,6 +479,7 @@ class Comparison:
     ) -> None:
         """One cell's pipeline, which begins with what others have made."""
         from prism_jax import pipeline
+        from prism_jax.analysis.words import SYNTHETIC
         from prism_jax.config import STAGES
         from prism_jax.data import workdir
         from prism_jax.stages import analyse, costs, validate
@@ -500,13 +501,18 @@ class Comparison:
             sets = {found.name: found for found in pipeline.sets(context)}
             if not analyse.is_summarised(context, sets):
                 analyse.write_summary(context, sets, made_by())
+            spent = {name: costs.of(context, found) for name, found in sets.items()}
+            if (start := self.starts.get(cell)) and (begun := self.result(start.cell)):
+                spent[SYNTHETIC] = costs.after(
+                    spent[SYNTHETIC], begun["costs"][start.control or SYNTHETIC]
+                )
             record = {
                 "experiment": self._digests[cell],
                 "peak_bytes": self._peak_bytes(cell),
                 "summary": workdir.read_json(root / "summary.json"),
                 "imported": [t for t in experiment.squeeze.teachers if _is_imported(experiment, t)],
                 "right": {name: validate.right_answers(context, s) for name, s in sets.items()},
-                "costs": {name: costs.of(context, found) for name, found in sets.items()},
+                "costs": spent,
             }
             workdir.write_record(root / "cell.json", record)
         finally:

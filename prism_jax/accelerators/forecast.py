@@ -249,18 +249,20 @@ def _compile(
 
 def _key(e: Experiment, target: Target, program: str) -> str:
     """What decides a program: experiments that agree in it share its compilation."""
-    stage, fields = program.split("/")[0], to_dict(e)
-    sections = {"recover": ("recover", "generate"), "relabel": ("relabel",)}
-    names = {"recover": e.recover.pool, "relabel": e.relabel.teachers}
-    read = names.get(stage, program.split("/")[1:])
-    several = ("seeds", "students", "controls")  # each has programs of its own
+    stage, _, student = program.partition("/")
+    networks, sections = {
+        "recover": ({t: e.network(t) for t in e.recover.pool}, ("recover", "generate")),
+        "relabel": ({t: e.network(t) for t in e.relabel.teachers}, ("relabel",)),
+        "validate": ({student: e.network(student).untrained()}, ("relabel", "validate")),
+    }[stage]
+    fields, several = to_dict(e), ("seeds", "students", "controls")  # have programs of their own
     return workdir.digest(
         {
             "program": [target.name, program, e.recover.ipc, fields["dataset"], fields["parallel"]],
-            "networks": {name: dataclasses.asdict(e.network(name)) for name in read},
+            "networks": {name: dataclasses.asdict(network) for name, network in networks.items()},
             **{
-                name: {k: v for k, v in fields[name].items() if k not in several}
-                for name in sections.get(stage, ("relabel", "validate"))
+                section: {k: v for k, v in fields[section].items() if k not in several}
+                for section in sections
             },
         }
     )

@@ -87,9 +87,14 @@ def from_records(found: Mapping[str, Any]) -> tuple[list[Entry], Choices]:
             f"these records have schema {found.get('schema')!r}, and this version of prism_jax "
             f"reads 1"
         )
-    choices = {k: tuple(v) if isinstance(v, list) else v for k, v in found["choices"].items()}
-    choices["resampling"] = Resampling(**choices["resampling"])
-    return [entry_of(cell) for cell in found["cells"]], Choices(**choices)
+    said = found["choices"]
+    choices = Choices(
+        Resampling(**said["resampling"]),
+        said["reference"],
+        tuple(said["selected_real"]),
+        tuple(said["controls"]),
+    )
+    return [entry_of(cell) for cell in found["cells"]], choices
 
 
 def columns(entries: Sequence[Entry]) -> dict[Column, list[Tested]]:

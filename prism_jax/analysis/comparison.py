@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from prism_jax.analysis import differences, expenses
 from prism_jax.analysis.cells import OWN, Entry, columns, label_of, mean, of
@@ -246,8 +247,12 @@ def accuracy_over_cost(entries: Sequence[Entry], cost: str = "seconds") -> Figur
         axis.set_xlabel(expenses.COSTS[cost].words)
         axis.set_ylabel("top-1, %")
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+        axis.xaxis.set_major_formatter(EngFormatter())
+        axis.xaxis.set_minor_formatter(NullFormatter())
         taken = {id(e): expenses.COSTS[cost].of(e, SYNTHETIC, student) for e in mine}
         least = min((t for t in taken.values() if t), default=1.0)
+        axis.set_xlim(least / 1.5, 1.5 * max((t for t in taken.values() if t), default=1.0))
         for row in dict.fromkeys(e.row for e in mine):
             here = [e for e in mine if e.row == row]
             top1 = mean(e.sets[SYNTHETIC].get(student, {}).get("top1") for e in here)

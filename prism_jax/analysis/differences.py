@@ -191,7 +191,8 @@ def records(found: Sequence[Table]) -> Iterator[dict[str, Any]]:
     """Every interval, with the fields ``FIELDS``; of an accuracy there is nothing against it."""
     for table in found:
         for line in table.lines:
-            intervals = {None: line.accuracy, **line.differences}
+            intervals: dict[str | None, Interval | None] = {None: line.accuracy}
+            intervals |= line.differences
             for why, interval in intervals.items():
                 if interval is None:
                     continue

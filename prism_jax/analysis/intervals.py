@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from prism_jax import rng
 AT_ONCE = 250  # draws of images whose weights are in memory together
 
 # Whether each answer is right, bool (N,), by seed.
-Right = Mapping[Hashable, np.ndarray]
+Right = Mapping[Any, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Drawn:
         drawn_R = (_draws_of_seeds(len(keys), self._how).T * drawn_SR).sum(0)
         outside = (1 - self._how.level) / 2
         low, high = np.quantile(drawn_R, [outside, 1 - outside])
-        values = (float(x) / count for x in (right_S.sum(), low, high))
-        return Interval(*values, len(keys), self._images)
+        value, low, high = (float(x) / count for x in (right_S.sum(), low, high))
+        return Interval(value, low, high, len(keys), self._images)
 
 
 @functools.cache

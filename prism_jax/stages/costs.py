@@ -13,14 +13,18 @@ from prism_jax.stages import fingerprints, generator, recover
 from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.synthesis.start import SCORING
 
+# Of a set: "networks", "seconds" and "bytes", see ``of``.
+Costs = dict[str, dict[str, float | None]]
 
-def of(context: Context, labelled: LabelledSet) -> dict[str, dict[str, float | None]]:
+
+def of(context: Context, labelled: LabelledSet) -> Costs:
     """Costs of a finished set; None for what is not known.
 
     Returns:
-      "seconds": of squeeze (of the networks that images and labels are made with; None where one
-      was imported), recover and relabel, as they were measured, with compiling. "bytes": of the
-      images and of the real training set as uncompressed pixels, of the labels as stored.
+      "networks": seconds of squeeze for each that images and labels are made with; None where it
+      was imported. "seconds": of recover and relabel, as they were measured, with compiling.
+      "bytes": of the images and of the real training set as uncompressed pixels, of the labels as
+      stored.
     """
     networks = [*context.config.relabel.teachers] if labelled.soft else []
     recovered: float | None = 0.0
@@ -29,23 +33,32 @@ def of(context: Context, labelled: LabelledSet) -> dict[str, dict[str, float | N
         manifest = workdir.read_record(recover.folder(context) / "manifest.json")
         recovered = sum(unit["seconds"] for unit in manifest["units"])
     elif labelled.name in GENERATED_CONTROLS:
-        networks += [FOLDER]
+        networks += [FOLDER] if labelled.name != "medoids" else []  # they are chosen, not made
         recovered = None  # it is not measured
-    folders = [context.networks.folder(name) for name in dict.fromkeys(networks)]
-    squeezed = [workdir.read_record(folder / RECORD).get("seconds") for folder in folders]
     pixels = math.prod(context.inputs.image_shape)
     seconds, stored = _labels(context, labelled)
     return {
-        "seconds": {
-            "squeeze": None if None in squeezed else sum(squeezed),
-            "recover": recovered,
-            "relabel": seconds,
+        "networks": {
+            name: workdir.read_record(context.networks.folder(name) / RECORD).get("seconds")
+            for name in dict.fromkeys(networks)
         },
+        "seconds": {"recover": recovered, "relabel": seconds},
         "bytes": {
             "images": len(labelled.labels_N) * pixels,
             "labels": stored,
             "real": len(context.inputs.open("train")) * pixels,
         },
+    }
+
+
+def after(costs: Costs, start: Costs) -> Costs:
+    """The costs of a set whose images began with another's: what made those counts too."""
+    parts = costs["seconds"]["recover"], start["seconds"]["recover"]
+    recovered = None if parts[0] is None or parts[1] is None else parts[0] + parts[1]
+    return {
+        **costs,
+        "networks": {**start["networks"], **costs["networks"]},
+        "seconds": {**costs["seconds"], "recover": recovered},
     }
 
 

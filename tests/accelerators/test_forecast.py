@@ -168,6 +168,12 @@ def test_programs_are_compiled_once_for_experiments_that_agree_in_them(monkeypat
     asked.clear()
     forecast.stages(dataclasses.replace(one, seed=9, validate=students), H100, known)
     assert asked == []
+    # A student has no weights from elsewhere, whatever a teacher of its name has.
+    imported = dataclasses.replace(one.networks[OTHER], checkpoint="there.pth")
+    networks = {**one.networks, OTHER: imported}
+    forecast.stages(dataclasses.replace(one, networks=networks), H100, known)
+    assert asked == ["recover", "relabel"]
+    asked.clear()
     forecast.stages(dataclasses.replace(one, recover=weight), H100, known)
     assert asked == ["recover"]
     asked.clear()

@@ -92,7 +92,10 @@ def test_another_strength_keeps_generator_and_anchors(made, reference, tmp_path)
     """Strength 0 is the decoded anchor, worked out here by hand."""
     out = ok(tmp_path / "other", "--config.generate.strength=0.0", f"--from={reference}")
     assert "generator:" not in out and "latents:" not in out and "anchors:" not in out
-    assert digests(tmp_path / "other") == digests(reference)
+    # Latents, which may be many gigabytes, are read for anchors alone.
+    theirs = {n: digest for n, digest in digests(reference).items() if "/latents/" not in n}
+    assert len(theirs) < len(digests(reference))
+    assert digests(tmp_path / "other") == theirs
     codec = weights.unpack((reference / "squeeze/generator/weights.safetensors").read_bytes())
     scale, shift = codec["codec"]["deviation_C"], codec["codec"]["mean_C"]
     anchors = np.concatenate([kept(reference, "anchors", c)["latents"] for c in range(4)])

@@ -1,0 +1,67 @@
+"""Costs beside accuracies, by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from prism_jax.analysis import comparison, expenses
+from prism_jax.analysis.cells import Entry
+from prism_jax.stages import costs
+
+STORED = {"images": 1000, "labels": 3000, "real": 40_000}
+MADE = {
+    "networks": {"first": 10.0, "generator": 30.0},
+    "seconds": {"recover": 5.0, "relabel": 2.0},
+    "bytes": STORED,
+}
+
+
+def entry(spent, *, seconds=(8.0, 4.0), top1=0.5) -> Entry:
+    student = {"top1": top1, "top5": 1.0, "best_top1": top1, "top1_per_seed": [top1] * 2}
+    summary = {
+        "validate": {"net": {**student, "seconds": sum(seconds)}},
+        "recover": {"seconds_per_image": 0.25},
+    }
+    return Entry("d4m", 1, 0, "single", summary, 10**6, {}, {"synthetic": spent})
+
+
+def test_what_a_set_takes_and_gives():
+    table = expenses.accuracies_and_costs([entry(MADE)])["single", 1]
+    assert dict(zip(*table, strict=True)) == {
+        "": "d4m", "squeeze": "40 s", "recover": "5.00 s", "relabel": "2.00 s",
+        "images + labels": "4.00 kB", "of the real": "10.00%", "net": "50.0",
+        "net: training": "6.00 s",  # of one student
+        "net: per MB": "12500",  # 50 points for 0.004 MB
+    }  # fmt: skip
+    of = {name: cost.of(entry(MADE), "synthetic", "net") for name, cost in expenses.COSTS.items()}
+    assert of == {"seconds": 53.0, "bytes": 4000.0, "recover": 0.25, "memory": 10**6}
+
+
+def test_what_is_not_known_is_no_number():
+    imported = {**MADE, "networks": {"first": None}, "bytes": {**STORED, "labels": None}}
+    table = expenses.accuracies_and_costs([entry(imported)])["single", 1]
+    row = dict(zip(*table, strict=True))
+    assert row["squeeze"] == row["images + labels"] == row["net: per MB"] == "–"
+    assert expenses.COSTS["seconds"].of(entry(imported), "synthetic", "net") is None
+    for cost in expenses.COSTS:  # at the left edge
+        assert comparison.accuracy_over_cost([entry(imported)], cost).startswith(b"\x89PNG")
+
+
+def test_images_that_begin_with_another_rows_count_what_made_those():
+    own = {
+        "networks": {"first": 10.0, "second": 7.0},
+        "seconds": {"recover": 100.0, "relabel": 2.0},
+        "bytes": STORED,
+    }
+    found = costs.after(own, MADE)
+    # The network that both read is squeezed once.
+    assert found["networks"] == {"first": 10.0, "generator": 30.0, "second": 7.0}
+    assert found["seconds"] == {"recover": 105.0, "relabel": 2.0}
+    assert expenses.stage_seconds(entry(found), "synthetic", "net")["squeeze"] == 47.0
+    unknown = {**MADE, "seconds": {"recover": None, "relabel": 2.0}}
+    assert costs.after(own, unknown)["seconds"]["recover"] is None
+
+
+@pytest.mark.parametrize("cost", expenses.COSTS)
+def test_every_cost_can_be_the_axis(cost):
+    assert comparison.accuracy_over_cost([entry(MADE)], cost).startswith(b"\x89PNG")
