@@ -116,7 +116,19 @@ def test_damaged_images_are_named(tmp_path):
         source.image(4)
 
 
-@pytest.mark.parametrize("damage", ["cut", "cut at a member", "header", "empty", "gzip"])
+DAMAGES = {
+    "cut": "unexpected end of data",
+    "cut at a member": "cut short or damaged at byte",
+    "header": "cut short or damaged at byte",
+    "zeros": "another file at byte",
+    "two": "several archives one after another",
+    "empty": "empty file",
+    "gzip": "it is compressed with gzip",
+    "zip": "it is a zip file",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_tar_never_passes_for_a_smaller_one(tmp_path, damage):
     tar = write_tar(write_tree(tmp_path / "tree"), tmp_path / "tree.tar")
     with tarfile.open(tar) as opened:
@@ -128,15 +140,21 @@ def test_a_damaged_tar_never_passes_for_a_smaller_one(tmp_path, damage):
         data = data[: member.offset]
     elif damage == "header":
         data[member.offset + 3] ^= 1
+    elif damage == "zeros":
+        data[member.offset : member.offset + 512] = bytes(512)
+    elif damage == "two":
+        data += bytes(data)
+    elif damage == "zip":
+        data = b"PK\3\4" + bytes(1000)
     elif damage == "empty":
         data = b""
     else:
         data = gzip.compress(data)
     tar.write_bytes(data)
-    if damage == "header":  # tarfile itself takes the damaged header for the end
+    if damage in ("header", "zeros"):  # tarfile itself takes it for the end
         with tarfile.open(tar) as opened:
             assert member.name not in opened.getnames()
-    with pytest.raises(UserError, match="tree.tar is"):
+    with pytest.raises(UserError, match=f"tree.tar (is|has).*{DAMAGES[damage]}"):
         open_imagenet(tar, "tar")
 
 
