@@ -63,7 +63,7 @@ def index(path: str, size: int, modified_ns: int) -> Tar:
             f"{path} is not a whole, uncompressed tar file ({_instead(path) or error}); fetch or "
             f"unpack it again"
         ) from error
-    # tarfile takes an unreadable header, or one of zeros, for the end, and all behind it for absent.
+    # tarfile takes an unreadable header, or zeros, for the end, and all files behind for absent.
     with open(path, "rb") as file:
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
