@@ -13,6 +13,7 @@ import functools
 import os
 import pathlib
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -96,6 +97,31 @@ def guarded(run: Callable[[list[str]], int], argv: Sequence[str] | None, help_te
       The exit status.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    as_it_was, warnings.formatwarning = warnings.formatwarning, _warnings_once()
+    try:
+        return _guarded(run, argv, help_text)
+    finally:
+        warnings.formatwarning = as_it_was
+
+
+def _warnings_once() -> Callable[..., str]:
+    """A form of warnings: our own are a line, said once; others name their place in the code."""
+    plain, said = warnings.formatwarning, set[str]()
+    ours = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+    def form(message: Any, category: type[Warning], filename: str, *more: Any) -> str:
+        if not (issubclass(category, UserWarning) and os.path.abspath(filename).startswith(ours)):
+            return plain(message, category, filename, *more)
+        line = f"warning: {message}\n"
+        if line in said:
+            return ""
+        said.add(line)
+        return line
+
+    return form
+
+
+def _guarded(run: Callable[[list[str]], int], argv: list[str], help_text: str) -> int:
     if not argv or any(a in ("--help", "-h", "-help") for a in argv):
         print(help_text, end="")
         return 0

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import typing
+import warnings
 
 import pytest
 from helpers.command import ROOT, TINY, call, environment, run, snapshot
@@ -287,3 +288,17 @@ def test_what_float32_is_on_each_platform():
     assert {prepared.float32_of("cpu", choice) for choice in choices} == {"float32"}
     assert prepared.float32_of("gpu", "high") == prepared.float32_of("cuda", None) == "TF32"
     assert prepared.float32_of("tpu", "default") == "bfloat16" != prepared.float32_of("tpu", "high")
+
+
+def test_our_warnings_are_one_line_each_and_others_name_their_place():
+    def run(argv):
+        for _ in range(2):
+            said.append(warnings.formatwarning("ours", UserWarning, main.__file__, 7))
+            said.append(warnings.formatwarning("theirs", UserWarning, "elsewhere.py", 7))
+        return 0
+
+    said, form = [], warnings.formatwarning
+    assert main.guarded(run, ["x"], "") == 0
+    theirs = form("theirs", UserWarning, "elsewhere.py", 7)
+    assert said == ["warning: ours\n", theirs, "", theirs] and "elsewhere.py:7" in theirs
+    assert warnings.formatwarning is form

@@ -19,6 +19,8 @@ FLOATS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, ml_dtypes.bflo
 WIDTHS = (0.0625, 0.125, 0.25, 0.35, 0.5, 0.75, 1.0, 1.25, 1.3, 1.4, 1.5, 2.0, 3.0, 4.0)
 DEPTHS = (1.0, 0.5, 2.0, 0.25, 1.5, 0.75, 0.33, 0.67, 1.25, 3.0)  # the usual ones first
 
+_STATISTICS = ("running_mean", "running_var")
+
 
 def fit(
     tensors: dict[str, np.ndarray],
@@ -80,6 +82,12 @@ def fit(
             fields = " ".join(f"--config.networks.NAME.{k}={v}" for k, v in changed.items())
             hints.append(f"It fits with {flags} (in a run {fields}).")
         hints += _hints(others, num_classes, image_shape)
+    if leaves.keys() > tensors.keys() and not misshapen:
+        if all(name.endswith(_STATISTICS) for name in leaves.keys() - tensors.keys()):
+            hints.append(
+                "It lacks BatchNorm's running statistics, without which the network is another: "
+                "save the whole state_dict(), buffers too (of Flax, batch_stats beside params)."
+            )
     hints += [f"{also}."] if also else []
     if not hints:
         hints.append("State the architecture, width, depth and stem it was trained with.")

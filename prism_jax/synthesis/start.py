@@ -375,12 +375,22 @@ def needed_images(initialise: str, ipc: int, patches: Patches) -> int:
     return ipc * patches.factor**2 if initialise in ("mosaic", "mosaic_shuffled") else ipc
 
 
-def too_few(short: dict[int, int], needed: int) -> str:
-    """What to say of classes with fewer images than are needed, by class."""
-    some = ", ".join(f"class {c} has {n}" for c, n in sorted(short.items())[:5])
+def too_few(short: dict[int, int], needed: int, names: Sequence[str] | None = None) -> str:
+    """What to say of classes with fewer images than are needed, by class.
+
+    Args:
+      short: the images of each of them.
+      names: of all classes, where they have some.
+    """
+    called = {c: f"class {c} ({names[c]})" if names else f"class {c}" for c in short}
+    some = ", ".join(f"{called[c]} has {n}" for c, n in sorted(short.items())[:5])
     more = f" and {len(short) - 5} more have too few" if len(short) > 5 else ""
     if not min(short.values()):
-        return f"{some}{more}: a class without training images cannot be distilled; leave it out"
+        empty = ", ".join([called[c] for c, n in sorted(short.items()) if not n][:5])
+        return (
+            f"no training image: {empty}; labels count from 0 and leave none out, so number the "
+            f"classes that have images anew"
+        )
     return (
         f"{needed} training images of every class are asked for, but {some}{more}; lower "
         f"recover.ipc, or let such classes give images more than once with "

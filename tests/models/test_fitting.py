@@ -40,6 +40,14 @@ def test_all_misfits_are_told_at_once(small):
     assert "features.0.weight: file (8, 1, 3, 3), network (8, 3, 3, 3)" in message
 
 
+def test_parameters_without_running_statistics_are_called_that(small):
+    lacking = {name: array for name, array in small.items() if "running" not in name}
+    assert 0 < len(lacking) < len(small)
+    message = refused(lacking)
+    assert "It lacks BatchNorm's running statistics" in message and "State the" not in message
+    assert "It lacks" not in refused({**lacking, "extra.weight": np.zeros(1)})
+
+
 def test_another_architecture_is_recognised():
     """A file of ResNet-20 (CIFAR) for 100 classes, as resnet32."""
     message = refused(state_of("resnet20", 100), "resnet32", 100, width=1.0)

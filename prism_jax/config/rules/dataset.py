@@ -17,6 +17,11 @@ def violations(e: Experiment) -> Iterator[str]:
     d = e.dataset
     yield from positive(e, "dataset", "image_size", "num_classes", "threads")
     yield from not_negative(e, "dataset", "workers", "cache_gigabytes", "held_out_seed")
+    if d.num_classes == 1:
+        yield (
+            "dataset.num_classes is 1, and to tell classes apart takes two; where dataset.path "
+            "has more, a folder too many is around them: train/<class>/<image> is read"
+        )
     if own.is_own(d.name):
         yield from _own(e)
     elif d.name.startswith(datasets.TFDS) and d.source != "tfds":

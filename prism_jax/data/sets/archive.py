@@ -24,17 +24,20 @@ _BROKEN = (
 
 def sniff(path: str) -> bool:
     """Whether it is a tar or zip file."""
-    named = path.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"))
-    return named and os.path.isfile(path)
+    if not os.path.isfile(path):
+        return False
+    if path.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")):
+        return True
+    # Without a suffix, as caches of downloads have them; .npz and .pt are zip files, too.
+    return not os.path.splitext(path)[1] and (zipfile.is_zipfile(path) or tarfile.is_tarfile(path))
 
 
 def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
     """A file that holds class folders, or one folder or ``train`` around them."""
     del stated, real
     try:
-        sizes, unreadable, read_member = (_open_zip if zipfile.is_zipfile(path) else _open_tar)(
-            path
-        )
+        is_zip = path.lower().endswith(".zip") or zipfile.is_zipfile(path)
+        sizes, unreadable, read_member = (_open_zip if is_zip else _open_tar)(path)
     except _BROKEN as error:
         raise UserError(
             f"{path} is not a whole tar or zip file ({error}); fetch it again"

@@ -150,5 +150,8 @@ def inside(root: str, name: str) -> str:
     """
     path = os.path.normpath(os.path.join(root, name))
     if os.path.isabs(name) or not path.startswith(os.path.normpath(root) + os.sep):
-        raise UserError(f"{root}: its table names {name}, which is not inside the folder")
+        raise UserError(
+            f"{root}: its table names {name}, which is not inside the folder; copy the images into "
+            f"the folder and name them from there, or store their bytes in the table"
+        )
     return path

@@ -77,7 +77,7 @@ def images_of(
 
 def hidden(name: str) -> bool:
     """Whether a file lies in a folder that is hidden, or that macOS adds to archives."""
-    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+    return any(kinds.is_hidden(part) for part in name.split("/"))
 
 
 def in_order(folders: Sequence[str], files: Iterable[str]) -> tuple[list[str], np.ndarray]:
@@ -112,7 +112,7 @@ def _tree(path: str, others: kinds.Others | None = None) -> tuple[str, list[str]
     )
     root = os.path.join(path, inner) if inner else path
     with os.scandir(root) as entries:
-        folders = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        folders = sorted(e.name for e in entries if e.is_dir() and not kinds.is_hidden(e.name))
     return root, folders if files else [], files
 
 

@@ -44,6 +44,8 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
     if missing := {"images", "labels"} - arrays.keys():
         raise UserError(f"{path} has no {' and no '.join(sorted(missing))}; {_NEEDED}")
     pixels, labels = to_pixels(path, arrays["images"], stated, real), arrays["labels"]
+    if labels.shape == (len(pixels), 1):
+        labels = labels[:, 0]
     if labels.shape != (len(pixels),) or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(
             f"{path}: labels have dtype {labels.dtype} and shape {labels.shape}, for "

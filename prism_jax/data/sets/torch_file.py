@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from prism_jax.data.weight_files.torch_files import check_numbers
+from prism_jax.data.weight_files.torch_files import check_numbers, is_legacy
 from prism_jax.errors import UserError
 
 STORAGES: dict[str, Any] = {
@@ -55,7 +55,7 @@ _BROKEN = (
 
 
 def load(path: epath.PathLike) -> Any:
-    """Read what ``torch.save`` wrote (PyTorch 1.6 or later).
+    """Read what ``torch.save`` wrote, in the format of PyTorch 1.6 or in the older one.
 
     Raises:
       UserError: it is no such file, is damaged, or holds more than tensors, numbers, text and
@@ -63,12 +63,14 @@ def load(path: epath.PathLike) -> Any:
     """
     path = epath.Path(path)
     data = path.read_bytes()
-    if not data.startswith(b"PK"):
+    if not data.startswith(b"PK") and not is_legacy(data):
         raise UserError(
-            f"{path} is not written by torch.save, or by one before 1.6; load it in PyTorch and "
-            "save it again"
+            f"{path} is not written by torch.save; load it in the program that wrote it and save "
+            "its tensors with torch.save"
         )
     try:
+        if is_legacy(data):
+            return _load_legacy(data)
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             return _load(archive)
     except UserError as error:
@@ -88,12 +90,42 @@ def _load(archive: zipfile.ZipFile) -> Any:
         raise UserError("it was written by a big-endian machine; save it again on another")
     stored: dict[str, bytes] = {}
 
-    def storage(key: str) -> bytes:
+    def storage(key: str, _: int) -> bytes:
         if key not in stored:
             stored[key] = archive.read(f"{root}data/{key}")
         return stored[key]
 
-    stream = io.BytesIO(archive.read(pickled))
+    return _unpickled(io.BytesIO(archive.read(pickled)), storage)
+
+
+def _load_legacy(data: bytes) -> Any:
+    """Four pickles, then the storages that the last of them lists; the third is the object.
+
+    It is read twice: with empty storages, to find where they lie, and with them.
+    """
+    stream, sizes, stored = io.BytesIO(data), dict[str, int](), dict[str, bytes]()
+
+    def empty(key: str, size: int) -> bytes:
+        sizes[key] = size
+        if not 0 <= size <= len(data):
+            raise EOFError(f"storage {key} is cut off")
+        return bytes(size)
+
+    _, _, system = (_unpickled(stream, empty) for _ in range(3))
+    if not system["little_endian"]:
+        raise UserError("it was written by a big-endian machine; save it again on another")
+    start = stream.tell()
+    _unpickled(stream, empty)
+    for key in _unpickled(stream, empty):
+        stream.seek(8, io.SEEK_CUR)  # its length, which is known
+        stored[key] = stream.read(sizes[key])
+        if len(stored[key]) != sizes[key]:
+            raise EOFError(f"storage {key} is cut off")
+    stream.seek(start)
+    return _unpickled(stream, lambda key, _: stored[key])
+
+
+def _unpickled(stream: io.BytesIO, storage: Callable[[str, int], bytes]) -> Any:
     check_numbers(stream)
     return _Unpickler(stream, storage).load()
 
@@ -154,7 +186,8 @@ _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
 class _Unpickler(pickle.Unpickler):
     """Knows tensors, numbers and containers, and refuses everything else."""
 
-    def __init__(self, stream: io.BytesIO, storage: Callable[[str], bytes]):
+    def __init__(self, stream: io.BytesIO, storage: Callable[[str, int], bytes]):
+        """Args: storage: the bytes of a storage, by its key and its size in bytes."""
         super().__init__(stream)
         self._storage = storage
 
@@ -169,10 +202,10 @@ class _Unpickler(pickle.Unpickler):
         )
 
     def persistent_load(self, pid: Any) -> tuple[np.dtype, bytes]:
-        kind, storage, key, *_ = pid
-        if kind != "storage" or not isinstance(storage, _StorageType):
+        kind, storage, key, _, count, *view = pid
+        if kind != "storage" or not isinstance(storage, _StorageType) or any(view):
             raise pickle.UnpicklingError(f"unknown kind of storage {kind!r}")
-        return storage.dtype, self._storage(str(key))
+        return storage.dtype, self._storage(str(key), int(count) * storage.dtype.itemsize)
 
 
 # --- writing --------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pickle
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,7 @@ class ArraySource:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
             raise UserError(
                 f"the {split} images of {name} have dtype {images.dtype} and shape "
-                f"{images.shape}; they must be uint8 of shape (N, H, W, 1 or 3)"
+                f"{images.shape}; they must be uint8 of shape (N, H, W, 1 or 3){_made_so(images)}"
             )
         self._images = images
         self._size = image_size or images.shape[1]
@@ -96,6 +96,16 @@ class ArraySource:
         }
 
 
+def _made_so(images: np.ndarray) -> str:
+    """What makes images of arrays that are none, where that can be seen."""
+    if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[-1] not in (1, 3):
+        return ": channels come last, images.transpose(0, 2, 3, 1)"
+    if images.dtype.kind in "iuf" and images.size and 0 <= images.min() <= images.max() <= 255:
+        fraction = images.dtype.kind == "f" and images.max() <= 1
+        return f": {'(images * 255)' if fraction else 'images'}.round().astype('uint8')"
+    return ""
+
+
 def check_labels(
     name: str, split: str, labels_N: np.ndarray, count: int, num_classes: int
 ) -> np.ndarray:
@@ -106,6 +116,8 @@ def check_labels(
     """
     if not count:
         raise UserError(f"the {split} split of {name} has no image")
+    if labels_N.shape == (count, 1):  # as MedMNIST and Keras have them
+        labels_N = labels_N[:, 0]
     if not np.issubdtype(labels_N.dtype, np.integer) or labels_N.shape != (count,):
         raise UserError(
             f"the {split} labels of {name} have dtype {labels_N.dtype} and shape "
@@ -144,8 +156,16 @@ def open_sklearn(info: DatasetInfo, path: str | None, split: str, size: int) -> 
     )
 
 
+def npz_name(there: Sequence[str], split: str, part: str) -> str:
+    """What an .npz file calls the images or labels of a split: our name or Keras'."""
+    keras = f"{'x' if part == 'images' else 'y'}_{split}"
+    ours = f"{split}_{part}"
+    return keras if keras in there and ours not in there else ours
+
+
 def open_npz(info: DatasetInfo, path: str | None, split: str, size: int) -> ImageSource:
-    """A NumPy archive with train_images, train_labels, test_images and test_labels.
+    """A NumPy archive with train_images, train_labels, test_images and test_labels, or as Keras
+    calls them, x_train, y_train, x_test and y_test.
 
     In place of images it may hold their JPEG or PNG files one after another, as bytes with
     offsets; optionally class_names.
@@ -159,15 +179,16 @@ def open_npz(info: DatasetInfo, path: str | None, split: str, size: int) -> Imag
     path = existing(path, expected, os.path.isfile)
     try:
         with np.load(path, allow_pickle=False) as archive:
+            there = ", ".join(archive.files)
             names = archive["class_names"] if "class_names" in archive else None
             class_names = None if names is None else tuple(map(str, names))
-            labels = archive[f"{split}_labels"]
+            labels = archive[npz_name(archive.files, split, "labels")]
             if f"{split}_jpeg" in archive:
                 encoded, offsets = archive[f"{split}_jpeg"], archive[f"{split}_offsets"]
             else:
-                encoded, images = None, archive[f"{split}_images"]
+                encoded, images = None, archive[npz_name(archive.files, split, "images")]
     except KeyError as error:
-        raise UserError(f"{path}: {error.args[0]}; {expected}") from error
+        raise UserError(f"{path}: {error.args[0]}, only {there}; {expected}") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}); {expected}") from error
     if encoded is None:

@@ -12,6 +12,8 @@ from etils import epath
 
 from prism_jax.errors import UserError
 
+_READERS = {".tar": "tar", ".npz": "npz"}  # dataset.source of a file
+
 
 class ImageSource(Protocol):
     """Labelled images by position.
@@ -98,8 +100,17 @@ def existing(path: str | None, expected: str, exists: Callable[[str], bool]) -> 
     if not path:
         raise UserError(f"dataset.path is not set; {expected}")
     if not exists(path):
-        raise UserError(f"there is no {path}; {expected}")
+        raise UserError(f"{what_is(path)}; {expected}")
     return path
+
+
+def what_is(path: str) -> str:
+    """What to say of a path that is not what it should be."""
+    if not os.path.exists(path):
+        return f"there is no {path}"
+    kind = "folder" if os.path.isdir(path) else "file"
+    reader = kind if kind == "folder" else _READERS.get(os.path.splitext(path)[1].lower())
+    return f"{path} is a {kind}" + (f" (which dataset.source={reader} reads)" if reader else "")
 
 
 def file_state(path: epath.PathLike) -> tuple[str, int, int]:

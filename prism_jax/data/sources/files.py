@@ -26,6 +26,10 @@ with images of any kind that Pillow reads (.jpg, .png, .webp, .bmp, .tif, .gif, 
 _NUMBERED = re.compile(r"ILSVRC2012_val_([0-9]{8})\.JPEG")
 _IN_SPLIT = re.compile(r"(?:.*?/)?(train|val|validation|test)/(.+)", re.DOTALL)
 _TINY_TABLE = "val_annotations.txt"
+_NEARLY = {  # what people call splits that are not found by that name
+    "train": ("train", "training", "trainset", "train_images"),
+    "test": ("test", "testing", "val", "valid", "validation", "testset", "test_images", "eval"),
+}
 
 _HEAD = 1 << 26  # bytes of a file that tell whether it is an image, where its name does not
 
@@ -37,7 +41,8 @@ def open_folder(info: DatasetInfo, path: str | None, split: str, size: int) -> I
     roots = [os.path.join(path, name) for name in split_names(info, split)]
     root = next((root for root in roots if os.path.isdir(root)), None)
     if root is None:
-        raise UserError(f"{path} has no folder {' or '.join(split_names(info, split))}; {expected}")
+        holding = {name: bool(_files(os.path.join(path, name))) for name in _folders(path)}
+        raise UserError(_no_split(info, path, split, holding, expected))
     # Labels are positions among the classes of the training split, in both splits.
     train = os.path.join(path, "train")
     classes = _folders(train) if os.path.isdir(train) else None
@@ -86,16 +91,16 @@ def open_tar(info: DatasetInfo, path: str | None, split: str, size: int) -> Imag
             trees.setdefault(match[1], {})[match[2]] = member
     found = next((name for name in names if name in trees), None)
     if found is None:
-        raise UserError(f"{path} has no folder {' or '.join(names)}; {expected}")
+        raise UserError(_no_split(info, path, split, _holding([*stored, *unreadable]), expected))
     classes = {
         name.split("/")[0]
         for name in trees.get("train", ())
-        if "/" in name and not name.startswith(".")
+        if "/" in name and not kinds.is_hidden(name)
     }
     tree, others = {}, kinds.Others(list)
     for name, member in trees[found].items():
         kind = unreadable.get(member)
-        if name.startswith(".") and "/" in name:
+        if kinds.is_hidden(name) and "/" in name:
             if (folder := f"{name.split('/')[0]}/") not in others[kinds.HIDDEN]:
                 others[kinds.HIDDEN].append(folder)
         elif kind and (kind in (kinds.NO_FILE, kinds.AROUND) or not kinds.is_named_as_one(name)):
@@ -129,6 +134,47 @@ def open_tar(info: DatasetInfo, path: str | None, split: str, size: int) -> Imag
 def split_names(info: DatasetInfo, split: str) -> tuple[str, ...]:
     """The names under which a split is found, best first."""
     return {"train": ("train",), "test": info.test_splits}[split]
+
+
+def _no_split(
+    info: DatasetInfo, path: str, split: str, holding: dict[str, bool], expected: str
+) -> str:
+    """What to say where a split is not found.
+
+    Args:
+      holding: the folders that are there, and whether files lie directly in each.
+      expected: what belongs there.
+    """
+    names, folders = split_names(info, split), sorted(holding)
+    said = f"{path} has no folder {' or '.join(names)}"
+    some = ", ".join(folders[:3]) + (", ..." if len(folders) > 3 else "")
+    of_class = f"a part of the images of each class belongs into {info.test_splits[0]}/<class>"
+    if near := [name for name in folders if name.lower() in _NEARLY[split]]:
+        said += f", but {', '.join(near)}: rename {near[0]} to {names[0]}"
+    elif os.path.basename(os.path.abspath(path)) in ("train", *info.test_splits):
+        said += f": name the folder around it, {os.path.dirname(os.path.abspath(path))}"
+    elif split == "test":
+        said += f", only {some}: {of_class}" if some else f": {of_class}"
+    elif any(holding.values()):
+        said += f"; if {some} are its classes, they belong into train, and {of_class}"
+    elif some:
+        said += f", only {some}"
+    return f"{said}; {expected}"
+
+
+def _holding(names: Iterable[str]) -> dict[str, bool]:
+    """The folders below those that hold everything, and whether files lie directly in each."""
+    paths = [[part for part in name.split("/") if part != "."] for name in names]
+    splits = {name for near in _NEARLY.values() for name in near}
+    while len(heads := {parts[0] for parts in paths}) == 1 and min(map(len, paths)) > 2:
+        if heads & splits:
+            break
+        paths = [parts[1:] for parts in paths]
+    holding: dict[str, bool] = {}
+    for parts in paths:
+        if len(parts) > 1:
+            holding[parts[0]] = holding.get(parts[0], False) or len(parts) == 2
+    return holding
 
 
 def _tree(info: DatasetInfo) -> str:
@@ -185,7 +231,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 def _folders(root: str) -> list[str]:
     with os.scandir(root) as entries:
-        return [e.name for e in entries if _is_folder(e) and not e.name.startswith(".")]
+        return [e.name for e in entries if _is_folder(e) and not kinds.is_hidden(e.name)]
 
 
 def walk(root: str, others: kinds.Others, start: str = "") -> list[str]:
@@ -204,7 +250,7 @@ def walk(root: str, others: kinds.Others, start: str = "") -> list[str]:
                 if _is_folder(entry):
                     state = entry.stat()
                     identity = state.st_dev, state.st_ino
-                    if folder == start and entry.name.startswith("."):
+                    if folder == start and kinds.is_hidden(entry.name):
                         others[kinds.HIDDEN].append(f"{path}/")
                     elif identity in above:
                         others[kinds.AROUND].append(path)
@@ -221,6 +267,11 @@ def walk(root: str, others: kinds.Others, start: str = "") -> list[str]:
     state = os.stat(os.path.join(root, start))
     visit(start, frozenset({(state.st_dev, state.st_ino)}))
     return found
+
+
+def _files(root: str) -> list[str]:
+    with os.scandir(root) as entries:
+        return [e.name for e in entries if not kinds.is_hidden(e.name) and not _is_folder(e)]
 
 
 def class_order(names: Sequence[str] | set[str]) -> list[str]:
@@ -263,7 +314,7 @@ def _labelled(
     paths = list(paths)
     class_of = _classified(paths, opened)
     for stray in (path for path in paths if path not in class_of and path != _TINY_TABLE):
-        others[kinds.HIDDEN if stray.startswith(".") else "in no class folder"].append(stray)
+        others[kinds.HIDDEN if kinds.is_hidden(stray) else "in no class folder"].append(stray)
     found = kinds.images_of(class_of, opened, others)
     left_out = kinds.left_out(root, others)
     classes = class_order(set(train_classes or class_of.values()))

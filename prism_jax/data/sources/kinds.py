@@ -68,6 +68,11 @@ def images_of(paths: Iterable[str], opened: Callable[[str], BinaryIO], others: O
     return images
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or what macOS adds to archives."""
+    return name.startswith((".", "__MACOSX"))
+
+
 def is_named_as_one(path: str) -> bool:
     """Whether the name of a file says that it is an image."""
     return os.path.splitext(path)[1].lower() in suffixes()

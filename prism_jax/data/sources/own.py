@@ -5,23 +5,25 @@ from __future__ import annotations
 import difflib
 import functools
 import os
+import tarfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from prism_jax.data.datasets import DATASETS, IMAGENET_NORMALISATION, TFDS, DatasetInfo
 from prism_jax.data.image_set import DamagedFile
-from prism_jax.data.sources.arrays import open_npz
-from prism_jax.data.sources.base import ImageSource
+from prism_jax.data.sources.arrays import npz_name, open_npz
+from prism_jax.data.sources.base import ImageSource, what_is
 from prism_jax.data.sources.files import open_folder, open_tar
 from prism_jax.errors import UserError
 from prism_jax.types import Normalisation
 
 KINDS = {"folder": open_folder, "tar": open_tar, "npz": open_npz}
 LOOKED_AT = 32  # images that tell grey from colour
+DARK = 32  # the brightest pixel below which something is wrong with their range
 MEASURED = 2000  # images whose pixels give the normalisation
 SIDE = 64  # at which they are read
 MANY = 1 << 20  # more classes than any set has, until they are counted
@@ -56,12 +58,41 @@ def own_info(name: str, path: str | None) -> DatasetInfo:
 def _found(name: str, path: str) -> DatasetInfo:
     stored = _stored_channels(path)
     source = _open(_info(name, MANY, stored or 3, None), path)
-    channels = stored or _channels(source)
+    looked_at = list(_readable(source.original, spread(len(source), LOOKED_AT)))
+    channels = stored or _channels(looked_at)
+    if (brightest := max(int(pixels_HWC.max()) for pixels_HWC in looked_at)) < DARK:
+        warnings.warn(
+            f"the brightest pixel of {len(looked_at)} images at {path} is {brightest} of 255. More "
+            f"than 8 bits are scaled by the range of their type: store images so that they use "
+            f"it (12-bit ones in a 16-bit file times 16)",
+            stacklevel=2,
+        )
     return _info(name, _classes(source), channels, source.class_names)
 
 
+def _kind(path: str) -> str:
+    """The row of ``KINDS`` that what is there looks like.
+
+    Raises:
+      UserError: it looks like none.
+    """
+    if os.path.isdir(path):
+        return "folder"
+    if path.endswith(".npz") and os.path.isfile(path):
+        return "npz"
+    if "{split}" in path or (path.endswith(".tar") and os.path.isfile(path)):
+        return "tar"
+    if os.path.isfile(path) and tarfile.is_tarfile(path):
+        return "tar"
+    raise UserError(
+        f"{what_is(path)}; a set of your own is a folder with train/<class>/<image> and "
+        f"test/<class>/<image> (dataset.source=folder), an uncompressed .tar file of these (tar), "
+        f"or an .npz file with train_images, train_labels, test_images and test_labels (npz)"
+    )
+
+
 def _open(info: DatasetInfo, path: str) -> ImageSource:
-    kind = "npz" if path.endswith(".npz") else "folder" if os.path.isdir(path) else "tar"
+    kind = _kind(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # said when the set is opened for its images
         return KINDS[kind](info, path, "train", SIDE)
@@ -101,17 +132,18 @@ def _stored_channels(path: str) -> int | None:
         return None
     try:
         with np.load(path, allow_pickle=False) as archive:
-            if "train_images" not in archive:
+            name = npz_name(archive.files, "train", "images")
+            if name not in archive:
                 return None
-            shape = archive["train_images"].shape
+            shape = archive[name].shape
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         return None  # said by the source itself
     return shape[-1] if len(shape) == 4 else 1
 
 
-def _channels(source: ImageSource) -> int:
+def _channels(looked_at: Sequence[np.ndarray]) -> int:
     """1 where all of some images are grey, whatever they are stored as."""
-    for pixels_HWC in _readable(source.original, spread(len(source), LOOKED_AT)):
+    for pixels_HWC in looked_at:
         if pixels_HWC.shape[-1] == 3 and (pixels_HWC != pixels_HWC[..., :1]).any():
             return 3
     return 1

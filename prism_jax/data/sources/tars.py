@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import tarfile
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from prism_jax.data.sources import kinds
 from prism_jax.errors import UserError
@@ -14,6 +14,17 @@ Place = tuple[int, int]  # offset and length of a file
 
 _HOPS = 40  # links in a row, as many as Linux follows
 _MOST = 10_000_000  # files that links may make of an archive
+_MAGIC, _MAGIC_AT = b"ustar", 257  # of a member's header
+_PIECE = 1 << 20  # whole blocks
+_OTHERS = {
+    b"\x1f\x8b": "it is compressed with gzip",
+    b"BZh": "it is compressed with bzip2",
+    b"\xfd7zXZ\0": "it is compressed with xz",
+    b"\x28\xb5\x2f\xfd": "it is compressed with zstd",
+    b"PK": "it is a zip file",
+    b"7z\xbc\xaf": "it is a 7-Zip file",
+    b"Rar!": "it is a RAR file",
+}
 
 
 class Tar(NamedTuple):
@@ -49,9 +60,10 @@ def index(path: str, size: int, modified_ns: int) -> Tar:
             end = tar.offset
     except (tarfile.TarError, OSError) as error:
         raise UserError(
-            f"{path} is not a whole, uncompressed tar file ({error}); fetch or unpack it again"
+            f"{path} is not a whole, uncompressed tar file ({_instead(path) or error}); fetch or "
+            f"unpack it again"
         ) from error
-    # tarfile takes an unreadable header for the end, and all files behind it for absent.
+    # tarfile takes an unreadable header, or zeros, for the end, and all files behind for absent.
     with open(path, "rb") as file:
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -59,7 +71,35 @@ def index(path: str, size: int, modified_ns: int) -> Tar:
                 f"{path} is cut short or damaged at byte {end}: there is neither a file nor the "
                 f"end mark of a tar file; fetch it again"
             )
+        if (more := _next_header(file)) is not None:
+            raise UserError(
+                f"{path} has its end mark at byte {end} and another file at byte {more}: it is "
+                f"damaged, or several archives one after another; fetch it again, or join them "
+                f"with tar -Af"
+            )
     return found
+
+
+def _instead(path: str) -> str | None:
+    """What a file is that is no tar, by its first bytes; None: not known, or not to be read."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(6)
+    except OSError:
+        return None
+    return next((what for magic, what in _OTHERS.items() if head.startswith(magic)), None)
+
+
+def _next_header(file: BinaryIO) -> int | None:
+    """Where the next member begins in what is left of a file at the end of a block."""
+    while piece := file.read(_PIECE):
+        found = piece.find(_MAGIC)
+        while found >= 0:
+            at = file.tell() - len(piece) + found - _MAGIC_AT
+            if at % tarfile.BLOCKSIZE == 0:
+                return at
+            found = piece.find(_MAGIC, found + 1)
+    return None
 
 
 def read(path: str, place: Place | str, limit: int | None = None) -> bytes:

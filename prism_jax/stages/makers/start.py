@@ -59,10 +59,10 @@ def check(context: Context) -> None:
         needed = max(needed, recover.ipc)
     if recover.short_classes == "repeat":
         needed = min(needed, 1)
-    labels_N = context.inputs.open("train").labels_N
-    counts_K = np.bincount(labels_N, minlength=config.dataset.num_classes)
+    source = context.inputs.open("train")
+    counts_K = np.bincount(source.labels_N, minlength=config.dataset.num_classes)
     if short := {c: int(n) for c, n in enumerate(counts_K) if n < needed}:
-        raise UserError(too_few(short, needed))
+        raise UserError(too_few(short, needed, source.class_names))
 
 
 def _patches(config: Experiment) -> Patches:

@@ -8,6 +8,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from helpers import torch_files
 
 from prism_jax.data.sets import torch_file
 from prism_jax.errors import UserError
@@ -64,6 +65,31 @@ def test_pytorch_reads_it_and_it_reads_pytorch(tmp_path):
     found = torch_file.load(tmp_path / "y.pt")
     np.testing.assert_array_equal(found[0], np.arange(12.0).reshape(3, 4).T[1:])
     assert found[1] == [3, 0.25, True] and float(found[2]) == 2.5 and found[3] is None
+
+
+def test_the_format_before_1_6(tmp_path, monkeypatch):
+    kind, rebuild = torch_files.fake_torch(monkeypatch)
+    state = {"images": np.arange(12, dtype=np.float32), "labels": np.arange(3, dtype=np.float32)}
+    view = torch_files.Stored("0", state["images"].reshape(3, 4).T, rebuild)
+    other = torch_files.Stored("1", state["labels"], rebuild)
+    found = {"data": [[view, other]], "accs": [1.5]}
+    path = torch_files.legacy(state, found, kind, tmp_path / "res.pt")
+    read = torch_file.load(path)
+    np.testing.assert_array_equal(read["data"][0][0], state["images"].reshape(3, 4).T)
+    np.testing.assert_array_equal(read["data"][0][1], state["labels"])
+    assert read["accs"] == [1.5]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="res.pt is damaged .*storage 1 is cut off"):
+        torch_file.load(path)
+
+
+def test_pytorch_writes_the_format_before_1_6(tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    value = [torch.arange(12.0).reshape(3, 4).t()[1:], torch.nn.Parameter(torch.ones(2)), "text"]
+    torch.save(value, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    found = torch_file.load(tmp_path / "x.pt")
+    np.testing.assert_array_equal(found[0], np.arange(12.0).reshape(3, 4).T[1:])
+    assert found[1].tolist() == [1, 1] and found[2] == "text"
 
 
 class _Calls:
@@ -125,5 +151,5 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(UserError, match="reaches beyond its storage"):
         torch_file.load(path)
     path.write_bytes(b"\x80\x02l...")
-    with pytest.raises(UserError, match="before 1.6; load it in PyTorch and save it again"):
+    with pytest.raises(UserError, match="is not written by torch.save; load it in the program"):
         torch_file.load(path)

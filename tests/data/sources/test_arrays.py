@@ -16,7 +16,7 @@ from helpers.images import encoded, random_pixels
 from PIL import Image
 
 from prism_jax.data.datasets import DATASETS
-from prism_jax.data.sources import ArraySource, open_source, read_all
+from prism_jax.data.sources import ArraySource, open_source, own, read_all
 from prism_jax.errors import UserError
 
 
@@ -101,11 +101,45 @@ def test_npz(tmp_path):
     with pytest.raises(UserError, match="3 channels, mnist has 1"):
         open_source(split="test", **options | {"name": "mnist"})
     np.savez(path, **{k: v for k, v in arrays.items() if k != "test_labels"})
-    with pytest.raises(UserError, match="test_labels.*is not a file in the archive"):
+    with pytest.raises(UserError, match="test_labels.*is not a file in the archive, only train_im"):
         open_source(split="test", **options)
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(UserError, match="cannot be read"):
         open_source(split="train", **options)
+
+
+def test_npz_as_others_write_it(tmp_path):
+    """Keras' names, and labels in a column, as MedMNIST has them, are the same set."""
+    images, labels, path = random_pixels(6, 8, 8, 3), np.arange(6) % 3, tmp_path / "set.npz"
+    options = {"name": "mine", "source": "npz", "path": str(path), "image_size": 8}
+    names = {
+        "ours": ("train_images", "train_labels", "test_images", "test_labels"),
+        "keras": ("x_train", "y_train", "x_test", "y_test"),
+        "both": ("train_images", "train_labels", "test_images", "test_labels", "x_train"),
+    }
+    for names_of, given in ((n, g) for n in names for g in (labels, labels[:, None])):
+        arrays = (images, given, images[::-1], given[::-1], images[:2])
+        np.savez(path, **dict(zip(names[names_of], arrays, strict=False)))
+        own._found.cache_clear()
+        for split, at in (("train", slice(None)), ("test", slice(None, None, -1))):
+            read, of = read_all(open_source(split=split, **options))
+            np.testing.assert_array_equal(read, images[at])
+            np.testing.assert_array_equal(of, labels[at])
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda x: x / 255, r"\(images \* 255\).round\(\).astype\('uint8'\)"),
+        (lambda x: x.astype(np.int64), r": images.round\(\).astype\('uint8'\)"),
+        (lambda x: x.transpose(0, 3, 1, 2), r"images.transpose\(0, 2, 3, 1\)"),
+        (lambda x: x / 10 - 9.0, r"\(N, H, W, 1 or 3\)$"),  # in some other space
+        (lambda x: x.astype(np.float32) * np.nan, r"\(N, H, W, 1 or 3\)$"),
+    ],
+)
+def test_arrays_that_are_no_images_say_what_makes_them_some(made, said):
+    with pytest.raises(UserError, match=said):
+        ArraySource(made(random_pixels(4, 8, 8, 3)), np.arange(4), num_classes=4)
 
 
 def test_npz_of_encoded_files(tmp_path):

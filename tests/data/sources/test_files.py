@@ -116,7 +116,19 @@ def test_damaged_images_are_named(tmp_path):
         source.image(4)
 
 
-@pytest.mark.parametrize("damage", ["cut", "cut at a member", "header", "empty", "gzip"])
+DAMAGES = {
+    "cut": "unexpected end of data",
+    "cut at a member": "cut short or damaged at byte",
+    "header": "cut short or damaged at byte",
+    "zeros": "another file at byte",
+    "two": "several archives one after another",
+    "empty": "empty file",
+    "gzip": "it is compressed with gzip",
+    "zip": "it is a zip file",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_tar_never_passes_for_a_smaller_one(tmp_path, damage):
     tar = write_tar(write_tree(tmp_path / "tree"), tmp_path / "tree.tar")
     with tarfile.open(tar) as opened:
@@ -128,15 +140,21 @@ def test_a_damaged_tar_never_passes_for_a_smaller_one(tmp_path, damage):
         data = data[: member.offset]
     elif damage == "header":
         data[member.offset + 3] ^= 1
+    elif damage == "zeros":
+        data[member.offset : member.offset + 512] = bytes(512)
+    elif damage == "two":
+        data += bytes(data)
+    elif damage == "zip":
+        data = b"PK\3\4" + bytes(1000)
     elif damage == "empty":
         data = b""
     else:
         data = gzip.compress(data)
     tar.write_bytes(data)
-    if damage == "header":  # tarfile itself takes the damaged header for the end
+    if damage in ("header", "zeros"):  # tarfile itself takes it for the end
         with tarfile.open(tar) as opened:
             assert member.name not in opened.getnames()
-    with pytest.raises(UserError, match="tree.tar is"):
+    with pytest.raises(UserError, match=f"tree.tar (is|has).*{DAMAGES[damage]}"):
         open_imagenet(tar, "tar")
 
 
@@ -152,12 +170,62 @@ def test_trees_that_cannot_be_right_are_refused(tmp_path):
     root = write_tree(tmp_path / "c", splits=["val"])
     with pytest.raises(UserError, match="has no folder train"):
         open_imagenet(root)
+    with pytest.raises(UserError, match=f"train: name the folder around it, {tmp_path / 'b'};"):
+        open_imagenet(tmp_path / "b" / "train")
     (tmp_path / "d" / "train").mkdir(parents=True)
     with pytest.raises(UserError, match="no class folders"):
         open_imagenet(tmp_path / "d")
     root = write_tree(tmp_path / "e", classes=[f"c{i:02d}" for i in range(11)])
     with pytest.raises(UserError, match="holds 11 classes, but imagenette has 10"):
         open_source(name="imagenette", source="folder", path=root, split="train", image_size=8)
+
+
+@pytest.mark.parametrize("source", ["folder", "tar"])
+@pytest.mark.parametrize(
+    ("splits", "asked", "said"),
+    [
+        (["Train", "Test"], "train", "no folder train, but Train: rename Train to train;"),
+        (["training", "val"], "train", "no folder train, but training: rename training to train;"),
+        (["train", "valid"], "test", "validation, but valid: rename valid to test;"),
+        (["train"], "test", "only train: a part of the images of each class belongs into test/"),
+        ([""], "train", "if n01, n02 are its classes, they belong into train, and a part of"),
+        (["images"], "train", "(only images|if n01, n02 are its classes)"),  # a tar's wrapper
+        (["extra", "images"], "train", "only extra, images;"),
+    ],
+)
+def test_what_is_there_in_place_of_a_split_is_said(tmp_path, source, splits, asked, said):
+    root = write_tree(tmp_path / "tree", splits=splits)
+    path = root if source == "folder" else write_tar(root, tmp_path / "tree.tar")
+    with pytest.raises(UserError, match=said):
+        open_source(
+            name="digits", source=source, path=str(path), split=asked, image_size=8
+        )  # a set that is tested on test
+
+
+def test_what_macos_adds_is_no_class(tmp_path, capsys):
+    root = write_tree(tmp_path / "a")
+    (root / "train" / "__MACOSX").mkdir()
+    (root / "train" / "__MACOSX" / "._img.png").write_bytes(b"x")
+    for source, path in (("folder", root), ("tar", write_tar(root, tmp_path / "a.tar"))):
+        with pytest.warns(UserWarning, match="holds 2 of the 10 classes"):
+            opened = open_source(
+                name="imagenette", source=source, path=str(path), split="train", image_size=8
+            )
+        assert opened.class_names == ("n01", "n02") and len(opened) == 6
+        assert "1 x hidden: __MACOSX/" in capsys.readouterr().out
+
+
+def test_a_path_of_another_kind_says_which_source_reads_it(tmp_path):
+    root = write_tree(tmp_path / "tree")
+    tar = write_tar(root, tmp_path / "tree.tar")
+    with pytest.raises(UserError, match="tree.tar is a file \\(which dataset.source=tar reads\\);"):
+        open_imagenet(tar, "folder")
+    with pytest.raises(
+        UserError, match="tree is a folder \\(which dataset.source=folder reads\\);"
+    ):
+        open_imagenet(root, "tar")
+    with pytest.raises(UserError, match="img_0.png is a file; dataset.source=folder needs"):
+        open_imagenet(root / "train" / "n01" / "img_0.png", "folder")
 
 
 def test_a_part_of_the_classes_warns_that_labels_are_positions(tmp_path):

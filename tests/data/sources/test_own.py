@@ -24,7 +24,7 @@ def write(root, classes, *, grey=False, count=3):
             for i in range(count):
                 path = root / split / name / f"{i}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                pixels = np.full((SIZE, SIZE, 3), 10 * label % 200, np.uint8)
+                pixels = np.full((SIZE, SIZE, 3), 100 + 10 * label % 100, np.uint8)
                 pixels[..., 0] += 0 if grey else 5
                 path.write_bytes(encoded(pixels))
     return root
@@ -61,7 +61,7 @@ def test_grey_images_are_grey_whatever_they_are_stored_as(tmp_path):
 def test_the_normalisation_is_that_of_the_training_pixels(tmp_path):
     root = write(tmp_path / "set", ["a", "b"])
     e = resolve(config(root))
-    red, other = np.array([5, 15]) / 255, np.array([0, 10]) / 255
+    red, other = np.array([105, 115]) / 255, np.array([100, 110]) / 255
     mean = (red.mean(), other.mean(), other.mean())
     assert e.dataset.mean == pytest.approx(mean, abs=5e-5)
     assert e.dataset.std == pytest.approx((5 / 255,) * 3, abs=5e-5)
@@ -102,6 +102,38 @@ def test_an_archive_of_arrays_says_its_classes(tmp_path):
     np.savez(path, **{f"{s}_{k}": v for s in ("train", "test") for k, v in arrays.items()})
     info = info_of("shapes", str(path))
     assert (info.num_classes, info.channels, info.class_names) == (3, 1, None)
+
+
+def test_what_is_no_set_is_called_what_it_is(tmp_path):
+    root = write(tmp_path / "set", ["a", "b"])
+    (tmp_path / "set.zip").write_bytes(b"PK\3\4")
+    for path, said in (
+        (tmp_path / "nowhere", "there is no .*nowhere; a set of your own is a folder with"),
+        (root / "train" / "a" / "0.png", "0.png is a file; a set of your own is a folder with"),
+        (tmp_path / "set.zip", "set.zip is a file; a set of your own is"),
+    ):
+        with pytest.raises(UserError, match=said):
+            resolve(config(path))
+
+
+def test_one_class_is_none_to_tell_apart(tmp_path):
+    root = write(tmp_path / "set", ["only"])
+    with pytest.raises(UserError, match="num_classes is 1, .*a folder too many is around them"):
+        resolve(config(root))
+
+
+def test_pictures_that_use_little_of_their_range_are_warned_of(tmp_path):
+    """12 bits in files of 16: 16 grey levels would be left, without a word."""
+    bright = np.full((SIZE, SIZE), 4095, np.uint16)
+    for scale, factor in (("dark", 1), ("whole", 16)):
+        root = write(tmp_path / scale, ["a", "b"])
+        for path in root.rglob("*.png"):
+            path.write_bytes(encoded(bright * factor))
+    with pytest.warns(UserWarning, match="brightest pixel of 6 images at .* is 15 of 255"):
+        info_of("scans", str(tmp_path / "dark"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert info_of("scans", str(tmp_path / "whole")).channels == 1
 
 
 @pytest.mark.parametrize("dataset, said", [
