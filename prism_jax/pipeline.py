@@ -9,7 +9,7 @@ from etils import epath
 
 from prism_jax import parallel
 from prism_jax.config import STAGES
-from prism_jax.config.generation import FOLDER
+from prism_jax.config.generation import CLIP_FOLDER, FOLDER
 from prism_jax.data import workdir
 from prism_jax.data.weights import RECORD
 from prism_jax.errors import UserError
@@ -19,6 +19,7 @@ from prism_jax.stages import (
     controls,
     fingerprints,
     generator,
+    guiding,
     imported,
     recover,
     relabel,
@@ -64,18 +65,31 @@ def check(context: Context) -> None:
     squeeze.pending(context)
     if generator.wanted(context):
         generator.check(context)
+    if guiding.wanted(context):
+        guiding.check(context)
     recover.pending(context)
     imported.check(context)
     imported.check_labels(context)
 
 
-def _squeeze(context: Context) -> None:
+def run_squeeze(context: Context, *, shared: bool = False) -> None:
+    """Teachers, statistics of real images, a generator, and what guides.
+
+    Args:
+      shared: by experiments that may differ in the last two: one of another's is left alone.
+    """
     if squeeze.pending(context):
         squeeze.run(context)
     if not statistics.is_done(context):
         statistics.run(context)
-    if generator.wanted(context) and not generator.is_done(context):
-        generator.run(context)
+    for part, fields in ((generator, fingerprints.generator), (guiding, fingerprints.clip_texts)):
+        if not part.wanted(context):
+            continue
+        found = workdir.read_fingerprint(part.folder(context)) if shared else None
+        if found is not None and workdir.differences(found, fields(context)):
+            continue
+        if not part.is_done(context):
+            part.run(context)
 
 
 def _recover(context: Context) -> None:
@@ -131,7 +145,7 @@ def _analyse(context: Context) -> None:
 
 
 RUNNERS: dict[str, Callable[[Context], None]] = {
-    "squeeze": _squeeze,
+    "squeeze": run_squeeze,
     "recover": _recover,
     "relabel": _relabel,
     "validate": _validate,
@@ -199,6 +213,8 @@ def adopt(context: Context, source: epath.PathLike) -> list[str]:
         take(f"squeeze/{name}", fingerprints.teacher(context, name), RECORD)
     if generator.wanted(context):
         take(f"squeeze/{FOLDER}", fingerprints.generator(context), RECORD)
+    if guiding.wanted(context):
+        take(f"squeeze/{CLIP_FOLDER}", fingerprints.clip_texts(context), RECORD)
     for name in (*anchoring.needed(context), *anchoring.controls_of(context)):
         take(f"generate/{name}", anchoring.FINGERPRINTS[name](context), RECORD)
     take("recover", fingerprints.recover(context), "manifest.json")

@@ -9,6 +9,7 @@ from prism_jax.diffusion import fit, guidance, noise, samplers
 from prism_jax.diffusion.anchors import Clustering
 
 FOLDER = "generator"  # where squeeze keeps it, beside the teachers
+CLIP_FOLDER = "clip"  # and what a CLIP says of the classes
 
 SCHEDULES = {
     "dit": noise.COSINE,

@@ -122,14 +122,29 @@ def load(path: str, part: str) -> Loaded:
         return Loaded(released, lay_out(tensors, shapes(part, released), path, part), {})
     folder = _folder(file, part)
     config = _config(folder, part)
-    row = PARTS[part]
-    module: nn.Module
+    module = _built(folder, part, config)
     try:
-        module = row.build(config)
-        tensors = row.rename(_tensors(folder))
+        tensors = PARTS[part].rename(_tensors(folder))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     return Loaded(module, lay_out(tensors, shapes(part, module), str(folder), part), config)
+
+
+def form(path: str, part: str) -> nn.Module:
+    """The network that a part's config states; its weights are not looked at.
+
+    Raises:
+      UserError: the config is not there, or is another network's.
+    """
+    folder = _folder(epath.Path(path), part)
+    return _built(folder, part, _config(folder, part))
+
+
+def _built(folder: epath.Path, part: str, config: dict[str, Any]) -> nn.Module:
+    try:
+        return PARTS[part].build(config)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
 
 
 def schedule(path: str, otherwise: noise.Schedule) -> noise.Schedule:
