@@ -213,7 +213,7 @@ class Comparison:
         root = str(self.root / TEACHERS)
         context = Context(experiment, root, stop=stop, provenance=made_by())
         try:
-            pipeline.RUNNERS["squeeze"](context)
+            pipeline.run_squeeze(context, shared=True)
         finally:
             context.work.lock.release()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -14,10 +15,13 @@ import sys
 import pytest
 from helpers.command import snapshot
 
-from prism_jax import compare
+from prism_jax import compare, pipeline
 from prism_jax.analysis import comparison
 from prism_jax.analysis.comparison import Entry
+from prism_jax.config import resolve
+from prism_jax.errors import UserError
 from prism_jax.main import parse
+from prism_jax.stages.context import Context
 
 ROOT = pathlib.Path(__file__).resolve().parent
 TINY = f"--config={ROOT / 'configs' / 'tiny_compare.py'}"
@@ -74,7 +78,9 @@ def test_cells_and_their_experiments(monkeypatch):
 @pytest.mark.parametrize(
     "name",
     ["digits", "digits:quick", "cifar10", "studies:crop", "studies:batch", "studies:selection",
-     "studies:crop,digits", "studies:selection,digits"],
+     "studies:crop,digits", "studies:selection,digits", "studies:regularisation",
+     "studies:text_to_image", "studies:regularisation,digits", "studies:regularisation,digits,clip",
+     "studies:text_to_image,digits"],
 )  # fmt: skip
 def test_every_cell_of_the_shipped_comparisons_can_be_used(name, monkeypatch):
     monkeypatch.chdir(ROOT.parent)
@@ -87,6 +93,42 @@ def test_every_cell_of_the_shipped_comparisons_can_be_used(name, monkeypatch):
     assert len({compare._digest(e) for e in experiments.values()}) == len(cells)
     # All share their teachers.
     assert len({e.squeeze for e in compare._with_all_teachers(experiments).values()}) == 1
+
+
+@pytest.mark.parametrize("study", ["regularisation", "text_to_image"])
+@pytest.mark.parametrize("dataset", ["imagenet", "digits"])
+def test_studies_of_images_train_as_the_study_of_teachers_does(study, dataset, monkeypatch):
+    monkeypatch.chdir(ROOT.parent)
+    selection = resolve(parse([f"--config=configs/methods/prism_selection.py:{dataset}"], [])[0])
+    c = parse([f"--config=configs/compare/studies.py:{study},{dataset}"], [])[0]
+    for cell in compare.cells(c):
+        e = compare.experiment_of(c, cell)
+        assert e.relabel == selection.relabel
+        assert e.validate == dataclasses.replace(selection.validate, controls=e.validate.controls)
+        assert e.recover.ipc == {"imagenet": 1200, "digits": 10}[dataset]
+    with pytest.raises(UserError, match="cannot be loaded"):
+        parse([f"--config=configs/compare/studies.py:{study},cifar10"], [])
+    with pytest.raises(UserError, match="the word clip"):
+        parse([f"--config=configs/compare/studies.py:{study},imagenet,clip"], [])
+
+
+def test_a_generator_of_other_settings_is_left_to_its_cell(tmp_path):
+    """Cells that differ in it share their teachers all the same."""
+    config = "tests/configs/tiny_d4m.py"
+    steps = [f"--config.generate.fit.steps={n}" for n in (6, 7)]
+    with contextlib.chdir(ROOT.parent):
+        first, other = (resolve(parse([f"--config={config}", s], [])[0]) for s in steps)
+    records = []
+    for experiment in (first, other, first):
+        context = Context(experiment, tmp_path / "teachers")
+        try:
+            pipeline.run_squeeze(context, shared=True)
+        finally:
+            context.work.lock.release()
+        records.append(snapshot(tmp_path / "teachers" / "squeeze"))
+    assert records[0] == records[1] == records[2]
+    with pytest.raises(UserError, match="the generator in .* was made from other settings"):
+        pipeline.run_squeeze(Context(other, tmp_path / "teachers"))
 
 
 @pytest.fixture(scope="module")
