@@ -20,7 +20,7 @@ from prism_jax.core import views
 from prism_jax.diffusion import clip, huggingface, prompts
 from prism_jax.errors import UserError
 from prism_jax.synthesis import guide as guiding
-from prism_jax.types import Normalisation
+from prism_jax.types import Normalisation, SynthState
 
 __all__ = ["fast_programs"]  # a fixture
 
@@ -197,6 +197,24 @@ def test_guided_images_are_the_same_on_any_device():
         return run.fetch(run(SEED, lanes)[-1][0]).images_BHWC
 
     np.testing.assert_array_equal(images(1), images(2))
+
+
+@pytest.mark.usefixtures("fast_programs")
+def test_devices_that_share_a_batch_have_its_gradient_and_its_noise():
+    pool, unit = small_pool(1), make_unit(0, 0, BUDGET, (0, 1, 2, 3))
+    recipe = synthesis.Recipe(clip=1.0, roll=1, view_noise=0.1, parametrisation="pyramid")
+    given = jax.tree.map(lambda x: x.astype(np.float32), guide())
+
+    def first_step(span: int) -> SynthState:
+        devices = jax.devices()[:span]
+        run = synthesis.engine(pool, recipe, guide=given, devices=devices, span=span)
+        state = synthesis.initial_state(pool, recipe, start_images(unit, GREY))
+        lane = tuple(run.place(x, 0) for x in jax.device_get((unit, state, np.int32(1))))
+        return run.fetch(run(SEED, [lane])[0][0])
+
+    alone, shared = first_step(1), first_step(2)
+    for a, b in zip(alone.opt_state.mu, shared.opt_state.mu, strict=True):
+        np.testing.assert_allclose(b, a, atol=2e-6 * np.abs(a).max())
 
 
 # --- a whole CLIP, beside transformers -----------------------------------------------------------

@@ -177,8 +177,8 @@ def test_the_same_bits_on_any_device_in_any_chunk_and_resumed():
     recipe = synthesis.Recipe(roll=2, parametrisation="pyramid", view_noise=0.1)
     start = begin(pool, recipe, UNITS)
     whole = images_of(advance(pool, recipe, UNITS, start))
-    half = advance(pool, recipe, UNITS, start, devices=2, chunk=7, until=11)
-    again = images_of(advance(pool, recipe, UNITS, half, devices=3, chunk=4))
+    half = advance(pool, recipe, UNITS, start, devices=3, chunk=7, until=11)
+    again = images_of(advance(pool, recipe, UNITS, half, chunk=4))
     np.testing.assert_array_equal(again, whole)
 
 
