@@ -63,6 +63,8 @@ def test_what_is_kept_and_what_the_record_says(run):
     record = json.loads((root / "recover" / "units" / "g00000_b00000.json").read_text())
     before, after = (record["terms"][at]["clip"] for at in ("start", "end"))
     assert 0 < after < before < 2
+    told = json.loads((root / "summary.json").read_text())["recover"]["clip"]
+    assert told.keys() == {"start", "end"} and 0 < told["end"] < told["start"]
 
 
 def test_a_finished_run_is_only_read_and_needs_no_tokenizer(run, monkeypatch):
