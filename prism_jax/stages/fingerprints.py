@@ -175,11 +175,13 @@ def part_path(context: Context, part: str) -> str:
 
 def clip_texts(context: Context) -> dict[str, Any]:
     """What the embeddings of the classes' texts are made of."""
-    recover = context.config.recover
+    recover, names = context.config.recover, context.inputs.spoken_names
     assert recover.clip_directory is not None  # config.rules
     return {
         "text_encoder": _part_digest(recover.clip_directory, "text_encoder"),
-        "texts": [recover.clip_template, context.inputs.spoken_names],
+        "template": recover.clip_template,
+        "classes": len(names),
+        "names": workdir.digest({"names": names}),
     }
 
 

@@ -93,7 +93,7 @@ def test_texts_are_adopted_and_the_images_come_again(run, monkeypatch, tmp_path)
 def test_another_template_or_other_classes_are_refused(run):
     root, flags = run
     err = refused(*flags[1:], f"--workdir={root}", "--config.recover.clip_template={}")
-    assert "what CLIP says of the classes" in err and "a photo of a {} -> {}" in err
+    assert "what CLIP says of the classes" in err and 'template: "a photo of a {}" -> "{}"' in err
     err = refused(*flags[1:], f"--workdir={root}", "--config.dataset.num_classes=3")
     assert "made from other settings" in err
 
