@@ -441,14 +441,15 @@ class Comparison:
     ) -> pathlib.Path:
         """What squeeze makes, once: the networks that any cell asks for, and what this one does.
 
-        A generator lies in a folder of its own for every kind, beside copies of the networks.
+        A generator, and what CLIP says of the classes, lie in a folder of their own for every kind,
+        beside copies of the networks.
 
         Returns:
           The folder with all that the cell adopts.
         """
         from prism_jax import pipeline
         from prism_jax.data import workdir
-        from prism_jax.stages import fingerprints, generator
+        from prism_jax.stages import fingerprints, generator, guiding
         from prism_jax.stages.context import Context
 
         def squeeze(experiment: Any, root: pathlib.Path, source: pathlib.Path | None) -> None:
@@ -461,12 +462,16 @@ class Comparison:
                 context.work.lock.release()
 
         networks = self.root / TEACHERS
-        recover = dataclasses.replace(experiment.recover, maker="optimise")
+        recover = dataclasses.replace(experiment.recover, maker="optimise", clip=0.0)
         squeeze(dataclasses.replace(experiment, recover=recover), networks, None)
-        context = Context(experiment, str(networks))
-        if not generator.wanted(context):
+        context, own = Context(experiment, str(networks)), {}
+        if generator.wanted(context):
+            own["generator"] = fingerprints.generator(context)
+        if guiding.wanted(context):
+            own["clip"] = fingerprints.clip_texts(context)
+        if not own:
             return networks
-        root = self.root / GENERATORS / workdir.digest(fingerprints.generator(context))
+        root = self.root / GENERATORS / workdir.digest(own)
         squeeze(experiment, root, networks)
         return root
 

@@ -9,7 +9,7 @@ from etils import epath
 
 from prism_jax import parallel
 from prism_jax.config import STAGES
-from prism_jax.config.generation import FOLDER
+from prism_jax.config.generation import CLIP_FOLDER, FOLDER
 from prism_jax.data import workdir
 from prism_jax.data.weights import RECORD
 from prism_jax.errors import UserError
@@ -19,6 +19,7 @@ from prism_jax.stages import (
     controls,
     fingerprints,
     generator,
+    guiding,
     imported,
     recover,
     relabel,
@@ -62,6 +63,8 @@ def check(context: Context) -> None:
             )
     if generator.wanted(context):
         generator.check(context)
+    if guiding.wanted(context):
+        guiding.check(context)
     start.check(context)
     squeeze.pending(context)
     recover.pending(context)
@@ -79,6 +82,8 @@ def _squeeze(context: Context) -> None:
         statistics.run(context)
     if generates and not generator.is_measured(context):
         generator.measure(context)
+    if guiding.wanted(context) and not guiding.is_done(context):
+        guiding.run(context)
 
 
 def _recover(context: Context) -> None:
@@ -202,6 +207,8 @@ def adopt(context: Context, source: epath.PathLike) -> list[str]:
         take(f"squeeze/{name}", fingerprints.teacher(context, name), RECORD)
     if generator.wanted(context):
         take(f"squeeze/{FOLDER}", fingerprints.generator(context), RECORD)
+    if guiding.wanted(context):
+        take(f"squeeze/{CLIP_FOLDER}", fingerprints.clip_texts(context), RECORD)
     made = [name for name in anchoring.needed(context) if name != "latents"]
     for name in (*made, *anchoring.controls_of(context)):
         take(f"generate/{name}", anchoring.FINGERPRINTS[name](context), RECORD)

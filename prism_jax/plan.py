@@ -22,7 +22,7 @@ from prism_jax.data.sources import info_of, open_source
 from prism_jax.diffusion import fit, samplers
 from prism_jax.errors import UserError
 from prism_jax.progress import hours_of, megabytes
-from prism_jax.stages import generator, relabel
+from prism_jax.stages import generator, guiding, relabel
 from prism_jax.stages.context import Context
 from prism_jax.stages.inputs import Inputs
 from prism_jax.stages.makers import optimise
@@ -70,7 +70,9 @@ def missing_weights(experiment: Experiment, workdir: str) -> list[str]:
             )
     if generator.wanted(context := Context(experiment, workdir)):
         lines += [f"generator: {line}" for line in generator.missing(context)]
-    return lines
+    if guiding.wanted(context):
+        lines += [f"CLIP: {line}" for line in guiding.missing(context)]
+    return list(dict.fromkeys(lines))
 
 
 def _unknown_outputs(context: Context) -> list[str]:
@@ -134,6 +136,7 @@ def show(
         "recover": f"{layout.groups * layout.blocks:,} units of "
         f"{' or '.join(map(str, layout.sizes))} images, {iterations:,} iterations in all"
         f"{_few(experiment, layout)}",
+        **_optimisation(experiment),
         **_generation(experiment),
         "relabel": labelling,
         "validate": f"{len(experiment.validate.students)} students x "
@@ -148,6 +151,21 @@ def show(
     for name, value in rows.items():
         table.add_row(name, value)
     progress.say(table)
+
+
+def _optimisation(e: Experiment) -> dict[str, str]:
+    """What is optimised and what guides it, where that is not pixels and teachers alone."""
+    rows, size = {}, e.dataset.image_size
+    if e.recover.parametrisation == "pyramid":
+        sides = synthesis.resolutions_of(e.recover.resolutions, size)
+        times = sum(side**2 for side in sides) / size**2
+        rows["pyramid"] = (
+            f"components of {', '.join(map(str, sides))} px; the optimiser's moments take "
+            f"{times:.2f} times those of pixels"
+        )
+    if e.recover.clip:
+        rows["clip"] = f"weight {e.recover.clip:g}, read from {e.recover.clip_directory}"
+    return rows
 
 
 def _generation(e: Experiment) -> dict[str, str]:
@@ -253,7 +271,8 @@ def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, s
     context = Context(e, "unused")
     pool = programs.with_blank_statistics(context, _random_pool(e, e.recover.pool))
     recipe = optimise.recipe_of(e)
-    engine = synthesis.engine(pool, recipe, devices=[device], how=e.parallel.map)
+    guide = _random_guide(context)
+    engine = synthesis.engine(pool, recipe, devices=[device], how=e.parallel.map, guide=guide)
     available = _memory(device)
     rows, size = {}, batch
     while True:
@@ -291,6 +310,12 @@ def _random_pool(e: Experiment, names: tuple[str, ...]) -> TeacherPool:
         drawn = training.jitted_init(module)(jax.random.key(0), image)
         variables.append({"batch_stats": {}, **drawn})
     return TeacherPool(tuple(teachers), tuple(variables), context.inputs.normalisation)
+
+
+def _random_guide(context: Context) -> synthesis.Guide | None:
+    """What guides recover, with random weights."""
+    draw = np.random.default_rng(0).standard_normal
+    return jax.tree.map(lambda x: draw(x.shape, np.float32), guiding.described(context))
 
 
 def _random_lane(e: Experiment, engine: synthesis.Engine, pool, recipe, size: int) -> tuple:

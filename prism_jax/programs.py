@@ -21,7 +21,15 @@ from prism_jax.config.generation import fitting_of
 from prism_jax.diffusion import fit
 from prism_jax.errors import UserError
 from prism_jax.models.import_torch import variable_shapes
-from prism_jax.stages import analyse, generator, relabel, squeeze, statistics, validate
+from prism_jax.stages import (
+    analyse,
+    generator,
+    guiding,
+    relabel,
+    squeeze,
+    statistics,
+    validate,
+)
 from prism_jax.stages.context import Context
 from prism_jax.stages.controls import SOFT
 from prism_jax.stages.fingerprints import statistic_kinds
@@ -199,7 +207,8 @@ def _optimised(
         unit = abstract(lambda p, u, x: course.prepare(p, recipe, [(u, x)], 0), unit, start)
 
     def lower(state: PyTree) -> jax.stages.Lowered:
-        engine = optimise.engine_of(context, pool, recipe, layout.groups * layout.blocks)
+        batches, guide = layout.groups * layout.blocks, guiding.described(context)
+        engine = optimise.engine_of(context, pool, recipe, batches, guide)
         return engine.lower_for(unit, state, np.int32(1))
 
     phases = course.phases_of(recipe, budget_of(e, 0), start)

@@ -77,7 +77,9 @@ def test_cells_and_their_experiments(monkeypatch):
     "name",
     ["digits", "digits:quick", "cifar10", "diffusion_digits", "imagenette", "imagenet",
      "studies:crop", "studies:batch", "studies:selection", "studies:crop,digits",
-     "studies:selection,digits"],
+     "studies:selection,digits", "studies:regularisation",
+     "studies:text_to_image", "studies:regularisation,digits", "studies:regularisation,digits,clip",
+     "studies:text_to_image,digits"],
 )  # fmt: skip
 def test_every_cell_of_the_shipped_comparisons_can_be_used(name, monkeypatch):
     monkeypatch.chdir(ROOT.parent)
@@ -90,6 +92,23 @@ def test_every_cell_of_the_shipped_comparisons_can_be_used(name, monkeypatch):
     assert len({compare._digest(e) for e in experiments.values()}) == len(cells)
     # All share their teachers.
     assert len({e.squeeze for e in compare._with_all_teachers(experiments).values()}) == 1
+
+
+@pytest.mark.parametrize("study", ["regularisation", "text_to_image"])
+@pytest.mark.parametrize("dataset", ["imagenet", "digits"])
+def test_studies_of_images_train_as_the_study_of_teachers_does(study, dataset, monkeypatch):
+    monkeypatch.chdir(ROOT.parent)
+    selection = resolve(parse([f"--config=configs/methods/prism_selection.py:{dataset}"], [])[0])
+    c = parse([f"--config=configs/compare/studies.py:{study},{dataset}"], [])[0]
+    for cell in compare.cells(c):
+        e = compare.experiment_of(c, cell)
+        assert e.relabel == selection.relabel
+        assert e.validate == dataclasses.replace(selection.validate, controls=e.validate.controls)
+        assert e.recover.ipc == {"imagenet": 1200, "digits": 10}[dataset]
+    with pytest.raises(UserError, match="cannot be loaded"):
+        parse([f"--config=configs/compare/studies.py:{study},cifar10"], [])
+    with pytest.raises(UserError, match="the word clip"):
+        parse([f"--config=configs/compare/studies.py:{study},imagenet,clip"], [])
 
 
 @pytest.fixture(scope="module")

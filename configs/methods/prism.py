@@ -20,6 +20,8 @@ Studies of the paper and its supplement (sweeps: configs/compare/studies.py):
     decoupled at all? --config.recover.statistics_by=fixed (one network for both: SRe2L's loss)
                       and with it --config.recover.statistic_primary=mobilenet_v2 (one other)
     a committee's     --config.recover.statistics_by=committee
+    as a pyramid      --config.recover.parametrisation=pyramid (appendix D, as is the next)
+    guided            --config.recover.clip=1.0 --config.recover.clip_directory=DIR
 """
 
 from ml_collections import ConfigDict

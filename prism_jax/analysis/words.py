@@ -181,6 +181,9 @@ def facts(summary: Mapping[str, Any]) -> dict[str, str]:
             found["distance from initial"] = (
                 f"{number(recover['distance_from_initial'])} (RMS of pixels in [0, 1])"
             )
+        if clip := recover.get("clip"):
+            ends = " → ".join(number(clip[end]) for end in ("start", "end"))
+            found["CLIP"] = f"{ends} (1 - cosine of views to their class's text)"
     generator = summary.get("generator")
     if generator and generator.get("recognised") is not None:
         found["generator"] = (

@@ -10,6 +10,7 @@ from prism_jax.diffusion.anchors import Clustering
 from prism_jax.diffusion.refine import Refining
 
 FOLDER = "generator"  # where squeeze keeps it, beside the teachers
+CLIP_FOLDER = "clip"  # and what a CLIP says of the classes
 
 SCHEDULES = {
     "dit": noise.COSINE,

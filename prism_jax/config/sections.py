@@ -124,6 +124,7 @@ class Recover:
     priors: tuple[float, ...] | None
     prior_temperature: float
     round_robin_restarts: bool
+    alpha_ce: float
     # which statistics, and what they count
     alpha_bn: float
     first_bn_multiplier: float
@@ -143,10 +144,16 @@ class Recover:
     image_l2: float
     densification: float
     flatness: float
+    clip: float
+    clip_directory: Path | None
+    clip_template: str
     perturb_rho: float
     perturb_steps: int
     perturb_probes: bool
     perturb_accumulates: bool
+    # what is optimised
+    parametrisation: str
+    resolutions: tuple[int, ...]
     # batches
     batch_size: int | None
     slots_per_batch: int | None
@@ -173,6 +180,7 @@ class Recover:
     flip: bool
     roll: int
     roll_centred: bool
+    view_noise: float
     rounding: Literal["nearest", "truncate"]
     jpeg_quality: int | None
     steps_per_dispatch: int

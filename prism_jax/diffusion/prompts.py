@@ -1,6 +1,6 @@
-"""Class names to prompts, tokens and a text encoder's states, kept: a run needs no tokenizer.
+"""Class names to prompts, tokens and what a text encoder says, kept: a run needs no tokenizer.
 
-FOLDER/prompts.safetensors    "texts" (K, N, D) and "null" (N, D), float32
+FOLDER/prompts.safetensors    "texts" (K, N, D) and "null" (N, D), or "embeddings" (K, D); float32
 FOLDER/record.json            the prompts, the encoder's digest
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -212,12 +212,47 @@ def conditions(
     Raises:
       UserError: they are not kept, and cannot be made; what is kept is damaged.
     """
+
+    def make() -> dict[str, np.ndarray]:
+        states_BND = encode(directory, [*prompts, negative]).states_BND
+        return {"texts": states_BND[:-1], "null": states_BND[-1]}
+
+    return _kept(folder, directory, {"prompts": list(prompts), "negative": negative}, make)
+
+
+def embeddings(folder: epath.PathLike, directory: str, prompts: Sequence[str]) -> np.ndarray:
+    """The embeddings of prompts, from the folder if they are kept there.
+
+    Args:
+      folder, directory, prompts: as of :func:`conditions`.
+
+    Returns:
+      (K, D) float32, not of unit length.
+
+    Raises:
+      UserError: as :func:`conditions`.
+    """
+
+    def make() -> dict[str, np.ndarray]:
+        return {"embeddings": encode(directory, prompts).embeddings_BD}
+
+    return _kept(folder, directory, {"prompts": list(prompts), "of": "embeddings"}, make)[
+        "embeddings"
+    ]
+
+
+def _kept(
+    folder: epath.PathLike,
+    directory: str,
+    about: dict[str, Any],
+    make: Callable[[], dict[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """The tensors that are kept in a folder, made where those of ``about`` are not there."""
     folder = epath.Path(folder)
-    about: dict[str, Any] = {"prompts": list(prompts), "negative": negative}
     kept = workdir.read_record(folder / RECORD) if (folder / RECORD).is_file() else {}
     fits = all(kept.get(key) == value for key, value in about.items())
     if epath.Path(directory).is_dir() or not fits:
-        about["encoder"] = digest(directory)
+        about = {**about, "encoder": digest(directory)}
     if all(kept.get(key) == value for key, value in about.items()):
         data = (folder / TENSORS).read_bytes()
         if weights.sha256(data) != kept["sha256"]:
@@ -226,8 +261,7 @@ def conditions(
                 f"{folder}, and it is made again"
             )
         return weights.unpack(data)
-    states_BND = encode(directory, [*prompts, negative]).states_BND
-    tensors = {"texts": states_BND[:-1], "null": states_BND[-1]}
+    tensors = make()
     data = weights.pack(tensors)
     workdir.write_bytes(folder / TENSORS, data)
     workdir.write_record(folder / RECORD, {**about, "sha256": weights.sha256(data)})

@@ -333,6 +333,11 @@ def _recover(context: Context, provenance: Mapping[str, Any]) -> dict[str, Any]:
             }
             for name in names
         }
+        if context.config.recover.clip:
+            found["clip"] = {
+                end: _mean([unit["terms"][end]["clip"] for unit in units])
+                for end in ("start", "end")
+            }
     return found
 
 

@@ -29,6 +29,7 @@ NEUTRAL = {
     "recover": (
         *("initialise_from", "initialise_classes", "initialise_mean", "initialise_std"),
         *("initialise_whitening", "steps_per_dispatch", "checkpoint_seconds"),
+        *("clip_directory", "clip_template"),  # what is read there has fields of its own
     ),
     "relabel": ("mode", "labels_from"),
     "validate": ("students", "seeds", "controls", "checkpoint_seconds"),
@@ -38,7 +39,10 @@ NEUTRAL = {
 # Fields that came later, with the value that means what was before: then they are left out, and
 # older work keeps its fingerprint.
 LATER: dict[str, dict[str, Any]] = {
-    "recover": {"maker": "optimise", "short_classes": "refuse"},
+    "recover": {
+        **{"maker": "optimise", "short_classes": "refuse", "alpha_ce": 1.0, "clip": 0.0},
+        **{"parametrisation": "pixels", "resolutions": [], "view_noise": 0.0},
+    },
     "relabel": {"order": "own"},
     "network": {"weights_key": None},
 }
@@ -182,6 +186,28 @@ def part_path(context: Context, part: str) -> str:
     return (part == "transformer" and generate.transformer) or generate.directory
 
 
+def clip_texts(context: Context) -> dict[str, Any]:
+    """What the embeddings of the classes' texts are made of."""
+    recover, names = context.config.recover, context.inputs.spoken_names
+    assert recover.clip_directory is not None  # config.rules
+    return {
+        "text_encoder": _part_digest(recover.clip_directory, "text_encoder"),
+        "template": recover.clip_template,
+        "classes": len(names),
+        "names": workdir.digest({"names": names}),
+    }
+
+
+def clip(context: Context) -> dict[str, Any]:
+    """What images are guided by."""
+    directory = context.config.recover.clip_directory
+    assert directory is not None  # config.rules
+    return {
+        "image_encoder": _part_digest(directory, "image_encoder"),
+        "texts": workdir.digest(clip_texts(context)),
+    }
+
+
 def latents(context: Context) -> dict[str, Any]:
     """What the latents of real images are made of."""
     generate = context.config.generate
@@ -258,6 +284,8 @@ def recover(context: Context) -> dict[str, Any]:
         fields["blocks"] = layout.blocks
     if settings.initialise in SCORING:
         fields["scorer"] = pool(context, [settings.scorer or settings.primary])
+    if settings.clip:
+        fields["clip"] = clip(context)
     if settings.maker == "generate":
         fields["generated"] = candidates(context)
         if context.config.generate.refine.steps:

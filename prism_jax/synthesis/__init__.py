@@ -3,6 +3,8 @@
 recipe.py     a method's numbers, and the records that are handed about
 objective.py  one teacher's energy: logits, statistics and their targets, terms beside them
 sampling.py   who supervises an iteration
+guide.py      an encoder of images and texts, as one more energy
+parametrisation.py  what is optimised of an image: pixels, or components of several sizes
 step.py       the heart: one iteration, and the loop around it
 lanes.py      the loop compiled for devices
 course.py     a batch from its initial images to its pixels
@@ -10,6 +12,7 @@ start.py      initial images
 measuring.py  statistics of real images, for methods that match more than BatchNorm keeps
 """
 
+from prism_jax.synthesis.guide import Guide
 from prism_jax.synthesis.lanes import Engine, drawn_share, engine, explain_failure
 from prism_jax.synthesis.objective import (
     alignment_scales,
@@ -25,6 +28,7 @@ from prism_jax.synthesis.objective import (
     teacher_gradient,
     total,
 )
+from prism_jax.synthesis.parametrisation import PARAMETRISATIONS, resolutions_of
 from prism_jax.synthesis.recipe import (
     FLATNESS_MOMENTUM,
     KINDS,
@@ -41,6 +45,7 @@ from prism_jax.synthesis.step import (
     draw_teachers,
     image_optimiser,
     initial_state,
+    noise_of,
     select,
     synthesis_chunk,
     synthesis_step,
@@ -51,9 +56,11 @@ __all__ = [
     "ChunkReport",
     "Engine",
     "FLATNESS_MOMENTUM",
+    "Guide",
     "KINDS",
     "METHODS",
     "Memory",
+    "PARAMETRISATIONS",
     "Recipe",
     "Shown",
     "Supervision",
@@ -72,8 +79,10 @@ __all__ = [
     "initial_state",
     "misalignment",
     "no_terms",
+    "noise_of",
     "not_read",
     "prior_terms",
+    "resolutions_of",
     "select",
     "statistic_targets",
     "synthesis_chunk",

@@ -20,6 +20,7 @@ from prism_jax import rng
 from prism_jax.core import losses, pixels, schedules, views
 from prism_jax.core.perturbation import ascend
 from prism_jax.errors import UserError
+from prism_jax.synthesis.guide import Guide
 from prism_jax.synthesis.lanes import engine, explain_failure
 from prism_jax.synthesis.recipe import ChunkReport, Recipe, UnitBatch
 from prism_jax.synthesis.step import image_optimiser, initial_state, view_of
@@ -81,12 +82,16 @@ def enter(recipe: Recipe, phase: Phase, state: SynthState, start_BHWC: AnyArray)
         opt_state = image_optimiser(recipe).init(images_BHWC)
         return state._replace(images_BHWC=images_BHWC, opt_state=opt_state)
 
-    def grow(old: Array, new_BHWC: Array) -> Array:
-        return jnp.concatenate([old, new_BHWC[len(old) :]]) if jnp.ndim(old) else old
+    joining_BHWC = start_BHWC[len(state.images_BHWC) :]
 
-    nothing_BHWC = jnp.zeros_like(start_BHWC)
-    opt_state = jax.tree.map(lambda x: grow(x, nothing_BHWC), state.opt_state)
-    return state._replace(images_BHWC=grow(state.images_BHWC, start_BHWC), opt_state=opt_state)
+    def grow(moment: Array) -> Array:
+        if not jnp.ndim(moment):
+            return moment
+        nothing = jnp.zeros((len(joining_BHWC), *moment.shape[1:]), moment.dtype)
+        return jnp.concatenate([moment, nothing])
+
+    images_BHWC = jnp.concatenate([state.images_BHWC, joining_BHWC])
+    return state._replace(images_BHWC=images_BHWC, opt_state=jax.tree.map(grow, state.opt_state))
 
 
 # --- perturbed teachers ---------------------------------------------------------------------
@@ -152,6 +157,7 @@ def synthesise(
     steps_per_dispatch: int = 50,
     rounding: str = "nearest",
     on_chunk: Callable[[ChunkReport], None] = lambda report: None,
+    guide: Guide | None = None,
     **recipe: Any,
 ) -> np.ndarray:
     """Optimise one batch of images against a pool, from the images given.
@@ -167,6 +173,7 @@ def synthesise(
       steps_per_dispatch: iterations between two calls of ``on_chunk``; changes no bit.
       rounding: "nearest", or "truncate" as the released code.
       on_chunk: called with each chunk's report.
+      guide: an encoder of images and texts, whose weight is the field ``clip``.
       **recipe: any field of ``Recipe``.
 
     Returns:
@@ -176,7 +183,7 @@ def synthesise(
       UserError: a pool without statistics to align, or a loss that is not finite.
     """
     numbers = Recipe(primary=pool.index(primary) if primary else 0, **recipe)
-    run = engine(pool, numbers)
+    run = engine(pool, numbers, guide=guide)
     start = pixels.normalise(jnp.asarray(images_uint8_BHWC), pool.normalisation)
     unit = UnitBatch(
         np.int32(slot), np.int32(0), np.int32(iterations), np.asarray(labels_B, np.int32)

@@ -10,6 +10,8 @@ import numpy as np
 
 from prism_jax import parallel, rng
 from prism_jax.errors import UserError
+from prism_jax.synthesis.guide import Guide
+from prism_jax.synthesis.guide import check as check_guide
 from prism_jax.synthesis.objective import has_statistics
 from prism_jax.synthesis.recipe import Recipe, Terms, UnitBatch
 from prism_jax.synthesis.step import draw_teachers, synthesis_chunk
@@ -26,6 +28,7 @@ def engine(
     devices: list[jax.Device] | None = None,
     how: str = "shard_map",
     span: int = 1,
+    guide: Guide | None = None,
 ) -> Engine:
     """The chunk, compiled for one image batch per device, or per ``span`` devices.
 
@@ -36,6 +39,7 @@ def engine(
       how: "shard_map" or "pmap"; where a batch has one device.
       span: devices that share a batch; statistics and gradients are those of the whole batch, up
         to the order in which sums are added.
+      guide: the encoder whose weight is ``recipe.clip``, where that is above zero.
 
     Returns:
       A map of lanes ``(unit, state, count)`` to ``(state, ChunkReport)``;
@@ -47,15 +51,18 @@ def engine(
             f"statistics to align; add one that has, or set alpha_bn=0"
         )
 
-    def chunk(variables, seed, unit, state, count):
+    check_guide(recipe, guide)
+
+    def chunk(shared, seed, unit, state, count):
+        variables, guide = shared
         return synthesis_chunk(
-            recipe, pool.teachers, pool.normalisation, variables, seed, unit, state, count
+            recipe, pool.teachers, pool.normalisation, variables, seed, unit, state, count, guide
         )
 
-    devices = devices or parallel.devices()[:span]
+    devices, shared = devices or parallel.devices()[:span], (pool.variables, guide)
     if span > 1:
-        return parallel.SpanMap(chunk, pool.variables, devices=devices, span=span, donate=(1,))
-    return parallel.LaneMap(chunk, pool.variables, arity=3, devices=devices, how=how, donate=(1,))
+        return parallel.SpanMap(chunk, shared, devices=devices, span=span, donate=(1,))
+    return parallel.LaneMap(chunk, shared, arity=3, devices=devices, how=how, donate=(1,))
 
 
 def drawn_share(
@@ -82,4 +89,7 @@ def explain_failure(failed: Terms, names: tuple[str, ...]) -> str | None:
         for name, value, weight in zip(names, values, weights, strict=True):
             if weight > 0 and not np.isfinite(value):
                 return f"the {term} of teacher {name} is {float(value)} at step {int(failed.step)}"
+    for name, value in failed.others.items():
+        if not np.ndim(value) and not np.isfinite(value):
+            return f"the term {name} is {float(value)} at step {int(failed.step)}"
     return f"the weighted loss is {float(failed.loss)} at step {int(failed.step)}"

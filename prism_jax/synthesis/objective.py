@@ -13,6 +13,8 @@ from prism_jax.synthesis.recipe import Recipe, Shown, Terms
 from prism_jax.teachers import Teacher
 from prism_jax.types import AnyArray, Array, Draw, Integer, Normalisation, PyTree, Reading
 
+GUIDED = "clip"  # the term of ``guide.energy``, and the recipe's weight of it
+
 
 def teacher_gradient(recipe: Recipe, teacher: Teacher, normalisation: Normalisation) -> Callable:
     """The energy of one teacher, as ``f(variables, viewed, shown, memory)``.
@@ -184,7 +186,8 @@ def total(
     """The weighted loss beside its unweighted terms; a teacher of weight zero adds nothing.
 
     Args:
-      read: the teachers' terms, (T,) each; prior: those of the images, () each.
+      read: the teachers' terms, (T,) each; prior: those of the images, () each, by the names of
+        their weights.
     """
 
     def weighted(weights_T, terms_T):
@@ -205,6 +208,6 @@ def no_terms(recipe: Recipe, pool_size: int, dtype: jnp.dtype) -> Terms:
     nothing = jnp.full((), jnp.nan, dtype)
     none_T = jnp.zeros((pool_size,), jnp.float32)
     read = {name: jnp.full((pool_size,), jnp.nan, dtype) for name in not_read(recipe, dtype)}
-    prior = {name: nothing for name in priors.PRIORS if getattr(recipe, name)}
+    prior = {name: nothing for name in (*priors.PRIORS, GUIDED) if getattr(recipe, name)}
     terms = total(recipe, jnp.full((), -1, jnp.int32), read, prior, Draw(none_T, none_T))
     return terms._replace(loss=nothing)

@@ -3,10 +3,10 @@
 A method is who supervises (the weights a and b of every iteration), which statistics s are
 matched, and numbers:
 
-    x~   = view(x; crop, flip, roll)                                   one view per batch
-    L(x) = sum_t a_t CE(z_t(x~), y)
+    x~   = view(x; crop, flip, roll) + noise                           one view per batch
+    L(x) = alpha_CE * sum_t a_t CE(z_t(x~), y)
            + alpha_BN * sum_t b_t sum_l w_l sum_s ||s_l,t(x~) - s^_l,t||
-           + terms of the images alone
+           + terms of the images alone, and of an encoder of images and texts
 
 PRISM: a is the primary's, b the mean over the drawn teachers, s the mean and variance of
 BatchNorms' inputs.
@@ -74,6 +74,7 @@ class Recipe:
     priors: tuple[float, ...] | None = None
     prior_temperature: float = 5.0
 
+    alpha_ce: float = 1.0
     alpha_bn: float = 0.01
     first_bn_multiplier: float = 10.0
     first_layer: str = "bn"
@@ -92,7 +93,10 @@ class Recipe:
     image_l2: float = 0.0
     densification: float = 0.0
     flatness: float = 0.0
+    clip: float = 0.0
 
+    parametrisation: str = "pixels"
+    resolutions: tuple[int, ...] = ()
     learning_rate: float = 0.05
     schedule: str = "cosine"
     betas: tuple[float, float] = (0.5, 0.9)
@@ -103,6 +107,7 @@ class Recipe:
     flip: bool = True
     roll: int = 32
     roll_centred: bool = False
+    view_noise: float = 0.0
 
     perturb_rho: float = 0.0
     perturb_steps: int = 0

@@ -22,7 +22,9 @@ from prism_jax import rng
 from prism_jax.core import pixels, schedules, statistics, views
 from prism_jax.models import layers
 from prism_jax.synthesis import sampling
+from prism_jax.synthesis.guide import Guide, guide_gradient
 from prism_jax.synthesis.objective import (
+    GUIDED,
     alignment_scales,
     has_statistics,
     no_terms,
@@ -32,6 +34,7 @@ from prism_jax.synthesis.objective import (
     teacher_gradient,
     total,
 )
+from prism_jax.synthesis.parametrisation import PARAMETRISATIONS
 from prism_jax.synthesis.recipe import (
     FLATNESS_MOMENTUM,
     METHODS,
@@ -54,6 +57,7 @@ def synthesis_step(
     seed: Array,
     unit: UnitBatch,
     state: SynthState,
+    guide: Guide | None = None,
 ) -> tuple[SynthState, Terms]:
     """One iteration on one image batch: pure, and the same on every device."""
     key, step = rng.root(seed), state.step
@@ -63,6 +67,8 @@ def synthesis_step(
         scale_T = alignment_scales(recipe, teachers, variables)
         draw = draw._replace(statistic_weights_T=draw.statistic_weights_T * scale_T)
     viewed_BHWC, pull_back = jax.vjp(lambda x: views.apply_view(x, view), state.images_BHWC)
+    if recipe.view_noise:
+        viewed_BHWC += noise_of(recipe, normalisation, key, unit, step, viewed_BHWC)
     shown = Shown(unit.labels_B[: len(viewed_BHWC)], *draw)
     if recipe.flatness:
         shown = shown._replace(average_BHWC=views.apply_view(state.memory.images_BHWC, view))
@@ -92,6 +98,12 @@ def synthesis_step(
     prior_values, prior_gradient_BHWC = prior_terms(recipe, viewed_BHWC)
     if prior_gradient_BHWC is not None:
         gradient_BHWC += prior_gradient_BHWC
+    if guide is not None:
+        value, guide_gradient_BHWC = guide_gradient(
+            recipe, guide, normalisation, viewed_BHWC, shown.labels_B
+        )
+        gradient_BHWC += guide_gradient_BHWC
+        prior_values = {**prior_values, GUIDED: value}
     (image_gradient_BHWC,) = pull_back(gradient_BHWC)
     if unit.probes_BHWC is not None:
         image_gradient_BHWC += jnp.where(step == 0, unit.probes_BHWC, 0.0)
@@ -129,6 +141,21 @@ def view_of(
     return view._replace(roll=view.roll - recipe.roll) if recipe.roll_centred else view
 
 
+def noise_of(
+    recipe: Recipe,
+    normalisation: Normalisation,
+    key: Array,
+    unit: UnitBatch,
+    step: Integer,
+    like_BHWC: Array,
+) -> Array:
+    """What is added to the view of one iteration, for the deviation of pixels in [0, 1]."""
+    noise_key = rng.stream(key, "recover/view_noise", unit.slot, unit.block, step)
+    std_C = jnp.asarray(normalisation.std, like_BHWC.dtype)
+    noise_BHWC = jax.random.normal(noise_key, like_BHWC.shape, like_BHWC.dtype)
+    return recipe.view_noise / std_C * noise_BHWC
+
+
 def draw_teachers(
     recipe: Recipe, teachers: tuple[Teacher, ...], key: Array, unit: UnitBatch, step: Integer
 ) -> Draw:
@@ -150,6 +177,10 @@ def draw_teachers(
     )  # fmt: skip
     method = METHODS[recipe.method]
     weights_T = sampling.SAMPLERS[recipe.logits_by or method.logits](draw_key, place, roles)
+    if recipe.alpha_ce != 1.0:
+        weights_T = recipe.alpha_ce * weights_T
+    if not (recipe.alpha_ce or recipe.alpha_bn):
+        return Draw(weights_T, jnp.zeros_like(weights_T))  # nobody is read
     if recipe.statistic_primary is not None:
         roles = dataclasses.replace(roles, primary=recipe.statistic_primary)
     sampler = sampling.SAMPLERS[recipe.statistics_by or method.statistics]
@@ -167,8 +198,8 @@ def draw_teachers(
 
 
 def image_optimiser(recipe: Recipe) -> optax.GradientTransformation:
-    """Adam without its learning rate, which has a schedule over each unit's own budget."""
-    return optax.scale_by_adam(b1=recipe.betas[0], b2=recipe.betas[1], eps=1e-8)
+    """From the gradient by the images to the direction of their step."""
+    return PARAMETRISATIONS[recipe.parametrisation](recipe)
 
 
 def initial_state(pool: TeacherPool, recipe: Recipe, images_BHWC: AnyArray) -> SynthState:
@@ -196,6 +227,7 @@ def synthesis_chunk(
     unit: UnitBatch,
     state: SynthState,
     count: Array,
+    guide: Guide | None = None,
 ) -> tuple[SynthState, ChunkReport]:
     """``count`` iterations in one dispatch; ``count`` is an argument, not a constant.
 
@@ -205,7 +237,9 @@ def synthesis_chunk(
 
     def body(i, carry):
         state, report = carry
-        state, terms = synthesis_step(recipe, teachers, normalisation, variables, seed, unit, state)
+        state, terms = synthesis_step(
+            recipe, teachers, normalisation, variables, seed, unit, state, guide
+        )
         first = select(i == 0, terms, report.first)
         failing = (report.failed.step < 0) & ~jnp.isfinite(terms.loss)
         return state, ChunkReport(first, terms, select(failing, terms, report.failed))

@@ -82,6 +82,22 @@ def test_a_generator_and_its_images_compile(target, program):
     check(compiled(resolve(tiny_d4m.get_config()), target, program))
 
 
+GUIDED = {
+    "recover__clip": 1.0,
+    "recover__clip_directory": "none",  # of which the published form is planned
+    "recover__parametrisation": "pyramid",
+    "recover__view_noise": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"), [("h100", "float32"), ("h100", "bfloat16"), ("v5e:2x2", "float32")]
+)
+def test_a_pyramid_that_a_clip_guides_compiles(target, dtype):
+    made = experiment(["resnet18"], depth=SHALLOW, recover__dtype=dtype, **GUIDED)
+    check(compiled(made, target, "recover"))
+
+
 @pytest.mark.parametrize("target", ["h100", "b200"])
 def test_recover_compiles_in_bfloat16(target):
     made = experiment(["resnet18", "mobilenet_v2"], depth=SHALLOW, recover__dtype="bfloat16")

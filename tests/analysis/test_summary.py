@@ -42,6 +42,7 @@ GOOD = {
     "whole number for a float": put(1, "validate", "resnet18", "top1"),
     "float for a whole number": put(100.0, "recover", "images"),
     "no commit": put(None, "commit"),
+    "guided": put({"start": 0.9, "end": 0.1234}, "recover", "clip"),
     "another control": put({}, "controls", "my_own"),
 }
 BAD = {
@@ -54,6 +55,7 @@ BAD = {
     "negative size": (put(-1, "relabel", "bytes"), "must be in [0, inf]"),
     "a misspelt key": (put(1, "recover", "second"), "summary.recover.second is not a key"),
     "in a list": (put([0.5, 1.5], "validate", "resnet18", "top1_per_seed"), "top1_per_seed[1]"),
+    "half a guide": (put({"end": 0.1}, "recover", "clip"), "recover.clip.start is missing"),
     "half a protocol": (drop("protocol", "ema"), "summary.protocol.ema is missing"),
     "in a reference": (put(None, "recover", "terms", "resnet18", "end"), "resnet18.end is None"),
 }
@@ -155,6 +157,12 @@ def test_tables_of_an_unfinished_run_say_nothing_of_stages_that_did_not_run(summ
     assert "resnet18" in text and "98.6" in text
     for absent in ("synthetic", "soft labels", "per image", "cosine", "0.0", "None"):
         assert absent not in text
+
+
+def test_what_guides_is_said_where_it_does(summary):
+    assert "CLIP" not in words.facts(summary)
+    summary["recover"]["clip"] = {"start": 0.9, "end": 0.1234}
+    assert words.facts(summary)["CLIP"].startswith("0.900 → 0.123 (1 - cosine")
 
 
 def test_unknown_is_a_dash_and_never_zero(summary):

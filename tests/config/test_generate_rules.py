@@ -32,6 +32,13 @@ READ = {
     "generate__codec": "directory", "generate__clip": False,
 }  # fmt: skip
 REFUSED = {
+    "a pyramid of nothing": (
+        {"recover__parametrisation": "pyramid"}, "recover.maker is 'generate'); set it to 'pixels'",
+    ),
+    "guided by nothing": (
+        {"recover__clip": 1.0, "recover__clip_directory": "clip"},
+        "optimised that it could guide (recover.maker is 'generate')",
+    ),
     "strength above": ({"generate__strength": 1.2}, "strength is 1.2; allowed: 0"),
     "strength below": ({"generate__strength": -0.1}, "strength is -0.1"),
     "no step": ({"generate__strength": 0.01}, "0.01 of 50 steps leaves no step to run"),

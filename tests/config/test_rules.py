@@ -18,6 +18,8 @@ def with_recover(**fields) -> ConfigDict:
     return c
 
 
+PYRAMID = {"parametrisation": "pyramid"}
+CLIP = {"clip": 1.0, "clip_directory": "clip"}
 CLASS_MAJOR = {"batch_order": "class_major", "batch_size": 100}
 REFUSED = {
     "votes of nobody": ({"priors": (1.0, 2.0, 3.0, 4.0)}, "no committee votes"),
@@ -53,6 +55,27 @@ REFUSED = {
     "patches of a size": (
         {"phase_sizes": (14, 16), "match": ("bn", "patch")}, "number changes with",
     ),
+    "optimised for nothing": (
+        {"alpha_ce": 0.0, "alpha_bn": 0.0}, "recover.alpha_ce, alpha_bn, clip, total_variation",
+    ),
+    "parametrisation": ({"parametrisation": "pyramids"}, "did you mean pyramid?"),
+    "idle pyramid": (
+        {"parametrisation": "pyramid", "iterations": 0}, "recover.iterations is 0); set it",
+    ),
+    "resolutions of pixels": ({"resolutions": (1, 16)}, "set it to 'pyramid', or unset them"),
+    "beyond the image": ({**PYRAMID, "resolutions": (1, 16, 32)}, "rise from 1 or more to"),
+    "below the image": ({**PYRAMID, "resolutions": (1, 8)}, "dataset.image_size=16, which is"),
+    "falling": ({**PYRAMID, "resolutions": (8, 4, 16)}, "recover.resolutions is (8, 4, 16)"),
+    "no pixel": ({**PYRAMID, "resolutions": (0, 16)}, "they must rise from 1 or more"),
+    "resolutions of phases": (
+        {**PYRAMID, "resolutions": (1, 16), "phase_sizes": (8, 16)}, "phase_sizes has several",
+    ),
+    "noise": ({"view_noise": -0.1}, "recover.view_noise is -0.1"),
+    "encoder without weight": ({"clip_directory": "clip"}, "recover.clip, its weight, is 0"),
+    "weight without encoder": ({"clip": 1.0}, "recover.clip_directory=DIR"),
+    "against the text": ({**CLIP, "clip": -1.0}, "recover.clip is -1.0"),
+    "template": ({**CLIP, "clip_template": "a photo"}, "it needs one {}"),
+    "idle clip": ({**CLIP, "iterations": 0}, "nothing is optimised that it could guide"),
     "injection": ({"inject": 0.5}, "there is one phase"),
     "density of one": ({"densification": 1.0}, "several slots in a batch"),
     "density of few": (
@@ -105,6 +128,8 @@ ALLOWED = {
     "fadrm": {"method": "fadrm", "phase_sizes": (14, 16, 14, 16), "inject": 0.5},
     "rded": {"method": "rded", "iterations": 0, "initialise": "mosaic", "pool": ()},
     "no alignment": {"alpha_bn": 0.0, "match": ("bn",)},
+    "pyramid of phases": {"method": "fadrm", "phase_sizes": (14, 16), **PYRAMID},
+    "guided alone": {**CLIP, **PYRAMID, "alpha_ce": 0.0, "alpha_bn": 0.0, "view_noise": 0.1},
 }  # fmt: skip
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import sys
 
 import jax.numpy as jnp
@@ -11,52 +9,25 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from diffusion import parity
+from helpers.clip_files import (
+    needs_tokenizers,
+    read_for,
+    vocabulary,
+    write_clip,
+    write_tokenizer,
+)
 
 from prism_jax.diffusion import huggingface, prompts
 from prism_jax.errors import UserError
 
-MERGES = [("t", "e"), ("c", "h</w>"), ("n", "ch</w>"), ("te", "nch</w>"), ("'", "s</w>")]
-SIGNS = "!abcdefghijklmnopqrstuvwxyz0123456789,.'"
 NAMES = ["tench", "a Tench,  42", "cat's"]
-
-needs_tokenizers = pytest.mark.skipif(
-    importlib.util.find_spec("tokenizers") is None,
-    reason="needs the package tokenizers, the extra `text`",
-)
-
-
-def vocabulary():
-    """Every sign, in a word and at its end, then what the merges make, then the two marks."""
-    words = [*SIGNS, *(f"{sign}</w>" for sign in SIGNS), *("".join(pair) for pair in MERGES)]
-    words += [prompts.START, prompts.END]
-    return {word: number for number, word in enumerate(words)}
-
-
-def write_tokenizer(folder, padding=None):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary()))
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in MERGES), ""]
-    (folder / "merges.txt").write_text("\n".join(lines))
-    if padding:
-        (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": padding}))
 
 
 def write_pipeline(folder):
     """A text encoder for the tiny vocabulary, with a tokenizer beside it."""
     case = parity.BY_NAME["clip_text"]
     parity.write(case, folder / "text_encoder")
-    config = folder / "text_encoder" / "config.json"
-    about = json.loads(config.read_text()) | {
-        "vocab_size": len(vocabulary()),
-        "max_position_embeddings": 12,
-    }
-    config.write_text(json.dumps(about))
-    file = folder / "text_encoder" / "model.safetensors"
-    tensors = safetensors.numpy.load_file(file)
-    for name, rows in (("token", len(vocabulary())), ("position", 12)):
-        name = f"embeddings.{name}_embedding.weight"
-        tensors[name] = parity.draw(name, (rows, 16))
-    safetensors.numpy.save_file(tensors, file)
+    read_for(folder / "text_encoder", "model.safetensors", 12)
     write_tokenizer(folder / "tokenizer")
 
 
@@ -169,6 +140,20 @@ def test_another_encoder_makes_other_states(tmp_path):
     safetensors.numpy.save_file(tensors, file)
     other = prompts.conditions(folder, str(source), NAMES)
     np.testing.assert_allclose(other["texts"], made["texts"] + 1, atol=1e-5)
+
+
+@needs_tokenizers
+def test_embeddings_are_kept_as_states_are(tmp_path, monkeypatch):
+    source, folder = str(write_clip(tmp_path / "clip")), tmp_path / "kept"
+    made = prompts.embeddings(folder, source, NAMES)
+    module, params, _ = huggingface.load(source, "text_encoder")
+    tokens = prompts.tokenise(source, NAMES, module.length)
+    np.testing.assert_allclose(made, module.encode(params, tokens)[1], atol=1e-5)
+    assert made.shape == (3, module.projection) and made.dtype == np.float32
+    monkeypatch.setattr(prompts, "encode", None)  # nothing is encoded again
+    np.testing.assert_array_equal(prompts.embeddings(folder, source, NAMES), made)
+    with pytest.raises(TypeError):
+        prompts.embeddings(folder, source, NAMES[:2])
 
 
 def test_the_condition_of_a_text():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from prism_jax.config.generation import CLIP_FOLDER
 from prism_jax.config.layout import Layout, batch_layout
 from prism_jax.config.rules.common import not_negative, one_of, positive, share
 from prism_jax.config.sections import Experiment
@@ -11,7 +12,7 @@ from prism_jax.core import priors, schedules
 from prism_jax.data.sets.floats import MEAN, STD, WHITENING, WHITENINGS
 from prism_jax.errors import UserError
 from prism_jax.models import ARCHITECTURES
-from prism_jax.synthesis import KINDS, METHODS, sampling
+from prism_jax.synthesis import KINDS, METHODS, PARAMETRISATIONS, sampling
 from prism_jax.synthesis.start import INITIALISERS, SCORING, Patches, needed_images
 
 # The allowed values of fields that name a row of a table.
@@ -25,6 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "crop_curriculum": ("constant", *schedules.CURRICULA),
     "initialise": tuple(INITIALISERS),
     "match": tuple(KINDS),
+    "parametrisation": tuple(PARAMETRISATIONS),
 }
 
 
@@ -49,6 +51,8 @@ def violations(e: Experiment) -> Iterator[str]:
         yield from _statistics(e)
         yield from _course(e, layout)
         yield from _terms(e, layout)
+        yield from _optimised(e)
+        yield from _clip(e)
         yield from _start(e)
     yield from _stated(e)
 
@@ -61,8 +65,9 @@ def _numbers(e: Experiment) -> Iterator[str]:
         "rounds", "prior_temperature", "patch_factor", "patch_images", "patch_crops",
     )  # fmt: skip
     yield from not_negative(
-        e, "recover", "iterations", "alpha_bn", "roll", "variance_weight", *priors.PRIORS,
-        "flatness", "perturb_rho", "perturb_steps", "subset_others", "crop_pad",
+        e, "recover", "iterations", "alpha_ce", "alpha_bn", "roll", "variance_weight",
+        *priors.PRIORS, "flatness", "clip", "view_noise", "perturb_rho", "perturb_steps",
+        "subset_others", "crop_pad",
     )  # fmt: skip
     yield from share(e, "recover", "crop_min", low="(")
     yield from share(e, "recover", "ema", "drop", high=")")
@@ -216,6 +221,79 @@ def _terms(e: Experiment, layout: Layout | None) -> Iterator[str]:
     for field in ("perturb_probes", "perturb_accumulates"):
         if getattr(r, field) and not perturbs:
             yield f"recover.{field} is True, but recover.perturb_rho=0 perturbs nothing; unset it"
+
+
+def _optimised(e: Experiment) -> Iterator[str]:
+    """What is optimised, and whether anything is optimised for."""
+    r, size = e.recover, e.dataset.image_size
+    weights = ("alpha_ce", "alpha_bn", "clip", *priors.PRIORS)
+    if r.iterations and not any(getattr(r, name) for name in weights):
+        yield (
+            f"recover.{', '.join(weights)} are all 0: the images are optimised for nothing; "
+            f"give one of them a weight, or set recover.iterations=0"
+        )
+    pyramid = r.parametrisation == "pyramid"
+    if pyramid and not r.iterations:
+        yield (
+            f"recover.parametrisation is 'pyramid', and nothing is optimised "
+            f"({_idle(e)}); set it to 'pixels'"
+        )
+    if r.resolutions and not pyramid:
+        yield (
+            f"recover.resolutions is {r.resolutions}, those of a pyramid, but "
+            f"recover.parametrisation is {r.parametrisation!r}; set it to 'pyramid', or unset them"
+        )
+    elif r.resolutions:
+        if r.phase_sizes:
+            yield (
+                "recover.resolutions are those of one size, and recover.phase_sizes has several; "
+                "leave recover.resolutions unset"
+            )
+        rising = all(a < b for a, b in zip(r.resolutions, r.resolutions[1:], strict=False))
+        if r.resolutions[0] < 1 or not rising or r.resolutions[-1] != size:
+            yield (
+                f"recover.resolutions is {r.resolutions}; they must rise from 1 or more to "
+                f"dataset.image_size={size}, which is the last and the largest"
+            )
+
+
+def _idle(e: Experiment) -> str:
+    """Why nothing is optimised."""
+    if e.recover.maker == "optimise":
+        return "recover.iterations is 0"
+    return f"recover.maker is {e.recover.maker!r}"
+
+
+def _clip(e: Experiment) -> Iterator[str]:
+    """The encoder of images and texts that guides."""
+    r = e.recover
+    if not r.clip:
+        if r.clip_directory:
+            yield (
+                f"recover.clip_directory names {r.clip_directory}, but recover.clip, its weight, "
+                f"is 0; set it above 0, or unset the directory"
+            )
+        return
+    if not r.iterations:
+        yield (
+            f"recover.clip is {r.clip}, and nothing is optimised that it could guide "
+            f"({_idle(e)}); set it to 0"
+        )
+    if not r.clip_directory:
+        yield (
+            f"recover.clip is {r.clip}; name the directory of its encoders with "
+            f"recover.clip_directory=DIR (openai/clip-vit-base-patch32, say)"
+        )
+    if r.clip_template.count("{}") != 1:
+        yield (
+            f"recover.clip_template is {r.clip_template!r}; it needs one {{}}, where the class's "
+            f"name goes"
+        )
+    if CLIP_FOLDER in e.squeeze.teachers:
+        yield (
+            f"squeeze.teachers names {CLIP_FOLDER!r}, which is the name of CLIP's own folder; give "
+            f"the teacher another one"
+        )
 
 
 def _start(e: Experiment) -> Iterator[str]:

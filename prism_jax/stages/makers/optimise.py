@@ -20,7 +20,7 @@ from prism_jax.data import workdir
 from prism_jax.data.checkpoints import Checkpoints
 from prism_jax.data.metrics import MetricsWriter, gather, keep, own_file
 from prism_jax.errors import UserError
-from prism_jax.stages import statistics
+from prism_jax.stages import guiding, statistics
 from prism_jax.stages.context import Context
 from prism_jax.stages.makers.made import Made, record_path
 from prism_jax.stages.makers.start import initial_images
@@ -96,7 +96,7 @@ def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Ma
     pool = context.networks.pool(config.recover.pool, config.recover.dtype)
     pool = statistics.with_targets(context, pool)
     check_sizes(context, pool, recipe)
-    engine = engine_of(context, pool, recipe, len(waiting))
+    engine = engine_of(context, pool, recipe, len(waiting), guiding.open_(context))
     queue = deque(waiting)
     lanes: list[Lane | None] = [None] * len(engine)
     writer = MetricsWriter(own_file(root), tensorboard_dir=root / "tensorboard")
@@ -148,12 +148,16 @@ def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Ma
 
 
 def engine_of(
-    context: Context, pool: TeacherPool, recipe: synthesis.Recipe, waiting: int
+    context: Context,
+    pool: TeacherPool,
+    recipe: synthesis.Recipe,
+    waiting: int,
+    guide: synthesis.Guide | None = None,
 ) -> synthesis.Engine:
     """The engine for so many units, on as many devices as have one."""
     how, span = context.config.parallel.map, context.config.parallel.recover_devices
     devices = parallel.lane_devices(waiting, span)
-    return synthesis.engine(pool, recipe, devices=devices, how=how, span=span)
+    return synthesis.engine(pool, recipe, devices=devices, how=how, span=span, guide=guide)
 
 
 def _start(context: Context, root: epath.Path, engine, pool, recipe, unit: Unit, at: int) -> Lane:
