@@ -13,6 +13,9 @@ from prism_jax.synthesis.recipe import Recipe, Shown, Terms
 from prism_jax.teachers import Teacher
 from prism_jax.types import AnyArray, Array, Draw, Integer, Normalisation, PyTree, Reading
 
+# Collections of a teacher's variables: BatchNorms' targets of all groups (G, ...), and of one.
+GROUPS, GROUP = "group_statistics", "target_statistics"
+
 
 def teacher_gradient(recipe: Recipe, teacher: Teacher, normalisation: Normalisation) -> Callable:
     """The energy of one teacher, as ``f(variables, viewed, shown, memory)``.
@@ -108,8 +111,20 @@ def alignment_weights(recipe: Recipe, teacher: Teacher) -> dict:
 
 
 def statistic_targets(recipe: Recipe, teacher: Teacher, variables: PyTree) -> statistics.Layers:
-    """What a teacher's statistics should be: running ones, and those of the training set."""
-    return _targets(recipe, teacher, variables["batch_stats"], variables.get("conv_statistics"))
+    """What a teacher's statistics should be: running ones, and those of the training set.
+
+    Where variables have those of one group of real images, these stand for the running ones.
+    """
+    bn = variables.get(GROUP, variables["batch_stats"])
+    return _targets(recipe, teacher, bn, variables.get("conv_statistics"))
+
+
+def of_group(variables: PyTree, number: Integer) -> PyTree:
+    """A teacher's variables with the targets of one of the groups it was measured for (PSM)."""
+    if GROUPS not in variables:
+        return variables
+    group = jax.tree.map(lambda table_GC: table_GC[number], variables[GROUPS])
+    return {**{name: x for name, x in variables.items() if name != GROUPS}, GROUP: group}
 
 
 def class_targets(
