@@ -18,7 +18,7 @@ from prism_jax.core import pixels
 from prism_jax.data import image_set, workdir
 from prism_jax.errors import UserError
 from prism_jax.main import parse
-from prism_jax.stages import controls, recover, squeeze, statistics
+from prism_jax.stages import controls, fingerprints, recover, squeeze, statistics
 from prism_jax.stages.context import Context
 from prism_jax.stages.coordination import Interrupted
 from prism_jax.stages.makers import optimise
@@ -283,6 +283,8 @@ def test_a_selected_control_is_its_initialiser_without_iterations(reference, tmp
     recover.run(context)
     other = context_of(tmp_path / "run", "sre2l", "scorer=outside", controls=name)
     assert statistics.is_done(other)
+    plain = context_of(tmp_path / "run", "sre2l")
+    assert fingerprints.recover(other) == fingerprints.recover(plain)  # controls ask, not recover
     control = controls.labelled_set(other, name)
     assert control.soft and control.fields["teacher"].keys() == {"outside"}
     np.testing.assert_array_equal(control.images_uint8_NHWC[:], images_of(context))

@@ -280,7 +280,7 @@ def generated_control(context: Context, name: str) -> dict[str, Any]:
 def recover(context: Context) -> dict[str, Any]:
     """What the synthetic images are made of."""
     settings, span = context.config.recover, context.config.parallel.recover_devices
-    fields = {
+    fields: dict[str, Any] = {
         "recover": section("recover", settings),
         "seed": context.config.seed,
         "data": context.inputs.fields(context.inputs.start),
@@ -292,6 +292,8 @@ def recover(context: Context) -> dict[str, Any]:
         fields["blocks"] = layout.blocks
     if settings.initialise in ASKING or settings.inject_from == "retrieved":
         fields["scorer"] = pool(context, [settings.scorer or settings.primary])
+    else:
+        fields["recover"]["scorer"] = None  # only controls ask
     if settings.maker == "generate":
         fields["generated"] = candidates(context)
     if matched := {t: found for t in settings.pool if (found := statistics(context, t))}:
