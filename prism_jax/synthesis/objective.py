@@ -119,10 +119,19 @@ def statistic_targets(recipe: Recipe, teacher: Teacher, variables: PyTree) -> st
     return _targets(recipe, teacher, bn, variables.get("conv_statistics"))
 
 
-def of_group(variables: PyTree, number: Integer) -> PyTree:
-    """A teacher's variables with the targets of one of the groups it was measured for (PSM)."""
-    if GROUPS not in variables:
+def of_group(teacher: Teacher, variables: PyTree, number: Integer) -> PyTree:
+    """A teacher's variables with the targets of one of the groups it was measured for (PSM).
+
+    Raises:
+      UserError: it was measured for none.
+    """
+    if not teacher.has_batch_norm:
         return variables
+    if GROUPS not in variables:
+        raise UserError(
+            f"recover.targets is 'groups', and teacher {teacher.name} has no statistics of groups "
+            f"of the real images; collect them first (stage squeeze, or synthesis.measuring)"
+        )
     group = jax.tree.map(lambda table_GC: table_GC[number], variables[GROUPS])
     return {**{name: x for name, x in variables.items() if name != GROUPS}, GROUP: group}
 

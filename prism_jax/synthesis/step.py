@@ -215,7 +215,8 @@ def synthesis_chunk(
         perturbed = {**variables[recipe.primary], "params": unit.weights}
         variables = (*variables[: recipe.primary], perturbed, *variables[recipe.primary + 1 :])
     if recipe.targets == "groups":
-        variables = tuple(of_group(v, unit.slot) for v in variables)
+        pairs = zip(teachers, variables, strict=True)
+        variables = tuple(of_group(t, v, unit.slot) for t, v in pairs)
     variables = tuple(layers.freeze(v) for v in variables)  # once, not every step
     blank = no_terms(recipe, len(teachers), state.images_BHWC.dtype)
     return lax.fori_loop(0, count, body, (state, ChunkReport(blank, blank, blank)))

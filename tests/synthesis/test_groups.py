@@ -15,6 +15,7 @@ from helpers.running import advance, begin, collectives, images_of, make_unit
 
 from prism_jax import synthesis
 from prism_jax.core import views
+from prism_jax.errors import UserError
 from prism_jax.synthesis.objective import GROUPS
 
 __all__ = ["fast_programs"]  # a fixture
@@ -117,3 +118,10 @@ def test_every_slot_is_one_program_without_a_collective_and_the_same_on_any_devi
     assert run.traces == 1
     run(0, lanes)
     assert run.traces == 1
+
+
+def test_groups_that_were_not_measured_are_asked_for():
+    pool = small_pool(1, image_shape=SHAPE, normalisation=COLOUR)
+    unit = make_unit(0, 0, BUDGET)
+    with pytest.raises(UserError, match="teacher a has no statistics of groups"):
+        advance(pool, RECIPE, [unit], begin(pool, RECIPE, [unit]))
