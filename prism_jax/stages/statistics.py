@@ -71,7 +71,11 @@ def needed(config: Experiment) -> list[tuple[str, str]]:
 
 
 def is_done(context: Context) -> bool:
-    return all((folder(context, *what) / RECORD).exists() for what in needed(context.config))
+    return _are_there(context, needed(context.config))
+
+
+def _are_there(context: Context, wanted: list[tuple[str, str]]) -> bool:
+    return all((folder(context, *what) / RECORD).exists() for what in wanted)
 
 
 def run(context: Context) -> None:
@@ -81,7 +85,7 @@ def run(context: Context) -> None:
         ("statistics", [what for what in wanted if what[1] != "group"]),
         ("statistics of groups", [what for what in wanted if what[1] == "group"]),
     ):
-        if level:
+        if not _are_there(context, level):
             _run(context, name, level)
 
 
