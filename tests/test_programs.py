@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import digits_ipc10, tiny_d4m
-from configs.methods import dwa, edc, fadrm, gvbsm, prism_plus, psm
+from configs import digits_ipc10, tiny, tiny_d4m
+from configs.methods import dwa, edc, fadrm, gvbsm
 from prism_jax import parallel, programs
 from prism_jax.config import resolve
 from prism_jax.core.augment import Augment
@@ -105,8 +105,6 @@ def test_every_stage_has_its_programs_and_no_name_comes_twice():
         (edc, "digits", {"statistics/class/resnet18"}),
         (dwa, "digits", {"recover/perturb"}),
         (fadrm, "digits", {"recover/scorer", "recover/10x16"}),
-        (psm, "digits", {"statistics/difficulty/mobilenet_v2", "statistics/group/resnet18"}),
-        (prism_plus, "digits", {"statistics/features/resnet18"}),
     ],
 )
 def test_methods_bring_programs_of_their_own(method, words, wanted):
@@ -116,24 +114,28 @@ def test_methods_bring_programs_of_their_own(method, words, wanted):
 
 
 def test_what_is_retrieved_is_read_at_every_size_that_is_injected_into():
-    config = fadrm.get_config("digits")
-    config.recover.inject_from = "retrieved"
+    config = tiny.get_config()
+    config.recover.inject, config.recover.inject_from = 0.5, "retrieved"
+    config.recover.phase_sizes = (6, 8, 6, 8)
     found = set(names_of(config))
-    wanted = {"statistics/features/resnet18", "recover/retriever/10x14", "recover/retriever/10x16"}
-    assert wanted <= found
+    retriever = "recover/retriever/2x6"
+    assert {"statistics/features/first", retriever, "recover/retriever/2x8"} <= found
     with parallel.described(jax.local_devices()[:2]):
-        for name in wanted:
-            assert "tensor<" in programs.find(resolve(config), name).lower().as_text()
+        text = programs.find(resolve(config), retriever).lower().as_text()
+    assert "tensor<2x6x6x1xf32>" in text and "tensor<2x8x8x1xf32>" in text
 
 
 def test_targets_of_every_slot_are_arguments_of_the_one_program():
-    config, texts = psm.get_config("digits,ipc3"), {}
-    config.recover.pool = ("resnet18",)
+    config, texts = tiny.get_config(), {}
+    config.recover.ipc = 5
     for targets in ("groups", "running"):
         config.recover.targets = targets
+        measured = {n for n in names_of(config) if n.startswith("statistics/")}
+        kinds = ("difficulty", "group") if targets == "groups" else ()
+        assert measured == {f"statistics/{k}/{t}" for k in kinds for t in ("first", "second")}
         with parallel.described(jax.local_devices()[:2]):
             texts[targets] = programs.find(resolve(config), "recover").lower().as_text()
-    assert "tensor<3x16xf32>" in texts["groups"] and "tensor<3x16xf32>" not in texts["running"]
+    assert "tensor<5x16xf32>" in texts["groups"] and "tensor<5x16xf32>" not in texts["running"]
 
 
 def test_what_does_not_divide_is_a_program_of_its_own():
