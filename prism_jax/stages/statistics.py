@@ -247,8 +247,8 @@ def _measure(context: Context, measurer: Measurer | Reader, kind: str, shard: in
     """A shard's content: the sum over its batches, or the means of its classes or group."""
     source = context.inputs.open("train")
     if isinstance(measurer, Reader):
-        found = _batches(context, _class(source, shard), shuffle=False, batch_size=measuring.READ)
-        return measurer.read(found, shard)
+        images = _batches(context, _class(source, shard), shuffle=False, batch_size=measuring.READ)
+        return measurer.read(images, shard)
     if kind == "group":
         return measuring.mean([measurer.total(_group(context, source, shard), group=shard)])["bn"]
     if kind == "conv":

@@ -33,7 +33,7 @@ class Choice(NamedTuple):
     """What a row of ``SELECTIONS`` is given: a class, how many are wanted, and a seed."""
 
     features: Features
-    count: int
+    wanted: int
     random_state: int
 
 
@@ -45,7 +45,7 @@ def herding(choice: Choice) -> np.ndarray:
     rows_ND = np.asarray(choice.features.embedding_ND, np.float64)
     mean_D, total_D = rows_ND.mean(0), np.zeros(rows_ND.shape[1])
     chosen: list[int] = []
-    for number in range(1, choice.count + 1):
+    for number in range(1, choice.wanted + 1):
         far_N = np.square(mean_D - (total_D + rows_ND) / number).sum(1)
         far_N[chosen] = np.inf
         chosen.append(int(far_N.argmin()))
@@ -55,13 +55,13 @@ def herding(choice: Choice) -> np.ndarray:
 
 def medoids(choice: Choice) -> np.ndarray:
     """The images nearest to the centres of as many clusters, that of the largest first."""
-    distances_NI = _clusters(choice, choice.count)
+    distances_NI = _clusters(choice, choice.wanted)
     return nearest_members(distances_NI, distances_NI.argmin(1))
 
 
 def confident(choice: Choice) -> np.ndarray:
     """The images of whose class the teacher is surest, the surest first."""
-    return np.argsort(-choice.features.log_probability_N, kind="stable")[: choice.count]
+    return np.argsort(-choice.features.log_probability_N, kind="stable")[: choice.wanted]
 
 
 def balanced(choice: Choice) -> np.ndarray:
@@ -72,12 +72,12 @@ def balanced(choice: Choice) -> np.ndarray:
     all that are left where a cluster has no other. Where the number is odd, the smallest cluster
     has no margin.
     """
-    distances_NI = _clusters(choice, -(-choice.count // 2))
+    distances_NI = _clusters(choice, -(-choice.wanted // 2))
     owner_N = distances_NI.argmin(1)
     centres = nearest_members(distances_NI, owner_N)
     own_N = distances_NI.min(1)
     chosen = centres.tolist()
-    for cluster in range(choice.count - len(centres)):
+    for cluster in range(choice.wanted - len(centres)):
         free_N = np.ones(len(owner_N), bool)
         free_N[chosen] = False
         mine_N = free_N & (owner_N == cluster)

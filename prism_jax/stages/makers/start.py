@@ -103,11 +103,11 @@ def _retriever(context: Context, name: str) -> Callable[[np.ndarray], Array]:
 
 def features_program(context: Context, pool: TeacherPool) -> jax.stages.Wrapped:
     """The features of a pool's one teacher, compiled: ``f(variables, normalised images)``."""
-    size = (context.inputs.image_shape[0],) * 2
+    side = context.inputs.image_shape[0]
 
     @jax.jit
     def read(variables: PyTree, images_BHWC: Array) -> Array:
-        images_BHWC = views.resize(images_BHWC, size)
+        images_BHWC = views.resize(images_BHWC, (side, side))
         return pool.teachers[0].read_features(variables, images_BHWC, pool.normalisation)[0]
 
     return read
