@@ -258,7 +258,7 @@ def _terms(e: Experiment, layout: Layout | None) -> Iterator[str]:
             yield f"recover.{field} is True, but recover.perturb_rho=0 perturbs nothing; unset it"
 
 
-def asked_for(e: Experiment) -> Iterator[str]:
+def _asked_for(e: Experiment) -> Iterator[str]:
     """What one teacher is asked for: scores or features of real images."""
     r = e.recover
     if r.initialise in ASKING:
@@ -272,7 +272,7 @@ def asked_for(e: Experiment) -> Iterator[str]:
 
 def _start(e: Experiment) -> Iterator[str]:
     """Initial images."""
-    r, asking = e.recover, list(asked_for(e))
+    r, asking = e.recover, list(_asked_for(e))
     if asking and (r.scorer or r.primary) not in e.squeeze.teachers:
         yield (
             f"{asking[0]}, which asks recover.scorer (unset: the primary), "
