@@ -80,6 +80,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.recover.first_layer = "bn"  # which first layer has the multiplier
     c.recover.count_no_bn = False
     c.recover.match = ("bn",)
+    c.recover.targets = "running"  # of BatchNorms; "groups": of images as difficult as the slot
     c.recover.variance_weight = 1.0
     c.recover.statistic_patch = 16  # side of a patch
     c.recover.class_share = 0.0  # of the target that is the batch's classes', not all images'
@@ -106,7 +107,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.recover.batch_size = placeholder(int)  # unset: all classes, at most 100
     c.recover.slots_per_batch = placeholder(int)  # unset: 1 (class_major: all)
     c.recover.batch_order = "ipc_major"
-    # Initial images; a scorer (unset: the primary) chooses those of "mosaic" and "real_median".
+    # Initial images; a scorer (unset: the primary) chooses those of "mosaic", of "real_median" and
+    # of the selections, and finds what is retrieved.
     c.recover.initialise = "real"
     c.recover.initialise_from = placeholder(str)
     # What the files of that set do not say: its classes in the order of the labels ("text" or
@@ -124,6 +126,8 @@ def get_config(arg: str = "") -> ConfigDict:
     # Phases of other sizes, and the share of the initial image that each begins with.
     c.recover.phase_sizes = ()
     c.recover.inject = 0.0
+    c.recover.inject_from = "start"  # or "retrieved": the real image nearest in features
+    c.recover.inject_simplicity = 0.1  # what being simple counts in that, beside being near
     c.recover.crop_min = 0.08
     c.recover.crop_curriculum = "constant"  # or from the whole image down: cosine, linear, step
     c.recover.crop_milestone = 1.0  # the part of the run in which it falls

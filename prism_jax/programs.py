@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -34,9 +35,11 @@ from prism_jax.stages.context import Context
 from prism_jax.stages.controls import SOFT
 from prism_jax.stages.fingerprints import statistic_kinds
 from prism_jax.stages.makers import optimise
+from prism_jax.stages.makers import start as starts
 from prism_jax.stages.networks import Networks
 from prism_jax.synthesis import UnitBatch, course, measuring
 from prism_jax.synthesis import start as starting
+from prism_jax.synthesis.objective import GROUPS
 from prism_jax.teachers import TeacherPool
 from prism_jax.training import TESTED, TrainBatch, Trainer
 from prism_jax.types import PyTree
@@ -99,14 +102,20 @@ def find(experiment: Experiment, name: str) -> Program:
 def with_blank_statistics(context: Context, pool: TeacherPool) -> TeacherPool:
     """Recover's pool with zeros for those statistics of real images that it matches."""
     e = context.config
-    if not statistic_kinds(e.recover):
-        return pool
     patch = e.recover.statistic_patch
     classes = e.dataset.num_classes if e.recover.class_share else 0
-    variables = [
-        v | measuring.blank(t, v, context.inputs.image_shape, patch=patch, num_classes=classes)
-        for t, v in zip(pool.teachers, pool.variables, strict=True)
-    ]
+    variables = []
+    for t, v in zip(pool.teachers, pool.variables, strict=True):
+        kinds = statistic_kinds(e, t.name)
+        if "group" in kinds:
+            tables = jax.tree.map(
+                lambda x: np.zeros((e.recover.ipc, *x.shape), np.float32), v["batch_stats"]
+            )
+            v = v | {GROUPS: tables}
+        if not {"conv", "class"}.isdisjoint(kinds):
+            shape = context.inputs.image_shape
+            v = v | measuring.blank(t, v, shape, patch=patch, num_classes=classes)
+        variables.append(v)
     return dataclasses.replace(pool, variables=tuple(variables))
 
 
@@ -127,13 +136,14 @@ def _squeeze(context: Context) -> Iterator[Program]:
 
 
 def _statistics(context: Context) -> Iterator[Program]:
-    e = context.config
-    for kind in statistic_kinds(e.recover):
-        for name in e.recover.pool:
-            lower = lambda name=name, kind=kind: statistics.measurer_of(  # noqa: E731
-                context, name, kind
-            ).lower(context.inputs.image_shape, e.squeeze.batch_size)
-            yield Program(f"statistics/{kind}/{name}", lower)
+    def lower(name: str, kind: str) -> jax.stages.Lowered:
+        measurer, shape = statistics.measurer_of(context, name, kind), context.inputs.image_shape
+        if isinstance(measurer, measuring.Reader):
+            return measurer.lower(shape)
+        return measurer.lower(shape, context.config.squeeze.batch_size)
+
+    for name, kind in statistics.needed(context.config):
+        yield Program(f"statistics/{kind}/{name}", functools.partial(lower, name, kind))
 
 
 def _recover(context: Context) -> Iterator[Program]:
@@ -141,6 +151,8 @@ def _recover(context: Context) -> Iterator[Program]:
     if e.recover.initialise in starting.SCORING:
         name = e.recover.scorer or e.recover.primary
         yield Program("recover/scorer", lambda: _scorer(context, name))
+    if e.recover.inject_from == "retrieved":
+        yield from _retrievers(context)
     if generator.wanted(context):
         yield from _generated(context)
     if not e.recover.iterations:
@@ -310,6 +322,23 @@ def _scorer(context: Context, name: str) -> jax.stages.Lowered:
     read = starting.log_probabilities_of(pool.teachers[0], context.inputs.normalisation)
     images = _images(context, starting.SCORED, np.float32)
     return read.lower(*_on_one((pool.variables[0], images)))
+
+
+def _retrievers(context: Context) -> Iterator[Program]:
+    """The features of images at the sizes at which something is injected."""
+    recover = context.config.recover
+    pool = context.networks.pool([recover.scorer or recover.primary])
+    channels = context.inputs.image_shape[2]
+    for size, side in itertools.product(
+        batch_layout(context.config).sizes, dict.fromkeys(recover.phase_sizes[:-1])
+    ):
+        images = _array((size, side, side, channels), np.float32)
+        arguments = pool.variables[0], images
+        program = starts.features_program(context, pool)
+        yield Program(
+            f"recover/retriever/{size}x{side}",
+            functools.partial(lambda p, a: p.lower(*_on_one(a)), program, arguments),
+        )
 
 
 def _array(shape: tuple[int, ...], dtype: type) -> Any:

@@ -74,10 +74,24 @@ class Teacher:
             logits_BK, sown = self.module.apply(variables, images_BHWC, mutable=told)
         else:
             logits_BK, sown = self.module.apply(variables, images_BHWC), {}
-        logits_BK = at_least_float32(logits_BK)
-        if self.class_indices is not None:
-            logits_BK = logits_BK[:, jnp.asarray(self.class_indices, jnp.int32)]
+        logits_BK = self._classes(logits_BK)
         return Reading(logits_BK, sown.get(STATISTICS, {}), sown.get(CONV_INPUTS, {}))
+
+    def read_features(
+        self, variables: PyTree, images_BHWC: Array, source: Normalisation
+    ) -> tuple[Array, Array]:
+        """The penultimate features (B, D) and the logits over the images' classes (B, K)."""
+        images_BHWC = pixels.renormalise(images_BHWC, source, self.normalisation)
+        logits_BK, sown = self.module.apply(variables, images_BHWC, mutable=["features"])
+        (embedding_BD,) = jax.tree.leaves(sown["features"])
+        return at_least_float32(embedding_BD), self._classes(logits_BK)
+
+    def _classes(self, logits_BK: Array) -> Array:
+        """Those of the images' classes, at least in float32."""
+        logits_BK = at_least_float32(logits_BK)
+        if self.class_indices is None:
+            return logits_BK
+        return logits_BK[:, jnp.asarray(self.class_indices, jnp.int32)]
 
 
 @dataclasses.dataclass(frozen=True)

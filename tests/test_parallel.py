@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.networks import small_pool
-from helpers.running import advance, begin, images_of, make_unit
+from helpers.running import advance, begin, collectives, images_of, make_unit
 
 from prism_jax import parallel, synthesis
 
@@ -26,10 +26,6 @@ RECIPE = synthesis.Recipe(granularity="per_iteration", roll=2)
 LABELS = np.arange(10) % 5
 # Eight batches, each with its own draws and views, and three different budgets.
 UNITS = [make_unit(slot, slot % 3, 55 - 6 * (slot % 3), LABELS) for slot in range(8)]
-COLLECTIVES = (
-    "all-reduce", "all-gather", "all-to-all", "collective-permute", "collective-broadcast",
-    "reduce-scatter",
-)  # fmt: skip
 
 
 @functools.cache
@@ -147,11 +143,6 @@ def test_another_size_of_the_thread_pool_has_other_bits(tmp_path):
 
 
 # --- what the program holds -----------------------------------------------------------------------
-
-
-def collectives(program) -> list[str]:
-    text = program.as_text()
-    return [name for name in COLLECTIVES if name in text]
 
 
 def lanes_for(engine, count=1):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import digits_ipc10, tiny_d4m
+from configs import digits_ipc10, tiny, tiny_d4m
 from configs.methods import dwa, edc, fadrm, gvbsm
 from prism_jax import parallel, programs
 from prism_jax.config import resolve
@@ -111,6 +111,31 @@ def test_methods_bring_programs_of_their_own(method, words, wanted):
     found = names_of(method.get_config(words))
     assert len(found) == len(set(found))
     assert wanted <= set(found), found
+
+
+def test_what_is_retrieved_is_read_at_every_size_that_is_injected_into():
+    config = tiny.get_config()
+    config.recover.inject, config.recover.inject_from = 0.5, "retrieved"
+    config.recover.phase_sizes = (6, 8, 6, 8)
+    found = set(names_of(config))
+    retriever = "recover/retriever/2x6"
+    assert {"statistics/features/first", retriever, "recover/retriever/2x8"} <= found
+    with parallel.described(jax.local_devices()[:2]):
+        text = programs.find(resolve(config), retriever).lower().as_text()
+    assert "tensor<2x6x6x1xf32>" in text and "tensor<2x8x8x1xf32>" in text
+
+
+def test_targets_of_every_slot_are_arguments_of_the_one_program():
+    config, texts = tiny.get_config(), {}
+    config.recover.ipc = 5
+    for targets in ("groups", "running"):
+        config.recover.targets = targets
+        measured = {n for n in names_of(config) if n.startswith("statistics/")}
+        kinds = ("difficulty", "group") if targets == "groups" else ()
+        assert measured == {f"statistics/{k}/{t}" for k in kinds for t in ("first", "second")}
+        with parallel.described(jax.local_devices()[:2]):
+            texts[targets] = programs.find(resolve(config), "recover").lower().as_text()
+    assert "tensor<5x16xf32>" in texts["groups"] and "tensor<5x16xf32>" not in texts["running"]
 
 
 def test_what_does_not_divide_is_a_program_of_its_own():

@@ -14,13 +14,15 @@ from helpers.command import TINY, call, reference
 
 from prism_jax import parallel, pipeline
 from prism_jax.config import resolve, units
+from prism_jax.core import pixels
 from prism_jax.data import image_set, workdir
+from prism_jax.errors import UserError
 from prism_jax.main import parse
-from prism_jax.stages import recover, squeeze, statistics
+from prism_jax.stages import controls, fingerprints, recover, squeeze, statistics
 from prism_jax.stages.context import Context
 from prism_jax.stages.coordination import Interrupted
 from prism_jax.stages.makers import optimise
-from prism_jax.stages.makers.start import initial_images
+from prism_jax.stages.makers.start import initial_images, retrieved_images
 
 __all__ = ["reference"]  # a fixture
 
@@ -41,16 +43,23 @@ METHODS = {
              "crop_curriculum=cosine"),
     "fadrm": ("phase_sizes=(8,8,8)", "inject=0.5", "initialise=mosaic", "patch_factor=1",
               "patch_choice=median", "round_robin_restarts=True"),
+    "fadrm retrieved": ("phase_sizes=(8,8,8)", "inject=0.5", "initialise=real_balanced",
+                        "inject_from=retrieved", "round_robin_restarts=True"),
+    "psm": ("targets=groups", "initialise=real_group_hardest", "phase_sizes=(8,8,8)", "inject=0.5",
+            "round_robin_restarts=True"),
     "cvdd": ("committee=listed", "priors=(60.0,50.0)", "jpeg_quality=75"),
     "rded": ("iterations=0", "initialise=mosaic"),
 }  # fmt: skip
 
 
-def context_of(root, name, *more) -> Context:
+def context_of(root, name, *more, controls=None) -> Context:
     """A method's tiny experiment in a folder; dispatches of 2 iterations, so that phases end."""
     fields = (f"method={name.split()[0]}", "steps_per_dispatch=2", *METHODS[name], *more)
     problems: list[str] = []
-    config, _ = parse([TINY, *(f"--config.recover.{f}" for f in fields)], problems)
+    flags = [f"--config.recover.{f}" for f in fields]
+    if controls is not None:
+        flags.append(f"--config.validate.controls={controls}")
+    config, _ = parse([TINY, *flags], problems)
     return Context(resolve(config, problems), root)
 
 
@@ -107,7 +116,7 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize("name", ["gvbsm", "delt", "fadrm", *SLOW])
+@pytest.mark.parametrize("name", ["gvbsm", "delt", "fadrm", "fadrm retrieved", "psm", *SLOW])
 def test_stopped_and_continued_on_other_devices_is_the_same(
     name, whole, reference, tmp_path, monkeypatch
 ):
@@ -263,6 +272,61 @@ def test_statistics_are_made_once_resumed_by_shard_and_shared(reference, tmp_pat
     pipeline.adopt(other, tmp_path / "whole")
     assert statistics.is_done(other)
     assert not statistics.is_done(context_of(tmp_path / "whole", "gvbsm", "statistic_patch=2"))
+
+
+@pytest.mark.parametrize("name", ["real_herding", "real_feature_medoids", "real_balanced"])
+def test_a_selected_control_is_its_initialiser_without_iterations(reference, tmp_path, name):
+    """The same images, whoever recovers; of a teacher outside the pool, too."""
+    asked = (f"initialise={name}", "iterations=0", "scorer=outside")
+    context = context_of(tmp_path / "run", "rded", *asked)
+    prepare(context, reference)
+    recover.run(context)
+    other = context_of(tmp_path / "run", "sre2l", "scorer=outside", controls=name)
+    assert statistics.is_done(other)
+    plain = context_of(tmp_path / "run", "sre2l")
+    assert fingerprints.recover(other) == fingerprints.recover(plain)  # controls ask, not recover
+    control = controls.labelled_set(other, name)
+    assert control.soft and control.fields["teacher"].keys() == {"outside"}
+    np.testing.assert_array_equal(control.images_uint8_NHWC[:], images_of(context))
+    context.work.lock.release()
+    # Twin: random images are others.
+    random = controls.labelled_set(other, "random_real").images_uint8_NHWC[:]
+    assert not np.array_equal(random, images_of(context))
+
+
+def test_retrieved_images_are_of_their_class_and_nearest(reference, tmp_path):
+    context = context_of(tmp_path / "run", "fadrm retrieved", "inject_simplicity=0.0")
+    prepare(context, reference)
+    source = context.inputs.open("train")
+    at = np.array([np.flatnonzero(source.labels_N == cls)[5] for cls in (3, 0, 1)])
+    images = np.stack([source.image(int(i)) for i in at])
+    given = pixels.normalise(images, context.inputs.normalisation)
+    found = retrieved_images(context, np.array([3, 0, 1]), np.asarray(given))
+    np.testing.assert_allclose(found, given, atol=1e-6)  # nothing is nearer than itself
+    elsewhere = retrieved_images(context, np.array([0, 1, 3]), np.asarray(given))
+    assert not np.allclose(elsewhere, given, atol=0.1)  # twin: asked of another class
+    assert np.asarray(found).shape[1:] == context.inputs.image_shape
+
+
+def test_damaged_features_and_groups_that_are_not_there_are_said(reference, tmp_path):
+    context = context_of(tmp_path / "run", "psm")
+    pipeline.adopt(context, reference)
+    with pytest.raises(UserError, match="the difficulty of real images in teacher first are not"):
+        statistics.groups(context, 0)
+    statistics.run(context)
+    context.work.lock.release()
+    root = statistics.folder(context, "second", "difficulty")
+    whole = statistics.groups(context, 1)
+    assert sorted(np.concatenate(whole).tolist()) == list(range(sum(map(len, whole))))
+    path = root / "shards" / "00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"00001.safetensors is damaged.*Delete"):
+        statistics.groups(context, 1)
+    # Another IPC has other groups, from the same difficulties.
+    other = context_of(tmp_path / "run", "psm", "ipc=4")
+    kinds = {kind: statistics.folder(other, "first", kind) for kind in ("difficulty", "group")}
+    assert (kinds["difficulty"] / "record.json").exists()
+    assert not (kinds["group"] / "record.json").exists()
 
 
 def test_missing_and_damaged_statistics_are_said(reference, tmp_path):

@@ -28,6 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     flips = (f"{stage}.flip=True" for stage in ("squeeze", "recover", "relabel"))
     c.shared = (*c.shared, "squeeze.epochs=5", *flips)
-    c.rows.fadrm = (*c.rows.fadrm, "recover.phase_sizes=(28, 32, 28, 32)")
+    for row in ("fadrm", "fadrm_retrieved", "psm"):
+        c.rows[row] = (*c.rows[row], "recover.phase_sizes=(28, 32, 28, 32)")
     del c.protocols["own"]
     return c

@@ -8,13 +8,13 @@ iterations, one row for the statistics of another network, and two protocols.
 Protocols: `own` is each method's (adapted to the digits, see configs/methods); `single` gives all
 images the labels of one teacher and one training, in the manner of RD3; `committee` those of four
 teachers in the student's own BatchNorm groups (the labels of CV-DD and FADRM, which may matter more
-than any images). Random real images, with the same labels and with hard ones, and the full real
-data go through the same protocols; under `own` every method has random real images of its own, and
-the full data are left out.
+than any images). Random real images, with the same labels and with hard ones, the full real data,
+and real images chosen in the features of resnet18 go through the same protocols; under `own` every
+method has random real images of its own, and the others are left out.
 
 The rows prism_* ask what decoupling contributes. All start from the same real images and take
 the logits of resnet18; the statistics are those of resnet18 itself, of one other network, of the
-drawn subset (`prism`), or of a committee of two.
+drawn subset (`prism`), or of a committee of two. `fadrm_retrieved` is FADRM+ with RETA's retrieval.
 """
 
 from ml_collections import ConfigDict
@@ -58,11 +58,17 @@ def get_config(arg: str = "") -> ConfigDict:
     c.rows.prism_committee = method("prism", "recover.statistics_by=committee")
     for name in METHODS:
         c.rows[name] = method(name)
+    c.rows.fadrm_retrieved = method("fadrm", "recover.inject_from=retrieved")
+    c.rows.psm = method("psm")
+    c.rows.prism_plus = method("prism_plus")
     c.rows.random_real = method(
         "prism", "recover.initialise=real_random", "recover.iterations=0", "recover.pool=()"
     )
     c.controls = "random_real"  # the row that goes first, and trains on these sets too
-    c.control_sets = ("random_real_hard", "full_real")
+    c.control_sets = (
+        "random_real_hard", "full_real",
+        "real_herding", "real_feature_medoids", "real_confident", "real_balanced",
+    )  # fmt: skip
 
     # What all are measured by; and how often intervals are drawn.
     c.reference, c.selected_real, c.resamples = "prism", (), 10_000

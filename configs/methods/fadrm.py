@@ -16,6 +16,10 @@ but for the first, with images mixed half and half with the real patches they ca
 take turns, from the first again in every batch. Labels and students are CV-DD's, with equal
 weights.
 
+RETA's retrieval (CVPR 2026): --config.recover.inject_from=retrieved injects, in place of an image's
+own patch, the real image of its class that is nearest in the features of recover.scorer and simple.
+RETA's term of topology is not here, so that this row is not RETA.
+
 Computed in float32; the released code uses half precision. Initial patches as in cvdd.py. Rates are
 those for ResNet-18 as student.
 
@@ -32,16 +36,28 @@ POOL = ("resnet18", "densenet121", "shufflenet_v2_x1_0", "mobilenet_v2")
 
 def get_config(arg: str = "") -> ConfigDict:
     c, at = recipes.begin("fadrm", arg, datasets=("imagenet", "tiny_imagenet", "cifar100"))
-    cvdd.patches(c, at)
-    c.recover.pool = {
-        "digits": ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2_x0_5"),
-        "imagenet": POOL,
-    }.get(at.dataset, tuple(name.replace("x1_0", "x0_5") for name in POOL))
+    c.recover.pool = pool(at)
     if at.dataset == "imagenet" and at.ipc == 1:
         c.recover.pool = ("resnet18", "mobilenet_v2", "shufflenet_v2_x1_0", "alexnet")
         c.recover.count_no_bn = True  # AlexNet's turn is cross entropy alone
     if at.dataset == "tiny_imagenet" and at.ipc == 1:
         c.recover.pool = ("resnet18", "shufflenet_v2_x0_5", "mobilenet_v2")
+    residuals(c, at)
+    return cvdd.with_whole_networks(recipes.finish(c, at), at)
+
+
+def pool(at: recipes.At) -> tuple[str, ...]:
+    """FADRM+'s four teachers."""
+    if at.dataset == "digits":
+        return ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2_x0_5")
+    if at.dataset == "imagenet":
+        return POOL
+    return tuple(name.replace("x1_0", "x0_5") for name in POOL)
+
+
+def residuals(c: ConfigDict, at: recipes.At) -> None:
+    """Turns, phases, injections, labels and students, of which PSM changes little."""
+    cvdd.patches(c, at)
     c.recover.round_robin_restarts = True
     if at.dataset != "digits":
         c.recover.iterations = 2000
@@ -58,4 +74,3 @@ def get_config(arg: str = "") -> ConfigDict:
             c.validate.learning_rate = 5e-4
     if at.official:
         c.recover.rounding = "truncate"
-    return cvdd.with_whole_networks(recipes.finish(c, at), at)

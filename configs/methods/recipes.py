@@ -27,6 +27,11 @@ from configs import digits as digits_config
 DATASETS = ("imagenet", "tiny_imagenet", "cifar100", "cifar10", "digits")
 SMALL = ("tiny_imagenet", "cifar100", "cifar10")
 CIFAR = ("cifar100", "cifar10")
+# Initial images that a teacher chooses.
+ASKING = (
+    *("mosaic", "real_median"),
+    *("real_herding", "real_feature_medoids", "real_confident", "real_balanced"),
+)
 
 # torchvision's files, by the names under which it publishes them (IMAGENET1K_V1).
 CHECKPOINTS = {
@@ -193,7 +198,8 @@ def finish(c: ConfigDict, at: At) -> ConfigDict:
     for word in sorted(at.words):
         c.name += f"_{word}"
     r = c.recover
-    asked = (r.scorer or r.primary,) if r.initialise.startswith(("mosaic", "real_median")) else ()
+    asking = r.initialise.startswith(ASKING) or r.inject_from == "retrieved"
+    asked = (r.scorer or r.primary,) if asking else ()
     measuring = (c.analyse.network,) if c.analyse.network else ()
     c.squeeze.teachers = tuple(dict.fromkeys((*r.pool, *c.relabel.teachers, *asked, *measuring)))
     others = DIGITS_NETWORKS if at.dataset == "digits" else ()  # at hand for overrides

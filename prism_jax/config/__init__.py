@@ -20,6 +20,7 @@ from prism_jax.config.resolve import KINDS, resolve
 from prism_jax.config.sections import (
     CONTROLS,
     GENERATED_CONTROLS,
+    SELECTED_CONTROLS,
     STAGES,
     Analyse,
     Dataset,
@@ -39,6 +40,7 @@ __all__ = [
     "CONTROLS",
     "GENERATED_CONTROLS",
     "KINDS",
+    "SELECTED_CONTROLS",
     "STAGES",
     "Analyse",
     "Dataset",

@@ -13,6 +13,8 @@ Path = NewType("Path", str)  # a field in which ``~`` is the home directory
 
 STAGES = ("squeeze", "recover", "relabel", "validate", "analyse")
 CONTROLS = ("random_real", "random_real_hard", "full_real")
+# Real images chosen in a teacher's features, by the initialisers of the same names.
+SELECTED_CONTROLS = ("real_herding", "real_feature_medoids", "real_confident", "real_balanced")
 # Those of generated images: anchors as they are, the real images nearest to them, images of none.
 GENERATED_CONTROLS = ("decoded_anchors", "medoids", "no_anchors")
 
@@ -131,6 +133,7 @@ class Recover:
     first_layer: Literal["bn", "conv"]
     count_no_bn: bool
     match: tuple[str, ...]
+    targets: Literal["running", "groups"]
     variance_weight: float
     statistic_patch: int
     class_share: float
@@ -173,6 +176,8 @@ class Recover:
     patch_choice: Literal["confident", "median"]
     phase_sizes: tuple[int, ...]
     inject: float
+    inject_from: Literal["start", "retrieved"]
+    inject_simplicity: float
     crop_min: float
     crop_curriculum: str
     crop_milestone: float

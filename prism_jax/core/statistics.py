@@ -165,6 +165,26 @@ def _stacked(pairs: list[tuple[Array, Array]]) -> tuple[Array, ...]:
     return tuple(jax.vmap(safe_norm)(these - those))
 
 
+def deviation(image: Layers, running: Layers, *, epsilon: float = 1e-6) -> Array:
+    """How far one image's statistics are from the running ones (PSM, equation 4 with beta 1).
+
+        mean_l (||mu_l - running mu_l|| + ||log((var_l + eps) / (running var_l + eps))||) / sqrt C_l
+
+    Args:
+      image, running: "mean" and "var" of the same layers, of C_l channels each.
+
+    Returns:
+      A scalar.
+    """
+    terms = []
+    for path, target in sorted(running.items()):
+        told = image[path]
+        log_ratio = jnp.log((told["var"] + epsilon) / (target["var"] + epsilon))
+        far = safe_norm(told["mean"] - target["mean"]) + safe_norm(log_ratio)
+        terms.append(far / jnp.sqrt(jnp.float32(target["mean"].size)))
+    return jnp.stack(terms).mean()
+
+
 def number_of_layers(target: Layers, **weights) -> Array:
     """The sum of the layers' weights."""
     return jnp.float32(len(target) - 1 + weights["first_multiplier"])

@@ -16,6 +16,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from prism_jax import rng
+from prism_jax.core.clusters import nearest_members
 from prism_jax.errors import UserError
 
 if TYPE_CHECKING:  # scikit-learn takes a second to import: not before there is something to find
@@ -167,7 +168,7 @@ def anchors(
         centres_ID = centres_of(task)
         distances_NI = pairwise_distances(rows_ND[kept], centres_ID)
     owner_N = distances_NI.argmin(1)
-    nearest_I = kept[_nearest(distances_NI, owner_N)]
+    nearest_I = kept[nearest_members(distances_NI, owner_N)]
     if clustering.mode == "medoid":
         centres_ID = rows_ND[nearest_I]
     return Anchors(
@@ -210,17 +211,3 @@ def fewest_inliers(count: int, outliers: float) -> int:
     if count < FEWEST:
         return count
     return count - math.ceil(outliers * (count - 1))  # those below a quantile of their factors
-
-
-def _nearest(distances_NI: np.ndarray, owner_N: np.ndarray) -> np.ndarray:
-    """For each centre the nearest of its own rows; of all that are left where it has none."""
-    nearest_I = np.full(distances_NI.shape[1], -1)
-    for only_own in (True, False):
-        for centre in np.flatnonzero(nearest_I < 0):
-            free = ~np.isin(np.arange(len(owner_N)), nearest_I)
-            if only_own:
-                free &= owner_N == centre
-            if free.any():
-                candidates = np.flatnonzero(free)
-                nearest_I[centre] = candidates[distances_NI[candidates, centre].argmin()]
-    return nearest_I

@@ -3,6 +3,7 @@
 controls/random_real/        as many random real images, labelled as the synthetic ones
 controls/random_real_hard/   the same images with their hard labels
 controls/full_real/          the whole training set with its hard labels
+controls/real_*/             as many real images chosen in a teacher's features, with soft labels
 controls/decoded_anchors/, medoids/, no_anchors/    of generated images; see stages/anchoring.py
 """
 
@@ -14,16 +15,17 @@ from typing import Any
 import numpy as np
 
 from prism_jax import parallel
-from prism_jax.config import GENERATED_CONTROLS
+from prism_jax.config import GENERATED_CONTROLS, SELECTED_CONTROLS
 from prism_jax.data import image_set
 from prism_jax.data.lazy import Images, chunks
 from prism_jax.stages import anchoring, fingerprints
 from prism_jax.stages.context import Context, LabelledSet
+from prism_jax.stages.makers.start import control_positions
 from prism_jax.synthesis.start import random_positions
 
 SOFT = {
     **{"random_real": True, "random_real_hard": False, "full_real": False},
-    **dict.fromkeys(GENERATED_CONTROLS, True),
+    **dict.fromkeys((*SELECTED_CONTROLS, *GENERATED_CONTROLS), True),
 }
 
 
@@ -42,6 +44,13 @@ def labelled_set(context: Context, name: str) -> LabelledSet:
         made = fingerprints.generated_control(context, name)
         read_made = functools.partial(anchoring.control_images, context, name)
         return LabelledSet(name, root, read_made, classes, made, soft)
+    if name in SELECTED_CONTROLS:
+        fields |= fingerprints.selected_control(context, name)
+
+        def read_selected() -> Images:
+            return context.inputs.read(source, control_positions(context, name, classes, slots))
+
+        return LabelledSet(name, root, read_selected, classes, fields, soft)
     fields |= {"ipc": config.recover.ipc, "seed": config.seed, "classes": int(classes.max()) + 1}
 
     def read() -> Images:
@@ -53,7 +62,7 @@ def labelled_set(context: Context, name: str) -> LabelledSet:
 
 
 def write(context: Context, labelled: LabelledSet) -> None:
-    """Write a random control's images beside its labels, for people to look at."""
+    """Write a control's images beside its labels, for people to look at."""
     folder, (classes, slots) = labelled.root / "images", _order(context)
     last = image_set.image_path(folder, classes[-1], slots[-1])
     if labelled.name == "full_real" or last.exists() or not parallel.is_main():

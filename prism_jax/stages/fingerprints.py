@@ -13,16 +13,18 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from prism_jax.config import Network, Recover, batch_layout, bn_group_of
+from prism_jax.config import SELECTED_CONTROLS, Experiment, Network, batch_layout, bn_group_of
 from prism_jax.config.generation import SCHEDULES
 from prism_jax.core import batching
 from prism_jax.core.augment import Augment
 from prism_jax.data import weights, workdir
 from prism_jax.diffusion import huggingface, prompts
+from prism_jax.models import ARCHITECTURES
 from prism_jax.stages import imported
 from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.stages.inputs import HELD_OUT
-from prism_jax.synthesis.start import SCORING
+from prism_jax.synthesis.selection import GROUPED, SELECTIONS
+from prism_jax.synthesis.start import ASKING
 
 # Fields that change no bits, or that only say where the same bits come from.
 NEUTRAL = {
@@ -42,6 +44,7 @@ LATER: dict[str, dict[str, Any]] = {
     "recover": {
         **{"maker": "optimise", "short_classes": "refuse", "alpha_ce": 1.0, "clip": 0.0},
         **{"parametrisation": "pixels", "resolutions": [], "view_noise": 0.0},
+        **{"targets": "running", "inject_from": "start", "inject_simplicity": 0.1},
     },
     "relabel": {"order": "own"},
     "network": {"weights_key": None},
@@ -91,15 +94,14 @@ def pool(context: Context, names: Sequence[str]) -> dict[str, str]:
 
 def statistics(context: Context, name: str) -> dict[str, dict[str, Any]]:
     """What those statistics of real images are made of that recover matches, by kind."""
-    recover, squeeze = context.config.recover, context.config.squeeze
-    kinds = statistic_kinds(recover)
+    squeeze, kinds = context.config.squeeze, statistic_kinds(context.config, name)
     if not kinds:
         return {}
     views = ("batch_size", "crop_min", "crop_pad", "flip")
     fields = {view: getattr(squeeze, view) for view in views}
     fields |= {
         "seed": squeeze.seed,
-        "patch": recover.statistic_patch,
+        "patch": context.config.recover.statistic_patch,
         "teacher": workdir.digest(teacher(context, name)),
         "data": context.inputs.fields(context.inputs.open("train")),
         "bits_version": BITS_VERSION,
@@ -107,16 +109,47 @@ def statistics(context: Context, name: str) -> dict[str, dict[str, Any]]:
     found = {kind: {"kind": kind, **fields} for kind in kinds}
     if "class" in found:
         found["class"]["views"] = "of whole batches"  # those of a short one were its own before
+    if "group" in found:
+        del found["group"]["patch"]
+        found["group"]["ipc"] = context.config.recover.ipc
+        ranked_by = {t: image_facts(context, t, "difficulty") for t in rankers(context.config)}
+        found["group"]["ranked_by"] = workdir.digest(ranked_by)
     return found
 
 
-def statistic_kinds(recover: Recover) -> list[str]:
-    """The kinds of statistics of real images that are measured for recover."""
-    kinds = []
+def statistic_kinds(config: Experiment, name: str) -> list[str]:
+    """The kinds of statistics of real images that recover matches in a teacher."""
+    recover, kinds = config.recover, []
     if recover.iterations and recover.alpha_bn:
         kinds += ["conv"] if {"conv", "patch"} & set(recover.match) else []
         kinds += ["class"] if recover.class_share else []
+        kinds += ["group"] if recover.targets == "groups" and name in rankers(config) else []
     return kinds
+
+
+def rankers(config: Experiment) -> list[str]:
+    """The teachers that rank real images by difficulty, where that is asked for."""
+    if config.recover.targets != "groups" and config.recover.initialise not in GROUPED:
+        return []
+    pool = config.recover.pool
+    return [t for t in pool if ARCHITECTURES[config.network(t).architecture].batch_norms]
+
+
+def reads_features(config: Experiment) -> bool:
+    """Whether real images are selected or retrieved in a teacher's features."""
+    recover, controls = config.recover, config.validate.controls
+    selects = recover.initialise in SELECTIONS or recover.inject_from == "retrieved"
+    return selects or not set(SELECTED_CONTROLS).isdisjoint(controls)
+
+
+def image_facts(context: Context, name: str, kind: str) -> dict[str, Any]:
+    """What is made of a teacher and of every real image by itself: "features", "difficulty"."""
+    return {
+        "kind": kind,
+        "teacher": workdir.digest(teacher(context, name)),
+        "data": context.inputs.fields(context.inputs.open("train")),
+        "bits_version": BITS_VERSION,
+    }
 
 
 # Of the section ``generate``: what decides the codec, the latents, and the images of anchors.
@@ -250,6 +283,19 @@ def candidates(context: Context) -> dict[str, Any]:
     return fields
 
 
+def selected_control(context: Context, name: str) -> dict[str, Any]:
+    """What a control of selected real images is made of, beside its data."""
+    recover = context.config.recover
+    return {
+        "control": name,
+        "ipc": recover.ipc,
+        "seed": context.config.seed,
+        "classes": context.config.dataset.num_classes,
+        "teacher": pool(context, [recover.scorer or recover.primary]),
+        "bits_version": BITS_VERSION,
+    }
+
+
 def generated_control(context: Context, name: str) -> dict[str, Any]:
     """What a control of generated images is made of."""
     ipc, size = context.config.recover.ipc, context.config.dataset.image_size
@@ -272,7 +318,7 @@ def generated_control(context: Context, name: str) -> dict[str, Any]:
 def recover(context: Context) -> dict[str, Any]:
     """What the synthetic images are made of."""
     settings, span = context.config.recover, context.config.parallel.recover_devices
-    fields = {
+    fields: dict[str, Any] = {
         "recover": section("recover", settings),
         "seed": context.config.seed,
         "data": context.inputs.fields(context.inputs.start),
@@ -282,8 +328,10 @@ def recover(context: Context) -> dict[str, Any]:
         fields["devices_per_batch"] = span
     if (layout := batch_layout(context.config)).uneven:
         fields["blocks"] = layout.blocks
-    if settings.initialise in SCORING:
+    if settings.initialise in ASKING or settings.inject_from == "retrieved":
         fields["scorer"] = pool(context, [settings.scorer or settings.primary])
+    else:
+        fields["recover"]["scorer"] = None  # only controls ask
     if settings.clip:
         fields["clip"] = clip(context)
     if settings.maker == "generate":

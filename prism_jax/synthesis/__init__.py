@@ -9,7 +9,8 @@ step.py       the heart: one iteration, and the loop around it
 lanes.py      the loop compiled for devices
 course.py     a batch from its initial images to its pixels
 start.py      initial images
-measuring.py  statistics of real images, for methods that match more than BatchNorm keeps
+selection.py  which real images stand for their class
+measuring.py  statistics and features of real images, where methods need more than weights keep
 """
 
 from prism_jax.synthesis.guide import Guide
@@ -23,6 +24,7 @@ from prism_jax.synthesis.objective import (
     misalignment,
     no_terms,
     not_read,
+    of_group,
     prior_terms,
     statistic_targets,
     teacher_gradient,
@@ -81,6 +83,7 @@ __all__ = [
     "no_terms",
     "noise_of",
     "not_read",
+    "of_group",
     "prior_terms",
     "resolutions_of",
     "select",

@@ -73,6 +73,9 @@ def enter(recipe: Recipe, phase: Phase, state: SynthState, start_BHWC: AnyArray)
     Images that join bring moments of zero to the one optimiser, whose count goes on (DELT).
     A phase with a size of its own begins with a new optimiser and
     ``(1 - inject) x + inject start``, both resized (FADRM).
+
+    Args:
+      start_BHWC: the initial images, or what is injected in their place (RETA).
     """
     start_BHWC = jnp.asarray(start_BHWC)[: phase.images]
     if recipe.phase_sizes:

@@ -1,26 +1,30 @@
 """Statistics of real images inside a teacher, for methods that match more than BatchNorm keeps.
 
-The running statistics of a BatchNorm are in the weights. Those of convolutions (G-VBSM), and
-those of single classes (EDC), need a pass over the training set in evaluation mode.
+The running statistics of a BatchNorm are in the weights. Those of convolutions (G-VBSM), of single
+classes (EDC) and of groups of images (PSM) need a pass over the training set, as does what is
+known of single images: features, and how difficult they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from scipy import ndimage
 
 from prism_jax import parallel, rng
 from prism_jax.core import pixels, statistics, views
 from prism_jax.data.pipeline import Batch
-from prism_jax.teachers import Teacher
+from prism_jax.teachers import Teacher, batch_statistics
 from prism_jax.types import Array, Normalisation, PyTree
 
 CONV, CLASSES = "conv_statistics", "class_statistics"  # collections of a teacher's variables
 VIEWS = "squeeze/statistics/view"
+READ = 100  # images that are read at a time, where each is measured by itself
+SMOOTHING = 1.0  # standard deviation in pixels of what complexity is measured after
 
 # A number of images, and the sum over them of their statistics, in float64.
 Sum = tuple[int, PyTree]
@@ -42,6 +46,7 @@ class Measurer:
         flip: bool,
         seed: int,
         crop_pad: int | None = None,
+        train: bool = False,
         devices: Sequence[jax.Device] | None = None,
         how: str = "shard_map",
     ):
@@ -55,10 +60,16 @@ class Measurer:
           patch: side of the patches.
           crop_min, crop_pad, flip: the views, one per image, as in training.
           seed: of the views.
+          train: BatchNorms normalise with the batch's own statistics, as in training, and their
+            inputs alone are measured (PSM).
         """
         self._seed, self._padded = seed, batch_size if per_image else None
 
         def of_batch(variables, images_BHWC):
+            if train:
+                with batch_statistics(len(images_BHWC)):
+                    reading = teacher.read(variables, images_BHWC, normalisation, statistics=True)
+                return {"bn": reading.statistics}
             return _statistics(
                 teacher, variables, images_BHWC, normalisation, bn=per_image, patch=patch
             )
@@ -137,6 +148,96 @@ def _statistics(
     inputs = {p: x["x"] for p, x in statistics.by_layer(reading.conv_inputs).items()}
     conv = statistics.of_inputs(inputs, channels=True, patch=patch)
     return {"bn": reading.statistics, "conv": traverse_util.unflatten_dict(conv)}
+
+
+class Reader:
+    """Reads every image of a class by itself, in batches of one size, one per device at a time."""
+
+    def __init__(
+        self,
+        function: Callable[[PyTree, Array, Array], dict[str, Array]],
+        variables: PyTree,
+        *,
+        devices: Sequence[jax.Device] | None = None,
+        how: str = "shard_map",
+    ):
+        """Read with ``(variables, class, uint8 images_BHWC) -> {name: (B, ...)}``."""
+
+        def read(variables, seed, batch):
+            del seed
+            return function(variables, *batch)
+
+        devices = devices or parallel.devices()[:1]
+        self._map = parallel.LaneMap(read, variables, arity=1, devices=devices, how=how)
+
+    def read(self, batches: Iterable[Batch], cls: int) -> dict[str, np.ndarray]:
+        """What is read of a class's images, in their order; batches of at most ``READ`` images."""
+        counts: list[int] = []
+
+        def padded() -> Iterator[tuple[np.int32, np.ndarray]]:
+            for batch in batches:
+                counts.append(len(batch.images_BHWC))
+                index = np.arange(READ).clip(max=counts[-1] - 1)
+                yield np.int32(cls), batch.images_BHWC[index]
+
+        found = list(self._map.stream(0, padded()))
+        return {
+            name: np.concatenate([x[name][:n] for x, n in zip(found, counts, strict=True)])
+            for name in found[0]
+        }
+
+    def lower(self, image_shape: tuple[int, int, int]) -> jax.stages.Lowered:
+        """The program, to be compiled and inspected."""
+        images = jax.ShapeDtypeStruct((READ, *image_shape), np.uint8)
+        return self._map.lower_for((np.int32(0), images))
+
+
+def features_of(teacher: Teacher, normalisation: Normalisation) -> Callable:
+    """What ``selection.Features`` holds, for a ``Reader``."""
+
+    def read(variables, cls, images_uint8_BHWC):
+        images_BHWC = pixels.normalise(images_uint8_BHWC, normalisation)
+        embedding_BD, logits_BK = teacher.read_features(variables, images_BHWC, normalisation)
+        return {
+            "embedding_ND": embedding_BD,
+            "log_probability_N": jax.nn.log_softmax(logits_BK)[:, cls],
+            "complexity_N": complexity(images_uint8_BHWC),
+        }
+
+    return read
+
+
+def complexity(images_uint8_BHWC: Array) -> Array:
+    """How unevenly edges are spread over images (RETA), (B,) float32.
+
+    The variance over pixels of the squared gradient of the smoothed grey image in [0, 1].
+    """
+    height, width = images_uint8_BHWC.shape[1:3]
+    rows, columns = (
+        jnp.asarray(ndimage.gaussian_filter1d(np.eye(n), SMOOTHING, axis=0), jnp.float32)
+        for n in (height, width)
+    )
+    grey_BHW = images_uint8_BHWC.astype(jnp.float32).mean(-1) / 255
+    smooth_BHW = jnp.einsum("ij,bjk,lk->bil", rows, grey_BHW, columns)
+    down_BHW, across_BHW = jnp.gradient(smooth_BHW, axis=(1, 2))
+    return (jnp.square(down_BHW) + jnp.square(across_BHW)).var((1, 2))
+
+
+def difficulty_of(teacher: Teacher, normalisation: Normalisation) -> Callable:
+    """How far images' statistics are from a teacher's running ones, for a ``Reader`` (PSM)."""
+
+    def read(variables, cls, images_uint8_BHWC):
+        del cls
+        images_BHWC = pixels.normalise(images_uint8_BHWC, normalisation)
+        running = statistics.by_layer(variables["batch_stats"])
+
+        def one(image_HWC):
+            reading = teacher.read(variables, image_HWC[None], normalisation, statistics=True)
+            return statistics.deviation(statistics.by_layer(reading.statistics), running)
+
+        return {"difficulty_N": jax.vmap(one)(images_BHWC)}
+
+    return read
 
 
 def blank(

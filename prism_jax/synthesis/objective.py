@@ -14,6 +14,8 @@ from prism_jax.teachers import Teacher
 from prism_jax.types import AnyArray, Array, Draw, Integer, Normalisation, PyTree, Reading
 
 GUIDED = "clip"  # the term of ``guide.energy``, and the recipe's weight of it
+# Collections of a teacher's variables: BatchNorms' targets of all groups (G, ...), and of one.
+GROUPS, GROUP = "group_statistics", "target_statistics"
 
 
 def teacher_gradient(recipe: Recipe, teacher: Teacher, normalisation: Normalisation) -> Callable:
@@ -110,8 +112,29 @@ def alignment_weights(recipe: Recipe, teacher: Teacher) -> dict:
 
 
 def statistic_targets(recipe: Recipe, teacher: Teacher, variables: PyTree) -> statistics.Layers:
-    """What a teacher's statistics should be: running ones, and those of the training set."""
-    return _targets(recipe, teacher, variables["batch_stats"], variables.get("conv_statistics"))
+    """What a teacher's statistics should be: running ones, and those of the training set.
+
+    Where variables have those of one group of real images, these stand for the running ones.
+    """
+    bn = variables.get(GROUP, variables["batch_stats"])
+    return _targets(recipe, teacher, bn, variables.get("conv_statistics"))
+
+
+def of_group(teacher: Teacher, variables: PyTree, number: Integer) -> PyTree:
+    """A teacher's variables with the targets of one of the groups it was measured for (PSM).
+
+    Raises:
+      UserError: it was measured for none.
+    """
+    if not teacher.has_batch_norm:
+        return variables
+    if GROUPS not in variables:
+        raise UserError(
+            f"recover.targets is 'groups', and teacher {teacher.name} has no statistics of groups "
+            f"of the real images; collect them first (stage squeeze, or synthesis.measuring)"
+        )
+    group = jax.tree.map(lambda table_GC: table_GC[number], variables[GROUPS])
+    return {**{name: x for name, x in variables.items() if name != GROUPS}, GROUP: group}
 
 
 def class_targets(

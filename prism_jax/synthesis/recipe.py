@@ -41,6 +41,7 @@ METHODS: dict[str, Supervision] = {
     "gvbsm": Supervision("round_robin", "round_robin"),
     "edc": Supervision("round_robin", "round_robin"),
     "fadrm": Supervision("round_robin", "round_robin"),
+    "psm": Supervision("round_robin", "round_robin"),
     "cvdd": Supervision("committee", "committee"),
     # Images of a denoiser: nobody supervises.
     "d4m": Supervision("fixed", "fixed"),
@@ -80,6 +81,7 @@ class Recipe:
     first_layer: str = "bn"
     count_no_bn: bool = False
     match: tuple[str, ...] = ("bn",)
+    targets: str = "running"
     variance_weight: float = 1.0
     statistic_patch: int = 16
     class_share: float = 0.0

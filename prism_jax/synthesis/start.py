@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from prism_jax.core import pixels
 from prism_jax.data.pipeline import read_images
 from prism_jax.data.sources import ImageSource
 from prism_jax.errors import UserError
+from prism_jax.synthesis.selection import GROUPED, SELECTIONS, Choice, Features
 from prism_jax.teachers import Teacher
 from prism_jax.types import Array, Normalisation, PyTree
 
@@ -56,6 +58,8 @@ class Start:
       flip: whether a mirrored image still belongs to its class.
       repeat: whether a class with fewer images than are asked for gives some again, in turn.
       patches, scorer: for the initialisers that look for good real images.
+      features: of the images of a class, for those that select in them.
+      groups: a class's ``ipc`` groups of difficulty, for those that take an image of each.
     """
 
     source: ImageSource | None
@@ -67,6 +71,8 @@ class Start:
     repeat: bool = False
     patches: Patches = Patches()
     scorer: Scorer | None = None
+    features: Callable[[int], Features] | None = None
+    groups: Callable[[int], list[np.ndarray]] | None = None
     # What was found per class: whichever slots are asked for, a class is scored once.
     found: dict[int, list] = dataclasses.field(default_factory=dict, compare=False)
 
@@ -137,6 +143,35 @@ def middle_out(count: int, wanted: int) -> list[int]:
     return [rank for rank in outwards if 0 <= rank < count][:wanted]
 
 
+def selected(start: Start, classes_B: np.ndarray, slots_B: np.ndarray, *, by: str) -> np.ndarray:
+    """Real images that stand for their class, by a row of ``SELECTIONS`` or of ``GROUPED``."""
+    assert start.source is not None
+    at = selected_positions(start, classes_B, slots_B, by=by)
+    return start.normalise(read_images(start.source, at))
+
+
+def selected_positions(
+    start: Start, classes_B: np.ndarray, slots_B: np.ndarray, *, by: str
+) -> list[int]:
+    """Where those are in the source; a class is looked through once, for all its slots."""
+    source = start.source
+    assert source is not None
+
+    def choose(cls: int) -> list[int]:
+        at = np.flatnonzero(source.labels_N == cls)
+        _enough({cls: at}, np.array([start.ipc - 1]), start.repeat)
+        if by in GROUPED:
+            assert start.groups is not None
+            return [int(at[GROUPED[by](group)]) for group in start.groups(cls)]
+        assert start.features is not None
+        draw = rng.generator(start.seed, "recover/selection", cls)
+        count = min(start.ipc, len(at))
+        chosen = SELECTIONS[by](Choice(start.features(cls), count, int(draw.integers(2**31))))
+        return np.resize(at[chosen], start.ipc).tolist()
+
+    return [_found(start, int(c), choose)[int(s)] for c, s in zip(classes_B, slots_B, strict=True)]
+
+
 def mosaic(start: Start, classes_B: np.ndarray, slots_B: np.ndarray) -> np.ndarray:
     """Mosaics of the patches of real images that the scorer finds most real (RDED).
 
@@ -175,9 +210,11 @@ INITIALISERS: dict[str, Initialiser] = {
     "real_median": real_median,
     "mosaic": mosaic,
     "mosaic_shuffled": mosaic_shuffled,
+    **{name: functools.partial(selected, by=name) for name in (*SELECTIONS, *GROUPED)},
     "folder": real,  # of an image set that somebody else made, see data.exchange
 }
 SCORING = ("real_median", "mosaic", "mosaic_shuffled")  # they need a scorer
+ASKING = (*SCORING, *SELECTIONS)  # one teacher is asked
 
 
 # --- patches --------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from prism_jax.synthesis.objective import (
     has_statistics,
     no_terms,
     not_read,
+    of_group,
     prior_terms,
     statistic_targets,
     teacher_gradient,
@@ -247,6 +248,9 @@ def synthesis_chunk(
     if unit.weights is not None:
         perturbed = {**variables[recipe.primary], "params": unit.weights}
         variables = (*variables[: recipe.primary], perturbed, *variables[recipe.primary + 1 :])
+    if recipe.targets == "groups":
+        pairs = zip(teachers, variables, strict=True)
+        variables = tuple(of_group(t, v, unit.slot) for t, v in pairs)
     variables = tuple(layers.freeze(v) for v in variables)  # once, not every step
     blank = no_terms(recipe, len(teachers), state.images_BHWC.dtype)
     return lax.fori_loop(0, count, body, (state, ChunkReport(blank, blank, blank)))

@@ -206,6 +206,14 @@ REFUSED = {
         {"validate__loss": "ce"}, "random_real, whose labels are soft",
         "--config.validate.controls=random_real_hard,full_real",
     ),
+    "selected with hard labels alone": (
+        {"validate__loss": "ce", "validate__controls": ("real_herding", "full_real")},
+        "real_herding, whose labels are soft", "--config.validate.controls=full_real",
+    ),
+    "selected by nobody": (
+        {"validate__controls": ("real_balanced",), "recover__scorer": "vgg11"},
+        "validate.controls names real_balanced, which asks", "it is not in squeeze.teachers",
+    ),
     "damaged": ({"dataset__damaged": "ignore"}, "dataset.damaged is 'ignore'", "skip, stop"),
     "no thread": ({"dataset__threads": 0}, "dataset.threads is 0", "must be positive"),
     "workers": ({"dataset__workers": -1}, "dataset.workers is -1", "zero or positive"),
@@ -354,6 +362,12 @@ def test_a_later_field_enters_a_fingerprint_only_where_it_means_something_new():
     assert "short_classes" not in fields
     other = dataclasses.replace(e.recover, short_classes="repeat")
     assert fingerprints.section("recover", other) == {**fields, "short_classes": "repeat"}
+    for name, value in {
+        "targets": "groups", "inject_from": "retrieved", "inject_simplicity": 0.2,
+    }.items():  # fmt: skip
+        assert name not in fields
+        other = dataclasses.replace(e.recover, **{name: value})
+        assert fingerprints.section("recover", other) == {**fields, name: value}
 
 
 def test_fields_that_change_no_bits_enter_no_fingerprint():

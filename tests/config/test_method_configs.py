@@ -40,7 +40,9 @@ def recipes_of(name: str) -> list[str]:
 
 
 def test_there_is_a_config_for_every_method():
-    assert set(METHODS) == {*synthesis.METHODS, "prism_official", "prism_selection"}
+    assert set(METHODS) == {
+        *synthesis.METHODS, "prism_official", "prism_plus", "prism_selection"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -209,6 +211,26 @@ STATED = {
         "recover.iterations": 2000, "recover.round_robin_restarts": True,
         "relabel.ensemble": "mean", "relabel.bn_group": 8,
     },
+    ("psm", "imagenet"): {
+        "recover.pool": ("resnet18", "densenet121", "shufflenet_v2_x1_0", "mobilenet_v2"),
+        "recover.phase_sizes": (200, 224, 200, 224), "recover.inject": 0.5,
+        "recover.targets": "groups", "recover.initialise": "real_group_hardest",
+        "relabel.ensemble": "mean", "relabel.bn_group": 8, "validate.epochs": 300,
+    },
+    ("psm", "imagenet", "ipc1"): {"recover.count_no_bn": False, "recover.targets": "groups"},
+    ("psm", "cifar10"): {
+        "recover.phase_sizes": (32, 32, 32, 32), "validate.epochs": 1000, "relabel.epochs": 1000,
+    },
+    ("psm", "tiny_imagenet", "ipc1"): {"validate.epochs": 1000},
+    ("psm", "tiny_imagenet"): {"validate.epochs": 300},
+    ("prism_plus", "cifar10"): {
+        "recover.initialise": "real_balanced", "recover.batch_size": 100,
+        "recover.iterations": 200, "recover.alpha_bn": 0.1, "relabel.ensemble": "mean",
+        "recover.logits_by": None, "recover.granularity": "per_iteration",
+    },
+    ("prism_plus", "cifar10", "ipc50"): {"recover.batch_size": 500},
+    ("prism_plus", "imagenet", "ipc50"): {"recover.batch_size": 500},
+    ("prism_plus", "imagenet", "ipc1"): {"recover.batch_size": 100},
     ("d4m", "imagenet"): {
         "generate.generator": "stable_diffusion", "generate.image_size": 512,
         "generate.view": "squashed", "generate.sampler": "pndm", "generate.steps": 50,

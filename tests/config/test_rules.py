@@ -76,6 +76,28 @@ REFUSED = {
     "against the text": ({**CLIP, "clip": -1.0}, "recover.clip is -1.0"),
     "template": ({**CLIP, "clip_template": "a photo"}, "it needs one {}"),
     "idle clip": ({**CLIP, "iterations": 0}, "nothing is optimised that it could guide"),
+    "retrieval": ({"inject_from": "retrieved"}, "nothing is injected"),
+    "one phase": (
+        {"inject_from": "retrieved", "inject": 0.5, "phase_sizes": (16,)}, "two phases or more",
+    ),
+    "simplicity": ({"inject_simplicity": 1.5}, "must be in [0, 1]"),
+    "features elsewhere": (
+        {"initialise": "real_herding", "scorer": "vgg11"}, "'vgg11'; it is not in squeeze.teachers",
+    ),
+    "retrieved elsewhere": (
+        {"inject_from": "retrieved", "inject": 0.5, "phase_sizes": (14, 16), "scorer": "vgg11"},
+        "recover.inject_from is 'retrieved', which asks", "it is not in squeeze.teachers",
+    ),
+    "groups of several slots": (
+        {"targets": "groups", "batch_size": 20, "slots_per_batch": 2}, "a batch holds 2 slots",
+    ),
+    "groups of nothing": ({"targets": "groups", "alpha_bn": 0.0}, "nothing is aligned with them"),
+    "groups of convolutions": ({"targets": "groups", "match": ("conv",)}, "names none; add bn"),
+    "nobody ranks": (
+        {"initialise": "real_group_easiest", "pool": ("convnet",), "primary": "convnet",
+         "alpha_bn": 0.0},
+        "ranks real images by the BatchNorms of recover.pool (convnet)",
+    ),
     "injection": ({"inject": 0.5}, "there is one phase"),
     "density of one": ({"densification": 1.0}, "several slots in a batch"),
     "density of few": (
@@ -126,6 +148,15 @@ ALLOWED = {
     },
     "delt": {"method": "delt", "budget": "early_late", "crop_curriculum": "cosine", **CLASS_MAJOR},
     "fadrm": {"method": "fadrm", "phase_sizes": (14, 16, 14, 16), "inject": 0.5},
+    "psm": {
+        "method": "psm", "targets": "groups", "initialise": "real_group_hardest",
+        "phase_sizes": (14, 16), "inject": 0.5,
+    },
+    "retrieved": {
+        "method": "fadrm", "phase_sizes": (14, 16), "inject": 0.5, "inject_from": "retrieved",
+        "scorer": "convnet",
+    },
+    "selected, asked of another": {"initialise": "real_balanced", "scorer": "convnet"},
     "rded": {"method": "rded", "iterations": 0, "initialise": "mosaic", "pool": ()},
     "no alignment": {"alpha_bn": 0.0, "match": ("bn",)},
     "pyramid of phases": {"method": "fadrm", "phase_sizes": (14, 16), **PYRAMID},

@@ -379,3 +379,21 @@ def test_a_value_that_is_not_finite_is_never_hidden(bad):
 
     if np.isnan(bad):
         assert hiding_norm(x) == 0
+
+
+# --- how far one image is from the running statistics -----------------------------------------
+
+
+def test_deviation_by_hand():
+    # stem: ||(3, 4)|| = 5, ||log (1, 3)|| = log 3, over sqrt 2; block: ||(2, 3, 6)|| = 7,
+    # ||log (4/4, 1/4, 0.5/4)|| = log 2 ||(0, 2, 3)||, over sqrt 3. The mean of both layers.
+    image = jax.tree.map(np.copy, BATCH)
+    image["block"]["bn"]["var"][2] = 0.5
+    found = float(statistics.deviation(layers32(image), layers32(RUNNING)))
+    stem = (5 + np.log(3)) / 2**0.5
+    block = (7 + np.log(2) * 13**0.5) / 3**0.5
+    assert found == pytest.approx((stem + block) / 2, rel=1e-5)
+    assert found != pytest.approx((5 + np.log(3) + 7 + np.log(2) * 13**0.5) / 2, rel=0.1)  # twin
+    # A variance of zero is far, and finite.
+    image["block"]["bn"]["var"][2] = 0.0
+    assert found < float(statistics.deviation(layers32(image), layers32(RUNNING))) < np.inf

@@ -50,19 +50,21 @@ def distance(a, b):
     return norm, (a - b) / norm
 
 
-def energy(variables, x, labels, *, first_multiplier=10.0) -> Energy:
-    """Cross entropy and BN alignment of one teacher."""
+def energy(variables, x, labels, *, first_multiplier=10.0, targets=None) -> Energy:
+    """Cross entropy and BN alignment of one teacher; its targets are its running statistics,
+    unless others are given."""
     params, running = variables["params"], variables["batch_stats"]
     alignment, steps = 0.0, []
     y = x
     for layer, stride in enumerate(STRIDES, 1):
         z, pull_conv = convolve(y, params[f"conv{layer}"]["kernel"], stride)
         bn, stats = params[f"bn{layer}"], running[f"bn{layer}"]
+        target = (targets or running)[f"bn{layer}"]
         count = z[..., 0].size
         mean = z.mean((0, 1, 2))
         var = ((z - mean) ** 2).mean((0, 1, 2))
-        far_mean, d_mean = distance(mean, stats["mean"])
-        far_var, d_var = distance(var, stats["var"])
+        far_mean, d_mean = distance(mean, target["mean"])
+        far_var, d_var = distance(var, target["var"])
         weight = first_multiplier if layer == 1 else 1.0
         alignment += weight * (far_mean + far_var)
         d_alignment = weight * (d_mean + 2 * (z - mean) * d_var) / count

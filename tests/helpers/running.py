@@ -8,6 +8,17 @@ import numpy as np
 from prism_jax import synthesis
 from prism_jax.core import pixels
 
+COLLECTIVES = (
+    "all-reduce", "all-gather", "all-to-all", "collective-permute", "collective-broadcast",
+    "reduce-scatter",
+)  # fmt: skip
+
+
+def collectives(program) -> list[str]:
+    """Those that a compiled program holds."""
+    text = program.as_text()
+    return [name for name in COLLECTIVES if name in text]
+
 
 def make_unit(slot: int, block: int, budget: int, labels=(0, 1, 2)) -> synthesis.UnitBatch:
     return synthesis.UnitBatch(

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from helpers.compiling import fast_programs
 from helpers.networks import COLOUR, TwoConvs, random_variables
+from scipy import ndimage
 
 from prism_jax import rng
 from prism_jax.core import pixels, views
 from prism_jax.data.pipeline import batches
 from prism_jax.data.sources import ArraySource
+from prism_jax.models import build
 from prism_jax.synthesis import measuring
 from prism_jax.teachers import describe
 
@@ -131,3 +133,112 @@ def test_devices_and_shards_change_nothing(per_image):
     # Twin: other coordinates, other views.
     other = measurer(per_image).total(found_batches, group=1)
     assert not np.array_equal(other[1]["conv"]["conv1"]["var"], whole[1]["conv"]["conv1"]["var"])
+
+
+# --- groups: the network in training mode -----------------------------------------------------
+
+
+def train_mode_moments(images, *, running=False):
+    """Moments of both BatchNorms' inputs; the first normalises with the batch's, or as it is."""
+    params, found = VARIABLES["params"], {}
+    y = np.asarray(images, np.float64)
+    for i, stride in ((1, 1), (2, 2)):
+        padded = np.pad(y, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        reach = stride * ((y.shape[1] - 1) // stride) + 1
+        kernel = params[f"conv{i}"]["kernel"].astype(np.float64)
+        z = sum(
+            padded[:, u : u + reach : stride, v : v + reach : stride] @ kernel[u, v]
+            for u in range(3)
+            for v in range(3)
+        )
+        mean, var = z.mean((0, 1, 2)), z.var((0, 1, 2))
+        found[f"bn{i}"] = {"mean": mean, "var": var}
+        if running:
+            mean, var = (VARIABLES["batch_stats"][f"bn{i}"][name] for name in ("mean", "var"))
+        bn = params[f"bn{i}"]
+        y = np.maximum((z - mean) / np.sqrt(var + 1e-5) * bn["scale"] + bn["bias"], 0)
+    return found
+
+
+@pytest.mark.usefixtures("fast_programs")
+def test_a_group_is_measured_in_training_mode_against_numpy():
+    found_batches = read(batch_size=SIZE)[:2]
+    found = measuring.mean([measurer(False, train=True).total(found_batches, group=2)])
+    assert set(found) == {"bn"}
+    shown_batches = [seen(batch, 2, SIZE) for batch in found_batches]
+    expected, twin = (
+        jax.tree.map(
+            lambda *x: np.mean(x, 0), *(train_mode_moments(x, running=r) for x in shown_batches)
+        )
+        for r in (False, True)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), found["bn"], expected
+    )
+    assert np.abs(found["bn"]["bn2"]["mean"] - twin["bn2"]["mean"]).max() > 1e-2  # evaluation mode
+
+
+# --- every image by itself --------------------------------------------------------------------
+
+
+def reader(of, **fields):
+    teacher = describe("a", MODULE, SHAPE)
+    return measuring.Reader(of(teacher, COLOUR), VARIABLES, **fields)
+
+
+@pytest.mark.usefixtures("fast_programs")
+def test_difficulties_against_numpy():
+    found = reader(measuring.difficulty_of).read(read(shuffle=False), 0)["difficulty_N"]
+    assert found.shape == (17,) and found.dtype == np.float32
+    images = np.asarray(pixels.normalise(IMAGES, COLOUR))
+    for i in range(17):
+        told, far = train_mode_moments(images[i : i + 1], running=True), 0
+        for name, running in VARIABLES["batch_stats"].items():
+            ratio = (told[name]["var"] + 1e-6) / (running["var"].astype(np.float64) + 1e-6)
+            mean = np.linalg.norm(told[name]["mean"] - running["mean"])
+            far += (mean + np.linalg.norm(np.log(ratio))) / len(ratio) ** 0.5 / 2
+        assert found[i] == pytest.approx(far, rel=1e-3)
+    # Twin: the moments of a whole batch say nothing of an image.
+    assert found.std() > 1e-2
+
+
+def test_reading_is_the_same_on_any_devices_and_in_any_batches():
+    one = reader(measuring.difficulty_of).read(read(shuffle=False), 0)["difficulty_N"]
+    spread = reader(measuring.difficulty_of, devices=jax.devices()[:8])
+    shorter = read(shuffle=False, batch_size=3)
+    np.testing.assert_array_equal(spread.read(shorter, 0)["difficulty_N"], one)
+    assert spread._map.traces == 1
+    reversed_source = ArraySource(IMAGES[::-1], np.arange(17) % 2, num_classes=2)  # twin
+    other = batches(reversed_source, batch_size=6, epochs=1, seed=0, name="x", shuffle=False)
+    assert not np.array_equal(spread.read(other, 0)["difficulty_N"], one)
+
+
+@pytest.mark.usefixtures("fast_programs")
+def test_features_are_what_the_head_reads_and_probabilities_of_the_class():
+    module = build("convnet_d1_bn", 5, width=0.125)
+    variables = random_variables(module, SHAPE, 1)
+    of = measuring.features_of(describe("b", module, SHAPE), COLOUR)
+    found = measuring.Reader(of, variables).read(read(shuffle=False), 3)
+    images = pixels.normalise(IMAGES, COLOUR)
+    logits = np.asarray(jax.jit(module.apply)(variables, images), np.float64)
+    head = next(v for v in variables["params"].values() if np.ndim(v.get("kernel")) == 2)
+    by_head = found["embedding_ND"] @ head["kernel"] + head["bias"]
+    np.testing.assert_allclose(by_head, logits, rtol=1e-3, atol=1e-3)
+    expected = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    np.testing.assert_allclose(found["log_probability_N"], expected[:, 3], rtol=1e-3, atol=1e-4)
+    assert np.abs(found["log_probability_N"] - expected[:, 2]).max() > 1e-2  # twin
+
+
+def test_complexity_against_scipy():
+    images = RANDOM.integers(0, 256, (3, 12, 9, 3), np.uint8)
+    images[1] = 77  # flat
+    images[2] = np.arange(9, dtype=np.uint8)[:, None] * 20  # a slope has one gradient, but at ends
+    found = np.asarray(measuring.complexity(images))
+    for image, value in zip(images, found, strict=True):
+        grey = image.astype(np.float64).mean(-1) / 255
+        smooth = ndimage.gaussian_filter(grey, 1.0)
+        down, across = np.gradient(smooth)
+        assert value == pytest.approx((down**2 + across**2).var(), rel=1e-3, abs=1e-12)
+    assert found[1] < 1e-10 < found[2] < found[0]
+    rough = np.stack(np.gradient(images[0].astype(np.float64).mean(-1) / 255))
+    assert (rough**2).sum(0).var() > 2 * found[0]  # twin: not smoothed

@@ -14,6 +14,7 @@ from prism_jax.core import pixels
 from prism_jax.data.sources import ArraySource
 from prism_jax.errors import UserError
 from prism_jax.synthesis import start as initialise
+from prism_jax.synthesis.selection import Features, difficulty_groups
 from prism_jax.synthesis.start import INITIALISERS, Box, Patches, Start
 from prism_jax.teachers import describe
 
@@ -39,8 +40,21 @@ def brightness(images_uint8_BHWC, cls):
     return images_uint8_BHWC[..., cls].mean((1, 2))
 
 
+def features(cls) -> Features:
+    """Of the images of a class: their pixels, and how bright they are."""
+    images = np.stack([SOURCE.image(i) for i in np.flatnonzero(SOURCE.labels_N == cls)])
+    pixels_ND = images.reshape(len(images), -1).astype(np.float32)
+    return Features(pixels_ND, brightness(images, cls), pixels_ND.var(1))
+
+
+def groups(cls, count=IPC) -> list[np.ndarray]:
+    """Bright images are easy."""
+    return difficulty_groups(-features(cls).log_probability_N[None], count)
+
+
 def start(**fields) -> Start:
-    fields = {"ipc": IPC, "scorer": brightness, **fields}
+    given = {"ipc": IPC, "scorer": brightness, "features": features, **fields}
+    fields = {"groups": lambda cls: groups(cls, given["ipc"]), **given}
     return Start(SOURCE, COLOUR, (SIZE, SIZE, 3), 7, **fields)
 
 
@@ -79,6 +93,20 @@ def test_squashed_shows_the_whole_image_and_cropped_its_middle():
         uint8(INITIALISERS["real"](start(), cls, slot))[0], SOURCE.image(at)
     )
     assert not np.array_equal(squashed, SOURCE.image(at))
+
+
+def test_selected_images_are_those_of_their_class_by_rank():
+    found = uint8(INITIALISERS["real_confident"](start(), *ALL))
+    for cls in range(CLASSES):
+        images = [SOURCE.image(i) for i in np.flatnonzero(SOURCE.labels_N == cls)]
+        ranked = sorted(images, key=lambda image, c=cls: -image[..., c].mean())
+        np.testing.assert_array_equal(found[ALL[0] == cls], ranked[:IPC])
+        for name, end in (("real_group_easiest", 0), ("real_group_hardest", 5)):
+            of_groups = uint8(INITIALISERS[name](start(), *ALL))
+            np.testing.assert_array_equal(of_groups[ALL[0] == cls], ranked[end::6])  # 4 of 6
+    # Twin: the features of another class choose other images.
+    other = start(features=lambda cls: features((cls + 1) % CLASSES))
+    assert not np.array_equal(uint8(INITIALISERS["real_confident"](other, *ALL)), found)
 
 
 def test_median_images_come_from_the_middle_outwards():
@@ -199,8 +227,9 @@ def test_boxes_are_squares_inside_with_a_uniform_area():
 def test_too_few_images_are_said_with_the_way_out():
     with pytest.raises(UserError, match="2 x 2 patches at recover.ipc=7 need 28 images"):
         INITIALISERS["mosaic"](start(ipc=7), *ALL)
-    with pytest.raises(UserError, match="25 training images of every class are asked for"):
-        INITIALISERS["real_median"](start(ipc=25), *ALL)
+    for name in ("real_median", "real_herding", "real_group_hardest"):
+        with pytest.raises(UserError, match="25 training images of every class are asked for"):
+            INITIALISERS[name](start(ipc=25), *ALL)
 
 
 # --- the scorer -------------------------------------------------------------------------------
@@ -210,7 +239,7 @@ def test_too_few_images_are_said_with_the_way_out():
 def test_a_short_class_begins_again_where_that_is_asked_for(name):
     ipc = 2 * PER_CLASS
     patches = Patches(factor=2, images=PER_CLASS, crops=1)
-    given = start(ipc=ipc, patches=patches, scorer=brightness, repeat=True, flip=False)
+    given = start(ipc=ipc, patches=patches, repeat=True, flip=False)
     slots = np.arange(ipc)
     images = INITIALISERS[name](given, np.ones(ipc, np.int32), slots)
     assert len(images) == ipc

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from prism_jax.config.generation import CLIP_FOLDER
 from prism_jax.config.layout import Layout, batch_layout
 from prism_jax.config.rules.common import not_negative, one_of, positive, share
-from prism_jax.config.sections import Experiment
+from prism_jax.config.sections import SELECTED_CONTROLS, Experiment
 from prism_jax.core import priors, schedules
 from prism_jax.data.sets.floats import MEAN, STD, WHITENING, WHITENINGS
 from prism_jax.errors import UserError
 from prism_jax.models import ARCHITECTURES
 from prism_jax.synthesis import KINDS, METHODS, PARAMETRISATIONS, sampling
-from prism_jax.synthesis.start import INITIALISERS, SCORING, Patches, needed_images
+from prism_jax.synthesis.selection import GROUPED
+from prism_jax.synthesis.start import ASKING, INITIALISERS, Patches, needed_images
 
 # The allowed values of fields that name a row of a table.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -49,6 +50,7 @@ def violations(e: Experiment) -> Iterator[str]:
     if e.recover.method in METHODS:
         yield from _supervision(e)
         yield from _statistics(e)
+        yield from _groups(e, layout)
         yield from _course(e, layout)
         yield from _terms(e, layout)
         yield from _optimised(e)
@@ -71,7 +73,10 @@ def _numbers(e: Experiment) -> Iterator[str]:
     )  # fmt: skip
     yield from share(e, "recover", "crop_min", low="(")
     yield from share(e, "recover", "ema", "drop", high=")")
-    yield from share(e, "recover", "class_share", "inject", "crop_milestone", "subset_probability")
+    yield from share(
+        e, "recover", "class_share", "inject", "inject_simplicity", "crop_milestone",
+        "subset_probability",
+    )  # fmt: skip
     for i, beta in enumerate(r.betas):
         if not 0 <= beta < 1:
             yield f"recover.betas[{i}] is {beta}; it must be in [0, 1)"
@@ -159,6 +164,36 @@ def _statistics(e: Experiment) -> Iterator[str]:
                 )
 
 
+def _groups(e: Experiment, layout: Layout | None) -> Iterator[str]:
+    """Groups of difficulty: who ranks the images, and what a slot of its own needs."""
+    r = e.recover
+    start = f"recover.initialise is {r.initialise!r}" if r.initialise in GROUPED else ""
+    targets = "recover.targets is 'groups'" if r.targets == "groups" else ""
+    if not (start or targets):
+        return
+    rows = [ARCHITECTURES.get(e.network(name).architecture) for name in r.pool]
+    if not any(row is None or row.batch_norms for row in rows):
+        yield (
+            f"{start or targets}, which ranks real images by the BatchNorms of recover.pool "
+            f"({', '.join(r.pool) or 'empty'}); put a network that has some into it"
+        )
+    if targets and "bn" not in r.match:
+        yield (
+            f"{targets}, which are those of BatchNorms, and recover.match ({', '.join(r.match)}) "
+            f"names none; add bn, or set recover.targets='running'"
+        )
+    if targets and not (r.alpha_bn and r.iterations):
+        yield (
+            f"{targets}, and nothing is aligned with them (recover.alpha_bn={r.alpha_bn}, "
+            f"recover.iterations={r.iterations}); set recover.targets='running'"
+        )
+    if targets and layout is not None and layout.slots != 1:
+        yield (
+            f"{targets}, one for each slot, and a batch holds {layout.slots} slots; set "
+            f"recover.slots_per_batch=1"
+        )
+
+
 def _course(e: Experiment, layout: Layout | None) -> Iterator[str]:
     """Views, and phases of other sizes or of more and more images."""
     r = e.recover
@@ -192,6 +227,11 @@ def _course(e: Experiment, layout: Layout | None) -> Iterator[str]:
             yield "recover.match names patches, whose number changes with recover.phase_sizes"
     elif r.inject:
         yield f"recover.inject is {r.inject}, but without recover.phase_sizes there is one phase"
+    if r.inject_from == "retrieved" and not (r.inject and len(r.phase_sizes) > 1 and r.iterations):
+        yield (
+            "recover.inject_from is 'retrieved', but nothing is injected; set recover.inject above "
+            "0 and recover.phase_sizes to two phases or more, or leave it at 'start'"
+        )
 
 
 def _terms(e: Experiment, layout: Layout | None) -> Iterator[str]:
@@ -294,18 +334,28 @@ def _clip(e: Experiment) -> Iterator[str]:
             f"squeeze.teachers names {CLIP_FOLDER!r}, which is the name of CLIP's own folder; give "
             f"the teacher another one"
         )
+def _asked_for(e: Experiment) -> Iterator[str]:
+    """What one teacher is asked for: scores or features of real images."""
+    r = e.recover
+    if r.initialise in ASKING:
+        yield f"recover.initialise is {r.initialise!r}"
+    if r.inject_from == "retrieved":
+        yield "recover.inject_from is 'retrieved'"
+    for control in e.validate.controls:
+        if control in SELECTED_CONTROLS:
+            yield f"validate.controls names {control}"
 
 
 def _start(e: Experiment) -> Iterator[str]:
     """Initial images."""
-    r = e.recover
-    if r.initialise in SCORING and (r.scorer or r.primary) not in e.squeeze.teachers:
+    r, asking = e.recover, list(_asked_for(e))
+    if asking and (r.scorer or r.primary) not in e.squeeze.teachers:
         yield (
-            f"recover.initialise is {r.initialise!r}, which asks recover.scorer (unset: the "
-            f"primary), {r.scorer or r.primary!r}; it is not in squeeze.teachers "
+            f"{asking[0]}, which asks recover.scorer (unset: the primary), "
+            f"{r.scorer or r.primary!r}; it is not in squeeze.teachers "
             f"({', '.join(e.squeeze.teachers)})"
         )
-    if r.scorer and r.initialise not in SCORING:
+    if r.scorer and not asking:
         yield (
             f"recover.scorer is {r.scorer!r}, but recover.initialise={r.initialise!r} asks nobody; "
             f"unset it"

@@ -7,7 +7,12 @@ from collections.abc import Iterator
 from prism_jax import training
 from prism_jax.config.layout import bn_group_of
 from prism_jax.config.rules.common import not_negative, one_of, positive, repeated
-from prism_jax.config.sections import CONTROLS, GENERATED_CONTROLS, Experiment
+from prism_jax.config.sections import (
+    CONTROLS,
+    GENERATED_CONTROLS,
+    SELECTED_CONTROLS,
+    Experiment,
+)
 from prism_jax.core import batching, losses, schedules
 from prism_jax.models import ARCHITECTURES
 
@@ -51,19 +56,20 @@ def violations(e: Experiment) -> Iterator[str]:
 
 
 def _controls(e: Experiment) -> Iterator[str]:
-    v = e.validate
+    v, known = e.validate, (*CONTROLS, *SELECTED_CONTROLS, *GENERATED_CONTROLS)
     for control in v.controls:
-        yield from one_of("validate.controls", control, (*CONTROLS, *GENERATED_CONTROLS))
+        yield from one_of("validate.controls", control, known)
         if control in GENERATED_CONTROLS and e.recover.maker != "generate":
             yield f"validate.controls names {control}, and recover.maker is not 'generate'"
         elif control in ("decoded_anchors", "medoids") and e.generate.anchors == "none":
             yield f"validate.controls names {control}, and generate.anchors is 'none'"
     for control in repeated(v.controls):
         yield f"validate.controls names {control} twice"
-    if "random_real" in v.controls and not e.soft_labels:
-        others = ",".join(c for c in v.controls if c != "random_real") or "()"
+    soft = [c for c in v.controls if c == "random_real" or c in SELECTED_CONTROLS]
+    if soft and not e.soft_labels:
+        others = ",".join(c for c in v.controls if c not in soft) or "()"
         yield (
-            "validate.controls names random_real, whose labels are soft, and with "
+            f"validate.controls names {', '.join(soft)}, whose labels are soft, and with "
             f"validate.loss='ce' no set has such; leave it out: --config.validate.controls={others}"
         )
 

@@ -23,7 +23,7 @@ from prism_jax.errors import UserError
 from prism_jax.stages import guiding, statistics
 from prism_jax.stages.context import Context
 from prism_jax.stages.makers.made import Made, record_path
-from prism_jax.stages.makers.start import initial_images
+from prism_jax.stages.makers.start import initial_images, retrieved_images
 from prism_jax.synthesis import course
 from prism_jax.synthesis.course import Phase
 from prism_jax.teachers import TeacherPool
@@ -113,7 +113,7 @@ def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Ma
                     bar.advance(lane.done)
             for at, lane in enumerate(lanes):
                 if lane is not None:
-                    _enter_phase(engine, recipe, lane, at)
+                    _enter_phase(context, engine, recipe, lane, at)
             counts = [_count(lane, config.recover.steps_per_dispatch) for lane in lanes]
             began = time.monotonic()
             results = jax.block_until_ready(_dispatch(context, engine, lanes, counts))
@@ -216,13 +216,15 @@ def _iterations_before(context: Context, unit: Unit) -> int:
     return sum(unit_budget(context.config, other) for other in before)
 
 
-def _enter_phase(engine, recipe, lane: Lane, at: int) -> None:
+def _enter_phase(context: Context, engine, recipe, lane: Lane, at: int) -> None:
     """Give a lane's images the shape of the phase that its next iteration is in."""
     while lane.done >= lane.phases[lane.phase].stop and lane.phase + 1 < len(lane.phases):
         lane.phase += 1
-        state = course.enter(
-            recipe, lane.phases[lane.phase], engine.fetch(lane.state), lane.start_BHWC
-        )
+        state, injected_BHWC = engine.fetch(lane.state), lane.start_BHWC
+        if context.config.recover.inject_from == "retrieved":
+            classes, _ = members(context.config, lane.unit)
+            injected_BHWC = retrieved_images(context, classes, state.images_BHWC)
+        state = course.enter(recipe, lane.phases[lane.phase], state, injected_BHWC)
         lane.state = engine.place(jax.device_get(state), at)
 
 
