@@ -128,6 +128,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.recover.steps_per_dispatch = 50
     c.recover.dtype = "float32"
     c.recover.checkpoint_seconds = 60.0
+    c.recover.keep_at = ()  # iterations after which a class's first image is kept, to be looked at
 
     # Images from a denoiser; D4M's values, but for its networks.
     c.generate = ConfigDict()

@@ -173,6 +173,7 @@ class Recover:
     steps_per_dispatch: int
     dtype: Dtype
     checkpoint_seconds: float
+    keep_at: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)

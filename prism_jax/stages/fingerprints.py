@@ -27,7 +27,7 @@ from prism_jax.synthesis.start import SCORING
 NEUTRAL = {
     "recover": (
         *("initialise_from", "initialise_classes", "initialise_mean", "initialise_std"),
-        *("initialise_whitening", "steps_per_dispatch", "checkpoint_seconds"),
+        *("initialise_whitening", "steps_per_dispatch", "checkpoint_seconds", "keep_at"),
     ),
     "relabel": ("mode", "labels_from"),
     "validate": ("students", "seeds", "controls", "checkpoint_seconds"),

@@ -4,6 +4,7 @@ recover/images/<class>/<slot>.png   what everything after reads
 recover/units/<unit>.json           written last: this unit is done
 recover/checkpoints/<unit>/         Orbax: images, optimiser, step of a unit in flight
 recover/metrics.jsonl               loss terms per teacher
+recover/kept/<iteration>/           images as they were then, where recover.keep_at asks
 recover/manifest.json               written when every unit is done
 """
 

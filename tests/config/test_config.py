@@ -363,5 +363,6 @@ def test_fields_that_change_no_bits_enter_no_fingerprint():
         return fingerprints.section("recover", dataclasses.replace(e.recover, **recover))
 
     assert fields(steps_per_dispatch=1, checkpoint_seconds=1.0, initialise_from="x") == fields()
+    assert fields(keep_at=(1, 2)) == fields()
     for other in ({"iterations": 1}, {"pool": ("resnet18",)}, {"granularity": "per_batch"}):
         assert fields(**other) != fields()
