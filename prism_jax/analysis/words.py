@@ -13,6 +13,7 @@ ROW_LABELS = {
     SYNTHETIC: "synthetic",
     "random_real": "random real, soft labels",
     "random_real_hard": "random real, hard labels",
+    "synthetic_hard": "synthetic, hard labels",
     "medoids": "real images nearest to the anchors",
     "decoded_anchors": "anchors, decoded",
     "no_anchors": "generated without anchors",

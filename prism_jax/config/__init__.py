@@ -16,10 +16,11 @@ from prism_jax.config.layout import (
     unit_budget,
     units,
 )
-from prism_jax.config.resolve import KINDS, resolve
+from prism_jax.config.resolve import KINDS, resolve, restore
 from prism_jax.config.sections import (
     CONTROLS,
     GENERATED_CONTROLS,
+    HARD_CONTROL,
     STAGES,
     Analyse,
     Dataset,
@@ -38,6 +39,7 @@ from prism_jax.config.sections import (
 __all__ = [
     "CONTROLS",
     "GENERATED_CONTROLS",
+    "HARD_CONTROL",
     "KINDS",
     "STAGES",
     "Analyse",
@@ -57,6 +59,7 @@ __all__ = [
     "budget_of",
     "members",
     "resolve",
+    "restore",
     "to_dict",
     "unit_budget",
     "units",

@@ -13,6 +13,8 @@ Path = NewType("Path", str)  # a field in which ``~`` is the home directory
 
 STAGES = ("squeeze", "recover", "relabel", "validate", "analyse")
 CONTROLS = ("random_real", "random_real_hard", "full_real")
+# The synthetic images with their hard labels: what is left of a set without a teacher's answers.
+HARD_CONTROL = "synthetic_hard"
 # Those of generated images: anchors as they are, the real images nearest to them, images of none.
 GENERATED_CONTROLS = ("decoded_anchors", "medoids", "no_anchors")
 

@@ -158,6 +158,10 @@ REFUSED = {
         {"relabel__labels_from": "labels", "validate__loss": "ce", "validate__controls": ()},
         "relabel.labels_from is labels", "read no soft labels",
     ),
+    "a control of what is": (
+        {"validate__loss": "ce", "validate__controls": ("synthetic_hard",)},
+        "validate.controls names synthetic_hard", "itself has hard labels",
+    ),
     "labels of no set": ({"relabel__labels_from": "set"}, "initialise=folder", "relabel.mix=none"),
     "no pool": ({"recover__pool": ()}, "recover.pool is empty", "at least one network"),
     "parts": ({"validate__accumulate": 3}, "validate.batch_size 50", "validate.accumulate=3"),

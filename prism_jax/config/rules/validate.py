@@ -7,7 +7,12 @@ from collections.abc import Iterator
 from prism_jax import training
 from prism_jax.config.layout import bn_group_of
 from prism_jax.config.rules.common import not_negative, one_of, positive, repeated
-from prism_jax.config.sections import CONTROLS, GENERATED_CONTROLS, Experiment
+from prism_jax.config.sections import (
+    CONTROLS,
+    GENERATED_CONTROLS,
+    HARD_CONTROL,
+    Experiment,
+)
 from prism_jax.core import batching, losses, schedules
 from prism_jax.models import ARCHITECTURES
 
@@ -53,13 +58,19 @@ def violations(e: Experiment) -> Iterator[str]:
 def _controls(e: Experiment) -> Iterator[str]:
     v = e.validate
     for control in v.controls:
-        yield from one_of("validate.controls", control, (*CONTROLS, *GENERATED_CONTROLS))
+        known = (*CONTROLS, HARD_CONTROL, *GENERATED_CONTROLS)
+        yield from one_of("validate.controls", control, known)
         if control in GENERATED_CONTROLS and e.recover.maker != "generate":
             yield f"validate.controls names {control}, and recover.maker is not 'generate'"
         elif control in ("decoded_anchors", "medoids") and e.generate.anchors == "none":
             yield f"validate.controls names {control}, and generate.anchors is 'none'"
     for control in repeated(v.controls):
         yield f"validate.controls names {control} twice"
+    if HARD_CONTROL in v.controls and not e.soft_labels:
+        yield (
+            f"validate.controls names {HARD_CONTROL}, and with validate.loss='ce' the synthetic "
+            f"set itself has hard labels; leave it out"
+        )
     if "random_real" in v.controls and not e.soft_labels:
         others = ",".join(c for c in v.controls if c != "random_real") or "()"
         yield (
