@@ -149,9 +149,9 @@ def confusions(shares: Mapping[str, np.ndarray], class_names: Sequence[str]) -> 
                     )  # fmt: skip
     for axes in panels.flat[len(shares) :]:
         axes.remove()
-    figure.colorbar(
-        drawn, ax=panels, format=PercentFormatter(1.0, decimals=0), shrink=0.7, pad=0.02
-    )
+    axes = list(panels.flat[: len(shares)])
+    form = PercentFormatter(1.0, decimals=0)
+    figure.colorbar(drawn, ax=axes, format=form, shrink=0.7, pad=0.02)
     return figure
 
 
