@@ -7,7 +7,7 @@ references are grey. They return PNG bytes, or any format by ``figures.in_forms`
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -40,7 +40,7 @@ def plane(real: Points, sets: Mapping[str, Points], class_names: Mapping[int, st
       real: drawn small in every panel.
       sets: by name; of the classes that ``class_names`` names, which are at most twenty.
     """
-    columns = min(2, len(sets))
+    columns = len(sets) if len(sets) <= 3 else 2
     rows = -(-len(sets) // columns)
     figure = Figure(figsize=(5.4 * columns, 5.0 * rows + 0.5), dpi=150, layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
@@ -96,7 +96,8 @@ def by_class(
     order_K = np.arange(classes)
     if not named:
         order_K = np.argsort(next(iter(panels.values()))[order_by], kind="stable")
-    figure = Figure(figsize=(5.4 * len(panels), 4.4), dpi=150, layout="constrained")
+    width = 5.4 * len(panels) if len(panels) > 1 else 8.0
+    figure = Figure(figsize=(width, 4.4), dpi=150, layout="constrained")
     for axes, (title, sets) in zip(figure.subplots(1, len(panels), squeeze=False)[0],
                                    panels.items(), strict=True):  # fmt: skip
         for name, values_K in sets.items():
@@ -116,7 +117,7 @@ def by_class(
         else:
             axes.set_xlabel(f"classes, by {order_by}")
     handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)))
     return figure
 
 
@@ -128,7 +129,7 @@ def confusions(shares: Mapping[str, np.ndarray], class_names: Sequence[str]) -> 
       shares: (K, K) by name: the share of a class' (row's) images that is taken for a class.
       class_names: (K,); written where there are at most ``NAMED``.
     """
-    columns = min(2, len(shares))
+    columns = len(shares) if len(shares) <= 3 else 2
     rows = -(-len(shares) // columns)
     figure = Figure(figsize=(5.4 * columns, 4.9 * rows), dpi=150, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
@@ -168,7 +169,8 @@ def reliabilities(
     On the diagonal probabilities mean what they say; below it they promise too much. A dot's area
     is the share of the predictions in its bin.
     """
-    styles = _styles(dict.fromkeys(n for of in students.values() for n in of), references)
+    names = dict.fromkeys(n for of in students.values() for n in of)
+    styles = _styles(sorted(names, key=lambda name: name in references), references)
     columns = min(3, len(students))
     rows = -(-len(students) // columns)
     figure = Figure(
@@ -200,7 +202,7 @@ def _percent(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
-def _styles(names: Mapping[str, Any], references: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _styles(names: Iterable[str], references: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Colour and marker of every set: runs in colour, references grey and thin."""
     colours, greys = itertools.cycle(COLOURS), itertools.cycle(REFERENCES)
     markers, found = itertools.cycle(MARKERS), {}

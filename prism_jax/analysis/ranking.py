@@ -1,8 +1,8 @@
 """DD-Ranking's scores (arXiv 2505.13300): accuracies less what labels and views alone give.
 
 All accuracies are fractions. The released package (version 0.2) puts per cents into the same
-formula; at the differences that methods have its scores end at the formula's lower bound, so both
-are given and only the first tells methods apart.
+formula: losses end at its lower bound, however large they are, and gains leave the scale. Both are
+given; only the first tells methods apart.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ LOWEST, HIGHEST = math.exp(-1), math.e
 
 
 class Score(NamedTuple):
-    """A score between -1 / (e^2 - 1), about -0.157, and 1.
+    """A score.
 
     Attributes:
-      value: of accuracies as fractions.
-      as_released: of the same in per cent, as the released package has them.
+      value: of accuracies as fractions, between 0 and 1.
+      as_released: of the same in per cent, as the released package has them: from -0.157 up.
     """
 
     value: float

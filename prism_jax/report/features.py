@@ -17,6 +17,7 @@ from prism_jax.report.measures import Real, Surroundings
 
 IN_PLANE = 10  # classes of the plane
 REAL_IN_PLANE = 200  # real images of each of them
+RANDOM = "random real images"
 
 
 class Measured(NamedTuple):
@@ -35,6 +36,7 @@ class Measured(NamedTuple):
 
 
 def lead(g: Gathered, network: str) -> str:
+    """How to read what follows."""
     return (
         f"Measured in the penultimate features of {network}, a network of {g.first.name}; real "
         f"images are those of the training split, unless it says test. Sets of few images are far "
@@ -56,15 +58,15 @@ def surroundings(
         numbers = around.measure(images, labels_N, made_ND)
         sets[name] = Measured(labels_N, made_ND, numbers, is_reference)
 
-    for run in g.runs:
+    for run in g.distinct:
         measure(run.name, run.images, run.labels_N, False)
     starts = starts_of(g)
     for run in starts:
         name = "initial images" if len(starts) == 1 else f"initial images of {run.name}"
         measure(name, run.initial, run.labels_N, True)
-    drawn = {run.manifest["ipc"]: run for run in reversed(g.runs)}
+    drawn = {run.manifest["ipc"]: run for run in reversed(g.distinct)}
     for ipc, run in sorted(drawn.items()):
-        name = "random real images" if len(drawn) == 1 else f"random real images, IPC {ipc}"
+        name = RANDOM if len(drawn) == 1 else f"{RANDOM}, IPC {ipc}"
         try:
             measure(name, run.random_real, run.labels_N, True)
         except UserError as error:
@@ -75,7 +77,7 @@ def surroundings(
 
 def cosines(g: Gathered, network: str, sets: Mapping[str, Measured]) -> Picture:
     """PRISM's figure 4: mean and variance of the pairs of every class."""
-    drawn = {name: of.numbers.cosines for name, of in sets.items() if name != "random real images"}
+    drawn = {name: of.numbers.cosines for name, of in sets.items() if not name.startswith(RANDOM)}
     panels = {
         "mean cosine": {name: found.mean_K for name, found in drawn.items()},
         "variance of the cosine": {name: found.variance_K for name, found in drawn.items()},
@@ -112,7 +114,7 @@ def plane(g: Gathered, network: str, around: Surroundings, sets: Mapping[str, Me
     labels_N, real_ND = around.train.labels_N[within], around.train_ND[within]
     at = measures.evenly(labels_N, most=REAL_IN_PLANE * len(classes), seed=g.options.seed)
     parts = [(labels_N[at], real_ND[at])]
-    for run in g.runs:
+    for run in g.distinct:
         of = sets[run.name]
         mine = np.isin(of.labels_N, classes)
         parts.append((of.labels_N[mine], of.features_ND[mine]))
@@ -127,7 +129,7 @@ def plane(g: Gathered, network: str, around: Surroundings, sets: Mapping[str, Me
     stops = np.cumsum([len(part) for part, _ in parts])
     each = np.split(points_N2, stops[:-1])
     found = [charts.Points(p, part) for p, (part, _) in zip(each, parts, strict=True)]
-    by_run = dict(zip([run.name for run in g.runs], found[1:], strict=True))
+    by_run = dict(zip([run.name for run in g.distinct], found[1:], strict=True))
     return Picture(
         "umap", "UMAP",
         f"Real training images (small) and results (large) in one embedding of the features of "

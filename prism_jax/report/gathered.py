@@ -49,6 +49,14 @@ class Gathered:
     def first(self) -> Run:
         return self.runs[0]
 
+    @property
+    def distinct(self) -> list[Run]:
+        """The runs with images that no earlier one has."""
+        found: dict[str, Run] = {}
+        for run in self.runs:
+            found.setdefault(run.manifest["digest"], run)
+        return list(found.values())
+
 
 def class_names(run: Run) -> list[str]:
     """What people call the classes, as far as it is known."""
@@ -90,7 +98,7 @@ def chosen(g: Gathered, most: int) -> list[int]:
 def starts_of(g: Gathered) -> list[Run]:
     """The runs with initial images that no earlier run has; what has none is a note."""
     found: dict[str, Run] = {}
-    for run in g.runs:
+    for run in g.distinct:
         try:
             found.setdefault(run.start, run)
         except UserError as error:

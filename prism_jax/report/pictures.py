@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from prism_jax.analysis import figures
 from prism_jax.analysis.page import Picture
 from prism_jax.data import image_set
@@ -16,7 +18,7 @@ STRIPS = 5  # classes of a strip
 def grid(g: Gathered) -> Picture:
     """Initial images beside every run's results."""
     classes, columns = chosen(g, ROWS), _columns(g)
-    slots = min(run.manifest["ipc"] for run in g.runs)
+    slots = min(run.manifest["ipc"] for run in g.distinct)
     slots = max(1, min(slots, WIDE // len(columns)))
     rows = [
         figures.Strip(
@@ -37,7 +39,7 @@ def grid(g: Gathered) -> Picture:
 def _columns(g: Gathered) -> list[tuple[str, Images, int]]:
     """Initial images and results of all runs; images that several began with stand once."""
     found, starts = [], starts_of(g)
-    for run in g.runs:
+    for run in g.distinct:
         if run in starts:
             name = "the initial image" if len(starts) == 1 else f"the initial image of {run.name}"
             found.append((name, run.initial, run.manifest["ipc"]))
@@ -48,7 +50,7 @@ def _columns(g: Gathered) -> list[tuple[str, Images, int]]:
 def strips(g: Gathered) -> list[Picture]:
     """How images came about, of the runs that kept them."""
     classes, found = chosen(g, STRIPS), []
-    for number, run in enumerate(g.runs):
+    for number, run in enumerate(g.distinct):
         if not (kept := run.kept()):
             continue
         ipc, begun = run.manifest["ipc"], starts_of(Gathered([run], g.options, g.names_K, g.notes))
@@ -56,8 +58,10 @@ def strips(g: Gathered) -> list[Picture]:
         rows = []
         for k in classes:
             paths = [image_set.image_path(folder, k, 0) for folder in kept.values()]
-            between = [image_set.read_image(path) for path in paths if path.exists()]
-            images = [*(run.initial[k * ipc] for run in begun), *between, run.images[k * ipc]]
+            last = run.images[k * ipc]
+            blank = np.full_like(last, 255)  # where a class had fewer iterations
+            between = [image_set.read_image(p) if p.exists() else blank for p in paths]
+            images = [*(run.initial[k * ipc] for run in begun), *between, last]
             rows.append(figures.Strip(g.names_K[k], [images]))
         found.append(Picture(
             f"evolution_{number}", f"On the way: {run.name}",

@@ -63,6 +63,12 @@ def sections(
                     f"Of the {read.total:,} real images of the {split} split "
                     f"{len(read.labels_N):,} were looked at, as many of each class (--images)."
                 )
+    for run in runs:
+        if run not in g.distinct:
+            g.notes.append(
+                f"{run.name} has the images of an earlier run, and stands only where students or "
+                f"costs are shown."
+            )
     test = real.get("test")
     said = (
         {} if test is None else attempt("students", lambda: students.all_predictions(g, test)) or {}

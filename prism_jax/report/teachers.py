@@ -15,7 +15,7 @@ from prism_jax.report.measures import Real
 def losses(g: Gathered) -> list[Picture]:
     """Loss terms per teacher over the iterations."""
     found = []
-    for number, run in enumerate(g.runs):
+    for number, run in enumerate(g.distinct):
         if not run.config.recover.iterations or not (lines := run.losses()):
             continue
         found.append(Picture(
@@ -31,7 +31,7 @@ def agreements(g: Gathered, test: Real) -> Table | None:
     names = labellers if len(labellers) > 1 else g.first.teachers()
     if len(names) < 2:
         return None
-    columns = {"real test images": test.images} | {run.name: run.images for run in g.runs}
+    columns = {"real test images": test.images} | {run.name: run.images for run in g.distinct}
     found = {
         name: agreement(list(measures.teachers_logits(g.first, names, images).values()))
         for name, images in columns.items()

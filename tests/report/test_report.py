@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
 import sys
 import tarfile
@@ -13,12 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from helpers.command import finished, reference, snapshot
+from helpers.networks import NoNorm
 from old.make_workdir import ARCHIVE
 
 from configs.digits import config as digits
 from prism_jax.config import resolve
 from prism_jax.data import image_set, workdir
-from prism_jax.models import build
 from prism_jax.report import __main__ as command
 from prism_jax.report import accuracy, costs, features, gathered, measures, pictures
 from prism_jax.report.finished import SYNTHETIC, Run, open_runs
@@ -58,18 +59,14 @@ def test_two_runs_stand_side_by_side_and_are_only_read(reference, tmp_path, monk
     command.write([str(reference), str(old)], workdir.epath.Path(to), SimpleNamespace(**FLAGS))
     assert (snapshot(reference), snapshot(old)) == before
 
-    html = to.read_text()
+    html = re.sub(r"src=\"data:[^\"]*\"", "", to.read_text())
     for words in (
-        "reference: tiny, preset prism",
-        "run: tiny",
-        "random real, hard labels",
-        "pip install &#39;prism-jax[report]&#39;",
-        "checkpoints of students are gone",
-        "recover.keep_at=(1, 10, 100)",
-        "HLR" if "HLR" in html else "synthetic_hard",
-    ):
-        assert words in html  # fmt: skip
-    assert "None" not in html and "nan" not in html.lower().replace("finance", "")
+        "reference: tiny, preset prism", "run: tiny", "random real, hard labels",
+        "pip install &#39;prism-jax[report]&#39;", "checkpoints of students are gone",
+        "recover.keep_at=(1, 10, 100)", "needs the controls random_real, ",
+    ):  # fmt: skip
+        assert words in html
+    assert not re.search(r"None|\bnan\b", html)
     for name in CHARTS:
         for form in ("png", "svg", "pdf"):
             assert (tmp_path / "out/page_figures" / f"{name}.{form}").stat().st_size > 1000
@@ -158,11 +155,8 @@ def test_real_images_are_drawn_evenly():
 
 
 def test_flop_of_a_forward_pass_by_hand():
-    module = build("convnet_d1", 3, width=0.125)  # a convolution, a norm, a pool, a head
-    found = costs._forward_flop(module, (8, 8, 1))
-    convolution = 2 * 16 * (9 * 8 * 8 - 2 * (3 * 8 + 3 * 8) + 4)  # what lies outside counts nothing
-    head = 2 * (16 * 4 * 4) * 3
-    assert convolution + head <= found <= 2 * (convolution + head)
+    found = costs._forward_flop(NoNorm(num_classes=5), (8, 8, 1))
+    assert found == 2 * 64 * 5 + 5  # products and their sums, and the bias
 
 
 def test_the_cost_of_every_stage_follows_from_its_passes(opened):
@@ -211,7 +205,7 @@ def test_scores_of_runs_by_hand():
     values = [cell.value for cell in row]
     assert values[:2] == ["views", "resnet18"]
     assert values[2:4] == pytest.approx([0.05, 0.40])
-    assert values[4:6] == pytest.approx([0.2008, -0.1565], abs=1e-4)
+    assert values[4:6] == pytest.approx([0.2006, -0.1565], abs=1e-4)
     gain = (np.exp(0.5 * 0.05 - 0.5 * 0.04) - np.exp(-1)) / (np.e - np.exp(-1))
     assert values[6] == pytest.approx(gain)
 
