@@ -133,7 +133,7 @@ def confusions(shares: Mapping[str, np.ndarray], class_names: Sequence[str]) -> 
     rows = -(-len(shares) // columns)
     figure = Figure(figsize=(5.4 * columns, 4.9 * rows), dpi=150, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
-    drawn = None
+    drawn: Any = None
     for axes, (name, share_KK) in zip(panels.flat, shares.items(), strict=False):
         drawn = axes.imshow(share_KK, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
         axes.grid(False)

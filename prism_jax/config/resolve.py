@@ -83,7 +83,7 @@ def _filled(cls: type, values: dict[str, Any], later: Mapping[str, Any]) -> dict
     """The values of a dataclass, with those that are absent."""
     found = dict(values)
     for name, hint in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             found[name] = _filled(hint, found.get(name) or {}, later.get(name, {}))
         elif name == "networks":
             each = found.get(name, {}).items()

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from prism_jax.config import Experiment, restore
+from prism_jax.config.sections import Path
 from prism_jax.data import image_set, label_store, workdir
 from prism_jax.data.checkpoints import read_newest
 from prism_jax.data.lazy import Images
@@ -191,7 +192,7 @@ def _open(root: str, name: str, data: str | None) -> Run:
     except UserError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
     if data is not None:
-        dataset = dataclasses.replace(experiment.dataset, path=data)
+        dataset = dataclasses.replace(experiment.dataset, path=Path(data))
         experiment = dataclasses.replace(experiment, dataset=dataset)
     return Run(
         name,

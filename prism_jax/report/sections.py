@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -52,10 +53,10 @@ def sections(
 
     real: dict[str, Real] = {}
     for split in ("train", "test"):
-        read = attempt(
-            f"real images ({split})",
-            lambda s=split: measures.real_images(runs[0], s, most=options.most, seed=options.seed),
+        look = functools.partial(
+            measures.real_images, runs[0], split, most=options.most, seed=options.seed
         )
+        read = attempt(f"real images ({split})", look)
         if read is not None:
             real[split] = read
             if len(read.labels_N) < read.total:
