@@ -231,7 +231,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.validate.ema_statistics = True  # of BatchNorms' running statistics too
     c.validate.dtype = "float32"
     c.validate.eval_every = 10
-    c.validate.controls = ("random_real", "random_real_hard", "full_real")
+    c.validate.controls = ("random_real", "random_real_hard", "full_real")  # synthetic_hard
     c.validate.checkpoint_seconds = 60.0
 
     c.analyse = ConfigDict()

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from prism_jax.analysis import ranking, words
 from prism_jax.analysis.page import Cell, Table, figure, word
+from prism_jax.analysis.words import SYNTHETIC
 from prism_jax.core.augment import Augment
 from prism_jax.report import costs
-from prism_jax.report.finished import SYNTHETIC, Run
+from prism_jax.report.finished import Run
 from prism_jax.report.gathered import Gathered, points, student_names, thousandths, top1_of
 from prism_jax.stages import relabel
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from prism_jax.analysis.words import SYNTHETIC
 from prism_jax.config import Experiment, restore
 from prism_jax.config.sections import Path
 from prism_jax.data import image_set, label_store, workdir
@@ -24,8 +25,6 @@ from prism_jax.stages import analyse, controls, fingerprints
 from prism_jax.stages.context import Context
 from prism_jax.stages.makers.optimise import kept_folder
 from prism_jax.types import PyTree
-
-SYNTHETIC = "synthetic"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,10 @@ from typing import Any
 
 from prism_jax.analysis import report, words
 from prism_jax.analysis.page import Section
+from prism_jax.analysis.words import SYNTHETIC
 from prism_jax.errors import UserError
 from prism_jax.report import accuracy, features, measures, pictures, students, teachers
-from prism_jax.report.finished import SYNTHETIC, Run
+from prism_jax.report.finished import Run
 from prism_jax.report.gathered import Gathered, Options, chosen, class_names, student_names
 from prism_jax.report.measures import Real
 

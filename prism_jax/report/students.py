@@ -11,8 +11,8 @@ import numpy as np
 from prism_jax.analysis import charts, figures, words
 from prism_jax.analysis.calibration import most_confused
 from prism_jax.analysis.page import Cell, Picture, Table, figure, word
+from prism_jax.analysis.words import SYNTHETIC
 from prism_jax.report import measures
-from prism_jax.report.finished import SYNTHETIC
 from prism_jax.report.gathered import Gathered, points, student_names, top1_of
 from prism_jax.report.measures import Predictions, Real
 

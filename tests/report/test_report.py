@@ -18,11 +18,12 @@ from helpers.networks import NoNorm
 from old.make_workdir import ARCHIVE
 
 from configs.digits import config as digits
+from prism_jax.analysis.words import SYNTHETIC
 from prism_jax.config import resolve
 from prism_jax.data import image_set, workdir
 from prism_jax.report import __main__ as command
 from prism_jax.report import accuracy, costs, features, gathered, measures, pictures
-from prism_jax.report.finished import SYNTHETIC, Run, open_runs
+from prism_jax.report.finished import Run, open_runs
 from prism_jax.report.gathered import Gathered, Options
 from prism_jax.stages.makers.optimise import kept_folder
 
