@@ -141,6 +141,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.recover.steps_per_dispatch = 50
     c.recover.dtype = "float32"
     c.recover.checkpoint_seconds = 60.0
+    c.recover.keep_at = ()  # iterations after which a class's first image is kept, to be looked at
 
     # Images from a denoiser; D4M's values, but for its networks.
     c.generate = ConfigDict()
@@ -248,7 +249,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.validate.ema_statistics = True  # of BatchNorms' running statistics too
     c.validate.dtype = "float32"
     c.validate.eval_every = 10
-    c.validate.controls = ("random_real", "random_real_hard", "full_real")
+    c.validate.controls = ("random_real", "random_real_hard", "full_real")  # synthetic_hard
     c.validate.checkpoint_seconds = 60.0
 
     c.analyse = ConfigDict()

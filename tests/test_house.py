@@ -28,6 +28,7 @@ LAYERS = (
     ("plan",),
     ("main", "compare"),
     ("tools",),
+    ("report",),
 )
 
 

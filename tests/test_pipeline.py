@@ -345,6 +345,16 @@ def test_students_of_hard_labels_need_no_soft_ones(tmp_path, reference):
     assert status == 0 and "no soft labels: validate.loss is ce" in out and "takes" in out, err
     assert "relabel takes" not in out
 
+    # As a control of a run with soft labels they are the same students.
+    beside = tmp_path / "beside"
+    ok(beside, f"--from={reference}", "--config.validate.controls=synthetic_hard")
+    summary = json.loads((beside / "summary.json").read_text())
+    assert summary["controls"]["synthetic_hard"]["outside"]["top1"] > 0
+    theirs = beside / "controls/synthetic_hard" / STUDENT
+    ours, controls = (results(p) for p in (root / STUDENT, theirs))
+    assert ours and ours == controls
+    assert results(beside / STUDENT) != controls
+
 
 def test_everything_that_fits_is_adopted(tmp_path, reference):
     before, root = snapshot(reference), tmp_path / "copy"

@@ -171,6 +171,34 @@ def test_lanes_in_different_phases_run_apart(whole, reference, tmp_path, monkeyp
     np.testing.assert_array_equal(images_of(again), whole("delt"))
 
 
+def test_kept_images_change_nothing_and_come_again(whole, reference, tmp_path, monkeypatch):
+    kept = ("keep_at=(3,12)", "steps_per_dispatch=5")
+    context = context_of(tmp_path / "run", "fadrm", *kept)
+    assert fingerprints.recover(context) == fingerprints.recover(context_of(tmp_path, "fadrm"))
+    prepare(context, reference)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stopping_after(4, context, patch)
+        recover.run(context)
+    context.work.lock.release()
+    root = recover.folder(context)
+    first = image_set.read_images(optimise.kept_folder(root, 3), 4, 1)[0]
+    for name in ("checkpoints", "kept"):
+        shutil.rmtree(root / name)  # every unit begins anew
+
+    again = context_of(tmp_path / "run", "fadrm", *kept)
+    recover.run(again)
+    again.work.lock.release()
+    last = images_of(again)
+    np.testing.assert_array_equal(last, whole("fadrm"))
+    np.testing.assert_array_equal(
+        image_set.read_images(optimise.kept_folder(root, 3), 4, 1)[0], first
+    )
+    np.testing.assert_array_equal(
+        image_set.read_images(optimise.kept_folder(root, 12), 4, 1)[0], last[::2]
+    )
+    assert (first != last[::2]).any()
+
+
 # --- what single methods do -------------------------------------------------------------------
 
 

@@ -1,4 +1,6 @@
-"""Figures as PNG bytes: the images beside those they began as, and the curves of a run.
+"""Figures: the images beside those they began as, and the curves of a run.
+
+They are PNG bytes, and any other format where ``in_forms`` draws them.
 
 Colours are Okabe and Ito's, which colour-blind readers tell apart; a line style says the same
 again. Nothing here keeps global state of matplotlib, and equal inputs give equal bytes.
@@ -8,10 +10,11 @@ from __future__ import annotations
 
 import collections
 import functools
+import inspect
 import io
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -32,6 +35,7 @@ SET_STYLES: dict[str, dict[str, Any]] = {
     "real_feature_medoids": {"color": "#CC79A7", "linestyle": (0, (3, 1, 1, 1))},
     "real_confident": {"color": "#56B4E9", "linestyle": (0, (3, 1, 1, 1))},
     "real_balanced": {"color": "#E69F00", "linestyle": (0, (3, 1, 1, 1))},
+    "synthetic_hard": {"color": "#0072B2", "linestyle": (0, (1.5, 1.5))},
     "medoids": {"color": "#009E73", "linestyle": (0, (5, 1.5))},
     "decoded_anchors": {"color": "#CC79A7", "linestyle": (0, (1.5, 1.5))},
     "no_anchors": {"color": "#56B4E9", "linestyle": (0, (3, 1.5))},
@@ -64,7 +68,13 @@ STYLE: dict[Any, Any] = {
     "legend.handlelength": 2.4,
     "lines.linewidth": 1.8,
     "lines.solid_capstyle": "round",
+    "svg.hashsalt": "prism_jax",  # its identifiers are random otherwise
 }
+FORMS: dict[str, dict[str, Any]] = {
+    "png": {"Software": None},
+    "svg": {"Date": None},
+    "pdf": {"CreationDate": None},
+}  # what each would say of the moment or the machine
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., bytes]:
@@ -72,13 +82,28 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., bytes]:
 
     @functools.wraps(draw)
     def to_png(*args: Any, **kwargs: Any) -> bytes:
-        with matplotlib.rc_context(matplotlib.rcParamsDefault | STYLE):
-            figure = draw(*args, **kwargs)
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", facecolor="white", metadata={"Software": None})
-        return buffer.getvalue()
+        return in_forms(draw, *args, forms=("png",), **kwargs)["png"]
 
     return to_png
+
+
+def in_forms(
+    draw: Callable[..., Any], *args: Any, forms: Sequence[str] = tuple(FORMS), **kwargs: Any
+) -> dict[str, bytes]:
+    """One drawing in several formats.
+
+    Args:
+      draw: a ``styled`` function; it is given the other arguments.
+      forms: of ``FORMS``.
+    """
+    found = {}
+    with matplotlib.rc_context(matplotlib.rcParamsDefault | STYLE):
+        figure = inspect.unwrap(draw)(*args, **kwargs)
+        for form in forms:
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=form, facecolor="white", metadata=FORMS[form])
+            found[form] = buffer.getvalue()
+    return found
 
 
 @styled
@@ -104,18 +129,51 @@ def grid(
     """
     assert initial_NHWC.shape == synthetic_NHWC.shape
     rows = [np.flatnonzero(labels_N == label)[:slots] for label in np.unique(labels_N)[:classes]]
-    pairs = max(len(row) for row in rows)
-    side = int(np.clip(1180 // (2 * pairs), 40, 96))
-    enlarge = functools.partial(_resize, side=side)
-    height, width = enlarge(initial_NHWC[0]).shape[:2]
-    names = [
-        class_names[labels_N[row[0]]] if class_names else f"class {labels_N[row[0]]}"
-        for row in rows
-    ]
+    return _mosaic(
+        [
+            Strip(
+                class_names[labels_N[row[0]]] if class_names else f"class {labels_N[row[0]]}",
+                [[initial_NHWC[image], synthetic_NHWC[image]] for image in row],
+            )
+            for row in rows
+        ],
+        heading="each pair: the initial image, then the synthetic one",
+        largest=96,
+    )
+
+
+class Strip(NamedTuple):
+    """A row of images: its name, and groups of uint8 (H, W, C) that stand close together."""
+
+    name: str
+    groups: Sequence[Sequence[np.ndarray]]
+
+
+@styled
+def strips(rows: Sequence[Strip], *, heading: str = "", columns: Sequence[str] = ()) -> Figure:
+    """Draw rows of images.
+
+    Args:
+      rows: at least one, of at least one image.
+      heading: a line above them.
+      columns: instead, a word above each image of the first group.
+    """
+    return _mosaic(rows, heading=heading, columns=columns, largest=112)
+
+
+def _mosaic(
+    rows: Sequence[Strip], *, heading: str, columns: Sequence[str] = (), largest: int
+) -> Figure:
+    """Rows of groups of images; small ones are enlarged by a whole factor, without smoothing."""
+    side = int(np.clip(1180 // max(sum(map(len, row.groups)) for row in rows), 40, largest))
+    enlarged = [[[_resize(x, side=side) for x in group] for group in row.groups] for row in rows]
+    every = [image for row in enlarged for group in row for image in group]
+    height, width = (max(image.shape[axis] for image in every) for axis in (0, 1))
 
     inner, gap, top, margin = 2, 14, 48, 20
-    left = margin + 14 + round(9.5 * max(len(name) for name in names))
-    canvas_width = max(left + pairs * (2 * width + inner + gap) - gap, left + 330) + margin
+    left = margin + 14 + round(9.5 * max(len(row.name) for row in rows))
+    wide = max(sum(len(g) * (width + inner) - inner + gap for g in row) - gap for row in enlarged)
+    canvas_width = max(left + wide, left + 330) + margin
     canvas_height = top + len(rows) * (height + gap) - gap + margin
     canvas = np.full((canvas_height, canvas_width, 3), 255, np.uint8)
     figure = Figure(figsize=(canvas_width / 100, canvas_height / 100), dpi=100)
@@ -123,15 +181,18 @@ def grid(
     def write(x: float, y: float, text: str, **style: Any) -> None:
         figure.text(x / canvas_width, 1 - y / canvas_height, text, va="center", **style)
 
-    write(left, top / 2, "each pair: the initial image, then the synthetic one", color=QUIET)
-    for index, (row, name) in enumerate(zip(rows, names, strict=True)):
+    write(left, top / 2, heading, color=QUIET)
+    for number, word in enumerate(columns):
+        write(left + number * (width + inner) + width / 2, top / 2, word, color=QUIET, ha="center")
+    for index, (row, images) in enumerate(zip(rows, enlarged, strict=True)):
         y = top + index * (height + gap)
-        write(left - 14, y + height / 2, name, ha="right")
-        for pair, image in enumerate(row):
-            x = left + pair * (2 * width + inner + gap)
-            canvas[y : y + height, x : x + width] = enlarge(initial_NHWC[image])
-            x += width + inner
-            canvas[y : y + height, x : x + width] = enlarge(synthetic_NHWC[image])
+        write(left - 14, y + height / 2, row.name, ha="right")
+        x = left
+        for group in images:
+            for image in group:
+                canvas[y : y + len(image), x : x + image.shape[1]] = image
+                x += width + inner
+            x += gap - inner
     figure.figimage(canvas, zorder=-1)
     return figure
 

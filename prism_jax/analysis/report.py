@@ -50,12 +50,7 @@ def render(
     Returns:
       HTML.
     """
-    import jinja2
-
-    template = resources.files("prism_jax.analysis").joinpath("report.html.j2").read_text("utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = templates()
     environment.filters |= {
         "accuracy": words.accuracy,
         "more": words.more,
@@ -63,7 +58,7 @@ def render(
     }
     order = [name for name in CAPTIONS if name in figures]
     order += [name for name in figures if name not in CAPTIONS]
-    return environment.from_string(template).render(
+    return environment.get_template("report.html.j2").render(
         summary=summary,
         headline=headline(summary),
         students=words.students(summary),
@@ -78,6 +73,19 @@ def render(
         sections=_sections(config),
         notes=notes,
     )
+
+
+def templates() -> Any:
+    """Jinja's environment of this package's templates; text of a run is never taken for HTML."""
+    import jinja2
+
+    def read(name: str) -> str:
+        return resources.files("prism_jax.analysis").joinpath(name).read_text("utf-8")
+
+    return jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(read),
+    )  # fmt: skip
 
 
 def headline(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -101,8 +109,17 @@ def headline(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _figure(name: str, png: bytes) -> dict[str, Any]:
     title, caption = CAPTIONS.get(name, (name, ""))
-    source = "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-    return {"title": title, "caption": caption, "source": source, "is_chart": name not in IMAGES}
+    return {
+        "title": title,
+        "caption": caption,
+        "source": inline(png),
+        "is_chart": name not in IMAGES,
+    }
+
+
+def inline(png: bytes) -> str:
+    """A picture as an address that holds it."""
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def _environment(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

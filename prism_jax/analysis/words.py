@@ -17,6 +17,7 @@ ROW_LABELS = {
     "real_feature_medoids": "real medoids in features, soft labels",
     "real_confident": "most confident real, soft labels",
     "real_balanced": "balanced real, soft labels",
+    "synthetic_hard": "synthetic, hard labels",
     "medoids": "real images nearest to the anchors",
     "decoded_anchors": "anchors, decoded",
     "no_anchors": "generated without anchors",

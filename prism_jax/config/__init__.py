@@ -16,10 +16,11 @@ from prism_jax.config.layout import (
     unit_budget,
     units,
 )
-from prism_jax.config.resolve import KINDS, resolve
+from prism_jax.config.resolve import KINDS, resolve, restore
 from prism_jax.config.sections import (
     CONTROLS,
     GENERATED_CONTROLS,
+    HARD_CONTROL,
     SELECTED_CONTROLS,
     STAGES,
     Analyse,
@@ -39,6 +40,7 @@ from prism_jax.config.sections import (
 __all__ = [
     "CONTROLS",
     "GENERATED_CONTROLS",
+    "HARD_CONTROL",
     "KINDS",
     "SELECTED_CONTROLS",
     "STAGES",
@@ -59,6 +61,7 @@ __all__ = [
     "budget_of",
     "members",
     "resolve",
+    "restore",
     "to_dict",
     "unit_budget",
     "units",

@@ -10,7 +10,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from prism_jax.config.sections import Experiment, Path
@@ -56,6 +56,51 @@ def resolve(config: Any, problems: Sequence[str] = ()) -> Experiment:
         lines = "\n".join(f"  - {problem}" for problem in found)
         raise UserError(f"{len(found)} things cannot be used:\n{lines}")
     return experiment
+
+
+def restore(values: Mapping[str, Any], later: Mapping[str, Mapping[str, Any]]) -> Experiment:
+    """The experiment of a working directory's config.json, of whichever version wrote it.
+
+    It was checked when it ran, and is only looked at now: rules are not asked again. A field that
+    its version had not is what it was without: ``later``'s value, or none.
+
+    Args:
+      values: nested dicts, with the fields of ``Experiment`` that there were.
+      later: by section ("network" for each of them) and field: what its absence means.
+
+    Raises:
+      UserError: a field that this version does not know, or of another type.
+    """
+    problems: list[str] = []
+    experiment = _build(Experiment, _filled(Experiment, dict(values), later), "", problems)
+    if problems:
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        raise UserError(f"this config.json is of another version of prism_jax:\n{lines}")
+    return experiment
+
+
+def _filled(cls: type, values: dict[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a dataclass, with those that are absent."""
+    found = dict(values)
+    for name, hint in typing.get_type_hints(cls).items():
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            found[name] = _filled(hint, found.get(name) or {}, later.get(name, {}))
+        elif name == "networks":
+            each = found.get(name, {}).items()
+            found[name] = {key: {**later.get("network", {}), **fields} for key, fields in each}
+        elif name not in found:
+            found[name] = later[name] if name in later else _nothing(hint)
+    return found
+
+
+def _nothing(hint: Any) -> Any:
+    """The value of a type that stands for not being used."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType, typing.Union) and type(None) in arguments:
+        return None
+    if origin is Literal:
+        return arguments[0]
+    return (origin or getattr(hint, "__supertype__", hint))()
 
 
 def _completed(values: dict[str, Any], problems: list[str]) -> dict[str, Any]:

@@ -15,6 +15,8 @@ STAGES = ("squeeze", "recover", "relabel", "validate", "analyse")
 CONTROLS = ("random_real", "random_real_hard", "full_real")
 # Real images chosen in a teacher's features, by the initialisers of the same names.
 SELECTED_CONTROLS = ("real_herding", "real_feature_medoids", "real_confident", "real_balanced")
+# The synthetic images with their hard labels: what is left of a set without a teacher's answers.
+HARD_CONTROL = "synthetic_hard"
 # Those of generated images: anchors as they are, the real images nearest to them, images of none.
 GENERATED_CONTROLS = ("decoded_anchors", "medoids", "no_anchors")
 
@@ -191,6 +193,7 @@ class Recover:
     steps_per_dispatch: int
     dtype: Dtype
     checkpoint_seconds: float
+    keep_at: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)

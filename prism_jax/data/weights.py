@@ -262,18 +262,30 @@ def _named(
     module = build(architecture, row.classes, width=width, depth=depth, stem=stem)
     shape = (row.image_size, row.image_size, 3)
     like = {"batch_stats": {}, **import_torch.variable_shapes(module, shape)}
-    wanted = like if averaged else [like["params"], like["batch_stats"]]
-    shapes, structure = jax.tree.flatten(wanted)
-    weights = leaves[-len(shapes) :] if averaged else leaves[1 : 1 + len(shapes)]
-    if [x.ndim for x in weights] != [x.ndim for x in shapes]:
+    variables = variables_of(leaves, averaged, like)
+    if variables is None:
         raise UserError(
             f"{path} is no checkpoint of a training of {architecture} with width {width}, depth "
             f"{depth} and stem {stem}; state what was trained"
         )
+    return import_torch.to_state_dict(variables)
+
+
+def variables_of(leaves: list[np.ndarray], averaged: bool, like: PyTree) -> PyTree | None:
+    """The network among the leaves of a TrainState; None where they are of another network.
+
+    Args:
+      leaves: of a training's checkpoint.
+      averaged: whether it keeps an average of the network, which then is the network.
+      like: "params" and "batch_stats" of such a network.
+    """
+    wanted = like if averaged else [like["params"], like["batch_stats"]]
+    shapes, structure = jax.tree.flatten(wanted)
+    weights = leaves[-len(shapes) :] if averaged else leaves[1 : 1 + len(shapes)]
+    if [x.ndim for x in weights] != [x.ndim for x in shapes]:
+        return None
     found = jax.tree.unflatten(structure, weights)
-    return import_torch.to_state_dict(
-        found if averaged else {"params": found[0], "batch_stats": found[1]}
-    )
+    return found if averaged else {"params": found[0], "batch_stats": found[1]}
 
 
 def _read_orbax(folder: epath.Path) -> Found:

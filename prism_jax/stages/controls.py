@@ -4,6 +4,7 @@ controls/random_real/        as many random real images, labelled as the synthet
 controls/random_real_hard/   the same images with their hard labels
 controls/full_real/          the whole training set with its hard labels
 controls/real_*/             as many real images chosen in a teacher's features, with soft labels
+controls/synthetic_hard/     the synthetic images with their hard labels
 controls/decoded_anchors/, medoids/, no_anchors/    of generated images; see stages/anchoring.py
 """
 
@@ -15,16 +16,16 @@ from typing import Any
 import numpy as np
 
 from prism_jax import parallel
-from prism_jax.config import GENERATED_CONTROLS, SELECTED_CONTROLS
+from prism_jax.config import GENERATED_CONTROLS, HARD_CONTROL, SELECTED_CONTROLS
 from prism_jax.data import image_set
 from prism_jax.data.lazy import Images, chunks
-from prism_jax.stages import anchoring, fingerprints
+from prism_jax.stages import anchoring, fingerprints, recover
 from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.stages.makers.start import control_positions
 from prism_jax.synthesis.start import random_positions
 
 SOFT = {
-    **{"random_real": True, "random_real_hard": False, "full_real": False},
+    **{"random_real": True, "random_real_hard": False, "full_real": False, HARD_CONTROL: False},
     **dict.fromkeys((*SELECTED_CONTROLS, *GENERATED_CONTROLS), True),
 }
 
@@ -40,6 +41,13 @@ def labelled_set(context: Context, name: str) -> LabelledSet:
         labels = np.asarray(source.labels_N, np.int32)
         return LabelledSet(name, root, lambda: context.inputs.read(source), labels, fields, soft)
     classes, slots = _order(context)
+    if name == HARD_CONTROL:
+        made = fingerprints.recover(context)
+        weights = recover.weights(context)
+        return LabelledSet(
+            name, root, lambda: recover.synthetic_set(context).images_uint8_NHWC, classes, made,
+            soft, weights,
+        )  # fmt: skip
     if name in GENERATED_CONTROLS:
         made = fingerprints.generated_control(context, name)
         read_made = functools.partial(anchoring.control_images, context, name)

@@ -30,7 +30,7 @@ from prism_jax.synthesis.start import ASKING
 NEUTRAL = {
     "recover": (
         *("initialise_from", "initialise_classes", "initialise_mean", "initialise_std"),
-        *("initialise_whitening", "steps_per_dispatch", "checkpoint_seconds"),
+        *("initialise_whitening", "steps_per_dispatch", "checkpoint_seconds", "keep_at"),
         *("clip_directory", "clip_template"),  # what is read there has fields of its own
     ),
     "relabel": ("mode", "labels_from"),

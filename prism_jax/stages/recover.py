@@ -4,6 +4,7 @@ recover/images/<class>/<slot>.png   what everything after reads
 recover/units/<unit>.json           written last: this unit is done
 recover/checkpoints/<unit>/         Orbax: images, optimiser, step of a unit in flight
 recover/metrics.jsonl               loss terms per teacher
+recover/kept/<iteration>/           images as they were then, where recover.keep_at asks
 recover/manifest.json               written when every unit is done
 """
 
@@ -78,9 +79,16 @@ def synthetic_set(context: Context) -> LabelledSet:
     )
     fields = fingerprints.recover(context)
     soft = context.config.soft_labels
-    weights = manifest.get("weights")
-    weights = None if weights is None else np.array(weights, np.float32)
-    return LabelledSet("synthetic", context.root, lambda: images, labels, fields, soft, weights)
+    return LabelledSet(
+        "synthetic", context.root, lambda: images, labels, fields, soft, weights(context)
+    )
+
+
+def weights(context: Context) -> np.ndarray | None:
+    """How much each finished image counts, class-major; None: alike, or not finished yet."""
+    path = folder(context) / "manifest.json"
+    found = workdir.read_record(path).get("weights") if path.exists() else None
+    return None if found is None else np.array(found, np.float32)
 
 
 def run(context: Context) -> None:
@@ -129,8 +137,8 @@ def run(context: Context) -> None:
         "pool": list(config.recover.pool),
         "units": records,
     }
-    if (weights := maker.weights(context)) is not None:
-        manifest["weights"] = weights
+    if (counts := maker.weights(context)) is not None:
+        manifest["weights"] = counts
     workdir.write_record(root / "manifest.json", manifest)
 
 

@@ -80,3 +80,37 @@ def test_embeddings_are_read_in_batches_of_one_shape():
     np.testing.assert_array_equal(found, images_NHWC.reshape(7, 4) * 2)
     assert found.dtype == np.float32
     assert set(shapes) == {(3, 2, 2, 1)}
+
+
+def test_mean_and_variance_of_the_pairs_of_every_class_by_hand():
+    # Class 0: pairs at 90, 45 and 45 degrees; class 2: one pair at 180; class 3: alone; 1: empty.
+    embeddings_ND = np.array([[3.0, 0], [0, 0.5], [2.0, 2], [1.0, 0], [-7.0, 0], [5.0, 5]])
+    found = diversity.class_cosines(embeddings_ND, np.array([0, 0, 0, 2, 2, 3]), 4)
+    h = np.sqrt(0.5)
+    assert found.mean_K == pytest.approx([2 * h / 3, np.nan, -1, np.nan], nan_ok=True)
+    variance = np.var([0, h, h])
+    assert found.variance_K == pytest.approx([variance, np.nan, 0, np.nan], nan_ok=True)
+    with_itself = np.var([0, h, h, 0, h, h, 1, 1, 1])  # the twin
+    assert found.variance_K[0] != pytest.approx(with_itself, abs=1e-3)
+
+
+@pytest.mark.parametrize("images, dimensions", [(30, 5), (6, 20)])
+def test_variance_equals_that_of_the_listed_pairs(images, dimensions):
+    rng = np.random.default_rng(0)
+    embeddings_ND = rng.standard_normal((images, dimensions)).astype(np.float32) + 0.5
+    pairs = cosine_similarity(embeddings_ND)[~np.eye(images, dtype=bool)]
+    found = diversity.class_cosines(embeddings_ND, np.zeros(images, int), 1)
+    assert found.mean_K[0] == pytest.approx(pairs.mean(), abs=1e-6)
+    assert found.variance_K[0] == pytest.approx(pairs.var(), abs=1e-6)
+
+
+def test_vendi_counts_what_has_nothing_in_common():
+    basis = np.eye(4)
+    assert diversity.vendi(basis) == pytest.approx(4.0)
+    assert diversity.vendi(np.repeat(basis[:2], 3, axis=0) * 9.0) == pytest.approx(2.0)
+    assert diversity.vendi(np.ones((5, 3))) == pytest.approx(1.0)
+    # Two at an angle: eigenvalues (1 + c) / 2 and (1 - c) / 2.
+    c = 0.6
+    found = diversity.vendi(np.array([[1.0, 0.0], [c, 0.8]]))
+    assert found == pytest.approx(np.exp(-(0.8 * np.log(0.8) + 0.2 * np.log(0.2))))
+    assert found != pytest.approx(1 / (0.8**2 + 0.2**2))  # the twin: another order of entropy

@@ -158,6 +158,10 @@ REFUSED = {
         {"relabel__labels_from": "labels", "validate__loss": "ce", "validate__controls": ()},
         "relabel.labels_from is labels", "read no soft labels",
     ),
+    "a control of what is": (
+        {"validate__loss": "ce", "validate__controls": ("synthetic_hard",)},
+        "validate.controls names synthetic_hard", "itself has hard labels",
+    ),
     "labels of no set": ({"relabel__labels_from": "set"}, "initialise=folder", "relabel.mix=none"),
     "no pool": ({"recover__pool": ()}, "recover.pool is empty", "at least one network"),
     "parts": ({"validate__accumulate": 3}, "validate.batch_size 50", "validate.accumulate=3"),
@@ -377,5 +381,6 @@ def test_fields_that_change_no_bits_enter_no_fingerprint():
         return fingerprints.section("recover", dataclasses.replace(e.recover, **recover))
 
     assert fields(steps_per_dispatch=1, checkpoint_seconds=1.0, initialise_from="x") == fields()
+    assert fields(keep_at=(1, 2)) == fields()
     for other in ({"iterations": 1}, {"pool": ("resnet18",)}, {"granularity": "per_batch"}):
         assert fields(**other) != fields()

@@ -119,6 +119,8 @@ REFUSED = {
     "scorer for nothing": ({"scorer": "resnet18"}, "asks nobody"),
     "jpeg": ({"jpeg_quality": 0}, "recover.jpeg_quality is 0; it must be in [1, 95]"),
     "pad": ({"crop_pad": -1}, "recover.crop_pad is -1"),
+    "kept too late": ({"keep_at": (1, 501)}, "recover.keep_at[1] is 501", "recover.iterations=500"),
+    "kept too early": ({"keep_at": (0,)}, "recover.keep_at[0] is 0"),
     "patches": ({"patch_factor": 0}, "recover.patch_factor is 0; it must be positive"),
     "variance": ({"variance_weight": -1.0}, "recover.variance_weight is -1.0"),
 }  # fmt: skip

@@ -80,6 +80,12 @@ def _numbers(e: Experiment) -> Iterator[str]:
     for i, beta in enumerate(r.betas):
         if not 0 <= beta < 1:
             yield f"recover.betas[{i}] is {beta}; it must be in [0, 1)"
+    for i, iteration in enumerate(r.keep_at):
+        if not 1 <= iteration <= r.iterations:
+            yield (
+                f"recover.keep_at[{i}] is {iteration}; images are kept after an iteration of 1 to "
+                f"recover.iterations={r.iterations}"
+            )
     if r.jpeg_quality is not None and not 1 <= r.jpeg_quality <= 95:
         yield f"recover.jpeg_quality is {r.jpeg_quality}; it must be in [1, 95]"
 

@@ -10,6 +10,7 @@ from prism_jax.config.rules.common import not_negative, one_of, positive, repeat
 from prism_jax.config.sections import (
     CONTROLS,
     GENERATED_CONTROLS,
+    HARD_CONTROL,
     SELECTED_CONTROLS,
     Experiment,
 )
@@ -56,7 +57,7 @@ def violations(e: Experiment) -> Iterator[str]:
 
 
 def _controls(e: Experiment) -> Iterator[str]:
-    v, known = e.validate, (*CONTROLS, *SELECTED_CONTROLS, *GENERATED_CONTROLS)
+    v, known = e.validate, (*CONTROLS, HARD_CONTROL, *SELECTED_CONTROLS, *GENERATED_CONTROLS)
     for control in v.controls:
         yield from one_of("validate.controls", control, known)
         if control in GENERATED_CONTROLS and e.recover.maker != "generate":
@@ -65,6 +66,11 @@ def _controls(e: Experiment) -> Iterator[str]:
             yield f"validate.controls names {control}, and generate.anchors is 'none'"
     for control in repeated(v.controls):
         yield f"validate.controls names {control} twice"
+    if HARD_CONTROL in v.controls and not e.soft_labels:
+        yield (
+            f"validate.controls names {HARD_CONTROL}, and with validate.loss='ce' the synthetic "
+            f"set itself has hard labels; leave it out"
+        )
     soft = [c for c in v.controls if c == "random_real" or c in SELECTED_CONTROLS]
     if soft and not e.soft_labels:
         others = ",".join(c for c in v.controls if c not in soft) or "()"

@@ -15,8 +15,9 @@ import numpy as np
 from etils import epath
 
 from prism_jax import parallel, progress, synthesis
-from prism_jax.config import Experiment, batch_layout, members, unit_budget, units
-from prism_jax.data import workdir
+from prism_jax.config import Experiment, Recover, batch_layout, members, unit_budget, units
+from prism_jax.core import pixels
+from prism_jax.data import image_set, workdir
 from prism_jax.data.checkpoints import Checkpoints
 from prism_jax.data.metrics import MetricsWriter, gather, keep, own_file
 from prism_jax.errors import UserError
@@ -114,7 +115,7 @@ def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Ma
             for at, lane in enumerate(lanes):
                 if lane is not None:
                     _enter_phase(context, engine, recipe, lane, at)
-            counts = [_count(lane, config.recover.steps_per_dispatch) for lane in lanes]
+            counts = [_count(lane, config.recover) for lane in lanes]
             began = time.monotonic()
             results = jax.block_until_ready(_dispatch(context, engine, lanes, counts))
             seconds = (time.monotonic() - began) / sum(map(bool, lanes))
@@ -132,6 +133,8 @@ def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Ma
                         lane.start_terms = terms(report.first, pool.names)
                         warned = warned or _warn(context, report.first, pool.names)
                     bar.advance(count, loss=float(report.last.loss))
+                if lane.done in config.recover.keep_at:  # before the checkpoint that skips it
+                    _keep(context, root, engine, lane)
                 if lane.done >= lane.budget:
                     writer.flush()
                     yield _finished(context, engine, recipe, pool, lane, report)
@@ -266,15 +269,34 @@ def _dispatch(context: Context, engine, lanes, counts) -> list:
     return results
 
 
-def _count(lane: Lane | None, steps_per_dispatch: int) -> int:
+def _count(lane: Lane | None, recover: Recover) -> int:
     if lane is None:
         return 0
-    return iterations_ahead(lane.done, lane.phases[lane.phase].stop, steps_per_dispatch)
+    stops = (lane.phases[lane.phase].stop, *(at for at in recover.keep_at if at > lane.done))
+    return iterations_ahead(lane.done, min(stops), recover.steps_per_dispatch)
 
 
 def iterations_ahead(done: int, stop: int, steps_per_dispatch: int) -> int:
     """Iterations to the next multiple of ``steps_per_dispatch``, or to the end of the phase."""
     return min(steps_per_dispatch - done % steps_per_dispatch, stop - done)
+
+
+def _keep(context: Context, root: epath.Path, engine, lane: Lane) -> None:
+    """Write the first image of each class as it now is; a unit that is redone writes it again."""
+    images = engine.fetch(lane.state).images_BHWC
+    classes, slots = (x[: len(images)] for x in members(context.config, lane.unit))
+    (first,) = np.nonzero(slots == 0)
+    if len(first):
+        pixels_BHWC = pixels.to_uint8(
+            images[first], context.inputs.normalisation, rounding=context.config.recover.rounding
+        )
+        folder = kept_folder(root, lane.done)
+        image_set.write_images(folder, np.asarray(pixels_BHWC), classes[first], slots[first])
+
+
+def kept_folder(root: epath.Path, iteration: int) -> epath.Path:
+    """Where recover keeps images as they were after an iteration."""
+    return root / "kept" / f"{iteration:06d}"
 
 
 def _save(engine, lane: Lane) -> None:

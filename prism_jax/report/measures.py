@@ -1,0 +1,211 @@
+"""What networks say of images: features, predictions, and the numbers that follow from them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from prism_jax import parallel, rng
+from prism_jax.analysis import calibration, diversity, likeness
+from prism_jax.analysis.class_order import confusion
+from prism_jax.data.lazy import Images
+from prism_jax.diffusion.quality import nearest
+from prism_jax.errors import UserError
+from prism_jax.report.finished import Run
+from prism_jax.stages import analyse
+from prism_jax.stages.inputs import own_normalisation
+from prism_jax.training import TESTED, jitted_forward
+from prism_jax.types import PyTree
+
+MOST_PIXELS = 1e9  # of real images, in bytes, beside which distances of pixels are measured
+
+
+class Real(NamedTuple):
+    """Real images of a split.
+
+    Attributes:
+      images, labels_N: those that are looked at.
+      total: how many there are.
+    """
+
+    images: Images
+    labels_N: np.ndarray
+    total: int
+
+
+def real_images(run: Run, split: str, *, most: int, seed: int) -> Real:
+    """The real images of a split; of a larger one ``most``, drawn evenly over the classes."""
+    inputs = run.context.inputs
+    source = inputs.open(split)
+    labels_N = np.asarray(source.labels_N)
+    at = evenly(labels_N, most=most, seed=seed)
+    return Real(inputs.read(source, at), labels_N[at], len(labels_N))
+
+
+def evenly(labels_N: np.ndarray, *, most: int, seed: int) -> np.ndarray:
+    """Positions of at most so many images, as many of each class, in their order."""
+    if len(labels_N) <= most:
+        return np.arange(len(labels_N))
+    classes = np.unique(labels_N)
+    each = max(1, most // len(classes))
+    found = []
+    for label in classes:
+        (at,) = np.nonzero(labels_N == label)
+        found.append(rng.generator(seed, "report/real", int(label)).permutation(at)[:each])
+    return np.sort(np.concatenate(found))
+
+
+# --- features -------------------------------------------------------------------------------
+
+
+def network_of(run: Run, wanted: str | None) -> str:
+    """Whose features are looked at: the stated one, the run's own choice, a resnet18, a teacher.
+
+    Raises:
+      UserError: the stated one is no squeezed network of the run.
+    """
+    there = run.teachers()
+    if wanted is not None:
+        if wanted not in there:
+            raise UserError(
+                f"--network={wanted} is no network that {run.root} has squeezed; it has "
+                f"{', '.join(there) or 'none'}"
+            )
+        return wanted
+    alike = [n for n in there if run.config.network(n).architecture == "resnet18"]
+    choices = [run.config.analyse.network, *alike, run.config.recover.primary, *there]
+    for name in choices:
+        if name in there:
+            return str(name)
+    raise UserError(f"{run.root} has no squeezed network (squeeze/), whose features could be read")
+
+
+def features_by(run: Run, name: str) -> Callable[[Images], np.ndarray]:
+    """A function from uint8 images to a network's penultimate features, float32 (N, D)."""
+    variables = jax.device_put(run.context.networks.load(name))
+    read = functools.partial(analyse.embedder(run.context, name), variables)
+    return lambda images: diversity.embeddings(read, images, batch_size=analyse.EMBEDDED)
+
+
+class Measures(NamedTuple):
+    """Numbers of a set of images in the features of a network; None: not defined for it.
+
+    Attributes:
+      cosines: of the pairs of each class.
+      vendi: Vendi score of the set; ``vendi_class``: mean over classes.
+      manifold, frechet: beside real training images.
+      features, pixels: nearness to training images in either space; of large images in the first
+        alone, for which pixels say little.
+    """
+
+    cosines: diversity.Cosines
+    vendi: float
+    vendi_class: float
+    manifold: likeness.Manifold | None
+    frechet: float | None
+    features: likeness.Nearness
+    pixels: likeness.Nearness | None
+
+
+class Surroundings:
+    """Real images that sets are measured beside, with what is worked out once for all of them."""
+
+    def __init__(self, train: Real, test: Real, read: Callable[[Images], np.ndarray], classes: int):
+        """Read the features of the real images."""
+        self.train, self.test, self.classes = train, test, classes
+        self.read = read
+        self.train_ND, self.test_ND = read(train.images), read(test.images)
+        self._of_test = nearest(self.test_ND, self.train_ND)
+        self._pixels: tuple[np.ndarray, np.ndarray] | None = None
+        if np.prod(train.images.shape, dtype=np.int64) <= MOST_PIXELS:
+            train_pixels = _flat(train.images)
+            self._pixels = train_pixels, nearest(_flat(test.images), train_pixels)
+
+    def measure(self, images: Images, labels_N: np.ndarray, made_ND: np.ndarray) -> Measures:
+        """The numbers of a set."""
+        by_class = [diversity.vendi(made_ND[labels_N == k]) for k in np.unique(labels_N)]
+        return Measures(
+            diversity.class_cosines(made_ND, labels_N, self.classes),
+            diversity.vendi(made_ND),
+            float(np.mean(by_class)),
+            likeness.manifold(self.train_ND, made_ND),
+            likeness.frechet(made_ND, self.train_ND),
+            likeness.nearness(made_ND, self.train_ND, self._of_test),
+            self._pixels and likeness.nearness(_flat(images), *self._pixels),
+        )
+
+    def measure_test(self) -> Measures:
+        """The same of the test images, which are as near to themselves as they are."""
+        return self.measure(self.test.images, self.test.labels_N, self.test_ND)
+
+
+def _flat(images: Images) -> np.ndarray:
+    return np.asarray(images[:]).reshape(len(images), -1)
+
+
+# --- predictions ----------------------------------------------------------------------------
+
+
+class Predictions(NamedTuple):
+    """What the students of a set, of one name and all seeds, say of real test images.
+
+    Attributes:
+      reliability: of all seeds' predictions together.
+      errors: the calibration error of each seed.
+      confusion_KK: shares of a class' images that are taken for each class, mean over seeds.
+      per_class_K: the share that is right.
+    """
+
+    reliability: calibration.Reliability
+    errors: list[float]
+    confusion_KK: np.ndarray
+    per_class_K: np.ndarray
+
+
+def predictions(run: Run, of: str, student: str, test: Real) -> Predictions | None:
+    """Read the test images by trained students; None where a checkpoint is gone."""
+    context, logits = run.context, []
+    module = context.networks.build(student, student=True, dtype=run.config.validate.dtype)
+    for seed in run.config.validate.seeds:
+        variables = run.student(of, student, seed)
+        if variables is None:
+            return None
+        logits.append(_logits(module, variables, context.inputs.normalisation, test.images))
+    classes = run.config.dataset.num_classes
+    labels_N = np.tile(test.labels_N, len(logits))
+    together = np.concatenate(logits)
+    counts_KK = confusion(together, labels_N, classes)
+    share_KK = counts_KK / np.maximum(counts_KK.sum(1, keepdims=True), 1)
+    return Predictions(
+        calibration.reliability(together, labels_N),
+        [calibration.reliability(x, test.labels_N).error for x in logits],
+        share_KK,
+        np.where(counts_KK.sum(1) > 0, np.diag(share_KK), np.nan),
+    )
+
+
+def teachers_logits(run: Run, names: Sequence[str], images: Images) -> dict[str, np.ndarray]:
+    """Every teacher's logits of images, (N, K)."""
+    found = {}
+    for name in names:
+        context = run.context
+        own = own_normalisation(run.config.network(name))
+        logits_NH = _logits(
+            context.networks.build(name), context.networks.load(name),
+            own or context.inputs.normalisation, images,
+        )  # fmt: skip
+        indices = context.networks.class_indices(name)
+        found[name] = logits_NH if indices is None else logits_NH[:, list(indices)]
+    return found
+
+
+def _logits(module: Any, variables: PyTree, normalisation: Any, images: Images) -> np.ndarray:
+    """Logits of uint8 images, by the program that tests are made with."""
+    mesh = parallel.data_mesh()
+    forward, placed = jitted_forward(module, normalisation, mesh), mesh.replicate(variables)
+    size = min(TESTED, len(images))
+    return diversity.embeddings(lambda part: forward(placed, mesh.put(part)), images, size)

@@ -1,0 +1,244 @@
+"""Pages about finished runs: what is on them, that they only read, what they refuse."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import sys
+import tarfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from helpers.command import finished, reference, snapshot
+from helpers.networks import NoNorm
+from old.make_workdir import ARCHIVE
+
+from configs.digits import config as digits
+from prism_jax.analysis.words import SYNTHETIC
+from prism_jax.config import resolve
+from prism_jax.data import image_set, workdir
+from prism_jax.report import __main__ as command
+from prism_jax.report import accuracy, costs, features, gathered, measures, pictures
+from prism_jax.report.finished import Run, open_runs
+from prism_jax.report.gathered import Gathered, Options
+from prism_jax.stages.makers.optimise import kept_folder
+
+__all__ = ["finished", "reference"]  # fixtures
+
+FLAGS = {"network": None, "classes": "", "images": 10_000, "seed": 0, "data": None}
+CHARTS = ("grid", "cosines", "accuracy_by_class", "confusions", "reliability", "losses_0")
+
+
+@pytest.fixture(scope="module")
+def opened(reference) -> Run:
+    return open_runs([str(reference)])[0]
+
+
+@pytest.fixture(scope="module")
+def test_images(opened) -> measures.Real:
+    return measures.real_images(opened, "test", most=10_000, seed=0)
+
+
+def refused(*arguments: str) -> str:
+    """What the command says that cannot be used."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert command.main([*map(str, arguments)]) == 2
+    return said.getvalue()
+
+
+def test_two_runs_stand_side_by_side_and_are_only_read(reference, tmp_path, monkeypatch):
+    with tarfile.open(ARCHIVE) as archive:  # of version 0.1, without its students' checkpoints
+        archive.extractall(tmp_path, filter="data")
+    old, to = tmp_path / "run", tmp_path / "out" / "page.html"
+    monkeypatch.setitem(sys.modules, "umap", None)  # not installed
+    before = snapshot(reference), snapshot(old)
+    command.write([str(reference), str(old)], workdir.epath.Path(to), SimpleNamespace(**FLAGS))
+    assert (snapshot(reference), snapshot(old)) == before
+
+    html = re.sub(r"src=\"data:[^\"]*\"", "", to.read_text())
+    for words in (
+        "reference: tiny, preset prism", "run: tiny", "random real, hard labels",
+        "pip install &#39;prism-jax[report]&#39;", "checkpoints of students are gone",
+        "recover.keep_at=(1, 10, 100)", "needs the controls random_real, ",
+    ):  # fmt: skip
+        assert words in html
+    assert not re.search(r"None|\bnan\b", html)
+    for name in CHARTS:
+        for form in ("png", "svg", "pdf"):
+            assert (tmp_path / "out/page_figures" / f"{name}.{form}").stat().st_size > 1000
+    numbers = json.loads((tmp_path / "out/page_figures/numbers.json").read_text())
+    stated = json.loads((reference / "summary.json").read_text())
+    rows = {(row["run"], row["trained on"]): row for row in numbers["Accuracy"]}
+    top1 = stated["controls"]["full_real"]["outside"]["top1"]
+    assert rows["reference", "full real training set"]["outside"] == top1
+    sets = {row["set"]: row for row in numbers["Diversity and likeness/Numbers"]}
+    assert sets["reference"]["cosine"] == pytest.approx(
+        stated["analyse"]["intra_class_cosine"]["synthetic"]
+    )
+    assert sets["real test images"]["nearest"] == 1.0
+    assert sets["initial images"]["copies"] == sets["random real images"]["copies"] == 8
+    assert sets["reference"]["copies"] == 0
+
+
+@pytest.mark.parametrize("of", [SYNTHETIC, "full_real"])
+def test_students_are_the_tested_ones(opened, test_images, of):
+    said = measures.predictions(opened, of, "outside", test_images)
+    entry = opened.sets()[of]["outside"]
+    counts = said.reliability.count_B
+    assert counts.sum() == len(test_images.labels_N)
+    assert np.nansum(counts * said.reliability.accuracy_B) / counts.sum() == pytest.approx(
+        entry["top1"]
+    )
+    assert said.per_class_K.tolist() == pytest.approx(entry["per_class"])
+    assert said.confusion_KK.sum(1) == pytest.approx(1.0)
+    # The twin: another set's students are not these.
+    other = measures.predictions(opened, "random_real", "outside", test_images)
+    assert other.confusion_KK.tolist() != said.confusion_KK.tolist()
+
+
+def test_images_kept_on_the_way_stand_in_their_order(finished):
+    (run,) = open_runs([str(finished)])
+    g = Gathered([run], Options(), gathered.class_names(run), [])
+    assert pictures.strips(g) == [] and "keep_at" in g.notes[0]
+    for iteration, grey in ((100, 200), (9, 90)):
+        images = np.full((4, 8, 8, 1), grey, np.uint8)
+        folder = kept_folder(run.root / "recover", iteration)
+        image_set.write_images(folder, images, np.arange(4), np.zeros(4, int))
+    assert list(run.kept()) == [9, 100]
+    (picture,) = pictures.strips(g)
+    assert not picture.is_chart and picture.forms["png"][:4] == b"\x89PNG"
+
+
+def test_damage_is_named_and_left_as_it_is(finished):
+    path = finished / "recover/images/00002/00001.png"
+    shutil.copy(finished / "recover/images/00000/00000.png", path)
+    before = snapshot(finished)
+    (run,) = open_runs([str(finished)])
+    with pytest.raises(Exception, match="not those that recover wrote"):
+        run.images  # noqa: B018
+    assert snapshot(finished) == before
+
+
+def test_what_cannot_be_used_is_one_message(reference, finished, tmp_path):
+    to = f"--to={tmp_path / 'page.html'}"
+    assert "no working directory" in refused(tmp_path, to)
+    assert "runs are only read" in refused(reference, f"--to={reference}/page.html")
+    assert "ends in .html" in refused(reference, f"--to={tmp_path}/page")
+    assert "named twice" in refused(reference, f"{reference}/", to)
+    assert "--network=resnet50 is no network" in refused(reference, to, "--network=resnet50")
+    assert "--classes names 'cat'" in refused(reference, to, "--classes=1,cat")
+    assert "--images=0" in refused(reference, to, "--images=0")
+    ran = workdir.read_json(finished / "config.json")
+    ran["experiment"]["dataset"]["num_classes"] = 3
+    workdir.write_record(finished / "config.json", ran)
+    assert "dataset.num_classes=4" in refused(reference, finished, to)
+    (finished / "summary.json").unlink()
+    assert "is not finished: it has no summary.json" in refused(finished, to)
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_real_images_are_drawn_evenly():
+    labels_N = np.repeat(np.arange(4), (10, 2, 30, 8))
+    at = measures.evenly(labels_N, most=20, seed=0)
+    assert np.bincount(labels_N[at]).tolist() == [5, 2, 5, 5]
+    assert (np.diff(at) > 0).all()
+    assert at.tolist() == measures.evenly(labels_N, most=20, seed=0).tolist()
+    assert at.tolist() != measures.evenly(labels_N, most=20, seed=1).tolist()
+    assert measures.evenly(labels_N, most=50, seed=0).tolist() == list(range(50))
+
+
+# --- cost -----------------------------------------------------------------------------------
+
+
+def test_flop_of_a_forward_pass_by_hand():
+    found = costs._forward_flop(NoNorm(num_classes=5), (8, 8, 1))
+    assert found == 2 * 64 * 5 + 5  # products and their sums, and the bias
+
+
+def test_the_cost_of_every_stage_follows_from_its_passes(opened):
+    found = costs.stages(opened)
+    first, second, outside = (
+        costs.forward_flop(opened, name) for name in ("first", "second", "outside")
+    )
+    train = opened.summary["dataset"]["train_images"]
+    assert found["squeeze"].flop == pytest.approx(3 * 2 * train * (first + second))
+    assert found["relabel"].flop == pytest.approx(6 * 8 * first)
+    assert found["validate"].flop == pytest.approx(3 * 6 * 8 * outside)
+    drawn = opened.summary["recover"]["teachers_drawn"]["second"]
+    assert found["recover"].flop == pytest.approx(2 * 12 * 8 * (first + drawn * second))
+    seconds = [opened.record(name)["seconds"] for name in ("first", "second")]
+    assert found["squeeze"].seconds == pytest.approx(sum(seconds))
+    assert found["validate"].seconds == opened.summary["validate"]["outside"]["seconds"]
+
+    size = costs.bytes_of(opened)
+    assert size.images == 8 * 64 and size.real == train * 64
+    assert size.labels == opened.summary["relabel"]["bytes"] > 0
+    assert size.share == (size.images + size.labels) / size.real
+
+
+# --- DD-Ranking -----------------------------------------------------------------------------
+
+
+def stated(name: str, digest: str, top1: dict[str, float], **relabel) -> Run:
+    """A run of which only a summary is known."""
+    c = digits(10)
+    c.relabel.update(relabel)
+    sets = {of: {"resnet18": {"top1": value}} for of, value in top1.items()}
+    summary = {"validate": sets.pop(SYNTHETIC), "controls": sets}
+    return Run(name, SimpleNamespace(config=resolve(c)), summary, {"digest": digest})
+
+
+def test_scores_of_runs_by_hand():
+    views = {"synthetic": 0.45, "random_real": 0.40, "full_real": 0.56, "synthetic_hard": 0.16}
+    plain = {"crop_min": 1.0, "mix": "none", "flip": False}
+    runs = [
+        stated("views", "a", views),
+        stated("plain", "a", {"synthetic": 0.30, "random_real": 0.34}, **plain),
+        stated("other", "b", {"synthetic": 0.9, "random_real": 0.1}, **plain),
+    ]
+    table = accuracy.scores(Gathered(runs, Options(), [], []))
+    (row,) = table.rows
+    values = [cell.value for cell in row]
+    assert values[:2] == ["views", "resnet18"]
+    assert values[2:4] == pytest.approx([0.05, 0.40])
+    assert values[4:6] == pytest.approx([0.2006, -0.1565], abs=1e-4)
+    gain = (np.exp(0.5 * 0.05 - 0.5 * 0.04) - np.exp(-1)) / (np.e - np.exp(-1))
+    assert values[6] == pytest.approx(gain)
+
+    # Without that control there is no score of labels, without a twin none of views.
+    del runs[0].summary["controls"]["synthetic_hard"]
+    g = Gathered([runs[0], runs[2]], Options(), [], [])
+    assert accuracy.scores(g) is None and "synthetic_hard" in g.notes[0]
+
+
+def test_classes_of_a_picture():
+    names = [f"n{i}" for i in range(40)]
+    run = SimpleNamespace(manifest={"imagenet_indices": list(range(40))})
+
+    def classes(*wanted: str, most: int = 10) -> list[int]:
+        return gathered.chosen(Gathered([run], Options(classes=wanted), names, []), most)
+
+    assert classes() == [1, 7, 2, 31]
+    assert classes("n3", "12") == [3, 12]
+    run.manifest = {}
+    assert classes(most=3) == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_one_embedding_holds_all_runs_and_comes_again(opened):
+    pytest.importorskip("umap", reason="umap-learn is not installed")
+    train, test = (
+        measures.real_images(opened, split, most=10_000, seed=0) for split in ("train", "test")
+    )
+    g = Gathered([opened], Options(), gathered.class_names(opened), [])
+    network, around, sets = features.surroundings(g, train, test)
+    first, again = (features.plane(g, network, around, sets).forms["png"] for _ in range(2))
+    assert first == again
+    other = g.options._replace(seed=1)
+    moved = features.plane(Gathered([opened], other, g.names_K, []), network, around, sets)
+    assert moved.forms["png"] != first
