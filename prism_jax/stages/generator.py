@@ -464,12 +464,15 @@ class Painter:
         self._context, self._opened = context, opened
         self._batch = min(g.batch_size, images)
 
+        networks, sampling = opened.generator, opened.sampling
+
         def paint(weights: Weights, seed: Array, lane: tuple[Places, Array]) -> Array:
-            return generate.generate(opened.generator, opened.sampling, weights, seed, *lane)
+            return generate.generate(networks, sampling, weights, seed, *lane)
 
         self._lanes = parallel.LaneMap(
             paint, opened.weights, arity=1, devices=parallel.devices(),
             how=context.config.parallel.map,
+            key=("images", opened.generator, opened.sampling),
         )  # fmt: skip
 
     def paint(self, wishes: Iterable[Wish], seed: int | None = None) -> Iterator[np.ndarray]:

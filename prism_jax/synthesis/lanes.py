@@ -55,7 +55,10 @@ def engine(
     devices = devices or parallel.devices()[:span]
     if span > 1:
         return parallel.SpanMap(chunk, pool.variables, devices=devices, span=span, donate=(1,))
-    return parallel.LaneMap(chunk, pool.variables, arity=3, devices=devices, how=how, donate=(1,))
+    return parallel.LaneMap(
+        chunk, pool.variables, arity=3, devices=devices, how=how, donate=(1,),
+        key=("synthesis", recipe, pool.teachers, pool.normalisation),
+    )  # fmt: skip
 
 
 def drawn_share(
