@@ -72,7 +72,7 @@ def _main(argv: list[str]) -> int:
         raise UserError("; ".join(problems))
     # The comparison's own config does not say how its cells use devices.
     for cell in cells(config)[:1]:
-        prepare_environment(_parsed(config, cell, problems), problems)
+        prepare_environment(parsed(config, cell, problems), problems)
         if problems:
             raise UserError(f"{cell.name}: {'; '.join(problems)}")
     return _compare(config, given.workdir or f"runs/{config.name}", given.plan, argv)
@@ -80,7 +80,6 @@ def _main(argv: list[str]) -> int:
 
 def _compare(config: Any, root: str, plan: bool, argv: Sequence[str]) -> int:
     from prism_jax import parallel, progress
-    from prism_jax.stages.coordination import Interrupted, StopSignal
 
     parallel.find_devices()
     if not parallel.is_main():
@@ -92,10 +91,17 @@ def _compare(config: Any, root: str, plan: bool, argv: Sequence[str]) -> int:
             done = "done" if comparison.result(cell) else "to do"
             progress.say(f"{done:6} {cell.name}")
         return 0
+    return until_stopped(lambda stop: comparison.run(stop, argv), root)
+
+
+def until_stopped(work: Callable[[Any], None], root: str) -> int:
+    """Work until it is done, or a stop is requested: the exit status."""
+    from prism_jax.stages.coordination import Interrupted, StopSignal
+
     stop = StopSignal()
     stop.install()
     try:
-        comparison.run(stop, argv)
+        work(stop)
     except Interrupted as interrupted:
         print(
             f"stopped by {interrupted}; everything so far is saved in {root}. Run the same "
@@ -133,14 +139,14 @@ def experiment_of(config: Any, cell: Cell) -> Any:
     from prism_jax.config import resolve
 
     problems: list[str] = []
-    parsed = _parsed(config, cell, problems)
+    fields = parsed(config, cell, problems)
     try:
-        return resolve(parsed, problems)
+        return resolve(fields, problems)
     except UserError as error:
         raise UserError(f"{cell.name}: {error}") from error
 
 
-def _parsed(config: Any, cell: Cell, problems: list[str]) -> Any:
+def parsed(config: Any, cell: Cell, problems: list[str]) -> Any:
     """The fields of one cell's experiment, not yet checked."""
     from prism_jax.main import parse
 
@@ -166,12 +172,18 @@ def _parsed(config: Any, cell: Cell, problems: list[str]) -> Any:
 class Comparison:
     """Cells, the folder they are in, and what is known of them."""
 
+    COMMAND = "prism_jax.compare"
+
     def __init__(self, root: pathlib.Path, experiments: dict[Cell, Any]):
         self.root, self.experiments = root, experiments
         self._peaks: dict[tuple[str, int], int | None] = {}
 
     def folder(self, cell: Cell) -> pathlib.Path:
         return self.root / "cells" / cell.name
+
+    def teachers(self, cell: Cell) -> pathlib.Path:
+        """The folder whose teachers a cell shares with others."""
+        return self.root / TEACHERS
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """A finished cell's summary and costs; None where it is not finished with its settings."""
@@ -181,36 +193,51 @@ class Comparison:
         if not path.exists():
             return None
         found = workdir.read_record(path)
-        return found if found["experiment"] == _digest(self.experiments[cell]) else None
+        return found if found["experiment"] == self.digest(cell) else None
+
+    def digest(self, cell: Cell) -> str:
+        """What decides a cell's numbers."""
+        return digest_of(self.experiments[cell])
 
     def run(self, stop: Any, argv: Sequence[str]) -> None:
         """Everything that is missing, and the tables."""
-        from prism_jax import progress
+        from prism_jax import parallel, progress
         from prism_jax.environment import provenance
 
-        command = {"command": "python -m prism_jax.compare " + shlex.join(argv)}
+        command = {"command": f"python -m {self.COMMAND} {shlex.join(argv)}"}
 
         def made_by() -> dict[str, Any]:  # memory grows while a cell is made
             return provenance(argv) | command
 
-        with_teachers = _with_all_teachers(self.experiments)
+        with_teachers: dict[Cell, Any] = {}
+        for folder in {self.teachers(cell): None for cell in self.experiments}:
+            sharing = {c: e for c, e in self.experiments.items() if self.teachers(c) == folder}
+            with_teachers |= _with_all_teachers(sharing)
         todo = [cell for cell in self.experiments if self.result(cell) is None]
         try:
-            for number, cell in enumerate(todo, 1):
-                progress.say(f"cell {number} of {len(todo)}: {cell.name}")
-                self._squeeze(with_teachers[cell], stop, made_by)
-                self._run(cell, stop, made_by)
-                self.write_tables()
+            with parallel.shared_programs():
+                for number, cell in enumerate(todo, 1):
+                    progress.say(f"cell {number} of {len(todo)}: {cell.name}")
+                    self._squeeze(cell, with_teachers[cell], stop, made_by)
+                    self._run(cell, stop, made_by)
+                    self.write_tables()
         finally:
             self.write_tables(figure=True)
+        self._show()
+
+    def _show(self) -> None:
+        from prism_jax import progress
+
         progress.say(f"\n{(self.root / 'table.md').read_text()}\n{self.root / 'table.md'}")
 
-    def _squeeze(self, experiment: Any, stop: Any, made_by: Callable[[], dict[str, Any]]) -> None:
+    def _squeeze(
+        self, cell: Cell, experiment: Any, stop: Any, made_by: Callable[[], dict[str, Any]]
+    ) -> None:
         """The networks that any cell asks for, and the statistics that this one does; once."""
         from prism_jax import pipeline
         from prism_jax.stages.context import Context
 
-        root = str(self.root / TEACHERS)
+        root = str(self.teachers(cell))
         context = Context(experiment, root, stop=stop, provenance=made_by())
         try:
             pipeline.RUNNERS["squeeze"](context)
@@ -220,34 +247,42 @@ class Comparison:
     def _run(self, cell: Cell, stop: Any, made_by: Callable[[], dict[str, Any]]) -> None:
         """One cell's pipeline, which begins with what others have made."""
         from prism_jax import pipeline
-        from prism_jax.config import STAGES
         from prism_jax.data import workdir
-        from prism_jax.stages import analyse
         from prism_jax.stages.context import Context
 
         experiment, root = self.experiments[cell], self.folder(cell)
         context = Context(experiment, str(root), stop=stop, provenance=made_by())
         try:
-            pipeline.adopt(context, self.root / TEACHERS)
-            others = list(self._with_equal_images(cell))
-            for other in others:
-                if (self.folder(other) / "recover" / "manifest.json").exists():
-                    pipeline.adopt(context, self.folder(other))
-                    break
-            # Equal images are analysed once.
-            analysed = any(self.result(other) for other in others)
-            pipeline.run(context, STAGES[:-1] if analysed else STAGES)
-            sets = {found.name: found for found in pipeline.sets(context)}
-            if not analyse.is_summarised(context, sets):
-                analyse.write_summary(context, sets, made_by())
-            record = {
-                "experiment": _digest(experiment),
-                "peak_bytes": self._peak_bytes(cell),
-                "summary": workdir.read_json(root / "summary.json"),
-            }
+            pipeline.adopt(context, self.teachers(cell))
+            record = {"experiment": self.digest(cell), **self._make(cell, context, made_by)}
             workdir.write_record(root / "cell.json", record)
         finally:
             context.work.lock.release()
+
+    def _make(
+        self, cell: Cell, context: Any, made_by: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Everything that a cell makes, and what is kept of it."""
+        from prism_jax import pipeline
+        from prism_jax.config import STAGES
+        from prism_jax.data import workdir
+        from prism_jax.stages import analyse
+
+        others = list(self._with_equal_images(cell))
+        for other in others:
+            if (self.folder(other) / "recover" / "manifest.json").exists():
+                pipeline.adopt(context, self.folder(other))
+                break
+        # Equal images are analysed once.
+        analysed = any(self.result(other) for other in others)
+        pipeline.run(context, STAGES[:-1] if analysed else STAGES)
+        sets = {found.name: found for found in pipeline.sets(context)}
+        if not analyse.is_summarised(context, sets):
+            analyse.write_summary(context, sets, made_by())
+        return {
+            "peak_bytes": self._peak_bytes(cell),
+            "summary": workdir.read_json(self.folder(cell) / "summary.json"),
+        }
 
     def _peak_bytes(self, cell: Cell) -> int | None:
         """Of recover, as compiled: the same for every seed and protocol."""
@@ -315,8 +350,8 @@ def _with_all_teachers(experiments: dict[Cell, Any]) -> dict[Cell, Any]:
     }
 
 
-def _digest(experiment: Any) -> str:
-    """What decides a cell's numbers."""
+def digest_of(experiment: Any) -> str:
+    """What decides an experiment's numbers."""
     from prism_jax.config import to_dict
     from prism_jax.data import workdir
     from prism_jax.stages.fingerprints import BITS_VERSION

@@ -84,7 +84,7 @@ def test_every_cell_of_the_shipped_comparisons_can_be_used(name, monkeypatch):
     cells = [cell for cell in compare.cells(c) if cell.seed == 0]
     experiments = {cell: compare.experiment_of(c, cell) for cell in cells}
     assert not problems
-    assert len({compare._digest(e) for e in experiments.values()}) == len(cells)
+    assert len({compare.digest_of(e) for e in experiments.values()}) == len(cells)
     # All share their teachers.
     assert len({e.squeeze for e in compare._with_all_teachers(experiments).values()}) == 1
 

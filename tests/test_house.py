@@ -27,6 +27,7 @@ LAYERS = (
     ("accelerators",),
     ("plan",),
     ("main", "compare"),
+    ("audit",),
     ("tools",),
 )
 
