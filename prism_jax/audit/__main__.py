@@ -73,6 +73,7 @@ def _main(argv: list[str]) -> int:
             done = "done" if shadows.result(cell) else "to do"
             progress.say(f"{done:6} {cell.name}")
         return 0
+    gradients.check(shadows)
     shadows.write_data()
 
     def work(stop) -> None:

@@ -28,22 +28,18 @@ from prism_jax.synthesis import course, disagreement
 from prism_jax.teachers import TeacherPool
 
 RESEEDED = "reseeded"
+SEED = 1_000_000  # of that, which no run has
 
 
 def run(shadows: Shadows, stop: Any) -> None:
     """Make the study, where it is not there already."""
     settings = shadows.config.gradients
     cell = cell_of(shadows.config, settings.row)
-    if cell not in shadows.experiments:
-        raise UserError(
-            f"gradients.row is {settings.row!r}; it must be a row: {', '.join(shadows.config.rows)}"
-        )
     experiment = shadows.experiments[cell]
     wanted = workdir.digest({"experiment": shadows.digest(cell), **settings.to_dict()})
     path = epath.Path(shadows.root) / "gradients.json"
     if path.exists() and workdir.read_record(path)["of"] == wanted:
         return
-    check(experiment, settings)
     runs = {MEMBERS: experiment}
     for number in range(settings.images):
         name = f"exchanged_{number:02d}"
@@ -51,14 +47,13 @@ def run(shadows: Shadows, stop: Any) -> None:
         data = shadows.data(shadows.root / "gradients" / f"{name}.npz", at_N)
         runs[name] = of_run(experiment, data, 0)
     assert experiment.dataset.path is not None
-    runs[RESEEDED] = of_run(experiment, experiment.dataset.path, shadows.config.shadows)
+    runs[RESEEDED] = of_run(experiment, experiment.dataset.path, SEED)
     contexts = {}
     for name, one in runs.items():
-        folder = shadows.root / "gradients" / name
+        own = shadows.root / "gradients" / name
+        folder = shadows.teachers(cell) if name == MEMBERS else own
         contexts[name] = context = Context(one, str(folder), stop=stop)
         try:
-            if name == MEMBERS:
-                pipeline.adopt(context, shadows.teachers(cell))
             pipeline.RUNNERS["squeeze"](context)
         finally:
             context.work.lock.release()
@@ -66,8 +61,17 @@ def run(shadows: Shadows, stop: Any) -> None:
     workdir.write_record(path, {"of": wanted, "study": study(contexts, settings)})
 
 
-def check(experiment: Experiment, settings: Any) -> None:
-    """Refuse what has no gradients of this kind, before any work."""
+def check(shadows: Shadows) -> None:
+    """Refuse what has no gradients of this kind, before any work.
+
+    Raises:
+      UserError: no such row, or numbers out of range.
+    """
+    settings, rows = shadows.config.gradients, shadows.config.rows
+    if settings.row not in rows or settings.row in shadows.config.without:
+        known = ", ".join(row for row in rows if row not in shadows.config.without)
+        raise UserError(f"gradients.row is {settings.row!r}; it must be a row: {known}")
+    experiment = shadows.experiments[cell_of(shadows.config, settings.row)]
     budget = unit_budget(experiment, units(experiment)[0])
     if experiment.recover.maker != "optimise" or not budget or experiment.recover.phase_sizes:
         raise UserError(
