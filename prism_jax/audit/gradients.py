@@ -18,7 +18,7 @@ from etils import epath
 from prism_jax import pipeline, progress, synthesis
 from prism_jax.audit.rows import cell_of, of_run
 from prism_jax.audit.shadows import MEMBERS, Shadows
-from prism_jax.config import Experiment, unit_budget, units
+from prism_jax.config import unit_budget, units
 from prism_jax.data import workdir
 from prism_jax.errors import UserError
 from prism_jax.stages import statistics
