@@ -99,31 +99,43 @@ class Shadows(Comparison):
         return observe(context, self.train.images_uint8_NHWC[at], self.train.labels_N[at])
 
     def attacks(self) -> list[audit.Attack]:
-        """What was observed of every row, for the pairs of runs that are finished."""
-        found = []
-        for row in self.config.rows:
-            results = [self.result(cell_of(self.config, row, run))
-                       for run in range(self.config.shadows)]  # fmt: skip
-            both = [a and b for a, b in zip(results[::2], results[1::2], strict=True)]
+        """What was observed of every row, for the pairs of runs that are finished.
+
+        Rows whose networks saw the same images have one teacher, which is attacked once.
+        """
+        found, teachers = [], set()
+        for row, cells in self._cells_by_row().items():
+            results = [self.result(cell) for cell in cells]
+            both = [bool(a and b) for a, b in zip(results[::2], results[1::2], strict=True)]
             runs = [run for run in range(len(results)) if both[run // 2]]
             if len(runs) < membership.FEWEST:
                 continue
-            member_RN = self.plan.member_RN[runs]
+            known = [results[run] for run in runs]
+            teacher = self.experiments[cells[0]].relabel.teachers[0]
+            told = f"{teacher} ({self._folder_of(cells[0]).name})"
             for attack in ATTACKS:
-                known = [results[run] for run in runs]
+                if attack == "teacher" and told in teachers:
+                    continue
                 values_RN = np.array([result[attack] for result in known])
-                top1 = [result["top1"].get(attack) for result in known]
-                found.append(audit.Attack(row, attack, values_RN, member_RN, tuple(top1)))
+                top1 = tuple(result["top1"].get(attack) for result in known)
+                name = told if attack == "teacher" else row
+                found.append(audit.Attack(name, attack, values_RN, self.plan.member_RN[runs], top1))
+            teachers.add(told)
         return found
 
+    def _cells_by_row(self) -> dict[str, list[Cell]]:
+        return {
+            row: [cell_of(self.config, row, run) for run in range(self.config.shadows)]
+            for row in self.config.rows
+        }
+
     def write_tables(self, *, figure: bool = False) -> None:
-        """The tables and figures of all rows with enough runs; once, when it ends or is stopped."""
+        """All tables and figures of rows with enough runs: where it ends, or is stopped."""
+        if not figure:
+            return
         path = self.root / "gradients.json"
         study = workdir.read_record(path)["study"] if path.exists() else None
-        found = self.attacks() if figure else []
-        if not found and study is None:
-            return
-        for name, content in audit.documents(found, study).items():
+        for name, content in audit.documents(self.attacks(), study).items():
             workdir.write_bytes(self.root / name, content)
 
     def _show(self) -> None:
