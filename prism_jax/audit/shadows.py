@@ -110,7 +110,7 @@ class Shadows(Comparison):
             runs = [run for run in range(len(results)) if both[run // 2]]
             if len(runs) < membership.FEWEST:
                 continue
-            known = [results[run] for run in runs]
+            known = [result for run in runs if (result := results[run])]
             teacher = self.experiments[cells[0]].relabel.teachers[0]
             told = f"{teacher} ({self._folder_of(cells[0]).name})"
             for attack in ATTACKS:
