@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import signal
 import sys
 
@@ -193,41 +194,48 @@ def observed(root: pathlib.Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_an_audit_that_is_stopped_and_continued_is_the_uninterrupted_one(tmp_path):
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    status, out, err = run(TINY, f"--workdir={whole}")
-    assert status == 0, err
-    assert len(observed(whole)) == 18 and str(whole / "table.md") in out
+    root = tmp_path / "run"
     make, count = Shadows._make, []
 
     def stopping(self, cell, context, made_by):
         count.append(cell)
-        if len(count) == 8:
+        if len(count) == 5:  # in the middle of its images
             context.stop.signum = signal.SIGTERM
         return make(self, cell, context, made_by)
 
     Shadows._make = stopping
     try:
-        status, _, err = run(TINY, f"--workdir={halves}")
+        status, _, err = run(TINY, f"--workdir={root}")
     finally:
         Shadows._make = make
     assert status == 128 + signal.SIGTERM and "Run the same command again" in err
-    assert len(observed(halves)) == 7 and not (halves / "table.md").exists()
-    status, out, _ = run(TINY, f"--workdir={halves}")
-    assert status == 0 and "cell 1 of 11" in out
-    assert observed(halves) == observed(whole)
-    for name in ("table.md", "table.csv", "gradients.json", "plan.json"):
-        assert (halves / name).read_bytes() == (whole / name).read_bytes(), name
+    assert len(observed(root)) == 4 and not (root / "table.md").exists()
+    stopped = root / "cells" / count[-1].name
+    assert (stopped / "recover").exists() and not (stopped / "recover/manifest.json").exists()
+    status, out, err = run(TINY, f"--workdir={root}")
+    assert status == 0 and "cell 1 of 14" in out and str(root / "table.md") in out, err
+    before = observed(root)
+    assert len(before) == 18
+
+    # What was stopped, once more in one go, with its teachers and its generator.
+    shutil.rmtree(stopped)
+    shutil.rmtree(root / "shadows" / "0001" / "members")
+    tables = (root / "table.md").read_bytes()
+    status, out, err = run(TINY, f"--workdir={root}")
+    assert status == 0 and "cell 1 of 1:" in out, err
+    assert observed(root) == before and (root / "table.md").read_bytes() == tables
 
     # Medoids are members, and what was made without the canaries knows none.
-    rows = list(csv.DictReader(io.StringIO((whole / "table.csv").read_text())))
+    rows = list(csv.DictReader(io.StringIO((root / "table.csv").read_text())))
     areas = {(r["row"], r["attack"]): float(r["auroc"]) for r in rows}
     assert areas["medoids", "set"] > 0.6 and abs(areas["without", "set"] - 0.5) < 0.15
-    cell = json.loads((whole / "cells/medoids/ipc2/seed0/own/cell.json").read_text())
-    member = Shadows(whole, parse([TINY], [])[0]).plan.member_RN[0]
+    cell = json.loads((root / "cells/medoids/ipc2/seed0/own/cell.json").read_text())
+    with contextlib.chdir(ROOT.parent):
+        member = Shadows(root, parse([TINY], [])[0]).plan.member_RN[0]
     copies = np.array(cell["set"]) == membership.likeness(np.zeros(1))
     assert copies.sum() == 8 and member[copies].all()  # two of each of four classes
     # The study: teachers' gradients, and what an image changes.
-    study = json.loads((whole / "gradients.json").read_text())["study"]
+    study = json.loads((root / "gradients.json").read_text())["study"]
     assert [found["iteration"] for found in study["iterations"]] == [0, 5]
     assert study["teachers"] == ["first", "second"] and study["primary"] == "first"
     for found in study["iterations"]:
@@ -235,6 +243,5 @@ def test_an_audit_that_is_stopped_and_continued_is_the_uninterrupted_one(tmp_pat
         assert set(found["change"]) == {"exchanged_00", "exchanged_01", "reseeded"}
         assert all(min(sizes) > 0 for sizes in found["change"].values())
     # Nothing is done again.
-    before = observed(whole)
-    status, out, _ = run(TINY, f"--workdir={whole}")
-    assert status == 0 and "cell 1" not in out and observed(whole) == before
+    status, out, _ = run(TINY, f"--workdir={root}")
+    assert status == 0 and "cell 1" not in out and observed(root) == before
