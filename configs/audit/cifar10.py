@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.always = 500
     flips = (f"{stage}.flip=True" for stage in ("squeeze", "recover", "relabel"))
     c.shared = (
-        *c.shared, *flips, "squeeze.epochs=30", "squeeze.batch_size=128",
+        *c.shared, *flips, "squeeze.epochs=60", "squeeze.batch_size=128",
         "relabel.epochs=150", "validate.epochs=150", "validate.eval_every=150",
         "generate.denoiser.width=128", "generate.denoiser.depth=4", "generate.fit.steps=10000",
         "generate.steps=50",

@@ -47,7 +47,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.without = ("without",)  # rows whose runs have other images in the place of the canaries
 
     c.shared = (
-        f"squeeze.teachers={POOL}", "squeeze.epochs=10", "squeeze.batch_size=50",
+        f"squeeze.teachers={POOL}", "squeeze.epochs=30", "squeeze.batch_size=50",
         "squeeze.least_top1=0.0", "relabel.mode=online",
         "relabel.epochs=50", "validate.epochs=50", "validate.eval_every=50",
         "validate.students=resnet18", "validate.controls=()", "analyse.network=None",
