@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from prism_jax.cells import CELLS, Cell, Cells, digest_of, until_stopped
 from prism_jax.errors import UserError
 
 HELP = """\
@@ -44,21 +44,7 @@ makes the tables anew from a records.json (or the folder that holds it), without
 and written to DIR where one is given.
 """
 OWN = "own"  # the protocol that overrides nothing
-TEACHERS, GENERATORS, CELLS = "teachers", "generators", "cells"
 RECORDS = "records.json"
-
-
-class Cell(NamedTuple):
-    """One experiment of a comparison."""
-
-    row: str
-    ipc: int
-    seed: int
-    protocol: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.row}/ipc{self.ipc}/seed{self.seed}/{self.protocol}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,7 +77,7 @@ def _main(argv: list[str]) -> int:
         raise UserError("; ".join(problems))
     # The comparison's own config does not say how its cells use devices.
     for cell in cells(config)[:1]:
-        prepare_environment(_parsed(config, cell, problems), problems)
+        prepare_environment(parsed(config, cell, problems), problems)
         if problems:
             raise UserError(f"{cell.name}: {'; '.join(problems)}")
     root = given.workdir or f"runs/{config.name}"
@@ -205,7 +191,6 @@ def _compare(
     config: Any, root: str, plan: bool, cost: str, argv: Sequence[str], target: Any = None
 ) -> int:
     from prism_jax import parallel, progress
-    from prism_jax.stages.coordination import Interrupted, StopSignal
 
     _check_cost(cost)
     parallel.find_devices()
@@ -222,18 +207,7 @@ def _compare(
             _show_forecast({cell: experiments[cell] for cell in todo}, target)
         return 0
     comparison.check()
-    stop = StopSignal()
-    stop.install()
-    try:
-        comparison.run(stop, argv)
-    except Interrupted as interrupted:
-        print(
-            f"stopped by {interrupted}; everything so far is saved in {root}. Run the same "
-            f"command again to continue.",
-            file=sys.stderr,
-        )
-        return 128 + interrupted.signum
-    return 0
+    return until_stopped(lambda stop: comparison.run(stop, argv), root)
 
 
 # --- what is compared -----------------------------------------------------------------------
@@ -265,14 +239,14 @@ def experiment_of(config: Any, cell: Cell) -> Any:
     from prism_jax.config import resolve
 
     problems: list[str] = []
-    parsed = _parsed(config, cell, problems)
+    fields = parsed(config, cell, problems)
     try:
-        return resolve(parsed, problems)
+        return resolve(fields, problems)
     except UserError as error:
         raise UserError(f"{cell.name}: {error}") from error
 
 
-def _parsed(config: Any, cell: Cell, problems: list[str]) -> Any:
+def parsed(config: Any, cell: Cell, problems: list[str]) -> Any:
     """The fields of one cell's experiment, not yet checked."""
     from prism_jax.main import parse
 
@@ -344,16 +318,16 @@ def start_of(config: Any, cell: Cell) -> Start | None:
     return Start(cell._replace(row=row), control or None)
 
 
-class Comparison:
-    """Cells, the folder they are in, and what is known of them.
+class Comparison(Cells):
+    """The cells of a comparison.
 
     Attributes:
-      root: the folder.
-      experiments: of the cells, in their order.
       starts: the cells that begin with another's images.
       choices: what sets are measured by.
       cost: the figure's axis.
     """
+
+    COMMAND = "prism_jax.compare"
 
     def __init__(
         self,
@@ -363,34 +337,26 @@ class Comparison:
         choices: Any,
         cost: str,
     ):
-        self.root, self.starts, self.choices, self.cost = root, starts, choices, cost
-        self.experiments = {
-            cell: self._placed(e) if cell in starts else e for cell, e in experiments.items()
-        }
         self._digests: dict[Cell, str] = {}
         for cell, experiment in experiments.items():  # a start's comes before
             start = starts.get(cell)
-            self._digests[cell] = _digest(experiment, self._digests[start.cell] if start else None)
+            begun = self._digests[start.cell] if start else None
+            self._digests[cell] = digest_of(experiment, begun)
+        self.starts, self.choices, self.cost = starts, choices, cost
+        self.root = root  # where starts are
+        placed = {c: self._placed(e) if c in starts else e for c, e in experiments.items()}
+        super().__init__(root, placed)
         self._peaks: dict[tuple[str, int], int | None] = {}
+
+    def digest(self, cell: Cell) -> str:
+        """Of its settings and its start's, wherever the folder is."""
+        return self._digests[cell]
 
     def _placed(self, experiment: Any) -> Any:
         """An experiment whose start is named from where the command runs."""
         there = str(self.root / experiment.recover.initialise_from)
         recover = dataclasses.replace(experiment.recover, initialise_from=there)
         return dataclasses.replace(experiment, recover=recover)
-
-    def folder(self, cell: Cell) -> pathlib.Path:
-        return self.root / CELLS / cell.name
-
-    def result(self, cell: Cell) -> dict[str, Any] | None:
-        """A finished cell's summary and costs; None where it is not finished with its settings."""
-        from prism_jax.data import workdir
-
-        path = self.folder(cell) / "cell.json"
-        if not path.exists():
-            return None
-        found = workdir.read_record(path)
-        return found if found["experiment"] == self._digests[cell] else None
 
     def check(self) -> None:
         """Refuse, before any work, what some cell needs and is not there.
@@ -414,114 +380,41 @@ class Comparison:
                 "out):\n" + "\n".join(f"  - {line}" for line in lines)
             )
 
-    def run(self, stop: Any, argv: Sequence[str]) -> None:
-        """Everything that is missing, and the tables."""
-        from prism_jax import progress
-        from prism_jax.environment import provenance
-
-        command = {"command": "python -m prism_jax.compare " + shlex.join(argv)}
-
-        def made_by() -> dict[str, Any]:  # memory grows while a cell is made
-            return provenance(argv) | command
-
-        with_teachers = _with_all_teachers(self.experiments)
-        todo = [cell for cell in self.experiments if self.result(cell) is None]
-        try:
-            for number, cell in enumerate(todo, 1):
-                progress.say(f"cell {number} of {len(todo)}: {cell.name}")
-                squeezed = self._squeeze(with_teachers[cell], stop, made_by)
-                self._run(cell, squeezed, stop, made_by)
-                self.write_tables()
-        finally:
-            self.write_tables(whole=True)
-        progress.say(f"\n{(self.root / 'table.md').read_text()}\n{self.root / 'table.md'}")
-
-    def _squeeze(
-        self, experiment: Any, stop: Any, made_by: Callable[[], dict[str, Any]]
-    ) -> pathlib.Path:
-        """What squeeze makes, once: the networks that any cell asks for, and what this one does.
-
-        A generator, and what CLIP says of the classes, lie in a folder of their own for every kind,
-        beside copies of the networks.
-
-        Returns:
-          The folder with all that the cell adopts.
-        """
-        from prism_jax import pipeline
-        from prism_jax.data import workdir
-        from prism_jax.stages import fingerprints, generator, guiding
-        from prism_jax.stages.context import Context
-
-        def squeeze(experiment: Any, root: pathlib.Path, source: pathlib.Path | None) -> None:
-            context = Context(experiment, str(root), stop=stop, provenance=made_by())
-            try:
-                if source:
-                    pipeline.adopt(context, source)
-                pipeline.RUNNERS["squeeze"](context)
-            finally:
-                context.work.lock.release()
-
-        networks = self.root / TEACHERS
-        recover = dataclasses.replace(experiment.recover, maker="optimise", clip=0.0)
-        squeeze(dataclasses.replace(experiment, recover=recover), networks, None)
-        context, own = Context(experiment, str(networks)), {}
-        if generator.wanted(context):
-            own["generator"] = fingerprints.generator(context)
-        if guiding.wanted(context):
-            own["clip"] = fingerprints.clip_texts(context)
-        if not own:
-            return networks
-        root = self.root / GENERATORS / workdir.digest(own)
-        squeeze(experiment, root, networks)
-        return root
-
-    def _run(
-        self,
-        cell: Cell,
-        squeezed: pathlib.Path,
-        stop: Any,
-        made_by: Callable[[], dict[str, Any]],
-    ) -> None:
-        """One cell's pipeline, which begins with what others have made."""
+    def make(
+        self, cell: Cell, context: Any, made_by: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Images and students; what others have made of it is taken from them."""
         from prism_jax import pipeline
         from prism_jax.analysis.words import SYNTHETIC
         from prism_jax.config import STAGES
         from prism_jax.data import workdir
         from prism_jax.stages import analyse, costs, validate
-        from prism_jax.stages.context import Context
 
-        experiment, root = self.experiments[cell], self.folder(cell)
-        context = Context(experiment, str(root), stop=stop, provenance=made_by())
-        try:
-            pipeline.adopt(context, squeezed)
-            self._adopt_anchors(cell, context)
-            others = list(self._with_equal_images(cell))
-            for other in others:
-                if (self.folder(other) / "recover" / "manifest.json").exists():
-                    pipeline.adopt(context, self.folder(other))
-                    break
-            # Equal images are analysed once.
-            analysed = any(self.result(other) for other in others)
-            pipeline.run(context, STAGES[:-1] if analysed else STAGES)
-            sets = {found.name: found for found in pipeline.sets(context)}
-            if not analyse.is_summarised(context, sets):
-                analyse.write_summary(context, sets, made_by())
-            spent = {name: costs.of(context, found) for name, found in sets.items()}
-            if (start := self.starts.get(cell)) and (begun := self.result(start.cell)):
-                spent[SYNTHETIC] = costs.after(
-                    spent[SYNTHETIC], begun["costs"][start.control or SYNTHETIC]
-                )
-            record = {
-                "experiment": self._digests[cell],
-                "peak_bytes": self._peak_bytes(cell),
-                "summary": workdir.read_json(root / "summary.json"),
-                "imported": [t for t in experiment.squeeze.teachers if _is_imported(experiment, t)],
-                "right": {name: validate.right_answers(context, s) for name, s in sets.items()},
-                "costs": spent,
-            }
-            workdir.write_record(root / "cell.json", record)
-        finally:
-            context.work.lock.release()
+        experiment = self.experiments[cell]
+        self._adopt_anchors(cell, context)
+        others = list(self._with_equal_images(cell))
+        for other in others:
+            if (self.folder(other) / "recover" / "manifest.json").exists():
+                pipeline.adopt(context, self.folder(other))
+                break
+        # Equal images are analysed once.
+        analysed = any(self.result(other) for other in others)
+        pipeline.run(context, STAGES[:-1] if analysed else STAGES)
+        sets = {found.name: found for found in pipeline.sets(context)}
+        if not analyse.is_summarised(context, sets):
+            analyse.write_summary(context, sets, made_by())
+        spent = {name: costs.of(context, found) for name, found in sets.items()}
+        if (start := self.starts.get(cell)) and (begun := self.result(start.cell)):
+            spent[SYNTHETIC] = costs.after(
+                spent[SYNTHETIC], begun["costs"][start.control or SYNTHETIC]
+            )
+        return {
+            "peak_bytes": self._peak_bytes(cell),
+            "summary": workdir.read_json(self.folder(cell) / "summary.json"),
+            "imported": [t for t in experiment.squeeze.teachers if _is_imported(experiment, t)],
+            "right": {name: validate.right_answers(context, s) for name, s in sets.items()},
+            "costs": spent,
+        }
 
     def _adopt_anchors(self, cell: Cell, context: Any) -> None:
         """Latents of real images and anchors that another generating cell has already."""
@@ -574,52 +467,8 @@ class Comparison:
             workdir.write_record(self.root / RECORDS, cells.to_records(found, self.choices))
 
 
-def _with_all_teachers(experiments: dict[Cell, Any]) -> dict[Cell, Any]:
-    """The experiments, each with the teachers of all.
-
-    Raises:
-      UserError: they make the same teacher differently.
-    """
-    networks: dict[str, Any] = {}
-    teachers: list[str] = []
-    first = next(iter(experiments.values()))
-    plain = dataclasses.replace(first.squeeze, teachers=())
-    for cell, experiment in experiments.items():
-        if dataclasses.replace(experiment.squeeze, teachers=()) != plain:
-            raise UserError(
-                f"{cell.name} trains its teachers differently from the others; state the fields of "
-                f"squeeze in the comparison's `shared`, so that all share their teachers"
-            )
-        for name in experiment.squeeze.teachers:
-            network = experiment.network(name)
-            if networks.setdefault(name, network) != network:
-                raise UserError(
-                    f"{cell.name} means another network by {name} than the others; state "
-                    f"networks.{name} in the comparison's `shared`"
-                )
-            teachers += [name] if name not in teachers else []
-    return {
-        cell: dataclasses.replace(
-            experiment,
-            networks={**experiment.networks, **networks},
-            squeeze=dataclasses.replace(experiment.squeeze, teachers=tuple(teachers)),
-        )
-        for cell, experiment in experiments.items()
-    }
-
-
 def _is_imported(experiment: Any, teacher: str) -> bool:
     return bool(experiment.network(teacher).checkpoint)
-
-
-def _digest(experiment: Any, start: str | None = None) -> str:
-    """What decides a cell's numbers; ``start`` is that of the cell it begins with."""
-    from prism_jax.config import to_dict
-    from prism_jax.data import workdir
-    from prism_jax.stages.fingerprints import BITS_VERSION
-
-    fields = {"bits_version": BITS_VERSION, **to_dict(experiment)}
-    return workdir.digest(fields | ({"start": start} if start else {}))
 
 
 if __name__ == "__main__":

@@ -102,7 +102,10 @@ class Labeller:
             return ENSEMBLES[recipe.ensemble](jnp.stack(logits), weights_T)
 
         devices = devices or parallel.devices()[:1]
-        self._map = parallel.LaneMap(label, pool.variables, arity=3, devices=devices, how=how)
+        self._map = parallel.LaneMap(
+            label, pool.variables, arity=3, devices=devices, how=how,
+            key=("labels", recipe, pool.teachers, pool.normalisation),
+        )  # fmt: skip
 
     def epoch(
         self, images_uint8_NHWC: Images, epoch: int, *, seed: int, start: int = 0

@@ -22,7 +22,7 @@ import contextvars
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -76,6 +76,21 @@ def shape_of(x: Any, lead: tuple[int, ...] = (), **place: Sharding) -> jax.Shape
     return jax.ShapeDtypeStruct((*lead, *np.shape(x)), dtype, **place)
 
 
+_SHARED: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar(
+    "shared", default=None
+)
+
+
+@contextlib.contextmanager
+def shared_programs() -> Iterator[None]:
+    """Inside, lane maps of equal keys share one program: many runs compile once."""
+    token = _SHARED.set({})
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
 class LaneMap:
     """A function of ``(shared, seed, *lane)`` mapped over devices, one ``lane`` tuple each.
 
@@ -92,6 +107,7 @@ class LaneMap:
         devices: Sequence[jax.Device],
         how: str = "shard_map",
         donate: Sequence[int] = (),
+        key: Hashable = None,
     ):
         """Map ``function``.
 
@@ -102,6 +118,8 @@ class LaneMap:
           devices: one lane each.
           how: "shard_map" or "pmap".
           donate: positions in the lane tuple whose buffers the call may reuse.
+          key: all that the function's results depend on beside its arguments: see
+            ``shared_programs``; None shares nothing.
         """
         if how not in MAPS:
             raise ValueError(f"how is {how!r}; allowed: {', '.join(MAPS)}")
@@ -109,6 +127,11 @@ class LaneMap:
         self._mesh = Mesh(np.array(self.devices), (AXIS,))
         self._shared = put(shared, NamedSharding(self._mesh, P()))
         self.traces = 0  # once per shape, whatever subset, unit or count is run
+        programs = _SHARED.get() if key is not None else None
+        address = (key, tuple(self.devices), arity, how, tuple(donate))
+        if programs is not None and address in programs:
+            self._mapped = programs[address]
+            return
 
         def counted(*arguments):
             self.traces += 1
@@ -122,6 +145,8 @@ class LaneMap:
             )
         else:
             self._mapped = jax.jit(_shard_map(counted, self._mesh, arity), donate_argnums=donated)
+        if programs is not None:
+            programs[address] = self._mapped
 
     def __len__(self) -> int:
         return len(self.devices)

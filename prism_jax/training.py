@@ -184,9 +184,14 @@ def initial_state(
 
 def jitted_init(module: nn.Module) -> jax.stages.Wrapped:
     """Fresh variables, compiled: ``f(key, images)``."""
-    # It runs once: compile it fast, not well (a quarter of the time on a CPU).
+    return _jitted_init(module, parallel.on_cpu())
+
+
+@functools.cache
+def _jitted_init(module: nn.Module, on_cpu: bool) -> jax.stages.Wrapped:
+    # A module's weights are drawn few times: compile it fast, not well (a quarter of the time).
     fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    options = fast if parallel.on_cpu() else None
+    options = fast if on_cpu else None
     return jax.jit(functools.partial(module.init, train=False), compiler_options=options)
 
 

@@ -15,6 +15,7 @@ import sys
 import pytest
 from helpers.command import snapshot
 
+from prism_jax import cells as runs
 from prism_jax import compare
 from prism_jax.analysis import comparison
 from prism_jax.analysis.cells import Entry
@@ -54,11 +55,11 @@ def test_cells_and_their_experiments(monkeypatch):
     c = config()
     with c.unlocked():
         c.dataset = {"image_size": 16}
-    assert compare.experiment_of(c, compare.Cell("prism", 1, 0, "own")).dataset.image_size == 16
+    assert compare.experiment_of(c, runs.Cell("prism", 1, 0, "own")).dataset.image_size == 16
     cells = compare.cells(c)
     # Two seeds, two IPCs: two methods under two protocols, the controls under one.
     assert len(cells) == len(set(cells)) == 2 * 2 * (2 * 2 + 1)
-    assert cells[0] == compare.Cell("prism", 1, 0, "own")
+    assert cells[0] == runs.Cell("prism", 1, 0, "own")
     assert [cell[:3] for cell in cells if cell.protocol == "short"][:4] == [
         ("random_real", 1, 0), ("prism", 1, 0), ("gvbsm", 1, 0), ("random_real", 2, 0),
     ]  # fmt: skip
@@ -89,9 +90,9 @@ def test_every_cell_of_the_shipped_comparisons_can_be_used(name, monkeypatch):
     cells = [cell for cell in compare.cells(c) if cell.seed == 0]
     experiments = {cell: compare.experiment_of(c, cell) for cell in cells}
     assert not problems
-    assert len({compare._digest(e) for e in experiments.values()}) == len(cells)
+    assert len({runs.digest_of(e) for e in experiments.values()}) == len(cells)
     # All share their teachers.
-    assert len({e.squeeze for e in compare._with_all_teachers(experiments).values()}) == 1
+    assert len({e.squeeze for e in runs.with_all_teachers(experiments).values()}) == 1
 
 
 @pytest.mark.parametrize("study", ["regularisation", "text_to_image"])

@@ -26,7 +26,10 @@ LAYERS = (
     ("pipeline", "programs"),
     ("accelerators",),
     ("plan",),
-    ("main", "compare"),
+    ("main",),
+    ("cells",),
+    ("compare",),
+    ("audit",),
     ("tools",),
     ("report",),
 )

@@ -204,6 +204,28 @@ def test_results_stay_on_their_device_and_placed_copies_are_the_maps_own():
     np.testing.assert_array_equal(mine, np.zeros(4))  # donation took the copy
 
 
+def test_maps_of_equal_keys_share_a_program_and_not_their_weights():
+    traced = []
+
+    def made(shared, key):
+        def function(shared, seed, x):
+            traced.append(key)
+            return shared * x
+
+        lane_map = parallel.LaneMap(
+            function, np.float32(shared), arity=1, devices=jax.devices()[:1], key=key
+        )
+        return float(lane_map.fetch(lane_map(0, [(lane_map.place(np.float32(3), 0),)])[0]))
+
+    with parallel.shared_programs():
+        assert [made(2, "a"), made(5, "a"), made(7, "b")] == [6.0, 15.0, 21.0]
+        assert traced == ["a", "b"]
+        assert [made(2, None), made(2, None)] == [6.0, 6.0]  # nothing is known of what they do
+        assert traced == ["a", "b", None, None]
+    # Twin: outside, every map has its own.
+    assert [made(2, "a"), made(5, "a")] == [6.0, 15.0] and traced[4:] == ["a", "a"]
+
+
 def test_an_unknown_map_lists_the_known_ones():
     with pytest.raises(ValueError, match="'vmap'; allowed: shard_map, pmap"):
         parallel.LaneMap(lambda *a: a, 0, arity=1, devices=jax.devices()[:1], how="vmap")

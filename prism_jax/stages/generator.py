@@ -572,17 +572,17 @@ class Painter:
         self._context, self._opened = context, opened
         self._batch = min(g.batch_size, images)
 
+        networks, sampling, refining = opened.generator, opened.sampling, opened.refining
+
         def paint(weights: Weights, seed: Array, lane: tuple[Places, Array]) -> tuple[Array, ...]:
-            networks = opened.generator
-            latents_BHWC = generate.latents(
-                networks, opened.sampling, weights, seed, *lane, opened.refining
-            )
+            latents_BHWC = generate.latents(networks, sampling, weights, seed, *lane, refining)
             images_BHWC = networks.codec.decode(weights.codec, latents_BHWC)
             return (images_BHWC, latents_BHWC) if keeps else (images_BHWC,)
 
         self._lanes = parallel.LaneMap(
             paint, opened.weights, arity=1, devices=parallel.devices(),
             how=context.config.parallel.map,
+            key=("images", networks, sampling, refining, keeps),
         )  # fmt: skip
 
     def paint(self, wishes: Iterable[Wish], seed: int | None = None) -> Iterator[Painted]:

@@ -16,15 +16,25 @@ from etils import epath
 from prism_jax.config import bn_group_of
 from prism_jax.core.augment import Augment
 from prism_jax.data import answers, workdir
+from prism_jax.data.checkpoints import Checkpoints
 from prism_jax.data.pipeline import num_batches
 from prism_jax.data.weights import RECORD
+from prism_jax.errors import UserError
 from prism_jax.parallel import enough_memory
-from prism_jax.stages import fingerprints
+from prism_jax.stages import fingerprints, relabel
 from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.stages.inputs import HELD_OUT
 from prism_jax.stages.loop import train
 from prism_jax.stages.relabel import Labels
-from prism_jax.training import TrainBatch, Trainer, TrainRecipe, hard_batches, soft_batches
+from prism_jax.training import (
+    TrainBatch,
+    Trainer,
+    TrainRecipe,
+    hard_batches,
+    initial_state,
+    soft_batches,
+)
+from prism_jax.types import PyTree
 
 
 def folder(labelled: LabelledSet, student: str, seed: int) -> epath.Path:
@@ -129,6 +139,31 @@ def recipe_of(context: Context, augment: Augment, loss: str, epochs: int) -> Tra
         ema=validate.ema,
         ema_statistics=validate.ema_statistics,
     )
+
+
+def load(context: Context, labelled: LabelledSet, student: str, seed: int) -> PyTree:
+    """A finished student's variables.
+
+    Raises:
+      UserError: it is not finished.
+    """
+    root = folder(labelled, student, seed)
+    if not _is_done(context, labelled, student, seed):
+        raise UserError(
+            f"student {student} is not in {root}; run the validate stage first "
+            f"(--stages=validate,...)"
+        )
+    recipe = recipe_of(context, relabel.augment_of(context.config), context.config.validate.loss, 1)
+    module = context.networks.build(student, student=True, dtype=context.config.validate.dtype)
+    like = initial_state(module, recipe, seed, context.inputs.image_shape)
+    checkpoints = Checkpoints(root / "checkpoints", of=workdir.read_fingerprint(root))
+    found = checkpoints.restore(like)
+    checkpoints.close()
+    if found is None:
+        raise UserError(
+            f"{root} has no checkpoint of its student; delete it and run the same command again"
+        )
+    return found[1].variables
 
 
 def _is_done(context: Context, labelled: LabelledSet, student: str, seed: int) -> bool:

@@ -340,6 +340,8 @@ def _clip(e: Experiment) -> Iterator[str]:
             f"squeeze.teachers names {CLIP_FOLDER!r}, which is the name of CLIP's own folder; give "
             f"the teacher another one"
         )
+
+
 def _asked_for(e: Experiment) -> Iterator[str]:
     """What one teacher is asked for: scores or features of real images."""
     r = e.recover

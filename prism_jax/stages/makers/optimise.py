@@ -166,7 +166,7 @@ def engine_of(
 def _start(context: Context, root: epath.Path, engine, pool, recipe, unit: Unit, at: int) -> Lane:
     """Put a unit on a lane: from its checkpoint, or from its initial images."""
     config, budget = context.config, unit_budget(context.config, unit)
-    batch, start_BHWC = _batch(context, unit)
+    batch, start_BHWC = batch_of(context, unit)
     phases = course.phases_of(recipe, budget, start_BHWC)
 
     def state_after(step: int) -> SynthState:
@@ -192,7 +192,7 @@ def _start(context: Context, root: epath.Path, engine, pool, recipe, unit: Unit,
     batches = [(batch, start_BHWC)]
     if config.recover.perturb_accumulates:
         earlier = [unit._replace(block=block) for block in range(unit.block)]
-        batches = [_batch(context, u) for u in earlier] + batches
+        batches = [batch_of(context, u) for u in earlier] + batches
     batch = jax.device_get(course.prepare(pool, recipe, batches, config.seed))
     done = int(state.step)
     return Lane(
@@ -201,7 +201,7 @@ def _start(context: Context, root: epath.Path, engine, pool, recipe, unit: Unit,
     )  # fmt: skip
 
 
-def _batch(context: Context, unit: Unit) -> tuple[synthesis.UnitBatch, np.ndarray]:
+def batch_of(context: Context, unit: Unit) -> tuple[synthesis.UnitBatch, np.ndarray]:
     """A unit's coordinates and labels, and its initial images."""
     classes, slots = members(context.config, unit)
     restarts = context.config.recover.round_robin_restarts

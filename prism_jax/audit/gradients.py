@@ -1,0 +1,162 @@
+"""The noise of drawn teachers, along a synthesis, beside what one training image changes.
+
+Teachers of the first run are trained again with one image exchanged for another of its class,
+everything else alike (order, views, initial weights); and once more on the same images with other
+seeds, which is what training alone changes. All are asked for the gradients of the same images:
+those of the first run's own course.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from prism_jax import pipeline, progress, synthesis
+from prism_jax.audit.rows import cell_of, of_run
+from prism_jax.audit.shadows import MEMBERS, Shadows
+from prism_jax.config import unit_budget, units
+from prism_jax.data import workdir
+from prism_jax.errors import UserError
+from prism_jax.stages import statistics
+from prism_jax.stages.context import Context
+from prism_jax.stages.makers import optimise
+from prism_jax.synthesis import course, disagreement
+from prism_jax.teachers import TeacherPool
+
+RESEEDED = "reseeded"
+SEED = 1_000_000  # of that, which no run has
+
+
+def run(shadows: Shadows, stop: Any) -> None:
+    """Make the study, where it is not there already."""
+    settings = shadows.config.gradients
+    cell = cell_of(shadows.config, settings.row)
+    experiment = shadows.experiments[cell]
+    wanted = workdir.digest({"experiment": shadows.digest(cell), **settings.to_dict()})
+    path = epath.Path(shadows.root) / "gradients.json"
+    if path.exists() and workdir.read_record(path)["of"] == wanted:
+        return
+    runs = {MEMBERS: experiment}
+    for number in range(settings.images):
+        name = f"exchanged_{number:02d}"
+        at_N = shadows.plan.exchanged(0, number, shadows.train.labels_N)
+        data = shadows.data(shadows.root / "gradients" / f"{name}.npz", at_N)
+        runs[name] = of_run(experiment, data, 0)
+    assert experiment.dataset.path is not None
+    runs[RESEEDED] = of_run(experiment, experiment.dataset.path, SEED)
+    contexts = {}
+    for name, one in runs.items():
+        own = shadows.root / "gradients" / name
+        folder = shadows.teachers(cell) if name == MEMBERS else own
+        contexts[name] = context = Context(one, str(folder), stop=stop)
+        try:
+            pipeline.RUNNERS["squeeze"](context)
+        finally:
+            context.work.lock.release()
+        stop.check()
+    workdir.write_record(path, {"of": wanted, "study": study(contexts, settings)})
+
+
+def check(shadows: Shadows) -> None:
+    """Refuse what has no gradients of this kind, before any work.
+
+    Raises:
+      UserError: no such row, or numbers out of range.
+    """
+    settings, rows = shadows.config.gradients, shadows.config.rows
+    if settings.row not in rows or settings.row in shadows.config.without:
+        known = ", ".join(row for row in rows if row not in shadows.config.without)
+        raise UserError(f"gradients.row is {settings.row!r}; it must be a row: {known}")
+    experiment = shadows.experiments[cell_of(shadows.config, settings.row)]
+    budget = unit_budget(experiment, units(experiment)[0])
+    if experiment.recover.maker != "optimise" or not budget or experiment.recover.phase_sizes:
+        raise UserError(
+            f"gradients.row is {settings.row!r}, which optimises no images of one size; name a row "
+            f"that does"
+        )
+    if not 0 <= min(settings.iterations) <= max(settings.iterations) < budget:
+        raise UserError(
+            f"gradients.iterations is {tuple(settings.iterations)}; each must be in [0, {budget})"
+        )
+    if not 1 <= settings.images <= experiment.dataset.num_classes:
+        raise UserError(
+            f"gradients.images is {settings.images}; one of a class is exchanged: 1 to "
+            f"{experiment.dataset.num_classes}"
+        )
+
+
+def study(contexts: dict[str, Context], settings: Any) -> dict[str, Any]:
+    """The numbers: of every iteration, cosines and norms between teachers, noise and changes."""
+    context = contexts[MEMBERS]
+    config = context.config
+    recipe, unit = optimise.recipe_of(config), units(config)[0]
+    pools = {name: _pool(one) for name, one in contexts.items()}
+    pool = pools[MEMBERS]
+    batch, start_BHWC = optimise.batch_of(context, unit)
+    weights_RT = disagreement.drawn_weights(
+        recipe, pool.teachers, config.seed, batch, settings.draws
+    )
+    read = jax.jit(
+        functools.partial(disagreement.pixel_gradients, recipe, pool.teachers, pool.normalisation)
+    )
+    found = []
+    for step, images_BHWC in _along(recipe, pool, config, batch, start_BHWC, settings.iterations):
+        by_run = {}
+        for name, one in pools.items():
+            gradients = read(
+                one.variables, np.uint32(config.seed), batch, np.int32(step), images_BHWC
+            )
+            ce, bn = (np.asarray(x, np.float64).reshape(len(pool), -1) for x in gradients)
+            by_run[name] = ce[recipe.primary], bn, ce
+        ours = by_run[MEMBERS]
+        sizes = {
+            name: disagreement.noise_and_change(
+                ours[:2], theirs[:2], weights_RT, np.array(settings.alphas)
+            )
+            for name, theirs in by_run.items()
+            if name != MEMBERS
+        }
+        found.append(
+            {
+                "iteration": step,
+                "cosine_bn": disagreement.cosines(ours[1]).tolist(),
+                "cosine_ce": disagreement.cosines(ours[2]).tolist(),
+                "norm_bn": np.linalg.norm(ours[1], axis=1).tolist(),
+                "norm_ce": np.linalg.norm(ours[2], axis=1).tolist(),
+                "noise": next(iter(sizes.values())).noise_A.tolist(),
+                "change": {name: s.change_A.tolist() for name, s in sizes.items()},
+                "along": {name: s.along_A.tolist() for name, s in sizes.items()},
+            }
+        )
+    return {
+        "row": settings.row,
+        "teachers": list(pool.names),
+        "primary": pool.names[recipe.primary],
+        "alphas": list(settings.alphas),
+        "alpha": recipe.alpha_bn,
+        "draws": settings.draws,
+        "iterations": found,
+    }
+
+
+def _pool(context: Context) -> TeacherPool:
+    recover = context.config.recover
+    return statistics.with_targets(context, context.networks.pool(recover.pool, recover.dtype))
+
+
+def _along(recipe, pool, config, batch, start_BHWC, iterations):
+    """Yield (iteration, images before it) of a batch's course."""
+    run = synthesis.engine(pool, recipe)
+    (phase,) = course.phases_of(recipe, int(batch.budget), start_BHWC)
+    state = run.place(course.begin(pool, recipe, phase, start_BHWC), 0)
+    unit, done = run.place(course.prepare(pool, recipe, [(batch, start_BHWC)], config.seed), 0), 0
+    with progress.task("gradients", len(iterations), unit="iteration") as bar:
+        for step in sorted(iterations):
+            [(state, _)] = run(config.seed, [(unit, state, run.place(np.int32(step - done), 0))])
+            done = step
+            yield step, run.fetch(state).images_BHWC
+            bar.advance(1)

@@ -1,0 +1,64 @@
+"""A row's experiment: as a comparison's, and then on the images of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from prism_jax import compare
+from prism_jax.config.sections import Experiment
+from prism_jax.errors import UserError
+
+
+def as_comparison(config: Any) -> ConfigDict:
+    """The fields of a comparison whose rows are those of an audit."""
+    return ConfigDict(
+        dict(
+            argument=config.argument,
+            shared=tuple(config.shared),
+            dataset=config.dataset,
+            rows=config.rows,
+            ipcs=(config.ipc,),
+            seeds=(0,),
+            student_seeds=1,
+            protocols={compare.OWN: ()},
+            controls="",
+            control_sets=(),
+        )  # fmt: skip
+    )
+
+
+def cell_of(config: Any, row: str, run: int = 0) -> compare.Cell:
+    """The cell of a row in a run: its seed is the number of the run."""
+    return compare.Cell(row, config.ipc, run, compare.OWN)
+
+
+def of_row(config: Any, row: str) -> Experiment:
+    """A row's experiment on the whole data set.
+
+    Raises:
+      UserError: it cannot be used, or has a network that was trained on other images.
+    """
+    found: Experiment = compare.experiment_of(as_comparison(config), cell_of(config, row))
+    imported = [n for n in found.squeeze.teachers if found.network(n).checkpoint]
+    if found.recover.maker == "generate" and found.generate.directory:
+        imported.append("the generator")
+    if imported:
+        raise UserError(
+            f"{row}: {', '.join(imported)} is imported, and was trained on images that are not "
+            f"known; an audit trains all of its networks, so unset what is read"
+        )
+    return found
+
+
+def of_run(experiment: Experiment, path: str, run: int) -> Experiment:
+    """A row's experiment on the images of a run, with the seeds of that run."""
+    return dataclasses.replace(
+        experiment,
+        seed=run,
+        dataset=dataclasses.replace(experiment.dataset, source="npz", path=path),
+        squeeze=dataclasses.replace(experiment.squeeze, seed=run),
+        validate=dataclasses.replace(experiment.validate, seeds=(run,)),
+    )

@@ -1,0 +1,229 @@
+"""Cells: many runs, each in a working directory of its own, that share their networks.
+
+What is finished is never done again, so a command that makes cells continues where it was stopped.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import pathlib
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from prism_jax.errors import UserError
+
+TEACHERS, GENERATORS, CELLS = "teachers", "generators", "cells"
+
+
+class Cell(NamedTuple):
+    """One experiment among others."""
+
+    row: str
+    ipc: int
+    seed: int
+    protocol: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}/ipc{self.ipc}/seed{self.seed}/{self.protocol}"
+
+
+class Cells(abc.ABC):
+    """Cells, the folder they are in, and what is known of them.
+
+    Attributes:
+      COMMAND: the module that makes them.
+      root: the folder.
+      experiments: of the cells, in their order.
+    """
+
+    COMMAND: str
+
+    def __init__(self, root: pathlib.Path, experiments: dict[Cell, Any]):
+        self.root, self.experiments = root, experiments
+
+    @abc.abstractmethod
+    def make(self, cell: Cell, context: Any, made_by: Callable[[], dict[str, Any]]) -> dict:
+        """Everything that a cell makes, from the networks on, and what is kept of it."""
+
+    @abc.abstractmethod
+    def write_tables(self, *, whole: bool = False) -> None:
+        """The tables of all cells that are finished.
+
+        Args:
+          whole: with what takes seconds: where the work ends, or is stopped.
+        """
+
+    def digest(self, cell: Cell) -> str:
+        """What decides a cell's numbers."""
+        return digest_of(self.experiments[cell])
+
+    def folder(self, cell: Cell) -> pathlib.Path:
+        return self.root / CELLS / cell.name
+
+    def teachers(self, cell: Cell) -> pathlib.Path:
+        """The folder whose teachers a cell shares with others."""
+        return self.root / TEACHERS
+
+    def result(self, cell: Cell) -> dict[str, Any] | None:
+        """What is kept of a cell; None where it is not finished with its settings."""
+        from prism_jax.data import workdir
+
+        path = self.folder(cell) / "cell.json"
+        if not path.exists():
+            return None
+        found = workdir.read_record(path)
+        return found if found["experiment"] == self.digest(cell) else None
+
+    def run(self, stop: Any, argv: Sequence[str]) -> None:
+        """Everything that is missing, and the tables."""
+        from prism_jax import parallel, progress
+        from prism_jax.environment import provenance
+
+        command = {"command": f"python -m {self.COMMAND} {shlex.join(argv)}"}
+
+        def made_by() -> dict[str, Any]:  # memory grows while a cell is made
+            return provenance(argv) | command
+
+        with_teachers: dict[Cell, Any] = {}
+        for folder in {self.teachers(cell): None for cell in self.experiments}:
+            sharing = {c: e for c, e in self.experiments.items() if self.teachers(c) == folder}
+            with_teachers |= with_all_teachers(sharing)
+        todo = [cell for cell in self.experiments if self.result(cell) is None]
+        try:
+            with parallel.shared_programs():
+                for number, cell in enumerate(todo, 1):
+                    progress.say(f"cell {number} of {len(todo)}: {cell.name}")
+                    squeezed = self._squeeze(cell, with_teachers[cell], stop, made_by)
+                    self._run(cell, squeezed, stop, made_by)
+                    self.write_tables()
+        finally:
+            self.write_tables(whole=True)
+        self.show()
+
+    def show(self) -> None:
+        """Print the table."""
+        from prism_jax import progress
+
+        progress.say(f"\n{(self.root / 'table.md').read_text()}\n{self.root / 'table.md'}")
+
+    def _squeeze(
+        self, cell: Cell, experiment: Any, stop: Any, made_by: Callable[[], dict[str, Any]]
+    ) -> pathlib.Path:
+        """What squeeze makes, once: the networks that any cell asks for, and what this one does.
+
+        A generator, and what CLIP says of the classes, lie in a folder of their own for every kind,
+        beside copies of the networks.
+
+        Returns:
+          The folder with all that the cell adopts.
+        """
+        from prism_jax import pipeline
+        from prism_jax.data import workdir
+        from prism_jax.stages import fingerprints, generator, guiding
+        from prism_jax.stages.context import Context
+
+        def squeeze(experiment: Any, root: pathlib.Path, source: pathlib.Path | None) -> None:
+            context = Context(experiment, str(root), stop=stop, provenance=made_by())
+            try:
+                if source:
+                    pipeline.adopt(context, source)
+                pipeline.RUNNERS["squeeze"](context)
+            finally:
+                context.work.lock.release()
+
+        networks = self.teachers(cell)
+        recover = dataclasses.replace(experiment.recover, maker="optimise", clip=0.0)
+        squeeze(dataclasses.replace(experiment, recover=recover), networks, None)
+        context, own = Context(experiment, str(networks)), {}
+        if generator.wanted(context):
+            own["generator"] = fingerprints.generator(context)
+        if guiding.wanted(context):
+            own["clip"] = fingerprints.clip_texts(context)
+        if not own:
+            return networks
+        root = self.root / GENERATORS / workdir.digest(own)
+        squeeze(experiment, root, networks)
+        return root
+
+    def _run(
+        self, cell: Cell, squeezed: pathlib.Path, stop: Any, made_by: Callable[[], dict[str, Any]]
+    ) -> None:
+        """One cell's pipeline, which begins with what others have made."""
+        from prism_jax import pipeline
+        from prism_jax.data import workdir
+        from prism_jax.stages.context import Context
+
+        experiment, root = self.experiments[cell], self.folder(cell)
+        context = Context(experiment, str(root), stop=stop, provenance=made_by())
+        try:
+            pipeline.adopt(context, squeezed)
+            record = {"experiment": self.digest(cell), **self.make(cell, context, made_by)}
+            workdir.write_record(root / "cell.json", record)
+        finally:
+            context.work.lock.release()
+
+
+def until_stopped(work: Callable[[Any], None], root: str) -> int:
+    """Work until it is done, or a stop is requested: the exit status."""
+    from prism_jax.stages.coordination import Interrupted, StopSignal
+
+    stop = StopSignal()
+    stop.install()
+    try:
+        work(stop)
+    except Interrupted as interrupted:
+        print(
+            f"stopped by {interrupted}; everything so far is saved in {root}. Run the same "
+            f"command again to continue.",
+            file=sys.stderr,
+        )
+        return 128 + interrupted.signum
+    return 0
+
+
+def with_all_teachers(experiments: dict[Cell, Any]) -> dict[Cell, Any]:
+    """The experiments, each with the teachers of all.
+
+    Raises:
+      UserError: they make the same teacher differently.
+    """
+    networks: dict[str, Any] = {}
+    teachers: list[str] = []
+    first = next(iter(experiments.values()))
+    plain = dataclasses.replace(first.squeeze, teachers=())
+    for cell, experiment in experiments.items():
+        if dataclasses.replace(experiment.squeeze, teachers=()) != plain:
+            raise UserError(
+                f"{cell.name} trains its teachers differently from the others; state the fields of "
+                f"squeeze in the comparison's `shared`, so that all share their teachers"
+            )
+        for name in experiment.squeeze.teachers:
+            network = experiment.network(name)
+            if networks.setdefault(name, network) != network:
+                raise UserError(
+                    f"{cell.name} means another network by {name} than the others; state "
+                    f"networks.{name} in the comparison's `shared`"
+                )
+            teachers += [name] if name not in teachers else []
+    return {
+        cell: dataclasses.replace(
+            experiment,
+            networks={**experiment.networks, **networks},
+            squeeze=dataclasses.replace(experiment.squeeze, teachers=tuple(teachers)),
+        )
+        for cell, experiment in experiments.items()
+    }
+
+
+def digest_of(experiment: Any, start: str | None = None) -> str:
+    """What decides an experiment's numbers; ``start`` is that of the cell it begins with."""
+    from prism_jax.config import to_dict
+    from prism_jax.data import workdir
+    from prism_jax.stages.fingerprints import BITS_VERSION
+
+    fields = {"bits_version": BITS_VERSION, **to_dict(experiment)}
+    return workdir.digest(fields | ({"start": start} if start else {}))
