@@ -19,6 +19,8 @@ from prism_jax import cells as runs
 from prism_jax import compare
 from prism_jax.analysis import comparison
 from prism_jax.analysis.cells import Entry
+from prism_jax.config import resolve
+from prism_jax.errors import UserError
 from prism_jax.main import parse
 
 ROOT = pathlib.Path(__file__).resolve().parent
