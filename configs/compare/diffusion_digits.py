@@ -2,8 +2,9 @@
 
     python -m prism_jax.compare --config=configs/compare/diffusion_digits.py
 
-An hour and a half on two cores; it can be stopped and continues. One protocol, `single` of `digits.py`: one
-teacher labels, one training. One small generator, trained once, makes the images of all rows.
+An hour and a half on two cores; it can be stopped and continues. One protocol, `single` of
+`digits.py`: one teacher labels, one training. One small generator, trained once, makes the images
+of all rows.
 
   d4m, mgd3, ddoq, cao2   the second engine's methods, on one small transformer
   d4m's controls          its anchors, decoded; the real images nearest to them (medoids: real

@@ -51,7 +51,7 @@ class Attack:
 
 def documents(attacks: Sequence[Attack], study: dict[str, Any] | None) -> dict[str, bytes]:
     """The files of an audit by their names: of what there is."""
-    found = {}
+    found: dict[str, bytes] = {}
     if attacks:
         found |= {
             "table.md": markdown(attacks, study).encode(),

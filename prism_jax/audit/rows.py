@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from prism_jax import compare
-from prism_jax.config.sections import Experiment
+from prism_jax.config.sections import Experiment, Path
 from prism_jax.errors import UserError
 
 
@@ -58,7 +58,7 @@ def of_run(experiment: Experiment, path: str, run: int) -> Experiment:
     return dataclasses.replace(
         experiment,
         seed=run,
-        dataset=dataclasses.replace(experiment.dataset, source="npz", path=path),
+        dataset=dataclasses.replace(experiment.dataset, source="npz", path=Path(path)),
         squeeze=dataclasses.replace(experiment.squeeze, seed=run),
         validate=dataclasses.replace(experiment.validate, seeds=(run,)),
     )
