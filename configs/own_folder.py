@@ -12,8 +12,12 @@ measured once. Teachers are trained here, at 64 pixels. Other useful flags:
     --config.recover.ipc=1               images per class; recover.short_classes=repeat where a
                                          class has fewer
 
-Arguments after the colon: `cpu`, narrow networks and few iterations, for a first look on a laptop.
+Arguments after the colon, separated by commas:
+  cpu      narrow networks and few iterations, for a first look on a laptop
+  ipc1     as many images per class (ipc10), as configs/compare/own_folder.py asks for them
 """
+
+import re
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -22,7 +26,8 @@ from configs import base
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    words = base.words(arg, "cpu")
+    ipcs = re.findall(r"\bipc([0-9]+)\b", arg)
+    words = base.words(arg, "cpu", *(f"ipc{n}" for n in ipcs))
     narrow = 0.25 if "cpu" in words else 1.0
     c = base.get_config()
     c.name = "own_folder"
@@ -43,7 +48,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.squeeze.weight_decay = 0.01
     c.squeeze.crop_min = 0.25
 
-    c.recover.ipc = 10
+    c.recover.ipc = int(ipcs[-1]) if ipcs else 10
     c.recover.iterations = 1000
     c.recover.roll = 9  # 32 of 224 pixels
     c.validate.students = ("resnet18", "convnet")

@@ -55,6 +55,8 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
     looks = [name for name, module in FORMATS.items() if module.sniff(existing(path))]
     if "table" in looks and "folder" in looks:
         looks.remove("folder")  # the table is about the images of the folder
+    if "npz" in looks and "folder" in looks:
+        looks.remove("npz")  # tools.export writes the same images beside their folders
     if len(looks) > 1:
         raise UserError(
             f"{path} can be read in several ways ({', '.join(looks)}); name the very file or the "

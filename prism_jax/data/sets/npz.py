@@ -23,6 +23,7 @@ from prism_jax.data.sets.floats import to_pixels
 from prism_jax.data.sources import ImageSource
 from prism_jax.errors import UserError
 
+NAME = "set.npz"
 _NEEDED = (
     "a set in .npz has the arrays images (uint8, N x H x W x C) and labels (N integers); optional "
     "are class_names, soft_labels (N x K) and weights (N)"
@@ -30,12 +31,17 @@ _NEEDED = (
 
 
 def sniff(path: str) -> bool:
-    """Whether it is an .npz file."""
-    return path.endswith(".npz") and os.path.isfile(path)
+    """Whether it is an .npz file, or a folder with the one that ``tools.export`` writes."""
+    return os.path.isfile(_file(path)) and _file(path).endswith(".npz")
+
+
+def _file(path: str) -> str:
+    return os.path.join(path, NAME) if os.path.isdir(path) else path
 
 
 def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
     """The arrays of the file."""
+    path = _file(path)
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
@@ -83,5 +89,5 @@ def write(folder: str, content: Content) -> None:
         arrays["weights"] = content.weights_N
     arrays["class_names"] = np.array([entry["name"] for entry in content.classes])
     arrays["provenance"] = np.array(workdir.to_json(content.provenance))
-    with open(os.path.join(folder, "set.npz"), "wb") as file:
+    with open(os.path.join(folder, NAME), "wb") as file:
         np.savez(file, **arrays)

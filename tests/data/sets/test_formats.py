@@ -414,6 +414,10 @@ def test_npz(tmp_path):
     np.testing.assert_allclose(found.weights_N, WEIGHTS / WEIGHTS.mean())
     np.savez(path, images=FLOATS, labels=LABELS[:, None])  # a column, as Keras has it
     assert_same(path, stated=STATED)
+    assert_same(tmp_path, stated=STATED)  # the folder of an export
+    write_tree(tmp_path, tree())  # of one with images beside it, which are taken
+    path.write_bytes(b"")
+    assert assert_same(tmp_path).describe()["split"] == "folder"
     np.savez(path, pictures=PIXELS)
     with pytest.raises(UserError, match="has no images and no labels; a set in .npz has"):
         opened(path)
