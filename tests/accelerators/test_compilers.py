@@ -11,7 +11,7 @@ import importlib
 import pytest
 from helpers.accelerators import FOUR, compiled, experiment
 
-from configs import tiny_d4m
+from configs import tiny, tiny_d4m
 from prism_jax import programs, synthesis
 from prism_jax.accelerators import compiling, targets
 from prism_jax.config import resolve
@@ -80,6 +80,16 @@ def test_transformers_compile_where_a_device_would_be_asked():
 @pytest.mark.parametrize("program", ["recover/generator", "recover"])
 def test_a_generator_and_its_images_compile(target, program):
     check(compiled(resolve(tiny_d4m.get_config()), target, program))
+
+
+@pytest.mark.parametrize(
+    ("target", "program"),
+    [("h100", "recover"), ("v5e:2x2", "recover"), ("h100", "statistics/group/second")],
+)
+def test_targets_of_every_slot_and_what_measures_them_compile(target, program):
+    config = tiny.get_config()
+    config.recover.targets = "groups"
+    check(compiled(resolve(config), target, program))
 
 
 @pytest.mark.parametrize("target", ["h100", "b200"])
