@@ -112,11 +112,11 @@ def whole(tmp_path_factory, reference):
 
 SLOW = [
     pytest.param(name, marks=pytest.mark.slow)
-    for name in ("sre2l", "cda", "cvdd", "edc", "dwa", "dwa as released")
+    for name in ("sre2l", "cda", "cvdd", "edc", "dwa", "dwa as released", "fadrm retrieved")
 ]
 
 
-@pytest.mark.parametrize("name", ["gvbsm", "delt", "fadrm", "fadrm retrieved", "psm", *SLOW])
+@pytest.mark.parametrize("name", ["gvbsm", "delt", "fadrm", "psm", *SLOW])
 def test_stopped_and_continued_on_other_devices_is_the_same(
     name, whole, reference, tmp_path, monkeypatch
 ):

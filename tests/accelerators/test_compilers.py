@@ -11,7 +11,7 @@ import importlib
 import pytest
 from helpers.accelerators import FOUR, compiled, experiment
 
-from configs import tiny_d4m
+from configs import tiny, tiny_d4m
 from prism_jax import programs, synthesis
 from prism_jax.accelerators import compiling, targets
 from prism_jax.config import resolve
@@ -96,6 +96,16 @@ GUIDED = {
 def test_a_pyramid_that_a_clip_guides_compiles(target, dtype):
     made = experiment(["resnet18"], depth=SHALLOW, recover__dtype=dtype, **GUIDED)
     check(compiled(made, target, "recover"))
+
+
+@pytest.mark.parametrize(
+    ("target", "program"),
+    [("h100", "recover"), ("v5e:2x2", "recover"), ("h100", "statistics/group/second")],
+)
+def test_targets_of_every_slot_and_what_measures_them_compile(target, program):
+    config = tiny.get_config()
+    config.recover.targets = "groups"
+    check(compiled(resolve(config), target, program))
 
 
 @pytest.mark.parametrize("target", ["h100", "b200"])
