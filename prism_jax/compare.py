@@ -46,6 +46,8 @@ and written to DIR where one is given.
 OWN = "own"  # the protocol that overrides nothing
 TEACHERS, GENERATORS, CELLS = "teachers", "generators", "cells"
 RECORDS = "records.json"
+# Raised when a cell's record gains something: finished cells are then recorded anew, not made anew.
+RECORD_VERSION = 2
 
 
 class Cell(NamedTuple):
@@ -390,7 +392,8 @@ class Comparison:
         if not path.exists():
             return None
         found = workdir.read_record(path)
-        return found if found["experiment"] == self._digests[cell] else None
+        kept = found.get("version"), found["experiment"]
+        return found if kept == (RECORD_VERSION, self._digests[cell]) else None
 
     def check(self) -> None:
         """Refuse, before any work, what some cell needs and is not there.
@@ -507,6 +510,7 @@ class Comparison:
                     spent[SYNTHETIC], begun["costs"][start.control or SYNTHETIC]
                 )
             record = {
+                "version": RECORD_VERSION,
                 "experiment": self._digests[cell],
                 "peak_bytes": self._peak_bytes(cell),
                 "summary": workdir.read_json(root / "summary.json"),

@@ -191,9 +191,7 @@ def records(found: Sequence[Table]) -> Iterator[dict[str, Any]]:
     """Every interval, with the fields ``FIELDS``; of an accuracy there is nothing against it."""
     for table in found:
         for line in table.lines:
-            intervals: dict[str | None, Interval | None] = {None: line.accuracy}
-            intervals |= line.differences
-            for why, interval in intervals.items():
+            for why, interval in [(None, line.accuracy), *line.differences.items()]:
                 if interval is None:
                     continue
                 numbers = interval._asdict()
