@@ -62,7 +62,7 @@ def after(costs: Costs, start: Costs) -> Costs:
 def _squeezed(context: Context, name: str) -> float | None:
     """Seconds that a network or the generator was trained for; None where it was read."""
     record = workdir.read_record(context.networks.folder(name) / RECORD)
-    return record["seconds"] if record["source"] == "train" else None
+    return record.get("seconds") if record.get("source") == "train" else None
 
 
 def _makers(context: Context) -> list[str]:
