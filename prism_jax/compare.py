@@ -45,6 +45,8 @@ and written to DIR where one is given.
 """
 OWN = "own"  # the protocol that overrides nothing
 RECORDS = "records.json"
+# Raised when a cell's record gains something: finished cells are then recorded anew, not made anew.
+RECORD_VERSION = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -358,6 +360,11 @@ class Comparison(Cells):
         recover = dataclasses.replace(experiment.recover, initialise_from=there)
         return dataclasses.replace(experiment, recover=recover)
 
+    def result(self, cell: Cell) -> dict[str, Any] | None:
+        """Also None where its record says less than is asked now."""
+        found = super().result(cell)
+        return found if found and found.get("version") == RECORD_VERSION else None
+
     def check(self) -> None:
         """Refuse, before any work, what some cell needs and is not there.
 
@@ -409,6 +416,7 @@ class Comparison(Cells):
                 spent[SYNTHETIC], begun["costs"][start.control or SYNTHETIC]
             )
         return {
+            "version": RECORD_VERSION,
             "peak_bytes": self._peak_bytes(cell),
             "summary": workdir.read_json(self.folder(cell) / "summary.json"),
             "imported": [t for t in experiment.squeeze.teachers if _is_imported(experiment, t)],

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import signal
 import sys
 
@@ -20,6 +21,7 @@ from prism_jax import compare
 from prism_jax.analysis import comparison
 from prism_jax.analysis.cells import Entry
 from prism_jax.config import resolve
+from prism_jax.data import workdir
 from prism_jax.errors import UserError
 from prism_jax.main import parse
 
@@ -159,6 +161,28 @@ def test_every_cell_is_made_once_and_teachers_are_shared(finished):
     status, out, _ = run(*ONE, f"--workdir={root}")
     assert status == 0 and "cell 1" not in out
     assert snapshot(root, "cells", "teachers") == before
+
+
+def test_a_cell_whose_record_is_of_an_older_version_is_recorded_anew(finished, tmp_path):
+    """And nothing of it is made again: students without answers stay as they are."""
+    root, _ = finished
+    copy = tmp_path / "run"
+    shutil.copytree(root, copy)
+    path = copy / "cells/prism/ipc2/seed0/short/cell.json"
+    record, students = json.loads(path.read_text()), path.parent / "validate"
+    record.pop("checksum")
+    workdir.write_record(path, {k: v for k, v in record.items() if k not in ("version", "right")})
+    (students / "outside/0/answers.json").unlink()
+    before = snapshot(students)
+    status, out, err = run(*ONE, f"--workdir={copy}")
+    assert status == 0 and "cell 1 of 1: prism/ipc2/seed0/short" in out, err
+    assert snapshot(students) == before
+    found = workdir.read_record(path)
+    assert found["version"] == record["version"]
+    right = record["right"]["synthetic"]["test"]["outside"]
+    assert found["right"]["synthetic"]["test"]["outside"] == [None, right[1]]
+    table = (copy / "table.md").read_text()
+    assert "1 or 2 seed(s)" in table.split("#### short, IPC 2, outside")[1]
 
 
 def test_the_tables_hold_every_method_and_its_controls(finished):

@@ -27,7 +27,7 @@ from prism_jax.analysis.words import (
     seconds,
     size,
 )
-from prism_jax.config import CONTROLS, SELECTED_CONTROLS
+from prism_jax.config import CONTROLS, GENERATED_CONTROLS, SELECTED_CONTROLS
 
 
 def documents(
@@ -267,7 +267,7 @@ def accuracy_over_cost(entries: Sequence[Entry], cost: str = "seconds") -> Figur
                 color=COLOURS[number % len(COLOURS)], elinewidth=1, label=row,
             )  # fmt: skip
             handles[row] = points
-        for name in (*CONTROLS, *SELECTED_CONTROLS):
+        for name in (*CONTROLS, *SELECTED_CONTROLS, *GENERATED_CONTROLS):
             values = [e.sets.get(name, {}).get(student, {}).get("top1") for e in mine]
             if protocol != OWN and (level := mean(values)) is not None:
                 axis.axhline(100 * level, color=QUIET, linewidth=1, linestyle=(0, (4, 3)))

@@ -38,10 +38,7 @@ def of(context: Context, labelled: LabelledSet) -> Costs:
     pixels = math.prod(context.inputs.image_shape)
     seconds, stored = _labels(context, labelled)
     return {
-        "networks": {
-            name: workdir.read_record(context.networks.folder(name) / RECORD).get("seconds")
-            for name in dict.fromkeys(networks)
-        },
+        "networks": {name: _squeezed(context, name) for name in dict.fromkeys(networks)},
         "seconds": {"recover": recovered, "relabel": seconds},
         "bytes": {
             "images": len(labelled.labels_N) * pixels,
@@ -60,6 +57,12 @@ def after(costs: Costs, start: Costs) -> Costs:
         "networks": {**start["networks"], **costs["networks"]},
         "seconds": {**costs["seconds"], "recover": recovered},
     }
+
+
+def _squeezed(context: Context, name: str) -> float | None:
+    """Seconds that a network or the generator was trained for; None where it was read."""
+    record = workdir.read_record(context.networks.folder(name) / RECORD)
+    return record.get("seconds") if record.get("source") == "train" else None
 
 
 def _makers(context: Context) -> list[str]:
