@@ -146,7 +146,7 @@ def calibration_parts(g: Gathered, said: Said) -> list[Picture | Table]:
             figures.in_forms(charts.reliabilities, drawn, list(references)),
         ),
         Table(
-            "Calibration error", ["run", "trained on", "student", "error, %", "too sure by, points"],
+            "Calibration error", ["run", "trained on", "student", "error, %", "too sure, points"],
             rows, "Expected calibration error with 15 bins of equal width, mean over seeds.",
         ),
     ]  # fmt: skip
