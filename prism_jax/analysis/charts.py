@@ -108,7 +108,7 @@ def by_class(
                 axes.axhline(mean, color=style["color"], linewidth=1, linestyle=(0, (5, 3)))
         axes.set(title=title)
         if percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         if named:
             axes.set_xticks(range(classes), class_names)
             axes.set_xlim(-0.6, classes - 0.4)

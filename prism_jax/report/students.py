@@ -84,7 +84,7 @@ def class_parts(g: Gathered) -> list[Picture | Table]:
                 order_by=ranked_by, percent=True,
             ),
         ),
-        Table("", ["class", *columns], rows),
+        Table("Top-1 of every class, %", ["class", *columns], rows),
     ]  # fmt: skip
 
 
@@ -145,7 +145,8 @@ def calibration_parts(g: Gathered, said: Said) -> list[Picture | Table]:
             "area is the share of the predictions. Below the diagonal they are too sure.",
             figures.in_forms(charts.reliabilities, drawn, list(references)),
         ),
-        Table("", ["run", "trained on", "student", "calibration error, %", "too sure by, points"],
-              rows,
-              "Expected calibration error with 15 bins of equal width, mean over seeds."),
+        Table(
+            "Calibration error", ["run", "trained on", "student", "error, %", "too sure, points"],
+            rows, "Expected calibration error with 15 bins of equal width, mean over seeds.",
+        ),
     ]  # fmt: skip
