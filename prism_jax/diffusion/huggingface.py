@@ -56,6 +56,7 @@ class Part(NamedTuple):
       arguments: shapes of the arguments that ``module.init`` takes.
       rename: from a file's tensors to ours.
       source: what to download.
+      published: the form that is taken where only the form is wanted and none is at hand.
     """
 
     classes: tuple[str, ...]
@@ -63,6 +64,7 @@ class Part(NamedTuple):
     arguments: Callable[[nn.Module], tuple[jax.ShapeDtypeStruct, ...]]
     rename: Callable[[Tensors], Tensors]
     source: str
+    published: Callable[[], nn.Module]
 
 
 def lay_out(tensors: Tensors, like: PyTree, source: str, what: str) -> PyTree:
@@ -130,6 +132,20 @@ def load(path: str, part: str) -> Loaded:
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     return Loaded(module, lay_out(tensors, shapes(part, module), str(folder), part), config)
+
+
+def form(path: str, part: str) -> nn.Module:
+    """A network without its weights; the published one where nothing tells its form.
+
+    Raises:
+      UserError: what is there tells another form than those that are implemented.
+    """
+    file = epath.Path(path)
+    if part == "transformer" and file.is_file():
+        return dit.from_released(_read(file))
+    if not any((folder / CONFIG).is_file() for folder in (file / part, file)):
+        return PARTS[part].published()
+    return PARTS[part].build(_config(_folder(file, part), part))
 
 
 def schedule(path: str, otherwise: noise.Schedule) -> noise.Schedule:
@@ -332,6 +348,7 @@ PARTS = {
         ),
         dict,
         "unet/ of a Stable Diffusion 1 or 2 repository",
+        unet.UNet2DCondition,
     ),
     "vae": Part(
         ("AutoencoderKL",),
@@ -339,6 +356,7 @@ PARTS = {
         lambda m: (_floats(1, 2 ** len(m.widths), 2 ** len(m.widths), m.channels),),
         autoencoder.rename,
         "vae/ of a Stable Diffusion repository, or stabilityai/sd-vae-ft-mse",
+        autoencoder.AutoencoderKL,
     ),
     "text_encoder": Part(
         ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"),
@@ -346,6 +364,7 @@ PARTS = {
         lambda m: (_integers(1, m.length),),
         clip.rename_text,
         "text_encoder/ of a Stable Diffusion 1 or 2 repository, or openai/clip-vit-base-patch32",
+        clip.TextEncoder,
     ),
     "image_encoder": Part(
         ("CLIPVisionModelWithProjection", "CLIPModel"),
@@ -353,6 +372,7 @@ PARTS = {
         lambda m: (_floats(1, m.size, m.size, m.channels),),
         clip.rename_image,
         "openai/clip-vit-base-patch32",
+        clip.ImageEncoder,
     ),
     "transformer": Part(
         ("DiTTransformer2DModel", "Transformer2DModel"),
@@ -360,5 +380,6 @@ PARTS = {
         lambda m: (_floats(1, m.patch, m.patch, m.channels), _floats(1), _integers(1)),
         dit.rename_diffusers,
         "transformer/ of facebook/DiT-XL-2-256",
+        dit.DiT,
     ),
 }

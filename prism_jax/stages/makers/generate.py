@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from prism_jax import progress
-from prism_jax.config import batch_layout, members
+from prism_jax.config import members
 from prism_jax.core import pixels
 from prism_jax.stages import anchoring, generator
 from prism_jax.stages.context import Context
@@ -48,7 +48,7 @@ def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Ma
             facts = [{} for _ in at]
             found = (_chosen(context, *where) for where in at)
         else:
-            painter = Painter(context, generator.open_(context), batch_layout(config).size)
+            painter = Painter(context, generator.open_(context), anchoring.painted(context))
             found = painter.paint(wishes())
         for number, (unit, images) in enumerate(zip(waiting, found, strict=True)):
             now = time.monotonic()
