@@ -22,8 +22,9 @@ from prism_jax.data.sources import info_of, open_source
 from prism_jax.diffusion import samplers
 from prism_jax.errors import UserError
 from prism_jax.progress import hours_of, megabytes
-from prism_jax.stages import generator, relabel
+from prism_jax.stages import anchoring, generator, relabel
 from prism_jax.stages.context import Context
+from prism_jax.stages.generator import Painter, Wish
 from prism_jax.stages.inputs import Inputs
 from prism_jax.stages.makers import optimise
 from prism_jax.teachers import TeacherPool, describe
@@ -148,8 +149,9 @@ def _generation(e: Experiment) -> dict[str, str]:
     if e.recover.maker != "generate":
         return {}
     g, images = e.generate, e.recover.ipc * e.dataset.num_classes
-    steps = samplers.begun(sampling_of(g, SCHEDULES[g.generator]))
-    evaluated = steps * (1 if g.guidance == 1 else 2) * g.candidates * images
+    sampling = sampling_of(g, SCHEDULES[g.generator])
+    steps, calls = samplers.begun(sampling), samplers.evaluations(sampling)
+    evaluated = calls * (1 if g.guidance == 1 else 2) * g.candidates * images
     rows = {
         "generator": f"{g.generator}, read from {g.directory}"
         if g.directory
@@ -176,6 +178,8 @@ def _few(e: Experiment, layout: Layout) -> str:
 def _measured(e: Experiment, batch: int, iterations: int, label_batches: int) -> dict[str, str]:
     """Hours of recover and relabel on this machine, and recover's memory."""
     rows = _measured_recover(e, batch, iterations) if iterations else {}
+    if e.recover.maker == "generate":
+        rows = _measured_images(e)
     if not label_batches:
         return rows
     label_batch = min(e.relabel.batch_size, e.recover.ipc * e.dataset.num_classes)
@@ -185,8 +189,8 @@ def _measured(e: Experiment, batch: int, iterations: int, label_batches: int) ->
 
 
 def recover_bytes(e: Experiment) -> int | None:
-    """What one image batch takes on a device in recover, as compiled; None without iterations."""
-    if not e.recover.iterations:
+    """What one image batch takes on a device in recover, as compiled; None without a program."""
+    if not e.recover.iterations and e.recover.maker != "generate":
         return None
     one = dataclasses.replace(e, parallel=dataclasses.replace(e.parallel, recover_devices=1))
     with parallel.described(jax.local_devices()[:1]):
@@ -222,6 +226,41 @@ def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, s
         rows["memory"] = f"about {megabytes(scaled)} a device in recover"
         if available is not None and scaled > available:
             rows["memory"] += f"; this machine has {megabytes(available)}: lower recover.batch_size"
+    return rows
+
+
+def _measured_images(e: Experiment) -> dict[str, str]:
+    """Hours and memory of a generator's images, from a decoding and the shortest sampling."""
+    context, device = programs.shapes_of(e), jax.local_devices()[0]
+    opened, at_once = generator.described(context), anchoring.painted(context)
+    size = batch = min(e.generate.batch_size, at_once)
+    if device.platform == "cpu" and e.generate.generator != "dit":
+        size = 1  # a large network is as fast for each of several
+    weights = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), opened.weights)
+    few = dataclasses.replace(opened.sampling, steps=2, strength=1.0, terms=())
+    wish = Wish(*(np.zeros(size, np.int32) for _ in range(2)))
+
+    def seconds_of(sampling: samplers.Sampling) -> float:
+        made = opened._replace(weights=weights, sampling=sampling)
+        painter = Painter(context, made, size)
+        return _time(lambda: list(painter.paint([wish]))) / size
+
+    decoded = seconds_of(dataclasses.replace(few, strength=0.0))
+    asked = (seconds_of(few) - decoded) / samplers.evaluations(few)
+    each = decoded + max(asked, 0.0) * samplers.evaluations(opened.sampling)
+    images = e.recover.ipc * e.dataset.num_classes * e.generate.candidates
+    devices = len(jax.local_devices())
+    rows = {
+        "recover takes": f"about {hours_of(images * each / devices / 3600)} on {devices} device(s):"
+        f" {each:.3g} s an image, {decoded:.2g} s of it decoding; measured with {size} at once"
+    }
+    if peak := recover_bytes(e):
+        available = _memory(device)
+        rows["memory"] = f"about {megabytes(peak)} a device in recover, {batch} images at once"
+        if available is not None and peak > available:
+            rows["memory"] += (
+                f"; this machine has {megabytes(available)}: lower generate.batch_size"
+            )
     return rows
 
 

@@ -88,6 +88,11 @@ def begun(sampling: Sampling) -> int:
     return min(int(sampling.steps * sampling.strength), sampling.steps)
 
 
+def evaluations(sampling: Sampling) -> int:
+    """How often the denoiser is asked for an image, guidance not counted."""
+    return len(_twice(sampling)[0]) if sampling.sampler == "pndm" else begun(sampling)
+
+
 def check(sampling: Sampling) -> None:
     """Refuse what cannot be sampled.
 

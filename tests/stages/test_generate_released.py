@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from diffusion import parity
@@ -11,7 +12,12 @@ from helpers.command import ROOT, call, snapshot
 from helpers.images import write_tree
 from PIL import Image
 
-from prism_jax.diffusion import prompts
+from configs import tiny_d4m
+from prism_jax.config import resolve
+from prism_jax.diffusion import huggingface, prompts
+from prism_jax.diffusion.autoencoder import AutoencoderKL
+from prism_jax.stages import generator
+from prism_jax.stages.context import Context
 
 CLASSES = tuple(f"class{i}" for i in range(10))  # as many as the tiny transformer knows
 CASES = {"vae": "vae_decode", "unet": "unet_1", "text_encoder": "clip_text", "transformer": "dit"}
@@ -101,6 +107,30 @@ def test_a_denoiser_of_prompts(command, tmp_path, told):
     assert images(tmp_path / "run").shape == (20, 8, 8, 3)
     ok(*flags)
     assert len(told) == 11  # kept: nothing is encoded again
+
+
+@pytest.mark.parametrize("kind", [DIT, DIFFUSION])
+def test_a_generator_by_shapes_is_the_one_that_is_read(command, tmp_path, told, kind):
+    c = tiny_d4m.get_config()
+    names = f"--config.generate.class_names={tmp_path / 'names.txt'}"
+    for flag in (*command, *kind, names):
+        if flag.startswith("--config."):
+            (section, field), value = flag[9:].split("=")[0].split("."), flag.split("=")[1]
+            kept = {"True": True, "False": False}.get(value, value)
+            c[section][field] = int(value) if value.isdigit() else kept
+    c.squeeze.least_top1 = 0.0
+    context = Context(resolve(c), str(tmp_path / "run"))
+    for part in ("vae", "unet", "transformer", "text_encoder"):
+        assert huggingface.form(str(tmp_path / "networks"), part) == (
+            huggingface.load(str(tmp_path / "networks"), part).module
+        )
+    described, read = generator.described(context), generator._released(context, tmp_path / "kept")
+    assert described[0] == read[0] and described[2] == read[2] and described[4:] == read[4:]
+    shapes = [jax.tree.map(np.shape, opened.weights) for opened in (described, read)]
+    shapes = [shape._replace(condition=None) for shape in shapes]  # the texts are stood in for
+    assert shapes[0] == shapes[1]
+    (tmp_path / "networks" / "vae" / "config.json").unlink()
+    assert huggingface.form(str(tmp_path / "networks"), "vae") == AutoencoderKL()
 
 
 def test_what_is_not_there_is_told_with_what_to_download(command, tmp_path, told):
