@@ -18,7 +18,12 @@ gelu = functools.partial(nn.gelu, approximate=False)
 
 
 class GroupNorm(nn.Module):
-    """Normalise groups of channels of each image, at least in float32; params "scale", "bias"."""
+    """Normalise groups of channels of each image, at least in float32; params "scale", "bias".
+
+    A group's moments are means of its channels' moments about the group's mean: the map is never
+    laid out by groups, which costs a CPU four times as much (measured), and a TPU, whose registers
+    are 128 channels wide, most of each.
+    """
 
     groups: int
     epsilon: float
@@ -29,9 +34,18 @@ class GroupNorm(nn.Module):
         batch, *_, channels = x_BHWC.shape
         scale_C = layers.parameter(self, "scale", nn.initializers.ones, (channels,), jnp.float32)
         bias_C = layers.parameter(self, "bias", nn.initializers.zeros, (channels,), jnp.float32)
-        groups = x_BHWC.reshape(batch, -1, self.groups, channels // self.groups)
-        normal_BHWC = layers.normalise(groups, (1, 3), self.epsilon).reshape(x_BHWC.shape)
-        return (normal_BHWC * scale_C + bias_C).astype(self.dtype)
+        wide_BHWC = x_BHWC.astype(jnp.promote_types(x_BHWC.dtype, jnp.float32))
+
+        def mean(map_BHWC: Array) -> Array:
+            """Of each channel's group."""
+            grouped = map_BHWC.mean((1, 2)).reshape(batch, self.groups, -1)
+            means = jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape)
+            return means.reshape(batch, 1, 1, channels)
+
+        centred_BHWC = wide_BHWC - mean(wide_BHWC)
+        variance_B11C = mean(jnp.square(centred_BHWC))
+        gain_B11C = lax.rsqrt(variance_B11C + self.epsilon) * scale_C
+        return (centred_BHWC * gain_B11C + bias_C).astype(self.dtype)
 
 
 class Resnet(nn.Module):
