@@ -70,12 +70,47 @@ class Resnet(nn.Module):
         return x_BHWC + y_BHWC
 
 
-def doubled(x_BHWC: Array) -> Array:
-    """Twice as many rows and columns, each pixel four times."""
-    batch, rows, columns, channels = x_BHWC.shape
-    shape = (batch, rows, 2, columns, 2, channels)
-    quadrupled = jnp.broadcast_to(x_BHWC[:, :, None, :, None], shape)
-    return quadrupled.reshape(batch, 2 * rows, 2 * columns, channels)
+class Doubled(nn.Module):
+    """A 3x3 convolution, over zeros, of a map whose every pixel comes four times.
+
+    A window there sees four pixels at most, so each corner of a pixel is a 2x2 convolution of the
+    map itself, by sums of the kernel's rows and columns: 16 products in place of 36.
+    """
+
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BHWC: Array) -> Array:
+        shape = 3, 3, x_BHWC.shape[-1], self.features
+        kernel_HWIO = layers.parameter(
+            self, "kernel", nn.initializers.he_normal(), shape, jnp.float32
+        )
+        bias = layers.parameter(self, "bias", nn.initializers.zeros, shape[-1:], jnp.float32)
+        x_BHWC = x_BHWC.astype(self.dtype)
+
+        def corner(down: int, right: int) -> Array:
+            kernel = _seen(_seen(kernel_HWIO, 0, down), 1, right).astype(self.dtype)
+            edges = (0, 0), (1 - down, down), (1 - right, right), (0, 0)
+            return layers.conv2d(jnp.pad(x_BHWC, edges), kernel)
+
+        return interleaved([[corner(i, j) for j in (0, 1)] for i in (0, 1)]) + bias.astype(
+            self.dtype
+        )
+
+
+def _seen(kernel_HWIO: Array, axis: int, second: int) -> Array:
+    """What the first, or the second, of two equal pixels sees: three taps are two."""
+    first, middle, last = jnp.split(kernel_HWIO, 3, axis)
+    pair = [first + middle, last] if second else [first, middle + last]
+    return jnp.concatenate(pair, axis)
+
+
+def interleaved(corners: list[list[Array]]) -> Array:
+    """A map of the maps of every pixel's corners, (B, H, W, C) each: rows of columns."""
+    batch, rows, columns, channels = corners[0][0].shape
+    whole = jnp.stack([jnp.stack(row, 3) for row in corners], 2)
+    return whole.reshape(batch, 2 * rows, 2 * columns, channels)
 
 
 class Attention(nn.Module):
