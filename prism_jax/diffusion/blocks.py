@@ -94,9 +94,8 @@ class Doubled(nn.Module):
             edges = (0, 0), (1 - down, down), (1 - right, right), (0, 0)
             return layers.conv2d(jnp.pad(x_BHWC, edges), kernel)
 
-        return interleaved([[corner(i, j) for j in (0, 1)] for i in (0, 1)]) + bias.astype(
-            self.dtype
-        )
+        y_BHWC = interleaved([[corner(i, j) for j in (0, 1)] for i in (0, 1)])
+        return y_BHWC + bias.astype(self.dtype)
 
 
 def _seen(kernel_HWIO: Array, axis: int, second: int) -> Array:
