@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 HIDDEN = argparse.SUPPRESS
@@ -135,6 +135,7 @@ def compare(
     rounds: int,
     seconds: float,
     least: int = 1,
+    agree: Callable[[Mapping[str, Worker]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Let sides work in turns.
 
@@ -146,6 +147,7 @@ def compare(
       rounds: turns of each side that count.
       seconds: that a turn of ours should take.
       least: a turn does a multiple of so many iterations.
+      agree: is asked, once all are ready, whether sides compute the same; what it finds is kept.
 
     Returns:
       Per side its ``seconds`` and ``cpu_seconds`` per iteration and round, their medians,
@@ -154,6 +156,7 @@ def compare(
     workers = {side: Worker(script, side, spec, threads=threads) for side in sides}
     for worker in workers.values():
         worker.time("run", least)
+    agreed = agree(workers) if agree else {}
     turn = workers["ours"].time("run", least)["seconds"]
     count = least * max(1, round(seconds / turn))
     found: dict[str, dict[str, Any]]
@@ -195,6 +198,7 @@ def compare(
         "sides": found,
         "ratios": ratios,
         "rates": best,
+        **agreed,
     }
 
 
@@ -246,7 +250,7 @@ def machine() -> dict[str, Any]:
         "gpu": printed("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"),
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("jax", "torch", "torchvision")},
+        **{name: version(name) for name in ("jax", "torch", "torchvision", "diffusers")},
     }
 
 

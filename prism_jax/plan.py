@@ -22,8 +22,9 @@ from prism_jax.data.sources import info_of, open_source
 from prism_jax.diffusion import fit, samplers
 from prism_jax.errors import UserError
 from prism_jax.progress import hours_of, megabytes
-from prism_jax.stages import generator, guiding, relabel
+from prism_jax.stages import anchoring, generator, guiding, relabel
 from prism_jax.stages.context import Context
+from prism_jax.stages.generator import Painter, Wish
 from prism_jax.stages.inputs import Inputs
 from prism_jax.stages.makers import optimise
 from prism_jax.teachers import TeacherPool, describe
@@ -210,13 +211,12 @@ def _few(e: Experiment, layout: Layout) -> str:
 
 
 def _measured(e: Experiment, batch: int, iterations: int, label_batches: int) -> dict[str, str]:
-    """Hours of recover and relabel on this machine, and recover's memory.
-
-    And those of a generator that is trained here; one that is read may be larger than the machine.
-    """
+    """Hours of recover and relabel on this machine, and recover's memory; of a generator's fit."""
     rows = _measured_recover(e, batch, iterations) if iterations else {}
-    if e.recover.maker == "generate" and e.generate.generator == "dit":
-        rows |= _measured_generation(e)
+    if e.recover.maker == "generate":
+        rows = _measured_images(e)
+        if e.generate.generator == "dit":
+            rows |= _measured_fit(e)
     if not label_batches:
         return rows
     label_batch = min(e.relabel.batch_size, e.recover.ipc * e.dataset.num_classes)
@@ -225,15 +225,12 @@ def _measured(e: Experiment, batch: int, iterations: int, label_batches: int) ->
     return rows | {"relabel takes": f"about {hours_of(hours)}: {per_batch:.3g} s a batch"}
 
 
-def _measured_generation(e: Experiment) -> dict[str, str]:
-    """Hours of a generator's training, and of its images, with fresh weights."""
-    context, g, fitting = programs.shapes_of(e), e.generate, fitting_of(e.generate)
-    size, _, channels = context.inputs.image_shape
-    codec = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), generator.codec_shapes(context))
-    shape = generator.latent_shape(generator.codec_of(g), codec, size, channels)
-    module = generator.module_of(g, e.dataset.num_classes, shape[-1])
+def _measured_fit(e: Experiment) -> dict[str, str]:
+    """Hours of a generator's training."""
+    context, fitting = programs.shapes_of(e), fitting_of(e.generate)
+    opened = generator.described(context)
+    module, shape = opened.generator.denoiser, opened.latent_shape
     state = fit.initial_state(module, fitting, 0, shape)
-    average = jax.device_get(state.average)
     step = fit.jitted_step(fitting, module)
     latents = np.zeros((fitting.batch_size, *shape), np.float32)
     labels = np.zeros(fitting.batch_size, np.int32)
@@ -243,22 +240,15 @@ def _measured_generation(e: Experiment) -> dict[str, str]:
         state, _ = jax.block_until_ready(step(np.uint32(0), state, latents, labels))
 
     seconds = _time(train)
-    images = g.candidates * e.recover.ipc * e.dataset.num_classes
-    batch = min(g.batch_size, images)
-    opened = generator.small(context, {"codec": codec, "denoiser": average})
-    painter, at = generator.Painter(context, opened, batch), np.zeros(batch, np.int32)
-    per_batch = _time(lambda: list(painter.paint([generator.Wish(at, at)])))
-    hours = -(-images // batch) * per_batch / len(jax.local_devices()) / 3600
     return {
         "generator takes": f"about {hours_of(fitting.steps * seconds / 3600)} on one device: "
-        f"{seconds:.3g} s a step",
-        "generate takes": f"about {hours_of(hours)}: {per_batch:.3g} s a batch of {batch}",
+        f"{seconds:.3g} s a step"
     }
 
 
 def recover_bytes(e: Experiment) -> int | None:
-    """What one image batch takes on a device in recover, as compiled; None without iterations."""
-    if not e.recover.iterations:
+    """What one image batch takes on a device in recover, as compiled; None without a program."""
+    if not e.recover.iterations and e.recover.maker != "generate":
         return None
     one = dataclasses.replace(e, parallel=dataclasses.replace(e.parallel, recover_devices=1))
     with parallel.described(jax.local_devices()[:1]):
@@ -295,6 +285,41 @@ def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, s
         rows["memory"] = f"about {megabytes(scaled)} a device in recover"
         if available is not None and scaled > available:
             rows["memory"] += f"; this machine has {megabytes(available)}: lower recover.batch_size"
+    return rows
+
+
+def _measured_images(e: Experiment) -> dict[str, str]:
+    """Hours and memory of a generator's images, from a decoding and the shortest sampling."""
+    context, device = programs.shapes_of(e), jax.local_devices()[0]
+    opened, at_once = generator.described(context), anchoring.painted(context)
+    size = batch = min(e.generate.batch_size, at_once)
+    if device.platform == "cpu" and e.generate.generator != "dit":
+        size = 1  # a large network is as fast for each of several
+    weights = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), opened.weights)
+    few = dataclasses.replace(opened.sampling, steps=2, strength=1.0, terms=())
+    wish = Wish(*(np.zeros(size, np.int32) for _ in range(2)))
+
+    def seconds_of(sampling: samplers.Sampling) -> float:
+        made = opened._replace(weights=weights, sampling=sampling, refining=None)
+        painter = Painter(context, made, size)
+        return _time(lambda: list(painter.paint([wish]))) / size
+
+    decoded = seconds_of(dataclasses.replace(few, strength=0.0))
+    asked = (seconds_of(few) - decoded) / samplers.evaluations(few)
+    each = decoded + max(asked, 0.0) * samplers.evaluations(opened.sampling)
+    images = e.recover.ipc * e.dataset.num_classes * e.generate.candidates
+    devices = len(jax.local_devices())
+    rows = {
+        "recover takes": f"about {hours_of(images * each / devices / 3600)} on {devices} device(s):"
+        f" {each:.3g} s an image, {decoded:.2g} s of it decoding; measured with {size} at once"
+    }
+    if peak := recover_bytes(e):
+        available = _memory(device)
+        rows["memory"] = f"about {megabytes(peak)} a device in recover, {batch} images at once"
+        if available is not None and peak > available:
+            rows["memory"] += (
+                f"; this machine has {megabytes(available)}: lower generate.batch_size"
+            )
     return rows
 
 

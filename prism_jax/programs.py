@@ -24,6 +24,7 @@ from prism_jax.errors import UserError
 from prism_jax.models.import_torch import variable_shapes
 from prism_jax.stages import (
     analyse,
+    anchoring,
     generator,
     guiding,
     relabel,
@@ -34,7 +35,7 @@ from prism_jax.stages import (
 from prism_jax.stages.context import Context
 from prism_jax.stages.controls import SOFT
 from prism_jax.stages.fingerprints import statistic_kinds
-from prism_jax.stages.makers import optimise
+from prism_jax.stages.makers import generate, optimise
 from prism_jax.stages.makers import start as starts
 from prism_jax.stages.networks import Networks
 from prism_jax.synthesis import UnitBatch, course, measuring
@@ -164,36 +165,35 @@ def _recover(context: Context) -> Iterator[Program]:
 
 
 def _generated(context: Context) -> Iterator[Program]:
-    """The generator's training and its images, where it is trained here."""
-    g, layout = context.config.generate, batch_layout(context.config)
-    if g.generator != "dit":
-        return
-    fitting = fitting_of(g)
-
-    def shapes() -> tuple[PyTree, fit.FitState, tuple[int, int, int]]:
-        codec = generator.codec_shapes(context)
-        size, _, channels = context.inputs.image_shape
-        shape = generator.latent_shape(generator.codec_of(g), codec, size, channels)
-        module = generator.module_of(g, context.config.dataset.num_classes, shape[-1])
-        state = jax.eval_shape(lambda: fit.initial_state(module, fitting, 0, shape))
-        return codec, state, shape
+    """A generator's training, latents of real images, and images."""
+    g = context.config.generate
 
     def train() -> jax.stages.Lowered:
-        _, state, shape = shapes()
-        module = generator.module_of(g, context.config.dataset.num_classes, shape[-1])
-        latents = jax.ShapeDtypeStruct((fitting.batch_size, *shape), np.float32)
-        labels = jax.ShapeDtypeStruct((fitting.batch_size,), np.int32)
+        opened, fitting = generator.described(context), fitting_of(g)
+        module, shape = opened.generator.denoiser, opened.latent_shape
+        state = jax.eval_shape(lambda: fit.initial_state(module, fitting, 0, shape))
+        latents = _array((fitting.batch_size, *shape), np.float32)
+        labels = _array((fitting.batch_size,), np.int32)
         arguments = _on_one((np.uint32(0), state, latents, labels))
         return fit.jitted_step(fitting, module).lower(*arguments)  # type: ignore[attr-defined]
 
-    def paint() -> jax.stages.Lowered:
-        codec, state, _ = shapes()
-        opened = generator.small(context, {"codec": codec, "denoiser": state.average})
-        return generator.Painter(context, opened, layout.size).lower()
+    def encode() -> jax.stages.Lowered:
+        encoder = anchoring.Encoder(context, generator.described(context))
+        return encoder.lower(anchoring.encoded_at_once(g, None))
 
-    yield Program("recover/generator", train)
-    if g.candidates == 1:
-        yield Program("recover", paint)
+    def paint() -> jax.stages.Lowered:
+        return anchoring.painter(context, generator.described(context)).lower()
+
+    def refine() -> jax.stages.Lowered:
+        return generate.refiner(context, generator.described(context)).lower()
+
+    if g.generator == "dit":
+        yield Program("recover/generator", train)
+    if "latents" in anchoring.needed(context):
+        yield Program("recover/latents", encode)
+    yield Program("recover", paint)
+    if g.refine.steps and g.candidates > 1:
+        yield Program("recover/refine", refine)
 
 
 def _optimised(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import digits_ipc10, tiny, tiny_d4m
-from configs.methods import dwa, edc, fadrm, gvbsm
+from configs.methods import cao2, d4m, dwa, edc, fadrm, gvbsm
 from prism_jax import parallel, programs
 from prism_jax.config import resolve
 from prism_jax.core.augment import Augment
@@ -158,6 +158,24 @@ def test_blocks_of_two_sizes_are_two_programs():
     config = digits_ipc10.get_config()
     config.recover.batch_size = 4  # of ten classes: blocks of four, three and three
     assert {"recover", "recover/3"} <= set(names_of(config))
+
+
+def test_a_released_generator_s_images_from_shapes_at_full_size():
+    """Neither its weights nor ImageNet are here."""
+    e = resolve(d4m.get_config("imagenet,ipc10"))
+    with parallel.described(jax.local_devices()[:2]):
+        assert "recover/generator" not in {p.name for p in programs.programs_of(e, "recover")}
+        for name, size in (("recover/latents", "8x512x512x3"), ("recover", "8x64x64x4")):
+            assert f"tensor<2x{size}xf32>" in programs.find(e, name).lower().as_text()
+
+
+def test_candidates_are_a_program_of_their_own_size():
+    c = cao2.get_config("imagenet,ipc10")
+    c.generate.batch_size = 100
+    with parallel.described(jax.local_devices()[:1]):
+        found = {p.name: p for p in programs.programs_of(resolve(c), "recover")}
+        assert "recover/latents" not in found
+        assert "tensor<1x40x32x32x4xf32>" in found["recover"].lower().as_text()
 
 
 def test_a_generator_s_training_and_its_images_from_shapes():

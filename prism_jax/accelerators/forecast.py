@@ -21,6 +21,8 @@ from prism_jax.data.pipeline import num_batches
 from prism_jax.errors import UserError
 from prism_jax.programs import shapes_of
 from prism_jax.progress import hours_of, megabytes
+from prism_jax.stages import anchoring
+from prism_jax.stages.context import Context
 from prism_jax.stages.makers.optimise import recipe_of
 
 TRIES = 3  # compilations that look for the largest batch
@@ -45,18 +47,21 @@ def rows(e: Experiment, target: Target) -> dict[str, str]:
     Raises:
       UserError: the compiler is not installed, or it ended or hung on a program.
     """
+    known: Known = {}
     found = {"target": said_of(target)}
-    if e.recover.iterations:
-        done, note = _compile(e, target, "recover")
-        found |= _compiled(done, note) | {
-            name: stage.said for name, stage in _recover(e, target, done).items()
-        }
-        found["memory"] = _memory(e, target, done, batch_layout(e).size)
-    return found | {name: stage.said for name, stage in _students(e, target).items()}
+    generates = e.recover.maker == "generate"
+    batch = _painted_batch(e) if generates else _optimised_batch(e)
+    if generates or e.recover.iterations:
+        done, note = _compile(e, target, "recover", known)
+        found |= _compiled(done, note)
+    found |= {name: stage.said for name, stage in stages(e, target, known).items()}
+    if generates or e.recover.iterations:
+        found["memory"] = _memory(e, target, done, batch)
+    return found
 
 
 def stages(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
-    """The same of each stage, without its memory; generated images are not forecast.
+    """The same of each stage, without its memory.
 
     Args:
       known: programs that were compiled already, of this experiment or another; it grows.
@@ -66,11 +71,9 @@ def stages(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
     """
     found = {}
     if e.recover.maker == "generate":
-        found["recover takes"] = Stage(None, "not forecast: its images are generated")
+        found = _generate(e, target, known)
     elif e.recover.iterations:
-        done, _ = _compile(e, target, "recover", known)
-        unknown = Stage(None, f"unknown: the program does not fit ({done.line})")
-        found = _recover(e, target, done) or {"recover takes": unknown}
+        found = _recover(e, target, known)
     return found | _students(e, target, known)
 
 
@@ -88,7 +91,7 @@ def said_of(target: Target) -> str:
     )
 
 
-def _students(e: Experiment, target: Target, known: Known | None = None) -> dict[str, Stage]:
+def _students(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
     """Relabel and validate."""
     found = {}
     images = e.recover.ipc * e.dataset.num_classes
@@ -154,11 +157,10 @@ def _compiled(done: Found, note: str) -> dict[str, str]:
     }
 
 
-def _recover(e: Experiment, target: Target, done: Found) -> dict[str, Stage]:
-    if not done.cost:
-        return {}
+def _recover(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
+    done, _ = _compile(e, target, "recover", known)
     layout = batch_layout(e)
-    units, cost = layout.groups * layout.blocks, done.cost.mean(shares(e))
+    units, cost = layout.groups * layout.blocks, done.cost and done.cost.mean(shares(e))
     lanes = max(1, min(units, target.devices // e.parallel.recover_devices))
     budgets = [budget_of(e, group * layout.slots) for group in range(layout.groups)]
     rounds = math.ceil(units / lanes) * sum(budgets) / len(budgets)
@@ -166,7 +168,82 @@ def _recover(e: Experiment, target: Target, done: Found) -> dict[str, Stage]:
     return {"recover takes": _stage(target, done, rounds, what, cost)}
 
 
-def _memory(e: Experiment, target: Target, done: Found, size: int) -> str:
+def _generate(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
+    """What a generator takes: its training, latents of real images, images."""
+    g, context = e.generate, shapes_of(e)
+    found = {}
+    if g.generator == "dit":
+        done, note = _compile(e, target, "recover/generator", known)
+        found["generator takes"] = _stage(target, done, g.fit.steps, f"a step, on one device{note}")
+    if "latents" in anchoring.needed(context):
+        done, note = _compile(e, target, "recover/latents", known)
+        batches, size = _encoded(context)
+        each = f"a batch of {size} real images on a device{note}"
+        if batches is None:
+            said = f"not here to be counted; {_each(target, done, each)}"
+            found["latents"] = Stage(None, said)
+        else:
+            rounds = math.ceil(batches / target.devices)
+            found["latents take"] = _stage(target, done, rounds, each)
+    done, _ = _compile(e, target, "recover", known)
+    batch, at_once = _painted_batch(e), anchoring.painted(context)
+    images = e.recover.ipc * e.dataset.num_classes
+    batches = images * g.candidates // at_once * math.ceil(at_once / batch.size)
+    each = f"a batch of {batch.size} images on each of {target.devices} device(s)"
+    rounds = math.ceil(batches / target.devices)
+    found["recover takes"] = _stage(target, done, rounds, each)
+    if g.refine.steps and g.candidates > 1:
+        done, _ = _compile(e, target, "recover/refine", known)
+        rounds = math.ceil(images / batch.size / target.devices)
+        found["refining takes"] = _stage(target, done, rounds, each)
+    return found
+
+
+def _encoded(context: Context) -> tuple[int | None, int]:
+    """Batches of real images that become latents, None without the data; and images in one."""
+    g = context.config.generate
+    try:
+        counts_K = np.bincount(context.inputs.open("train").labels_N)
+    except UserError:
+        return None, anchoring.encoded_at_once(g, None)
+    size = anchoring.encoded_at_once(g, int(counts_K.max()))
+    counts_K = np.minimum(counts_K, g.most_images or counts_K.max())
+    return int(np.ceil(counts_K / size).sum()), size
+
+
+def _optimised_batch(e: Experiment) -> Batch:
+    return Batch("recover.batch_size", batch_layout(e).size, batch_sizes(e))
+
+
+def _painted_batch(e: Experiment) -> Batch:
+    at_once = anchoring.painted(shapes_of(e))
+    size = min(e.generate.batch_size, at_once)
+    return Batch("generate.batch_size", size, list(range(1, at_once + 1)))
+
+
+# --- memory -----------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """The images that recover holds at once.
+
+    Attributes:
+      field: that states them.
+      sizes: values that it may have, rising.
+    """
+
+    field: str
+    size: int
+    sizes: list[int]
+
+    def of(self, e: Experiment, size: int) -> Experiment:
+        """The experiment with another size."""
+        section, name = self.field.split(".")
+        changed = dataclasses.replace(getattr(e, section), **{name: size})
+        return dataclasses.replace(e, **{section: changed})
+
+
+def _memory(e: Experiment, target: Target, done: Found, batch: Batch) -> str:
     """What recover takes of a device's memory, and the largest batch that fits."""
     room = capacity(target)
     has = f"{megabytes(room)} of a device" + " that JAX takes" * (target.device.usable < 1)
@@ -177,13 +254,13 @@ def _memory(e: Experiment, target: Target, done: Found, size: int) -> str:
         said = f"{megabytes(needed)} in recover: {megabytes(needed - room)} more than {has}"
     else:
         said = f"more than {has}, and the compiler does not say by how much"
-    largest, compiled = largest_batch(e, target, done, size)
+    largest, compiled = largest_batch(e, target, done, batch)
     if largest is None:
         return f"{said}; no smaller batch that was tried fits"
     how = "compiled" if compiled else "by proportion, not compiled"
-    if largest == size:
-        return f"{said}; recover.batch_size={size} is the largest that fits ({how})"
-    return f"{said}; recover.batch_size={largest} would fit ({how})"
+    if largest == batch.size:
+        return f"{said}; {batch.field}={largest} is the largest that fits ({how})"
+    return f"{said}; {batch.field}={largest} would fit ({how})"
 
 
 def batch_sizes(e: Experiment) -> list[int]:
@@ -193,33 +270,45 @@ def batch_sizes(e: Experiment) -> list[int]:
     return [size for size in sizes if size % e.parallel.recover_devices == 0]
 
 
-def largest_batch(e: Experiment, target: Target, done: Found, size: int) -> tuple[int | None, bool]:
+def largest_batch(
+    e: Experiment, target: Target, done: Found, batch: Batch
+) -> tuple[int | None, bool]:
     """The largest batch that fits, and whether it was compiled, by at most ``TRIES`` compilations.
 
     Args:
-      done: what became of the batch of ``size`` images.
+      done: what became of the batch as it is.
 
     Returns:
       None for the batch where none was found that fits.
     """
-    sizes, room = batch_sizes(e), capacity(target)
+    size, room = batch.size, capacity(target)
     good, bad = (size, None) if fits(done, target) else (None, size)
     weights = done.memory.get("arguments", 0)
+    totals = {}
     for _ in range(TRIES):
-        left = [s for s in sizes if s > (good or 0) and s < (bad or math.inf)]
+        left = [s for s in batch.sizes if s > (good or 0) and s < (bad or math.inf)]
         total = done.memory.get("total") or done.needed_bytes
-        each = (total - weights) / size if total else math.inf
-        hopeful = [s for s in left if weights + each * s <= room]
+        if total:
+            totals[size] = total
+        hopeful = [s for s in left if _expected(totals, weights, s) <= room]
         if good is not None and not hopeful or not left:
             break
         guess = max(hopeful) if hopeful else left[len(left) // 2 if total is None else 0]
         if TRIES * (done.lower_seconds + done.compile_seconds) > PATIENCE:
             return guess, False
         size = guess
-        recover = dataclasses.replace(e.recover, batch_size=size)
-        done, _ = _compile(dataclasses.replace(e, recover=recover), target, "recover")
+        done, _ = _compile(batch.of(e, size), target, "recover")
         good, bad = (size, bad) if fits(done, target) else (good, size)
     return good, True
+
+
+def _expected(totals: dict[int, int], weights: int, size: int) -> float:
+    """Bytes of a batch by those of others: in proportion beside the weights, or on a line."""
+    if not totals:
+        return math.inf
+    (last, total), *before = reversed(totals.items())
+    other, smaller = before[0] if before else (0, weights)
+    return total + (total - smaller) / (last - other) * (size - last)
 
 
 # --- small parts ------------------------------------------------------------------------------
@@ -270,18 +359,25 @@ def _key(e: Experiment, target: Target, program: str) -> str:
 
 def _stage(target: Target, done: Found, times: float, what: str, cost: Cost | None = None) -> Stage:
     """How long something takes that is done so many times."""
+    said = _each(target, done, what, cost)
     if done.cost is None:
-        return Stage(None, f"unknown: the program does not fit ({done.line})")
+        return Stage(None, said)
+    hours = times * seconds_of(cost or done.cost.mean({}), target) / 3600
+    bound = "about" if target.device.clock_hz else "at least"
+    return Stage(hours, f"{bound} {hours_of(hours)}: {said}")
+
+
+def _each(target: Target, done: Found, what: str, cost: Cost | None = None) -> str:
+    """How long it takes once, and by what."""
+    if done.cost is None:
+        return f"unknown: the program does not fit ({done.line})"
     cost = cost or done.cost.mean({})
-    seconds = seconds_of(cost, target)
     if target.device.clock_hz:
         said = f"{cost.cycles / 1e6:.1f} M cycles by the compiler's estimate"
-        bound = "about"
     else:
         said = f"{cost.bytes / 1e9:.2f} GB, {cost.flops / 1e12:.2f} TFLOP, {cost.launches:.0f}"
-        said, bound = f"{said} launches: a lower bound", "at least"
-    hours = times * seconds / 3600
-    return Stage(hours, f"{bound} {hours_of(hours)}: {1e3 * seconds:.3g} ms {what} ({said})")
+        said = f"{said} launches: a lower bound"
+    return f"{1e3 * seconds_of(cost, target):.3g} ms {what} ({said})"
 
 
 def _gigabytes(count: int) -> str:

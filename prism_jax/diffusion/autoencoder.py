@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from prism_jax.diffusion.blocks import Attention, GroupNorm, Resnet, doubled, silu
+from prism_jax.diffusion.blocks import Attention, Doubled, GroupNorm, Resnet, silu
 from prism_jax.diffusion.forms import stated
 from prism_jax.errors import UserError
 from prism_jax.models import layers
@@ -143,7 +143,7 @@ class Decoder(_Half):
             for block in range(self.blocks + 1):
                 x_BHWC = self._resnet(x_BHWC, width, f"{name}.resnets.{block}")
             if level < len(self.widths) - 1:
-                x_BHWC = self._conv(width, f"{name}.upsamplers.0.conv")(doubled(x_BHWC))
+                x_BHWC = Doubled(width, self.dtype, name=f"{name}.upsamplers.0.conv")(x_BHWC)
         return self._end(x_BHWC)
 
 

@@ -18,7 +18,12 @@ gelu = functools.partial(nn.gelu, approximate=False)
 
 
 class GroupNorm(nn.Module):
-    """Normalise groups of channels of each image, at least in float32; params "scale", "bias"."""
+    """Normalise groups of channels of each image, at least in float32; params "scale", "bias".
+
+    A group's moments are means of its channels' moments about the group's mean: the map is never
+    laid out by groups, which costs a CPU four times as much (measured), and a TPU, whose registers
+    are 128 channels wide, most of each.
+    """
 
     groups: int
     epsilon: float
@@ -29,9 +34,18 @@ class GroupNorm(nn.Module):
         batch, *_, channels = x_BHWC.shape
         scale_C = layers.parameter(self, "scale", nn.initializers.ones, (channels,), jnp.float32)
         bias_C = layers.parameter(self, "bias", nn.initializers.zeros, (channels,), jnp.float32)
-        groups = x_BHWC.reshape(batch, -1, self.groups, channels // self.groups)
-        normal_BHWC = layers.normalise(groups, (1, 3), self.epsilon).reshape(x_BHWC.shape)
-        return (normal_BHWC * scale_C + bias_C).astype(self.dtype)
+        wide_BHWC = x_BHWC.astype(jnp.promote_types(x_BHWC.dtype, jnp.float32))
+
+        def mean(map_BHWC: Array) -> Array:
+            """Of each channel's group."""
+            grouped = map_BHWC.mean((1, 2)).reshape(batch, self.groups, -1)
+            means = jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape)
+            return means.reshape(batch, 1, 1, channels)
+
+        centred_BHWC = wide_BHWC - mean(wide_BHWC)
+        variance_B11C = mean(jnp.square(centred_BHWC))
+        gain_B11C = lax.rsqrt(variance_B11C + self.epsilon) * scale_C
+        return (centred_BHWC * gain_B11C + bias_C).astype(self.dtype)
 
 
 class Resnet(nn.Module):
@@ -56,12 +70,46 @@ class Resnet(nn.Module):
         return x_BHWC + y_BHWC
 
 
-def doubled(x_BHWC: Array) -> Array:
-    """Twice as many rows and columns, each pixel four times."""
-    batch, rows, columns, channels = x_BHWC.shape
-    shape = (batch, rows, 2, columns, 2, channels)
-    quadrupled = jnp.broadcast_to(x_BHWC[:, :, None, :, None], shape)
-    return quadrupled.reshape(batch, 2 * rows, 2 * columns, channels)
+class Doubled(nn.Module):
+    """A 3x3 convolution, over zeros, of a map whose every pixel comes four times.
+
+    A window there sees four pixels at most, so each corner of a pixel is a 2x2 convolution of the
+    map itself, by sums of the kernel's rows and columns: 16 products in place of 36.
+    """
+
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BHWC: Array) -> Array:
+        shape = 3, 3, x_BHWC.shape[-1], self.features
+        kernel_HWIO = layers.parameter(
+            self, "kernel", nn.initializers.he_normal(), shape, jnp.float32
+        )
+        bias = layers.parameter(self, "bias", nn.initializers.zeros, shape[-1:], jnp.float32)
+        x_BHWC = x_BHWC.astype(self.dtype)
+
+        def corner(down: int, right: int) -> Array:
+            kernel = _seen(_seen(kernel_HWIO, 0, down), 1, right).astype(self.dtype)
+            edges = (0, 0), (1 - down, down), (1 - right, right), (0, 0)
+            return layers.conv2d(jnp.pad(x_BHWC, edges), kernel)
+
+        y_BHWC = interleaved([[corner(i, j) for j in (0, 1)] for i in (0, 1)])
+        return y_BHWC + bias.astype(self.dtype)
+
+
+def _seen(kernel_HWIO: Array, axis: int, second: int) -> Array:
+    """What the first, or the second, of two equal pixels sees: three taps are two."""
+    first, middle, last = jnp.split(kernel_HWIO, 3, axis)
+    pair = [first + middle, last] if second else [first, middle + last]
+    return jnp.concatenate(pair, axis)
+
+
+def interleaved(corners: list[list[Array]]) -> Array:
+    """A map of the maps of every pixel's corners, (B, H, W, C) each: rows of columns."""
+    batch, rows, columns, channels = corners[0][0].shape
+    whole = jnp.stack([jnp.stack(row, 3) for row in corners], 2)
+    return whole.reshape(batch, 2 * rows, 2 * columns, channels)
 
 
 class Attention(nn.Module):

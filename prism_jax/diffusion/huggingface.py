@@ -54,6 +54,7 @@ class Part(NamedTuple):
       arguments: shapes of the arguments that ``module.init`` takes.
       rename: from a file's tensors to ours.
       source: what to download.
+      published: the form that is taken where only the form is wanted and none is at hand.
     """
 
     classes: tuple[str, ...]
@@ -61,6 +62,7 @@ class Part(NamedTuple):
     arguments: Callable[[nn.Module], tuple[jax.ShapeDtypeStruct, ...]]
     rename: Callable[[Tensors], Tensors]
     source: str
+    published: Callable[[], nn.Module]
 
 
 def lay_out(tensors: Tensors, like: PyTree, source: str, what: str) -> PyTree:
@@ -149,6 +151,13 @@ def _built(folder: epath.Path, part: str) -> nn.Module:
         return PARTS[part].build(config)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
+
+
+def planned(path: str, part: str) -> nn.Module:
+    """The same, or the published network where nothing tells its form yet."""
+    file = epath.Path(path)
+    told = file.is_file() or any((folder / CONFIG).is_file() for folder in (file / part, file))
+    return form(path, part) if told else PARTS[part].published()
 
 
 def schedule(path: str, otherwise: noise.Schedule) -> noise.Schedule:
@@ -351,6 +360,7 @@ PARTS = {
         ),
         dict,
         "unet/ of a Stable Diffusion 1 or 2 repository",
+        unet.UNet2DCondition,
     ),
     "vae": Part(
         ("AutoencoderKL",),
@@ -358,6 +368,7 @@ PARTS = {
         lambda m: (_floats(1, 2 ** len(m.widths), 2 ** len(m.widths), m.channels),),
         autoencoder.rename,
         "vae/ of a Stable Diffusion repository, or stabilityai/sd-vae-ft-mse",
+        autoencoder.AutoencoderKL,
     ),
     "text_encoder": Part(
         ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"),
@@ -365,6 +376,7 @@ PARTS = {
         lambda m: (_integers(1, m.length),),
         clip.rename_text,
         "text_encoder/ of a Stable Diffusion 1 or 2 repository, or openai/clip-vit-base-patch32",
+        clip.TextEncoder,
     ),
     "image_encoder": Part(
         ("CLIPVisionModelWithProjection", "CLIPModel"),
@@ -372,6 +384,7 @@ PARTS = {
         lambda m: (_floats(1, m.size, m.size, m.channels),),
         clip.rename_image,
         "openai/clip-vit-base-patch32",
+        clip.ImageEncoder,
     ),
     "transformer": Part(
         ("DiTTransformer2DModel", "Transformer2DModel"),
@@ -379,5 +392,6 @@ PARTS = {
         lambda m: (_floats(1, m.patch, m.patch, m.channels), _floats(1), _integers(1)),
         dit.rename_diffusers,
         "transformer/ of facebook/DiT-XL-2-256",
+        dit.DiT,
     ),
 }

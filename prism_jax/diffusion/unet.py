@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from prism_jax.diffusion.blocks import Attention, GroupNorm, Resnet, doubled, gelu, silu
+from prism_jax.diffusion.blocks import Attention, Doubled, GroupNorm, Resnet, gelu, silu
 from prism_jax.diffusion.dit import time_waves
 from prism_jax.diffusion.forms import stated
 from prism_jax.errors import UserError
@@ -97,8 +97,8 @@ class UNet2DCondition(nn.Module):
                 x_BHWC = jnp.concatenate([x_BHWC, passed.pop()], -1)
                 x_BHWC = stage(x_BHWC, name, index, level, self.attends[level])
             if level:
-                twice = conv(self.widths[level], 3, padding=1, name=f"{name}.upsamplers.0.conv")
-                x_BHWC = twice(doubled(x_BHWC))
+                twice = Doubled(self.widths[level], self.dtype, name=f"{name}.upsamplers.0.conv")
+                x_BHWC = twice(x_BHWC)
 
         norm = GroupNorm(self.groups, self.epsilon, self.dtype, name="conv_norm_out")
         x_BHWC = conv(self.channels, 3, padding=1, name="conv_out")(silu(norm(x_BHWC)))

@@ -16,11 +16,12 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
 
 from prism_jax import parallel, progress
-from prism_jax.config import GENERATED_CONTROLS
+from prism_jax.config import GENERATED_CONTROLS, Generate, batch_layout
 from prism_jax.config.generation import clustering_of
 from prism_jax.data import weights, workdir
 from prism_jax.data.lazy import OneByOne
@@ -75,6 +76,23 @@ def needed(context: Context) -> list[str]:
         return []
     found = [] if g.anchors == "none" else ["latents", "anchors"]
     return [*found, *(["candidates"] if g.candidates > 1 else [])]
+
+
+def painted(context: Context) -> int:
+    """The images that a class or a unit wants at once: its candidates, where a judge chooses."""
+    g = context.config.generate
+    if g.candidates > 1:
+        return g.candidates * context.config.recover.ipc
+    return batch_layout(context.config).size
+
+
+def painter(context: Context, opened: Opened) -> Painter:
+    """What paints a unit, or a class's candidates: those that are chosen are refined later."""
+    g = context.config.generate
+    if g.candidates == 1:
+        return Painter(context, opened, painted(context))
+    refined = bool(g.refine.steps)
+    return Painter(context, opened._replace(refining=None), painted(context), keeps=refined)
 
 
 def controls_of(context: Context) -> list[str]:
@@ -215,25 +233,43 @@ def _run(context: Context, name: str, maker: Callable[[Context, list[int]], Iter
 # --- what is made of a class ------------------------------------------------------------------
 
 
+class Encoder:
+    """The codec on every device: a batch of real images on each, without a collective."""
+
+    def __init__(self, context: Context, opened: Opened):
+        g, channels = context.config.generate, context.inputs.image_shape[2]
+        self._shape = opened.image_size, opened.image_size, channels
+
+        def encode(params: PyTree, seed: Array, lane: tuple[Array, Array]) -> Array:
+            return generate.encode(
+                opened.generator.codec, params, seed, *lane, sampled=g.sampled, flip=g.flip
+            )
+
+        self._lanes = parallel.LaneMap(
+            encode, opened.weights.codec, arity=1, devices=parallel.devices(),
+            how=context.config.parallel.map,
+        )  # fmt: skip
+        self.encode = self._lanes.stream
+
+    def lower(self, batch: int) -> jax.stages.Lowered:
+        """The program of a batch on every device, from shapes alone."""
+        images = jax.ShapeDtypeStruct((batch, *self._shape), np.float32)
+        return self._lanes.lower_for((jax.ShapeDtypeStruct((batch,), np.int32), images))
+
+
+def encoded_at_once(g: Generate, most: int | None) -> int:
+    """Real images in a batch, the largest class having ``most``, where that is known."""
+    return min(n for n in (g.batch_size, g.most_images, most) if n)
+
+
 def _latents(context: Context, classes: list[int]) -> Iterator[Kept]:
     if not classes:
         return
     opened, g = generator.open_(context), context.config.generate
-    source, batch = context.inputs.open("train"), context.config.generate.batch_size
+    source = context.inputs.open("train")
     members = {c: np.flatnonzero(source.labels_N == c)[: g.most_images] for c in classes}
     # Of all classes, not of those that are missing here: another batch may round otherwise.
-    most = int(np.bincount(source.labels_N).max())
-    batch = min(batch, most, g.most_images or most)
-
-    def encode(params: PyTree, seed: Array, lane: tuple[Array, Array]) -> Array:
-        return generate.encode(
-            opened.generator.codec, params, seed, *lane, sampled=g.sampled, flip=g.flip
-        )
-
-    lanes = parallel.LaneMap(
-        encode, opened.weights.codec, arity=1, devices=parallel.devices(),
-        how=context.config.parallel.map,
-    )  # fmt: skip
+    batch = encoded_at_once(g, int(np.bincount(source.labels_N).max()))
 
     def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for positions in members.values():
@@ -242,7 +278,7 @@ def _latents(context: Context, classes: list[int]) -> Iterator[Kept]:
                 images = real_images(context, opened, positions[index])
                 yield positions[index].astype(np.int32), pixels.from_uint8(images)
 
-    results = lanes.stream(context.config.seed, batches())
+    results = Encoder(context, opened).encode(context.config.seed, batches())
     for cls, positions in members.items():
         found = [next(results) for _ in range(0, len(positions), batch)]
         latents_NHWC = np.concatenate(found)[: len(positions)]
@@ -295,22 +331,19 @@ def _candidates(context: Context, classes: list[int]) -> Iterator[Kept]:
     if not classes:
         return
     config = context.config
-    count = config.generate.candidates * config.recover.ipc
-    refined = bool(config.generate.refine.steps)
-    opened = generator.open_(context)._replace(refining=None)  # of those that are chosen
-    painter = Painter(context, opened, count, keeps=refined)
+    count, sampler = painted(context), painter(context, generator.open_(context))
     slots = np.arange(count)
     wishes = (
         Wish(np.full(count, cls), slots, anchors_of(context, np.full(count, cls), slots))
         for cls in classes
     )
-    for cls, painted in zip(classes, painter.paint(wishes), strict=True):
-        logits_NK = logits_of(context, config.judge, painted.images)
+    for cls, found in zip(classes, sampler.paint(wishes), strict=True):
+        logits_NK = logits_of(context, config.judge, found.images)
         chosen = select.most_confident(logits_NK, cls, config.recover.ipc)
         facts = {"chosen": chosen.index_S.tolist(), "recognised": chosen.recognised}
-        tensors = {"images": painted.images[chosen.index_S]}
-        if painted.latents_NHWC is not None:
-            tensors["latents"] = painted.latents_NHWC[chosen.index_S]
+        tensors = {"images": found.images[chosen.index_S]}
+        if found.latents_NHWC is not None:
+            tensors["latents"] = found.latents_NHWC[chosen.index_S]
         yield Kept(tensors, facts)
 
 

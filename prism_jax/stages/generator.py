@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +52,7 @@ from prism_jax.diffusion import (
 from prism_jax.diffusion.generate import Generator, Places, Weights
 from prism_jax.diffusion.protocols import Codec
 from prism_jax.diffusion.refine import Refining
+from prism_jax.diffusion.unet import UNet2DCondition
 from prism_jax.errors import UserError
 from prism_jax.stages import fingerprints
 from prism_jax.stages.context import Context
@@ -262,34 +264,91 @@ def open_(context: Context) -> Opened:
     return small(context, unpack(data))
 
 
+def described(context: Context) -> Opened:
+    """The generator by shapes alone: no weights, no data.
+
+    One that is read has the form that its directory tells, the published one where that is not
+    there.
+
+    Raises:
+      UserError: the directory tells another form than those that are implemented.
+    """
+    config, g = context.config, context.config.generate
+    if g.generator == "dit":
+        codec, size = codec_shapes(context), config.dataset.image_size
+        shape = latent_shape(codec_of(g), codec, size, context.inputs.image_shape[2])
+        module = module_of(g, config.dataset.num_classes, shape[-1])
+        state = jax.eval_shape(lambda: fit.initial_state(module, fitting_of(g), 0, shape))
+        return small(context, {"codec": codec, "denoiser": state.average})
+
+    def shapes(part: str) -> tuple[Any, PyTree]:
+        module = huggingface.planned(fingerprints.part_path(context, part), part)
+        return module, huggingface.shapes(part, module)
+
+    def labels(classes: int) -> np.ndarray:
+        return np.zeros(config.dataset.num_classes, np.int32)
+
+    def states(denoiser: UNet2DCondition) -> PyTree:
+        tokens = shapes("text_encoder")[0].length
+        null = jax.ShapeDtypeStruct((tokens, denoiser.context), np.float32)
+        return {"texts": parallel.shape_of(null, (config.dataset.num_classes,)), "null": null}
+
+    return _assembled(context, shapes, states, labels)
+
+
 # --- read from a directory --------------------------------------------------------------------
 
 
 def _released(context: Context, root: epath.Path) -> Opened:
     """Stable Diffusion or a DiT, and its autoencoder."""
-    g, dtype = context.config.generate, jnp.dtype(context.config.generate.dtype)
+    g = context.config.generate
     directory = g.directory
     assert directory is not None  # config.rules
-    vae = huggingface.load(fingerprints.part_path(context, "vae"), "vae")
-    codec: Any = vae.module.clone(dtype=dtype)
+
+    def load(part: str) -> tuple[Any, PyTree]:
+        return huggingface.load(fingerprints.part_path(context, part), part)[:2]
+
+    def states(denoiser: UNet2DCondition) -> PyTree:
+        said = prompts.of_classes(context.inputs.spoken_names, g.template)
+        return prompts.conditions(root / "prompts", directory, said, g.negative)
+
+    return _assembled(context, load, states, functools.partial(_imagenet_labels, context))
+
+
+def _assembled(
+    context: Context,
+    part_of: Callable[[str], tuple[Any, PyTree]],
+    states_of: Callable[[UNet2DCondition], PyTree],
+    labels_of: Callable[[int], np.ndarray],
+) -> Opened:
+    """A released generator of its parts, or of their shapes.
+
+    Args:
+      part_of: a part's module and parameters, by its name.
+      states_of: what the classes' prompts say to a U-Net.
+      labels_of: what a transformer of so many classes calls the data set's.
+    """
+    g, dtype = context.config.generate, jnp.dtype(context.config.generate.dtype)
+    assert g.directory is not None  # config.rules
+    module, params = part_of("vae")
+    codec = module.clone(dtype=dtype)
     labels_K = np.arange(context.config.dataset.num_classes, dtype=np.int32)
     condition: Any
+    told: PyTree = {}
     if g.generator == "stable_diffusion":
-        loaded = huggingface.load(directory, "unet")
-        denoiser: Any = loaded.module.clone(dtype=dtype)
-        said = prompts.of_classes(context.inputs.spoken_names, g.template)
-        condition = prompts.TextCondition()
-        told: PyTree = prompts.conditions(root / "prompts", directory, said, g.negative)
+        module, denoised = part_of("unet")
+        denoiser, condition = module.clone(dtype=dtype), prompts.TextCondition()
+        told = states_of(module)
     else:
-        loaded = huggingface.load(fingerprints.part_path(context, "transformer"), "transformer")
-        denoiser = condition = loaded.module.clone(dtype=dtype)
-        told, labels_K = {}, _imagenet_labels(context, denoiser.classes)
+        module, denoised = part_of("transformer")
+        denoiser = condition = module.clone(dtype=dtype)
+        labels_K = labels_of(module.classes)
     size = g.image_size or context.config.dataset.image_size
-    schedule = huggingface.schedule(directory, SCHEDULES[g.generator])
+    schedule = huggingface.schedule(g.directory, SCHEDULES[g.generator])
     sampling = sampling_of(g, schedule)
     samplers.check(sampling)  # config.rules has, but for what the directory says of its noise
-    weights = Weights(vae.params, loaded.params, told)
-    shape = latent_shape(codec, vae.params, size, 3)
+    weights = Weights(params, denoised, told)
+    shape = latent_shape(codec, params, size, 3)
     generator = Generator(codec, denoiser, condition)
     _check_whole(generator, weights, shape)
     refining = refining_of(g, schedule)

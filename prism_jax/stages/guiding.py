@@ -146,10 +146,8 @@ def described(context: Context) -> synthesis.Guide | None:
     """The same of shapes alone: the directory's form, or ViT-B/32's where there is none yet."""
     if not wanted(context):
         return None
-    directory, part = _directory(context), "image_encoder"
-    encoder: Any = clip.ImageEncoder()
-    if not _absent(directory, part):
-        encoder = huggingface.form(directory, part)
+    part = "image_encoder"
+    encoder: Any = huggingface.planned(_directory(context), part)
     texts: Any = jax.ShapeDtypeStruct(
         (context.config.dataset.num_classes, encoder.projection), np.float32
     )

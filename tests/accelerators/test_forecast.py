@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
+import numpy as np
 import pytest
 from helpers.accelerators import experiment
 from helpers.command import ROOT, call
 
+from configs import tiny_d4m
+from configs.methods import d4m
 from prism_jax.accelerators import compiling, forecast, targets
 from prism_jax.accelerators.account import Account, Cost
 from prism_jax.accelerators.compiling import Found
+from prism_jax.config import resolve
 from prism_jax.errors import UserError
 
 H100, V5E = targets.parse("h100"), targets.parse("v5e:2x2")
@@ -85,6 +90,59 @@ def test_hours_by_hand(monkeypatch):
     seconds = 0.002 + share["convnet_d2_bn"] * 0.001
     assert f"{1e3 * seconds:.3g} ms an iteration" in gpu["recover takes"]
     assert gpu["recover takes"].startswith("at least") and "lower bound" in gpu["recover takes"]
+
+
+def generating(monkeypatch, target, beside=0):
+    """D4M on ImageNet, for a compiler by which an image takes a GiB; and the batches asked for."""
+    made, asked = resolve(d4m.get_config("imagenet,ipc10")), []
+
+    def compile_program(made, target, program, **given):
+        size = made.generate.batch_size
+        asked.append((program, size))
+        memory = {"arguments": GIB, "total": GIB * (1 + size) + beside}
+        return Found("compiled", memory=memory, cost=Account(Cost(10, 1e9, 1e12, 0.5, 6e9), {}))
+
+    monkeypatch.setattr(compiling, "compile_program", compile_program)
+    monkeypatch.setattr(targets, "compiler_missing", lambda target: None)
+    found = forecast.rows(made, target)
+    return found, [size for program, size in asked if program == "recover"], made
+
+
+def test_a_generator_s_hours_by_hand(monkeypatch):
+    """A hundred units of a hundred images are thirteen batches of eight each: 325 on a chip."""
+    found, _, _ = generating(monkeypatch, V5E)
+    assert found["recover takes"].startswith(f"about {forecast.hours_of(325 * 4 / 3600)}: 4e+03 ms")
+    assert "8 images on each of 4 device(s)" in found["recover takes"]
+    assert found["collectives"] == "none"
+    assert "not here to be counted" in found["latents"]
+    gpu, _, _ = generating(monkeypatch, H100)
+    assert gpu["recover takes"].startswith(
+        f"at least {forecast.hours_of(1300 * 0.5 / 3600)}: 500 ms"
+    )
+
+
+def test_a_generator_s_largest_batch_is_on_the_line_of_two(monkeypatch):
+    found, asked, _ = generating(monkeypatch, H100)
+    assert asked == [8, 59]
+    assert "generate.batch_size=59 would fit (compiled)" in found["memory"]
+    # Two GiB that grow with nothing: in proportion 47, by 47's own 57.
+    found, asked, _ = generating(monkeypatch, H100, beside=2 * GIB)
+    assert asked == [8, 47, 57]
+    assert "generate.batch_size=57 would fit (compiled)" in found["memory"]
+    found, asked, _ = generating(monkeypatch, V5E)
+    assert asked == [8, 15]
+
+
+def test_latents_are_counted_where_the_data_is(monkeypatch):
+    made = resolve(tiny_d4m.get_config())
+    source = types.SimpleNamespace(labels_N=np.repeat([0, 1, 2], [5, 9, 8]))
+    context = types.SimpleNamespace(
+        config=made, inputs=types.SimpleNamespace(open=lambda split: source)
+    )
+    assert forecast._encoded(context) == (1 + 2 + 1, 8)
+    few = dataclasses.replace(made.generate, most_images=4)
+    context.config = dataclasses.replace(made, generate=few)
+    assert forecast._encoded(context) == (3, 4)
 
 
 def test_collectives_are_shown_with_their_place(monkeypatch):

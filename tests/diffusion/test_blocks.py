@@ -16,6 +16,7 @@ from prism_jax.diffusion.autoencoder import AutoencoderKL
 from prism_jax.diffusion.clip import ImageEncoder
 from prism_jax.diffusion.unet import UNet2DCondition
 from prism_jax.errors import UserError
+from prism_jax.models import layers
 
 
 def drawn(name, *shape):
@@ -70,6 +71,18 @@ def test_a_group_norm_by_hand():
             normal = (group - group.mean()) / np.sqrt(group.var() + 1e-5)
             expected = normal * params["scale"][channels] + params["bias"][channels]
             np.testing.assert_allclose(found[image, :, :, channels], expected, atol=1e-5)
+
+
+def test_a_convolution_of_a_doubled_map_is_that_of_the_map_four_times_as_large():
+    x_BHWC = drawn("x", 2, 3, 4, 5)
+    params = {"kernel": drawn("kernel", 3, 3, 5, 6), "bias": drawn("bias", 6)}
+    found = blocks.Doubled(6, jnp.float32).apply({"params": params}, x_BHWC)
+    large_BHWC = np.repeat(np.repeat(x_BHWC, 2, 1), 2, 2)
+    plain = layers.Conv(6, 3, padding=1)
+    expected = plain.apply({"params": params}, large_BHWC)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    tiled = plain.apply({"params": params}, np.tile(x_BHWC, (1, 2, 2, 1)))
+    assert np.abs(found - tiled).max() > 0.1
 
 
 VAE = AutoencoderKL(widths=(8, 8), blocks=1, groups=2)

@@ -6,7 +6,6 @@ The golden files hold what those computed; where they are installed, they are ch
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from diffusion import our_networks, parity
@@ -25,6 +24,7 @@ def test_networks_match_the_published_ones(case, tmp_path):
 
 NORMALISE = layers.normalise
 CONV = layers.conv2d
+INTERLEAVED = blocks.interleaved
 
 
 def other_epsilon(x, axes, epsilon):
@@ -44,8 +44,9 @@ def centred(x_BHWC, *args, stride=1, **kwargs):
     return CONV(x_BHWC[:, ::-1, ::-1] if stride == 2 else x_BHWC, *args, stride=stride, **kwargs)
 
 
-def tiled(x_BHWC):
-    return jnp.tile(x_BHWC, (1, 2, 2, 1))
+def transposed(corners):
+    """Rows of corners are taken for columns."""
+    return INTERLEAVED(list(zip(*corners, strict=True)))
 
 
 def attend_without_scale(query, key, value, *, causal=False):
@@ -66,12 +67,12 @@ TWINS = [
     ("unet_1", (unet, "gelu"), tanh_gelu),
     ("unet_1", (unet, "SPATIAL_EPSILON"), 1e-5),
     ("unet_1", (unet, "TOKEN_EPSILON"), 1e-6),
-    ("unet_1", (unet, "doubled"), tiled),
+    ("unet_1", (blocks, "interleaved"), transposed),
     ("unet_1", (blocks, "attend"), attend_without_scale),
     ("unet_2", (our_networks, "FORMS"), {"unet_2": {"heads": (2, 2, 2)}}),
     ("unet_2", (our_networks, "FORMS"), {"unet_2": {"epsilon": 1e-6}}),
     ("vae_decode", (autoencoder, "EPSILON"), 1e-5),
-    ("vae_decode", (autoencoder, "doubled"), tiled),
+    ("vae_decode", (blocks, "interleaved"), transposed),
     ("vae_decode", (our_networks, "FORMS"), {"vae_decode": {"scale": 0.18}}),
     ("vae_encode", (autoencoder, "EPSILON"), 1e-5),
     ("vae_encode", (layers, "conv2d"), centred),

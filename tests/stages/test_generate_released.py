@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
 
+import jax
 import numpy as np
 import pytest
 from diffusion import parity
@@ -12,8 +15,12 @@ from helpers.images import write_tree
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from prism_jax.diffusion import prompts
-from prism_jax.stages import fingerprints
+from configs import tiny_d4m
+from prism_jax.config import resolve
+from prism_jax.diffusion import huggingface, prompts
+from prism_jax.diffusion.autoencoder import AutoencoderKL
+from prism_jax.stages import fingerprints, generator
+from prism_jax.stages.context import Context
 
 CLASSES = tuple(f"class{i}" for i in range(10))  # as many as the tiny transformer knows
 CASES = {"vae": "vae_decode", "unet": "unet_1", "text_encoder": "clip_text", "transformer": "dit"}
@@ -107,6 +114,32 @@ def test_a_denoiser_of_prompts(command, tmp_path, told):
     assert images(tmp_path / "run").shape == (20, 8, 8, 3)
     ok(*flags)
     assert len(told) == 11  # kept: nothing is encoded again
+
+
+@pytest.mark.parametrize("kind", [DIT, DIFFUSION])
+def test_a_generator_by_shapes_is_the_one_that_is_read(command, tmp_path, told, kind):
+    c = tiny_d4m.get_config()
+    names = (f"--config.generate.class_names={tmp_path / 'names.txt'}",)
+    for flag in (*command, *kind, *(names if kind is DIFFUSION else ())):
+        if flag.startswith("--config."):
+            where, value = flag.removeprefix("--config.").split("=")
+            section, field = where.split(".")
+            with contextlib.suppress(ValueError, SyntaxError):
+                value = ast.literal_eval(value)
+            c[section][field] = value
+    context = Context(resolve(c), str(tmp_path / "run"))
+    for part in ("vae", "unet", "transformer", "text_encoder"):
+        assert huggingface.form(str(tmp_path / "networks"), part) == (
+            huggingface.load(str(tmp_path / "networks"), part).module
+        )
+    described, read = generator.described(context), generator._released(context, tmp_path / "kept")
+    assert described.generator[:2] == read.generator[:2]
+    assert described.sampling == read.sampling and described[4:] == read[4:]
+    shapes = [jax.tree.map(np.shape, opened.weights) for opened in (described, read)]
+    shapes = [shape._replace(condition=None) for shape in shapes]  # the texts are stood in for
+    assert shapes[0] == shapes[1]
+    (tmp_path / "networks" / "vae" / "config.json").unlink()
+    assert huggingface.form(str(tmp_path / "networks"), "vae") == AutoencoderKL()
 
 
 def test_what_is_not_there_is_told_with_what_to_download(command, tmp_path, told):

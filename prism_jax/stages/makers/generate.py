@@ -16,7 +16,7 @@ from prism_jax.config import batch_layout, members
 from prism_jax.core import pixels
 from prism_jax.stages import anchoring, generator
 from prism_jax.stages.context import Context
-from prism_jax.stages.generator import Painter, Wish
+from prism_jax.stages.generator import Opened, Painter, Wish
 from prism_jax.stages.makers.made import Made
 from prism_jax.types import Unit
 
@@ -67,19 +67,21 @@ def _painted(context: Context, at: list[Members]) -> Iterator[Found]:
             facts.append({"nearest": starts.medoids_N} if starts else {})
             yield Wish(*where, starts.anchors_NHWC if starts else None)
 
-    painter = Painter(context, generator.open_(context), batch_layout(context.config).size)
-    for painted in painter.paint(wishes()):
+    for painted in anchoring.painter(context, generator.open_(context)).paint(wishes()):
         yield painted.images, facts.popleft()
 
 
 def _refined(context: Context, at: list[Members]) -> Iterator[Found]:
     """The candidates that were chosen, refined; nothing is sampled again."""
-    opened = generator.open_(context)
-    still = dataclasses.replace(opened.sampling, strength=0.0, terms=())
-    painter = Painter(context, opened._replace(sampling=still), batch_layout(context.config).size)
     wishes = (Wish(*where, _chosen(context, "latents", *where)) for where in at)
-    for painted in painter.paint(wishes):
+    for painted in refiner(context, generator.open_(context)).paint(wishes):
         yield painted.images, {}
+
+
+def refiner(context: Context, opened: Opened) -> Painter:
+    """What refines a unit's latents, and samples nothing."""
+    still = dataclasses.replace(opened.sampling, strength=0.0, terms=())
+    return Painter(context, opened._replace(sampling=still), batch_layout(context.config).size)
 
 
 def _chosen(context: Context, name: str, classes_B: np.ndarray, slots_B: np.ndarray) -> np.ndarray:
