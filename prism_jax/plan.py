@@ -229,7 +229,8 @@ def _measured_fit(e: Experiment) -> dict[str, str]:
     """Hours of a generator's training."""
     context, fitting = programs.shapes_of(e), fitting_of(e.generate)
     opened = generator.described(context)
-    module, shape = opened.generator.denoiser, opened.latent_shape
+    module: Any = opened.generator.denoiser
+    shape = opened.latent_shape
     state = fit.initial_state(module, fitting, 0, shape)
     step = fit.jitted_step(fitting, module)
     latents = np.zeros((fitting.batch_size, *shape), np.float32)
