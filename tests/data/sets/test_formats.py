@@ -226,6 +226,12 @@ def test_a_table_that_leads_elsewhere_or_says_nothing(tmp_path):
     table = tmp_path / "metadata.jsonl"
     table.write_text(json.dumps({"file_name": "b_cat/0.png", "text": "a caption"}))
     assert_same(tmp_path)  # it is about something else; the folders say the labels
+    (tmp_path / "c_dog").rename(tmp_path / "b_cat" / "inside")
+    with pytest.raises(
+        UserError, match=r"2 class folders \(its metadata.jsonl has no column label"
+    ):
+        opened(tmp_path)
+    (tmp_path / "b_cat" / "inside").rename(tmp_path / "c_dog")
     table.write_text(json.dumps({"file_name": "../x.png", "label": 0}))
     with pytest.raises(UserError, match="names ../x.png, which is not inside the folder"):
         opened(tmp_path)
