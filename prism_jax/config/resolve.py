@@ -124,6 +124,9 @@ def _completed(values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
         return {**values, "dataset": {**dataset, "num_classes": known}}
     try:
         path = at_home(path) if isinstance(path, str) else None
+    except UserError:
+        return {**values, "dataset": {**dataset, "num_classes": 0}}  # said of the field
+    try:
         found: dict[str, Any] = {"num_classes": own.own_info(name, path).num_classes}
         networks, squeeze = values.get("networks") or {}, values.get("squeeze") or {}
         imported = [

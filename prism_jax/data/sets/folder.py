@@ -14,6 +14,7 @@ from PIL import Image
 from prism_jax.data.sets.base import Found, Stated
 from prism_jax.data.sets.card import card
 from prism_jax.data.sets.content import Content
+from prism_jax.data.sets.table import LABELS, TABLES
 from prism_jax.data.sources import ImageSource, kinds
 from prism_jax.data.sources.files import walk
 
@@ -40,7 +41,7 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
         "folder",
         tuple(folders),
         False,
-        "class folders",
+        "class folders" + _unused_table(path),
         labels,
         name=lambda i: os.path.join(root, names[i]),
         read=read,
@@ -114,6 +115,14 @@ def _tree(path: str, others: kinds.Others | None = None) -> tuple[str, list[str]
     with os.scandir(root) as entries:
         folders = sorted(e.name for e in entries if e.is_dir() and not kinds.is_hidden(e.name))
     return root, folders if files else [], files
+
+
+def _unused_table(path: str) -> str:
+    """What to say of a table beside the folders that has no labels."""
+    for name in TABLES:
+        if os.path.isfile(os.path.join(path, name)):
+            return f" (its {name} has no column {' or '.join(LABELS)})"
+    return ""
 
 
 def write_images(folder: str, content: Content) -> None:

@@ -1,4 +1,5 @@
-"""Hugging Face's parquet files: a column of images (bytes, or a path), one of labels.
+"""Hugging Face's parquet files, or the Arrow files of ``save_to_disk``: a column of images (bytes,
+or a path), one of labels.
 
 The names of the classes are in the schema's metadata, as ``datasets`` writes them.
 """
@@ -47,23 +48,32 @@ _OTHER_SPLITS = ("val", "validation", "valid", "dev", "test")
 
 
 def sniff(path: str) -> bool:
-    """Whether it is a parquet file, or a folder with some."""
+    """Whether it is a parquet file, a folder with some, or what ``save_to_disk`` wrote."""
     if os.path.isfile(path):
         return path.lower().endswith(".parquet")
-    return bool(_files(path))
+    return bool(_files(path) or _saved(path))
 
 
 def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
     """All shards of the training split, in their order."""
     del stated, real
-    files = [path] if os.path.isfile(path) else _whole(path, _files(path))
+    if os.path.isfile(path):
+        files = [path]
+    else:
+        files = _saved(path) or _whole(path, _files(path))
     pq = needed("pyarrow.parquet", "reading parquet files")
     pa = needed("pyarrow", "reading parquet files")
     try:
-        tables = [pq.read_table(file) for file in files]
+        tables = [
+            pa.ipc.open_stream(pa.OSFile(file)).read_all()
+            if file.endswith(".arrow")
+            else pq.read_table(file)
+            for file in files
+        ]
         table = pa.concat_tables(tables)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as parquet ({error}); fetch it again") from error
+        kind = "Arrow" if files[0].endswith(".arrow") else "parquet"
+        raise UserError(f"{path} cannot be read as {kind} ({error}); fetch it again") from error
     if not table.num_rows:
         raise UserError(f"{path} has no rows, which are its images; fetch it again")
     features = _features(table.schema)
@@ -150,6 +160,18 @@ def _files(path: str) -> list[str]:
             rest = [n for n in names if re.split(r"[-_.]", n)[0] not in _OTHER_SPLITS]
             if names:
                 return [os.path.join(root, name) for name in train or rest]
+    return []
+
+
+def _saved(path: str) -> list[str]:
+    """The Arrow files that ``datasets``' ``save_to_disk`` wrote, of a set or of its ``train``."""
+    for root in (path, os.path.join(path, "train")):
+        try:
+            with open(os.path.join(root, "state.json"), encoding="utf-8") as file:
+                parts = json.load(file)["_data_files"]
+            return [os.path.join(root, part["filename"]) for part in parts]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
     return []
 
 

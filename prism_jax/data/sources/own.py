@@ -9,7 +9,7 @@ import tarfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -58,16 +58,15 @@ def own_info(name: str, path: str | None) -> DatasetInfo:
 def _found(name: str, path: str) -> DatasetInfo:
     stored = _stored_channels(path)
     source = _open(_info(name, MANY, stored or 3, None), path)
-    looked_at = list(_readable(source.original, spread(len(source), LOOKED_AT)))
-    channels = stored or _channels(looked_at)
-    if (brightest := max(int(pixels_HWC.max()) for pixels_HWC in looked_at)) < DARK:
+    channels, brightest = _look(source)
+    if brightest < DARK:
         warnings.warn(
-            f"the brightest pixel of {len(looked_at)} images at {path} is {brightest} of 255. More "
-            f"than 8 bits are scaled by the range of their type: store images so that they use "
-            f"it (12-bit ones in a 16-bit file times 16)",
+            f"the brightest pixel of {min(len(source), LOOKED_AT)} images at {path} is "
+            f"{brightest} of 255. More than 8 bits are scaled by the range of their type: store "
+            f"images so that they use it (12-bit ones in a 16-bit file times 16)",
             stacklevel=2,
         )
-    return _info(name, _classes(source), channels, source.class_names)
+    return _info(name, _classes(source), stored or channels, source.class_names)
 
 
 def _kind(path: str) -> str:
@@ -141,12 +140,16 @@ def _stored_channels(path: str) -> int | None:
     return shape[-1] if len(shape) == 4 else 1
 
 
-def _channels(looked_at: Sequence[np.ndarray]) -> int:
-    """1 where all of some images are grey, whatever they are stored as."""
-    for pixels_HWC in looked_at:
+def _look(source: ImageSource) -> tuple[int, int]:
+    """Channels, 1 where all of some images are grey, however stored; and their brightest pixel."""
+    channels, brightest = 1, 0
+    for pixels_HWC in _readable(source.original, spread(len(source), LOOKED_AT)):
+        brightest = max(brightest, int(pixels_HWC.max()))
         if pixels_HWC.shape[-1] == 3 and (pixels_HWC != pixels_HWC[..., :1]).any():
-            return 3
-    return 1
+            channels = 3
+        if channels == 3 and brightest >= DARK:
+            break
+    return channels, brightest
 
 
 def _readable(read: Callable[[int], np.ndarray], positions: list[int]) -> Iterator[np.ndarray]:

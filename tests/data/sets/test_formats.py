@@ -226,6 +226,12 @@ def test_a_table_that_leads_elsewhere_or_says_nothing(tmp_path):
     table = tmp_path / "metadata.jsonl"
     table.write_text(json.dumps({"file_name": "b_cat/0.png", "text": "a caption"}))
     assert_same(tmp_path)  # it is about something else; the folders say the labels
+    (tmp_path / "c_dog").rename(tmp_path / "b_cat" / "inside")
+    with pytest.raises(
+        UserError, match=r"2 class folders \(its metadata.jsonl has no column label"
+    ):
+        opened(tmp_path)
+    (tmp_path / "b_cat" / "inside").rename(tmp_path / "c_dog")
     table.write_text(json.dumps({"file_name": "../x.png", "label": 0}))
     with pytest.raises(UserError, match="names ../x.png, which is not inside the folder"):
         opened(tmp_path)
@@ -286,6 +292,36 @@ def test_parquet_shards_of_text_labels(tmp_path, plain):
     (tmp_path / "data" / "train-00001-of-00003.parquet").unlink()
     with pytest.raises(UserError, match="train-00001-of-00003.parquet is missing"):
         opened(tmp_path)
+
+
+def test_what_datasets_saves_to_disk(tmp_path):
+    """Arrow files named by state.json, of one set or of its splits; by hand, and by the library."""
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow.parquet as pq
+
+    for shard, rows in enumerate((SHUFFLED[:4], SHUFFLED[4:])):
+        write_parquet(tmp_path / "x.parquet", rows, label=LABELS[rows], names=list(CLASSES))
+        table = pq.read_table(tmp_path / "x.parquet")
+        path = tmp_path / "set" / "train" / f"data-{shard:05d}-of-00002.arrow"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+    names = [{"filename": f"data-{shard:05d}-of-00002.arrow"} for shard in range(2)]
+    (path.parent / "state.json").write_text(json.dumps({"_data_files": names}))
+    assert_same(tmp_path / "set" / "train")
+    assert_same(tmp_path / "set")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="cannot be read as Arrow"):
+        opened(tmp_path / "set")
+    path.unlink()
+    with pytest.raises(UserError, match="cannot be read as Arrow .*data-00001-of-00002.arrow"):
+        opened(tmp_path / "set")
+
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    write_parquet(tmp_path / "x.parquet", SHUFFLED, label=LABELS[SHUFFLED], names=list(CLASSES))
+    whole = datasets.Dataset.from_parquet(str(tmp_path / "x.parquet"), cache_dir=tmp_path / "cache")
+    datasets.DatasetDict({"train": whole, "test": whole}).save_to_disk(tmp_path / "saved")
+    assert_same(tmp_path / "saved")
 
 
 def test_parquet_with_paths(tmp_path):

@@ -114,6 +114,8 @@ def test_what_is_no_set_is_called_what_it_is(tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             resolve(config(path))
+    with pytest.raises(UserError, match="^dataset.path: ~nobody-at-all/x begins with"):
+        resolve(config("~nobody-at-all/x"))
 
 
 def test_one_class_is_none_to_tell_apart(tmp_path):
