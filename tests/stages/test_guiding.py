@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 from helpers.clip_files import needs_tokenizers, write_clip
 from helpers.command import TINY, call, snapshot
-from helpers.images import write_tree
 from PIL import Image
 
-from prism_jax import programs
+from prism_jax import parallel, plan, programs
 from prism_jax.config import resolve
 from prism_jax.diffusion import prompts
 from prism_jax.main import parse
@@ -121,21 +121,26 @@ def test_weights_and_texts_are_part_of_what_images_are_made_from(run, directory,
 
 def test_programs_and_the_plan(run, directory, tmp_path):
     _, flags = run
-    text = programs.find(experiment(*flags[1:]), "recover").lower().as_text()
-    assert "tensor<2x12x12x3xf32>" in text
-    assert "tensor<2x12x12x3xf32>" not in programs.find(experiment(), "recover").lower().as_text()
+    with parallel.described(jax.local_devices()[:1]):
+        guided, plain = (
+            programs.find(e, "recover").lower().as_text()
+            for e in (experiment(*flags[1:]), experiment())
+        )
+    assert "tensor<2x12x12x3xf32>" in guided and "tensor<2x12x12x3xf32>" not in plain
     status, out, err = call(*flags, f"--workdir={tmp_path / 'x'}", "--plan")
     assert status == 0, err
     assert "weight 5, read from" in out and "components of 1, 2, 4, 8 px" in out
-    absent = (*flags[:-1], f"--config.recover.clip_directory={tmp_path / 'none'}")
-    status, out, err = call(*absent, f"--workdir={tmp_path / 'x'}", "--plan")
-    assert "CLIP: there is no image_encoder at" in out + err
 
 
 def test_before_the_directory_is_there_the_published_form_is_planned(tmp_path):
-    flags = (*GUIDED, f"--config.recover.clip_directory={tmp_path / 'none'}")
-    guide = guiding.described(Context(experiment(*flags), "unused"))
+    absent = experiment(*GUIDED, f"--config.recover.clip_directory={tmp_path / 'none'}")
+    guide = guiding.described(Context(absent, "unused"))
     assert guide.encoder.size == 224 and guide.texts_KD.shape == (4, 512)
+    told = [line for line in plan.missing(absent, str(tmp_path)) if line.startswith("CLIP: ")]
+    whats = [line.partition(" at ")[0] for line in told]
+    assert whats == [
+        f"CLIP: there is no {what}" for what in ("image_encoder", "text_encoder", "tokenizer")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -180,14 +185,10 @@ def test_encoders_of_two_models_do_not_belong_together(tmp_path):
 def test_what_cannot_be_read_is_said_before_any_work(directory, tmp_path):
     guided = (STAGES, *GUIDED, f"--config.recover.clip_directory={directory}")
     root = tmp_path / "run"
-    write_tree(tmp_path / "images", splits=("train", "test"), classes=("a", "b"))
-    own = (
-        "--config.dataset.name=own", "--config.dataset.source=folder",
-        f"--config.dataset.path={tmp_path / 'images'}", "--config.dataset.num_classes=2",
-        "--config.recover.batch_size=2",
-    )  # fmt: skip
-    err = refused(*guided, *own, f"--workdir={root}")
-    assert "generate.class_names=FILE" in err
+    names = tmp_path / "names.txt"
+    names.write_text("one\ntwo\n")
+    err = refused(*guided, f"--config.generate.class_names={names}", f"--workdir={root}")
+    assert "has 2 names for 4 classes" in err
     (directory / "merges.txt").rename(directory / "aside")
     try:
         assert "there is no tokenizer at" in refused(*guided, f"--workdir={root}")
