@@ -139,10 +139,15 @@ class Shadows(Comparison):
             workdir.write_bytes(self.root / name, content)
 
     def _show(self) -> None:
-        if (self.root / "table.md").exists():
-            super()._show()
-        else:
+        if not (self.root / "table.md").exists():
             progress.say(f"no row has {membership.FEWEST} finished runs yet: {self.root}")
+            return
+        super()._show()
+        if not audit.has_auditor():
+            progress.say(
+                "the tables have no second opinion: jax-privacy is not installed (pip install "
+                "'prism-jax[audit]', then the same command again)"
+            )
 
 
 def _split(experiment: Experiment, split: str) -> Split:
