@@ -93,14 +93,17 @@ def markdown(attacks: Sequence[Attack], study: dict[str, Any] | None) -> str:
 
 
 def _resolution(attacks: Sequence[Attack]) -> str:
-    runs = {len(a.member_RN) for a in attacks}
-    v = attacks[0].verdict
+    """How many runs and scores there are: of the row with the fewest, where an audit goes on."""
+    runs = sorted({len(a.member_RN) for a in attacks})
+    fewest = min(attacks, key=lambda a: len(a.member_RN))
+    v = fewest.verdict
     allowed = ", ".join(f"{100 * r.false:g} % are {r.allowed} scores" for r in v.rates)
     return (
-        f"Likelihood ratios of {max(runs)} shadow runs, {attacks[0].member_RN.shape[1]} canaries: "
-        f"{v.members} members' scores and {v.others} others' of each row ({allowed}). In per cent "
-        f"but for AUROC; intervals of 95 %: AUROC by bootstrap over canaries, rates by "
-        f"Clopper-Pearson, as if scores were independent. Guessing: 0.5, 1 and 0.1."
+        f"Likelihood ratios of {' to '.join(map(str, dict.fromkeys((runs[0], runs[-1]))))} shadow "
+        f"runs, {fewest.member_RN.shape[1]} canaries: {v.members} members' scores and {v.others} "
+        f"others' of a row ({allowed}). In per cent but for AUROC; intervals of 95 %: AUROC by "
+        f"bootstrap over canaries, rates by Clopper-Pearson, as if scores were independent. "
+        f"Guessing: 0.5, 1 and 0.1."
     )
 
 
