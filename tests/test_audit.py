@@ -199,7 +199,7 @@ def test_an_audit_that_is_stopped_and_continued_is_the_uninterrupted_one(tmp_pat
 
     def stopping(self, cell, context, made_by):
         count.append(cell)
-        if len(count) == 5:  # in the middle of its images
+        if len(count) == 6:  # in the middle of its images
             context.stop.signum = signal.SIGTERM
         return make(self, cell, context, made_by)
 
@@ -209,15 +209,15 @@ def test_an_audit_that_is_stopped_and_continued_is_the_uninterrupted_one(tmp_pat
     finally:
         Shadows._make = make
     assert status == 128 + signal.SIGTERM and "Run the same command again" in err
-    assert len(observed(root)) == 4 and not (root / "table.md").exists()
+    assert len(observed(root)) == 5 and not (root / "table.md").exists()
     stopped = root / "cells" / count[-1].name
     assert (stopped / "recover").exists() and not (stopped / "recover/manifest.json").exists()
     status, out, err = run(TINY, f"--workdir={root}")
-    assert status == 0 and "cell 1 of 14" in out and str(root / "table.md") in out, err
+    assert status == 0 and "cell 1 of 13" in out and str(root / "table.md") in out, err
     before = observed(root)
     assert len(before) == 18
 
-    # What was stopped, once more in one go, with its teachers and its generator.
+    # What was stopped, once more in one go, with its teachers.
     shutil.rmtree(stopped)
     shutil.rmtree(root / "shadows" / "0001" / "members")
     tables = (root / "table.md").read_bytes()

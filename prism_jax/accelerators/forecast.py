@@ -48,16 +48,12 @@ def rows(e: Experiment, target: Target) -> dict[str, str]:
       UserError: the compiler is not installed, or it ended or hung on a program.
     """
     known: Known = {}
-    found = {"target": said_of(target)}
-    generates = e.recover.maker == "generate"
-    batch = _painted_batch(e) if generates else _optimised_batch(e)
+    found, generates = {"target": said_of(target)}, e.recover.maker == "generate"
     if generates or e.recover.iterations:
         done, note = _compile(e, target, "recover", known)
-        found |= _compiled(done, note)
-    found |= {name: stage.said for name, stage in stages(e, target, known).items()}
-    if generates or e.recover.iterations:
-        found["memory"] = _memory(e, target, done, batch)
-    return found
+        batch = _painted_batch(e) if generates else _optimised_batch(e)
+        found |= _compiled(done, note) | {"memory": _memory(e, target, done, batch)}
+    return found | {name: stage.said for name, stage in stages(e, target, known).items()}
 
 
 def stages(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import importlib.util
 import io
 import statistics
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ def markdown(attacks: Sequence[Attack], study: dict[str, Any] | None) -> str:
     lines = [_resolution(attacks), ""]
     for kind in dict.fromkeys(a.attack for a in attacks):
         heads = ["made by", "AUROC", *(f"true at {100 * f:g} % false" for f in FALSE), "top-1"]
-        auditor = second_opinion([0.0, 1.0], [0.0]) is not None
+        auditor = has_auditor()
         heads += ["AUROC, jax-privacy", "true at 1 %"] if auditor else []
         lines += [
             f"### {TITLES[kind]}",
@@ -79,28 +80,30 @@ def markdown(attacks: Sequence[Attack], study: dict[str, Any] | None) -> str:
         ]
         for a in (a for a in attacks if a.attack == kind):
             v = a.verdict
-            area = f"{v.auroc:.3f} ({v.low:.3f} to {v.high:.3f})"
+            auroc = f"{v.auroc:.3f} ({v.low:.3f} to {v.high:.3f})"
             known = [x for x in a.top1 if x is not None]
             top1 = percent(statistics.fmean(known)) if known else UNKNOWN
-            cells = [a.row, area, *map(told, v.rates), top1]
+            cells = [a.row, auroc, *map(told, v.rates), top1]
             if auditor:
-                opinion = second_opinion(a.scores_RN[a.member_RN], a.scores_RN[~a.member_RN])
-                assert opinion is not None
-                cells += [f"{opinion[0]:.3f}", percent(opinion[1])]
+                area, true = second_opinion(a.scores_RN[a.member_RN], a.scores_RN[~a.member_RN])
+                cells += [f"{area:.3f}", f"{100 * true:.2f}"]
             lines.append(_row(cells))
         lines.append("")
     return "\n".join([*lines, *(_of_study(study) if study else [])]) + "\n"
 
 
 def _resolution(attacks: Sequence[Attack]) -> str:
-    runs = {len(a.member_RN) for a in attacks}
-    v = attacks[0].verdict
+    """How many runs and scores there are: of the row with the fewest, where an audit goes on."""
+    runs = sorted({len(a.member_RN) for a in attacks})
+    fewest = min(attacks, key=lambda a: len(a.member_RN))
+    v = fewest.verdict
     allowed = ", ".join(f"{100 * r.false:g} % are {r.allowed} scores" for r in v.rates)
     return (
-        f"Likelihood ratios of {max(runs)} shadow runs, {attacks[0].member_RN.shape[1]} canaries: "
-        f"{v.members} members' scores and {v.others} others' of each row ({allowed}). In per cent "
-        f"but for AUROC; intervals of 95 %: AUROC by bootstrap over canaries, rates by "
-        f"Clopper-Pearson, as if scores were independent. Guessing: 0.5, 1 and 0.1."
+        f"Likelihood ratios of {' to '.join(map(str, dict.fromkeys((runs[0], runs[-1]))))} shadow "
+        f"runs, {fewest.member_RN.shape[1]} canaries: {v.members} members' scores and {v.others} "
+        f"others' of a row ({allowed}). In per cent but for AUROC; intervals of 95 %: AUROC by "
+        f"bootstrap over canaries, rates by Clopper-Pearson, as if scores were independent. "
+        f"Guessing: 0.5, 1 and 0.1."
     )
 
 
@@ -111,17 +114,20 @@ def told(rate: Rate) -> str:
     return f"{100 * rate.true:.2f} ({100 * rate.low:.2f} to {100 * rate.high:.2f})"
 
 
-def second_opinion(inside: Any, outside: Any) -> tuple[float, float] | None:
-    """AUROC and true positives at 1 % by jax-privacy's auditor; None where it is not installed.
+def has_auditor() -> bool:
+    """Whether jax-privacy is installed."""
+    return importlib.util.find_spec("jax_privacy") is not None
+
+
+def second_opinion(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float]:
+    """AUROC and true positives at 1 % by jax-privacy's auditor.
 
     It lets an attacker choose at random between thresholds: the hull of the curve, which is never
     below the curve itself and above 0.5 by chance.
     """
-    try:
-        from jax_privacy.auditing import CanaryScoreAuditor
-    except ImportError:
-        return None
-    auditor = CanaryScoreAuditor(np.asarray(inside), np.asarray(outside))
+    from jax_privacy.auditing import CanaryScoreAuditor
+
+    auditor = CanaryScoreAuditor(inside, outside)
     return float(auditor.attack_auroc()), float(auditor.tpr_at_given_fpr(0.01))
 
 

@@ -140,10 +140,16 @@ class Shadows(Cells):
             workdir.write_bytes(self.root / name, content)
 
     def show(self) -> None:
-        if (self.root / "table.md").exists():
-            super().show()
-        else:
+        """Print the table, or why there is none yet."""
+        if not (self.root / "table.md").exists():
             progress.say(f"no row has {membership.FEWEST} finished runs yet: {self.root}")
+            return
+        super().show()
+        if not audit.has_auditor():
+            progress.say(
+                "the tables have no second opinion: jax-privacy is not installed (pip install "
+                "'prism-jax[audit]', then the same command again)"
+            )
 
 
 def _split(experiment: Experiment, split: str) -> Split:
