@@ -84,7 +84,7 @@ def figure(value: float | None, show: Callable[[float], str]) -> Cell:
 
 
 def numbers(sections: Sequence[Section]) -> dict[str, list[dict[str, Any]]]:
-    """Every table as JSON values: its rows, by head, under "section/table"; shares are fractions."""
+    """Every table as JSON: rows by head, under "section/table"; shares are fractions."""
     found: dict[str, list[dict[str, Any]]] = {}
     for section in sections:
         for part in section.parts:
