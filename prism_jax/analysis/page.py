@@ -84,15 +84,16 @@ def figure(value: float | None, show: Callable[[float], str]) -> Cell:
 
 
 def numbers(sections: Sequence[Section]) -> dict[str, list[dict[str, Any]]]:
-    """Every table as JSON values: its rows, by head, under "section/table"."""
+    """Every table as JSON: rows by head, under "section/table"; shares are fractions."""
     found: dict[str, list[dict[str, Any]]] = {}
     for section in sections:
         for part in section.parts:
             if isinstance(part, Table):
                 name = "/".join(filter(None, (section.title, part.title)))
                 assert name not in found, name
+                heads = [re.sub(", (%|points)$", "", head) for head in part.heads]
                 found[name] = [
-                    {head: cell.value for head, cell in zip(part.heads, row, strict=True)}
+                    {head: cell.value for head, cell in zip(heads, row, strict=True)}
                     for row in part.rows
                 ]
     return found

@@ -99,7 +99,8 @@ class Run:
     def kept(self) -> dict[int, epath.Path]:
         """Where images were kept, by the iteration."""
         there = workdir.names(kept_folder(self.root / "recover", 0).parent)
-        return {int(n): kept_folder(self.root / "recover", int(n)) for n in sorted(there)}
+        iterations = sorted(int(name) for name in there if name.isdecimal())
+        return {i: kept_folder(self.root / "recover", i) for i in iterations}
 
     def losses(self) -> list[dict[str, Any]]:
         """What recover logged."""

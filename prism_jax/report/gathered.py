@@ -61,7 +61,11 @@ class Gathered:
 def class_names(run: Run) -> list[str]:
     """What people call the classes, as far as it is known."""
     count = run.config.dataset.num_classes
-    known = run.context.inputs.info.class_names or run.manifest.get("class_names")
+    known = run.manifest.get("class_names")
+    try:
+        known = run.context.inputs.info.class_names or known
+    except UserError:  # a set of one's own that is not there any more
+        pass
     names = [f"class {k}" for k in range(count)] if known is None else list(known[:count])
     for k, index in enumerate(run.manifest.get("imagenet_indices") or ()):
         names[k] = PAPER_CLASSES.get(index, names[k])

@@ -84,7 +84,7 @@ def class_parts(g: Gathered) -> list[Picture | Table]:
                 order_by=ranked_by, percent=True,
             ),
         ),
-        Table("Top-1 of every class, %", ["class", *columns], rows),
+        Table("Top-1 of every class", ["class", *columns], rows, "In per cent, mean over seeds."),
     ]  # fmt: skip
 
 

@@ -11,9 +11,9 @@ import pytest
 from helpers import browser
 from PIL import Image
 
-from prism_jax.analysis import page
+from prism_jax.analysis import page, words
 from prism_jax.analysis.figures import Strip, in_forms, strips
-from prism_jax.analysis.page import Cell, Picture, Section, Table, figure, word
+from prism_jax.analysis.page import Picture, Section, Table, figure, word
 
 LONG = "a_run_with_a_name_that_no_screen_of_a_phone_is_wide_enough_for/ipc10/seed0"
 
@@ -56,12 +56,12 @@ def test_it_needs_nothing_beside_it(html):
     assert all(f'id="{a[1:]}"' in html for a in addresses if a[0] == "#")
 
 
-def test_numbers_are_those_of_the_tables():
-    table = Table(
-        "First", ["run", "top-1"], [[word("a"), figure(0.5, str)], [word("b"), Cell("–", None)]]
-    )
+def test_numbers_are_those_of_the_tables_as_fractions():
+    rows = [[word("a"), figure(0.5, words.percent)], [word("b"), figure(None, str)]]
+    table = Table("First", ["run", "top-1, %"], rows)
     found = page.numbers([Section("Accuracy", "", [table, picture("x", 9, is_chart=True)])])
     assert found == {"Accuracy/First": [{"run": "a", "top-1": 0.5}, {"run": "b", "top-1": None}]}
+    assert [row[1].text for row in rows] == ["50.0", "–"]
 
 
 def test_strips_stand_in_rows_in_any_format():
