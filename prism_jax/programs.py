@@ -149,7 +149,8 @@ def _generated(context: Context) -> Iterator[Program]:
 
     def train() -> jax.stages.Lowered:
         opened, fitting = generator.described(context), fitting_of(g)
-        module, shape = opened.generator.denoiser, opened.latent_shape
+        module: Any = opened.generator.denoiser
+        shape = opened.latent_shape
         state = jax.eval_shape(lambda: fit.initial_state(module, fitting, 0, shape))
         latents = _array((fitting.batch_size, *shape), np.float32)
         labels = _array((fitting.batch_size,), np.int32)
