@@ -90,9 +90,9 @@ def begun(sampling: Sampling) -> int:
 
 def evaluations(sampling: Sampling) -> int:
     """How often the denoiser reads an image, each half of guidance counted as one."""
-    if sampling.strength == 0:
-        return 0
-    return len(_twice(sampling)[0]) if sampling.sampler == "pndm" else begun(sampling)
+    if sampling.sampler != "pndm" or not begun(sampling):
+        return begun(sampling)
+    return len(_twice(sampling)[0])
 
 
 def check(sampling: Sampling) -> None:

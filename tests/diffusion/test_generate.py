@@ -394,3 +394,18 @@ def test_a_dtype_of_its_own_stays_within_the_denoiser():
     exact, brief = made(COSINE), made(COSINE, toy=Brief())
     assert brief.dtype == np.float32
     np.testing.assert_allclose(brief, exact, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "strength", "slip", "expected"),
+    [("ddim", 0.7, False, 7), ("pndm", 0.7, False, 8), ("pndm", 0.7, True, 8),
+     ("pndm", 0.1, False, 1), ("pndm", 0.0, True, 0), ("ddpm", 1.0, False, 10)],
+)  # fmt: skip
+def test_evaluations_are_the_rows_of_the_table(sampler, strength, slip, expected):
+    sampling = samplers.Sampling(sampler=sampler, steps=10, strength=strength, slip=slip)
+    assert samplers.evaluations(sampling) == expected
+    if expected:
+        start = jnp.zeros((1, 2, 2, 4))
+        sight = samplers.Sight(lambda *_: start, lambda _: start, start)
+        course = samplers.SAMPLERS[sampler](sampling, sight, start)
+        assert len(course.table["step"]) == expected

@@ -134,7 +134,8 @@ def test_a_generator_by_shapes_is_the_one_that_is_read(command, tmp_path, told, 
         )
     described, read = generator.described(context), generator._released(context, tmp_path / "kept")
     assert described.generator[:2] == read.generator[:2]
-    assert described.sampling == read.sampling and described[4:] == read[4:]
+    assert described.sampling == read.sampling and described.refining == read.refining
+    assert described[5:] == read[5:]
     shapes = [jax.tree.map(np.shape, opened.weights) for opened in (described, read)]
     shapes = [shape._replace(condition=None) for shape in shapes]  # the texts are stood in for
     assert shapes[0] == shapes[1]
