@@ -42,7 +42,7 @@ class Stage(NamedTuple):
 
 
 def rows(e: Experiment, target: Target) -> dict[str, str]:
-    """Lines of the plan: what recover, relabel and validate would take.
+    """Lines of the plan: what squeeze, recover, relabel and validate would take.
 
     Raises:
       UserError: the compiler is not installed, or it ended or hung on a program.
@@ -53,11 +53,12 @@ def rows(e: Experiment, target: Target) -> dict[str, str]:
         done, note = _compile(e, target, "recover", known)
         batch = _painted_batch(e) if generates else _optimised_batch(e)
         found |= _compiled(done, note) | {"memory": _memory(e, target, done, batch)}
-    return found | {name: stage.said for name, stage in stages(e, target, known).items()}
+    all_stages = _teachers(e, target, known) | stages(e, target, known)
+    return found | {name: stage.said for name, stage in all_stages.items()}
 
 
 def stages(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
-    """The same of each stage, without its memory.
+    """The same of each stage but squeeze, without its memory.
 
     Args:
       known: programs that were compiled already, of this experiment or another; it grows.
@@ -85,6 +86,25 @@ def said_of(target: Target) -> str:
         f"{target.name}: {target.devices} device(s) with "
         f"{_gigabytes(target.device.memory_bytes)} each; its compiler's word, nothing is run"
     )
+
+
+def _teachers(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
+    """Squeeze, of networks that are trained here."""
+    found = {}
+    for name in e.squeeze.teachers:
+        if e.network(name).checkpoint:
+            continue
+        done, note = _compile(e, target, f"squeeze/{name}", known)
+        what = f"a step, on one host{note}"
+        try:
+            images = len(shapes_of(e).inputs.open("train").labels_N)
+        except UserError:
+            said = f"not here to be counted; {_each(target, done, what)}"
+            found[f"teacher {name}"] = Stage(None, said)
+            continue
+        steps = e.squeeze.epochs * num_batches(images, min(e.squeeze.batch_size, images))
+        found[f"teacher {name} takes"] = _stage(target, done, steps, what)
+    return found
 
 
 def _students(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
@@ -334,11 +354,12 @@ def _compile(
 
 def _key(e: Experiment, target: Target, program: str) -> str:
     """What decides a program: experiments that agree in it share its compilation."""
-    stage, _, student = program.partition("/")
+    stage, _, network = program.partition("/")
     networks, sections = {
+        "squeeze": ({network: e.network(network)}, ("squeeze",)),
         "recover": ({t: e.network(t) for t in e.recover.pool}, ("recover", "generate")),
         "relabel": ({t: e.network(t) for t in e.relabel.teachers}, ("relabel",)),
-        "validate": ({student: e.network(student).untrained()}, ("relabel", "validate")),
+        "validate": ({network: e.network(network).untrained()}, ("relabel", "validate")),
     }[stage]
     fields, several = to_dict(e), ("seeds", "students", "controls")  # have programs of their own
     return workdir.digest(

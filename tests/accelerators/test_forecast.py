@@ -10,7 +10,7 @@ import pytest
 from helpers.accelerators import experiment
 from helpers.command import ROOT, call
 
-from configs import tiny_d4m
+from configs import tiny, tiny_d4m
 from configs.methods import d4m
 from prism_jax.accelerators import compiling, forecast, targets
 from prism_jax.accelerators.account import Account, Cost
@@ -91,6 +91,27 @@ def test_hours_by_hand(monkeypatch):
     seconds = 0.002 + share["convnet_d2_bn"] * 0.001
     assert f"{1e3 * seconds:.3g} ms an iteration" in gpu["recover takes"]
     assert gpu["recover takes"].startswith("at least") and "lower bound" in gpu["recover takes"]
+
+
+def test_hours_of_teachers_that_are_trained_here_by_hand(monkeypatch):
+    """576 digits of four classes in batches of 64 are nine steps an epoch, of 3 ms each."""
+    monkeypatch.setattr(targets, "compiler_missing", lambda target: None)
+    monkeypatch.setattr(compiling, "compile_program", compiler(1)[0])
+    c = tiny.get_config()
+    c.squeeze.batch_size, c.squeeze.epochs = 64, 1000
+    made = resolve(c)
+    found = forecast.rows(made, H100)
+    trained = [name for name in made.squeeze.teachers if not made.network(name).checkpoint]
+    assert trained
+    for name in trained:
+        said = f"at least {forecast.hours_of(27 / 3600)}: 3 ms a step, on one host"
+        assert found[f"teacher {name} takes"].startswith(said)
+    path = dataclasses.replace(made.network(trained[0]), checkpoint="there.pth")
+    made = dataclasses.replace(made, networks={**made.networks, trained[0]: path})
+    assert f"teacher {trained[0]} takes" not in forecast.rows(made, H100)
+    away = dataclasses.replace(made.dataset, name="imagenet", source="folder", path="nowhere")
+    found = forecast.rows(dataclasses.replace(made, dataset=away), H100)
+    assert found[f"teacher {trained[1]}"].startswith("not here to be counted; 3 ms a step")
 
 
 def generating(monkeypatch, target, beside=0):
