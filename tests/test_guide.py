@@ -91,11 +91,11 @@ def run(words: list[str], *more: str) -> str:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Iterator[pathlib.Path]:
-    """Where a reader stands: the configs, and six pictures of either class and split."""
+    """Where a reader stands: the configs, and pictures of two classes."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    for split in ("train", "test"):
+    for split, count in (("train", 10), ("test", 2)):
         for label, name in enumerate(("cat", "dog")):
-            for i in range(6):
+            for i in range(count):
                 path = tmp_path / "my_pets" / split / name / f"{i}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(encoded(np.full((8, 8, 3), 100 * label + 9 * i, np.uint8)))
@@ -107,7 +107,7 @@ def smaller(words: list[str]) -> list[str]:
     """The flags that make a command of the page a matter of seconds."""
     if "prism_jax.compare" in words:
         quoted = ",".join(repr(field) for field in SMALLER if "recover.ipc" not in field)
-        return [f"--config.shared=({quoted})", "--config.ipcs=(2,)", "--config.seeds=(0,)"]
+        return [f"--config.shared=({quoted})", "--config.seeds=(0,)"]
     if "prism_jax.main" not in words:
         return []
     fields = [field for field in SMALLER if field.split("=")[0] not in " ".join(words)]
