@@ -9,6 +9,7 @@ measured once. Teachers are trained here, at 64 pixels. Other useful flags:
     --config.dataset.name=my_birds       what reports call the set (and the run, runs/my_birds)
     --config.dataset.source=tar          one .tar file; npz: arrays
     --config.dataset.image_size=128
+    --config.squeeze.epochs=300          where there are few images: their epochs are few steps
     --config.recover.ipc=1               images per class; recover.short_classes=repeat where a
                                          class has fewer
 
