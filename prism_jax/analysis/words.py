@@ -199,11 +199,10 @@ def facts(summary: Mapping[str, Any]) -> dict[str, str]:
         )
     if relabel := summary.get("relabel"):
         found["soft labels"] = f"{size(relabel['bytes'])} on disk"
-    best = {name: entry.get("best_top1") for name, entry in summary.get("validate", {}).items()}
-    if known := {name: x for name, x in best.items() if x is not None}:
-        found["best test on the way"] = ", ".join(
-            f"{name} {percent(x)}" for name, x in known.items()
-        )
+    for words, key in (("best test on the way", "best_top1"), ("on held-out images", "held_out")):
+        told = {name: entry.get(key) for name, entry in summary.get("validate", {}).items()}
+        if known := {name: x for name, x in told.items() if x is not None}:
+            found[words] = ", ".join(f"{name} {percent(x)}" for name, x in known.items())
     if analyse := summary.get("analyse"):
         cosine = analyse["intra_class_cosine"]
         found["intra-class cosine"] = ", ".join(

@@ -100,6 +100,8 @@ def _nothing(hint: Any) -> Any:
         return None
     if origin is Literal:
         return arguments[0]
+    if origin is tuple and Ellipsis not in arguments:
+        return tuple(map(_nothing, arguments))
     return (origin or getattr(hint, "__supertype__", hint))()
 
 

@@ -140,7 +140,7 @@ def test_a_generator_by_shapes_is_the_one_that_is_read(command, tmp_path, told, 
     shapes = [shape._replace(condition=None) for shape in shapes]  # the texts are stood in for
     assert shapes[0] == shapes[1]
     (tmp_path / "networks" / "vae" / "config.json").unlink()
-    assert huggingface.form(str(tmp_path / "networks"), "vae") == AutoencoderKL()
+    assert huggingface.planned(str(tmp_path / "networks"), "vae") == AutoencoderKL()
 
 
 def test_what_is_not_there_is_told_with_what_to_download(command, tmp_path, told):
