@@ -93,5 +93,5 @@ def test_students_are_tested_on_it_and_keep_their_answers(tmp_path):
     assert summary["dataset"]["train_images"] == len(run.inputs.open("train"))
     assert "0.2 of the training images" in " ".join(analyse.notes(run))
     [line] = [line for line in out.splitlines() if line.startswith("on held-out images")]
-    assert line.endswith(f"outside {100 * synthetic['held_out']:.1f}")
+    assert line.rstrip().endswith(f"outside {100 * synthetic['held_out']:.1f}")
     assert "may have seen" not in " ".join(analyse.notes(run))
