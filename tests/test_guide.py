@@ -169,7 +169,7 @@ def test_every_command_of_the_page_runs_in_its_order(folder):
     runs = folder / "runs"
     for name in ("digits_ipc10", "digits_sre2l_ipc10", "digits_short", "my_pets_longer"):
         assert (runs / name / "report.html").exists()
-    by_rded = [text for text in said if "method rded" in text]
+    by_rded = [text for text in said if "preset rded" in text]
     assert len(by_rded) == 1 and "adopted squeeze/resnet18 from runs/digits_ipc10" in by_rded[0]
     for name in ("table.md", "table.tex", "table.csv", "accuracy_over_cost.png"):
         assert (runs / "compare_own_cpu" / name).exists()

@@ -5,6 +5,7 @@ squeeze/<teacher>/  fingerprint.json  weights.safetensors  record.json (last: pr
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from prism_jax import parallel
-from prism_jax.config import Experiment
+from prism_jax.config import Experiment, Network
 from prism_jax.core.augment import Augment
 from prism_jax.data import workdir
 from prism_jax.data.pipeline import batches, num_batches
@@ -122,10 +123,6 @@ def _worthless(context: Context, name: str, top1: float, least: float) -> str:
             f"squeeze.learning_rate={config.squeeze.learning_rate:g}: train longer, or at another "
             f"rate. {way_on}"
         )
-    more = f" --path={dataset.path}" if dataset.path else ""
-    for field in ("mean", "std"):
-        if numbers := getattr(network, field):
-            more += f" --{field}={','.join(f'{x:g}' for x in numbers)}"
     return (
         f"{said}Likely, in this order:\n"
         f"  - its classes are in another order than the images' folders "
@@ -133,11 +130,31 @@ def _worthless(context: Context, name: str, top1: float, least: float) -> str:
         f"  - it was trained with another normalisation (networks.{name}.mean and .std)\n"
         f"  - {network.checkpoint} holds other weights than those of this network\n"
         f"This tells them apart:\n"
-        f"    python -m prism_jax.tools.teachers evaluate {network.checkpoint} "
-        f"--architecture={network.architecture} --dataset={dataset.name} "
-        f"--source={dataset.source}{more}\n"
+        f"    {_evaluation(context, network)}\n"
         f"{way_on}"
     )
+
+
+def _evaluation(context: Context, network: Network) -> str:
+    """The command that evaluates imported weights as this run reads them."""
+    dataset, usual = context.config.dataset, Network(network.architecture)
+    flags: dict[str, object] = {
+        "architecture": network.architecture, "dataset": dataset.name, "source": dataset.source,
+        "path": dataset.path,
+    }  # fmt: skip
+    if dataset.image_size != context.inputs.info.image_size:
+        flags["image-size"] = dataset.image_size
+    for field in ("width", "depth", "stem", "weights_key", "class_indices"):
+        if (value := getattr(network, field)) != getattr(usual, field):
+            flags[field.replace("_", "-")] = value
+    for field in ("mean", "std"):
+        flags[field] = getattr(network, field) or getattr(dataset, field)
+    words = ["python", "-m", "prism_jax.tools.teachers", "evaluate", str(network.checkpoint)]
+    for flag, value in flags.items():
+        if isinstance(value, tuple):
+            value = ",".join(f"{x:g}" for x in value)
+        words += [] if value is None else [f"--{flag}={value}"]
+    return shlex.join(words)
 
 
 def _warn(context: Context, name: str, top1: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 
 import pytest
 from helpers.command import TINY, call
@@ -17,6 +18,7 @@ from prism_jax.errors import UserError
 from prism_jax.stages import analyse, fingerprints
 from prism_jax.stages import squeeze as squeezing
 from prism_jax.stages.context import Context
+from prism_jax.tools.teachers.arguments import parser
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*classes of imagenet:UserWarning")
 
@@ -175,6 +177,25 @@ def test_chance_is_told_from_a_barely_trained_network():
     assert squeezing.least_top1(10) == pytest.approx(0.19)
     assert squeezing.least_top1(2) == pytest.approx(0.55)
     assert squeezing.least_top1(1000) == pytest.approx(0.005)
+
+
+def test_the_command_that_tells_causes_apart_reads_as_the_run_does(tmp_path):
+    network = Network(
+        "resnet18", 0.5, 1.0, "small", "my weights.pth", (0.5, 0.4, 0.3), (0.2, 0.2, 0.2),
+        weights_key="ema", class_indices=(4, 0),
+    )  # fmt: skip
+    there = context(write_tree(tmp_path / "a b", classes=("cat", "dog")), network=network)
+    words = shlex.split(squeezing._evaluation(there, network))
+    assert words[:4] == ["python", "-m", "prism_jax.tools.teachers", "evaluate"]
+    found = parser().parse_args(words[3:])
+    assert (found.file, found.path) == ("my weights.pth", str(tmp_path / "a b"))
+    assert found.image_size == there.config.dataset.image_size == 8
+    assert (found.width, found.depth, found.stem, found.weights_key) == (0.5, 1.0, "small", "ema")
+    assert (tuple(found.mean), tuple(found.class_indices)) == (network.mean, (4, 0))
+    usual = Network("resnet18", checkpoint="w.pth")
+    plain = context(tmp_path / "a b", network=usual, image_size=224)
+    assert "--path=" in (said := squeezing._evaluation(plain, usual))
+    assert not any(flag in said for flag in ("--image-size", "--width", "--stem", "--mean"))
 
 
 @pytest.mark.parametrize("top1, warned", [(0.50, True), (0.66, False), (0.0, False)])
