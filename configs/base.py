@@ -38,6 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.squeeze = ConfigDict()
     c.squeeze.teachers = POOL
     c.squeeze.epochs = 90
+    c.squeeze.least_steps = 0  # of a training: a set of few images gets more epochs
     c.squeeze.batch_size = 256
     c.squeeze.optimiser = "sgd"
     c.squeeze.learning_rate = 0.1

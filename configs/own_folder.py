@@ -9,7 +9,6 @@ measured once. Teachers are trained here, at 64 pixels. Other useful flags:
     --config.dataset.name=my_birds       what reports call the set (and the run, runs/my_birds)
     --config.dataset.source=tar          one .tar file; npz: arrays
     --config.dataset.image_size=128
-    --config.squeeze.epochs=300          where there are few images: their epochs are few steps
     --config.recover.ipc=1               images per class; recover.short_classes=repeat where a
                                          class has fewer
 
@@ -43,6 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.squeeze.teachers = (*base.POOL, "convnet")
     c.squeeze.epochs = 100
+    c.squeeze.least_steps = 2000  # a few hundred images need more epochs
     c.squeeze.batch_size = 64
     c.squeeze.optimiser = "adamw"
     c.squeeze.learning_rate = 1e-3
@@ -58,7 +58,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if "cpu" in words:
         c.name += "_cpu"
         c.dataset.image_size = 32
-        c.squeeze.epochs = 20
+        c.squeeze.epochs, c.squeeze.least_steps = 20, 600
         c.squeeze.learning_rate = 3e-3
         c.recover.iterations = 100
         c.recover.roll = 4

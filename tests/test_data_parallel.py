@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers.compiling import only_fast_programs
 from helpers.networks import GREY, TwoConvs, random_variables
-from test_parallel import COLLECTIVES
+from helpers.running import COLLECTIVES
 
 from prism_jax import parallel, training
 from prism_jax.core.augment import Augment

@@ -41,7 +41,8 @@ NETWORKS = ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2_x0_5",
 SMALLER = (
     *(f"networks.{n}.{f}" for n in NETWORKS for f in
       ("architecture=convnet_d1_bn", "width=0.0625", "depth=1.0", "stem=imagenet")),
-    "squeeze.epochs=1", "squeeze.least_top1=0.0", "recover.iterations=2", "recover.ipc=2",
+    "squeeze.epochs=1", "squeeze.least_steps=0", "squeeze.least_top1=0.0", "recover.iterations=2",
+    "recover.ipc=2",
     "relabel.epochs=2", "relabel.batch_size=4", "validate.epochs=2", "validate.batch_size=4",
     "validate.accumulate=1", "dataset.image_size=8", "dataset.num_classes=2",
 )  # fmt: skip

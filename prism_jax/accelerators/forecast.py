@@ -102,7 +102,9 @@ def _teachers(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
             said = f"not here to be counted; {_each(target, done, what)}"
             found[f"teacher {name}"] = Stage(None, said)
             continue
-        steps = e.squeeze.epochs * num_batches(images, min(e.squeeze.batch_size, images))
+        steps = e.squeeze.epochs_over(images) * num_batches(
+            images, min(e.squeeze.batch_size, images)
+        )
         found[f"teacher {name} takes"] = _stage(target, done, steps, what)
     return found
 

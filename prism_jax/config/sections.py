@@ -96,6 +96,11 @@ class Squeeze:
     seed: int
     dtype: Dtype
     least_top1: float | None
+    least_steps: int
+
+    def epochs_over(self, images: int) -> int:
+        """Epochs over a set of so many images: as stated, or as many as ``least_steps`` take."""
+        return max(self.epochs, -(-self.least_steps // -(-images // self.batch_size)))
 
 
 @dataclasses.dataclass(frozen=True)

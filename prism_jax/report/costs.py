@@ -124,7 +124,7 @@ def _squeeze_flop(run: Run) -> float | None:
     names, train = _used(run), _of(run.summary, "dataset", "train_images")
     if train is None or any(run.config.network(name).checkpoint for name in names):
         return None
-    images = run.config.squeeze.epochs * train
+    images = run.config.squeeze.epochs_over(train) * train
     return _sum([_times(BY_WEIGHTS * images, forward_flop(run, name)) for name in names])
 
 

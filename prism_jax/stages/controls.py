@@ -37,7 +37,8 @@ def labelled_set(context: Context, name: str) -> LabelledSet:
     fields: dict[str, Any] = {"data": context.inputs.fields(source)}
     soft = SOFT[name] and context.config.soft_labels
     if name == "full_real":
-        fields["epochs"] = config.validate.epochs, config.recover.ipc, config.squeeze.epochs
+        least = config.squeeze.epochs_over(len(source))
+        fields["epochs"] = config.validate.epochs, config.recover.ipc, least
         labels = np.asarray(source.labels_N, np.int32)
         return LabelledSet(name, root, lambda: context.inputs.read(source), labels, fields, soft)
     classes, slots = _order(context)

@@ -46,6 +46,7 @@ LATER: dict[str, dict[str, Any]] = {
         **{"parametrisation": "pixels", "resolutions": [], "view_noise": 0.0},
         **{"targets": "running", "inject_from": "start", "inject_simplicity": 0.1},
     },
+    "squeeze": {"least_steps": 0},
     "relabel": {"order": "own"},
     "network": {"weights_key": None},
 }

@@ -119,7 +119,8 @@ def _worthless(context: Context, name: str, top1: float, least: float) -> str:
     )
     if not network.checkpoint:
         return (
-            f"{said}It was trained for squeeze.epochs={config.squeeze.epochs} at "
+            f"{said}It was trained for squeeze.epochs={config.squeeze.epochs} (and "
+            f"squeeze.least_steps={config.squeeze.least_steps}) at "
             f"squeeze.learning_rate={config.squeeze.learning_rate:g}: train longer, or at another "
             f"rate. {way_on}"
         )
@@ -195,14 +196,14 @@ def refusal(what: str, folder: epath.Path, lines: list[str]) -> str:
     )
 
 
-def recipe_of(config: Experiment, name: str) -> TrainRecipe:
-    """How a teacher is trained."""
+def recipe_of(config: Experiment, name: str, epochs: int | None = None) -> TrainRecipe:
+    """How a teacher is trained, for the epochs that are stated or for others."""
     squeeze = config.squeeze
     return TrainRecipe(
         views=f"squeeze/view/{name}",
         augment=Augment(squeeze.crop_min, squeeze.flip, crop_pad=squeeze.crop_pad),
         loss="ce",
-        epochs=squeeze.epochs,
+        epochs=epochs or squeeze.epochs,
         optimiser=squeeze.optimiser,
         learning_rate=squeeze.learning_rate,
         weight_decay=squeeze.weight_decay,
@@ -213,9 +214,10 @@ def recipe_of(config: Experiment, name: str) -> TrainRecipe:
 def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dict[str, Any]]:
     squeeze, dataset = context.config.squeeze, context.config.dataset
     source = context.inputs.open("train")
+    epochs = squeeze.epochs_over(len(source))
     trainer = Trainer(
         context.networks.build(name, dtype=squeeze.dtype),
-        recipe_of(context.config, name),
+        recipe_of(context.config, name, epochs),
         context.inputs.normalisation,
         view_seed=squeeze.seed,
         seed=squeeze.seed,
@@ -226,7 +228,7 @@ def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dic
         for batch in batches(
             source,
             batch_size=squeeze.batch_size,
-            epochs=squeeze.epochs,
+            epochs=epochs,
             seed=squeeze.seed,
             name=f"squeeze/order/{name}",
             start=start,

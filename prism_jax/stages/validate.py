@@ -109,7 +109,7 @@ def epochs_of(context: Context, labelled: LabelledSet) -> int:
         return config.validate.epochs
     steps = config.validate.epochs * num_batches(synthetic, size)
     equal_steps = -(-steps // num_batches(len(labelled.labels_N), size))
-    return max(equal_steps, config.squeeze.epochs)
+    return max(equal_steps, config.squeeze.epochs_over(len(labelled.labels_N)))
 
 
 def recipe_of(context: Context, augment: Augment, loss: str, epochs: int) -> TrainRecipe:

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from scipy import ndimage
 
 from prism_jax import parallel, rng
 from prism_jax.core import pixels, statistics, views
@@ -212,6 +211,8 @@ def complexity(images_uint8_BHWC: Array) -> Array:
 
     The variance over pixels of the squared gradient of the smoothed grey image in [0, 1].
     """
+    from scipy import ndimage  # takes long
+
     height, width = images_uint8_BHWC.shape[1:3]
     rows, columns = (
         jnp.asarray(ndimage.gaussian_filter1d(np.eye(n), SMOOTHING, axis=0), jnp.float32)

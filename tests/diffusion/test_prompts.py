@@ -146,7 +146,7 @@ def test_another_encoder_makes_other_states(tmp_path):
 def test_embeddings_are_kept_as_states_are(tmp_path, monkeypatch):
     source, folder = str(write_clip(tmp_path / "clip")), tmp_path / "kept"
     made = prompts.embeddings(folder, source, NAMES)
-    module, params, _ = huggingface.load(source, "text_encoder")
+    module, params = huggingface.load(source, "text_encoder")
     tokens = prompts.tokenise(source, NAMES, module.length)
     np.testing.assert_allclose(made, module.encode(params, tokens)[1], atol=1e-5)
     assert made.shape == (3, module.projection) and made.dtype == np.float32

@@ -15,8 +15,7 @@ import pytest
 from helpers.command import TINY, call, finished, reference, results
 from helpers.compiling import fast_programs
 from helpers.networks import small_pool
-from helpers.running import begin, make_unit
-from test_parallel import COLLECTIVES
+from helpers.running import COLLECTIVES, begin, make_unit
 
 from prism_jax import parallel, synthesis
 

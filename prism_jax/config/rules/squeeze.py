@@ -13,7 +13,7 @@ from prism_jax.core import schedules
 def violations(e: Experiment) -> Iterator[str]:
     """What is wrong with the section, one line each."""
     yield from positive(e, "squeeze", "epochs", "batch_size", "learning_rate")
-    yield from not_negative(e, "squeeze", "weight_decay", "seed", "crop_pad")
+    yield from not_negative(e, "squeeze", "weight_decay", "seed", "crop_pad", "least_steps")
     yield from share(e, "squeeze", "crop_min", low="(")
     if e.squeeze.least_top1 is not None:
         yield from share(e, "squeeze", "least_top1")
