@@ -6,14 +6,13 @@ import contextlib
 import csv
 import io
 import json
-import os
 import pathlib
 import shutil
 import signal
-import sys
 
 import numpy as np
 import pytest
+from helpers.command import call
 
 from prism_jax.analysis import audit, membership
 from prism_jax.audit import canaries
@@ -30,20 +29,8 @@ LABELS = np.repeat(np.arange(3), 30)
 
 def run(*arguments) -> tuple[int, str, str]:
     """The command in this process: (exit status, stdout, stderr)."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    environ, path = dict(os.environ), list(sys.path)
-    out, err = io.StringIO(), io.StringIO()
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            with contextlib.chdir(ROOT.parent):
-                status = main(list(map(str, arguments)))
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-        os.environ.clear()
-        os.environ.update(environ)
-        sys.path[:] = path
-    return status, out.getvalue(), err.getvalue()
+    with contextlib.chdir(ROOT.parent):
+        return call(*arguments, main=main)
 
 
 # --- who has which --------------------------------------------------------------------------
@@ -195,7 +182,7 @@ def observed(root: pathlib.Path) -> dict[str, str]:
 @pytest.mark.slow
 def test_an_audit_that_is_stopped_and_continued_is_the_uninterrupted_one(tmp_path):
     root = tmp_path / "run"
-    make, count = Shadows._make, []
+    make, count = Shadows.make, []
 
     def stopping(self, cell, context, made_by):
         count.append(cell)
@@ -203,11 +190,11 @@ def test_an_audit_that_is_stopped_and_continued_is_the_uninterrupted_one(tmp_pat
             context.stop.signum = signal.SIGTERM
         return make(self, cell, context, made_by)
 
-    Shadows._make = stopping
+    Shadows.make = stopping
     try:
         status, _, err = run(TINY, f"--workdir={root}")
     finally:
-        Shadows._make = make
+        Shadows.make = make
     assert status == 128 + signal.SIGTERM and "Run the same command again" in err
     assert len(observed(root)) == 5 and not (root / "table.md").exists()
     stopped = root / "cells" / count[-1].name

@@ -7,14 +7,12 @@ import csv
 import dataclasses
 import io
 import json
-import os
 import pathlib
 import shutil
 import signal
-import sys
 
 import pytest
-from helpers.command import snapshot
+from helpers.command import call, snapshot
 
 from prism_jax import cells as runs
 from prism_jax import compare
@@ -34,20 +32,8 @@ ONE = (TINY, "--config.seeds=(0,)", "--config.ipcs=(2,)")
 
 def run(*arguments) -> tuple[int, str, str]:
     """The command in this process: (exit status, stdout, stderr)."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    environ, path = dict(os.environ), list(sys.path)
-    out, err = io.StringIO(), io.StringIO()
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            with contextlib.chdir(ROOT.parent):
-                status = compare.main(list(map(str, arguments)))
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-        os.environ.clear()
-        os.environ.update(environ)
-        sys.path[:] = path
-    return status, out.getvalue(), err.getvalue()
+    with contextlib.chdir(ROOT.parent):
+        return call(*arguments, main=compare.main)
 
 
 def config(*overrides):

@@ -7,20 +7,15 @@ of them in a folder with 24 pictures, with smaller numbers and networks behind e
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 import pathlib
 import re
 import shlex
 import shutil
-import signal
-import sys
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from helpers.command import ROOT, TINY, reference
+from helpers.command import ROOT, TINY, call, reference
 from helpers.images import encoded
 
 from prism_jax import compare, main
@@ -75,19 +70,9 @@ def run(words: list[str], *more: str) -> str:
     """Run a command of the page in this process, in the folder it stands in; what it printed."""
     python, module, name, *arguments = words
     assert (python, module) == ("python", "-m"), words
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    environ, path, out, err = dict(os.environ), list(sys.path), io.StringIO(), io.StringIO()
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = MODULES[name]([*arguments, *more])
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-        os.environ.clear()
-        os.environ.update(environ)
-        sys.path[:] = path
-    assert status == 0, f"{shlex.join(words)}\n{out.getvalue()}\n{err.getvalue()}"
-    return out.getvalue()
+    status, out, err = call(*arguments, *more, main=MODULES[name])
+    assert status == 0, f"{shlex.join(words)}\n{out}\n{err}"
+    return out
 
 
 @pytest.fixture

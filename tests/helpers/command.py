@@ -74,8 +74,8 @@ def signal_when(
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def call(*arguments: str) -> tuple[int, str, str]:
-    """``main`` in this process: (exit status, stdout, stderr). Signals and environment stay."""
+def call(*arguments: str, main: Callable[[list[str]], int] = main) -> tuple[int, str, str]:
+    """A ``main`` in this process: (exit status, stdout, stderr). Signals and environment stay."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     environ, path = dict(os.environ), list(sys.path)
     out, err = io.StringIO(), io.StringIO()
