@@ -40,44 +40,6 @@ class Normalisation:
     std: tuple[float, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class TeacherSpec:
-    """What a teacher is, without its weights.
-
-    Attributes:
-      name: the config's name for it, unique in a pool ("resnet18").
-      architecture: a row of ``models.ARCHITECTURES``.
-      num_classes: size of the network's head; larger than the dataset's number of classes
-        only together with ``class_indices``.
-      image_size: side of the square images it reads, in pixels.
-      channels: image channels its stem takes.
-      width, depth: multipliers of channels and of blocks per stage.
-      stem: "imagenet" or "small" (3x3, stride 1, no pooling, for 16 to 64 px).
-      normalisation: the one its weights were trained with; None means the dataset's.
-      class_indices: which outputs of its head are the dataset's classes, in order.
-      source: "train", or the path of a checkpoint file.
-    """
-
-    name: str
-    architecture: str
-    num_classes: int
-    image_size: int
-    channels: int = 3
-    width: float = 1.0
-    depth: float = 1.0
-    stem: str = "imagenet"
-    normalisation: Normalisation | None = None
-    class_indices: tuple[int, ...] | None = None
-    source: str = "train"
-
-
-class Moments(NamedTuple):
-    """Batch moments of one layer's input over (B, H, W): the mean and the *biased* variance."""
-
-    mean_C: Array
-    var_C: Array
-
-
 class Reading(NamedTuple):
     """What a teacher says about a batch: logits, its BatchNorms' moments, its convolutions' inputs.
 
