@@ -90,23 +90,27 @@ def said_of(target: Target) -> str:
 
 def _teachers(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
     """Squeeze, of networks that are trained here."""
-    found = {}
-    for name in e.squeeze.teachers:
-        if e.network(name).checkpoint:
-            continue
+    found, size = {}, e.squeeze.batch_size
+    trained = [name for name in e.squeeze.teachers if not e.network(name).checkpoint]
+    images = _real_images(e) if trained else None
+    for name in trained:
         done, note = _compile(e, target, f"squeeze/{name}", known)
         what = f"a step, on one host{note}"
-        try:
-            images = len(shapes_of(e).inputs.open("train").labels_N)
-        except UserError:
+        if images is None:
             said = f"not here to be counted; {_each(target, done, what)}"
             found[f"teacher {name}"] = Stage(None, said)
             continue
-        steps = e.squeeze.epochs_over(images) * num_batches(
-            images, min(e.squeeze.batch_size, images)
-        )
+        steps = e.squeeze.epochs_over(images) * num_batches(images, size)
         found[f"teacher {name} takes"] = _stage(target, done, steps, what)
     return found
+
+
+def _real_images(e: Experiment) -> int | None:
+    """Of the training split; None without the data."""
+    try:
+        return len(shapes_of(e).inputs.open("train").labels_N)
+    except UserError:
+        return None
 
 
 def _students(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from prism_jax import compare
+from prism_jax.cells import Cell
 from prism_jax.config.sections import Experiment, Path
 from prism_jax.errors import UserError
 
@@ -30,9 +31,9 @@ def as_comparison(config: Any) -> ConfigDict:
     )
 
 
-def cell_of(config: Any, row: str, run: int = 0) -> compare.Cell:
+def cell_of(config: Any, row: str, run: int = 0) -> Cell:
     """The cell of a row in a run: its seed is the number of the run."""
-    return compare.Cell(row, config.ipc, run, compare.OWN)
+    return Cell(row, config.ipc, run, compare.OWN)
 
 
 def of_row(config: Any, row: str) -> Experiment:

@@ -53,8 +53,8 @@ def generate(
     places: Places,
     anchors_BHWC: Array,
     refining: Refining | None = None,
-) -> Array:
-    """Images of a batch of anchors.
+) -> tuple[Array, Array]:
+    """Images of a batch of anchors, and the latents that they are decoded from.
 
     Args:
       sampling: already found good by ``samplers.check``.
@@ -63,26 +63,12 @@ def generate(
       refining: of the sampled latents; None, or no steps: they are decoded as they are.
 
     Returns:
-      (B, H, W, C) float32 images, not clipped to [-1, 1].
+      (B, H, W, C) float32 images, not clipped to [-1, 1], and latents of the anchors' shape.
     """
-    of_batch = weights, seed, places, anchors_BHWC
-    return generator.codec.decode(weights.codec, latents(generator, sampling, *of_batch, refining))
-
-
-def latents(
-    generator: Generator,
-    sampling: Sampling,
-    weights: Weights,
-    seed: Array,
-    places: Places,
-    anchors_BHWC: Array,
-    refining: Refining | None = None,
-) -> Array:
-    """What the images of :func:`generate` are decoded from."""
     latents_BHWC = sample(generator, sampling, weights, seed, places, anchors_BHWC)
-    if refining is None or refining.steps == 0:
-        return latents_BHWC
-    return refine(generator, refining, weights, seed, places, latents_BHWC)
+    if refining is not None and refining.steps:
+        latents_BHWC = refine(generator, refining, weights, seed, places, latents_BHWC)
+    return generator.codec.decode(weights.codec, latents_BHWC), latents_BHWC
 
 
 def sample(

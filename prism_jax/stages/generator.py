@@ -634,9 +634,8 @@ class Painter:
         networks, sampling, refining = opened.generator, opened.sampling, opened.refining
 
         def paint(weights: Weights, seed: Array, lane: tuple[Places, Array]) -> tuple[Array, ...]:
-            latents_BHWC = generate.latents(networks, sampling, weights, seed, *lane, refining)
-            images_BHWC = networks.codec.decode(weights.codec, latents_BHWC)
-            return (images_BHWC, latents_BHWC) if keeps else (images_BHWC,)
+            found = generate.generate(networks, sampling, weights, seed, *lane, refining)
+            return found if keeps else found[:1]
 
         self._lanes = parallel.LaneMap(
             paint, opened.weights, arity=1, devices=parallel.devices(),

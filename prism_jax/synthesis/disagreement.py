@@ -60,7 +60,8 @@ def pixel_gradients(
 ) -> Gradients:
     """Every teacher's gradients through the view of an iteration; pure.
 
-    Terms that remember earlier iterations, or leave layers out at random, are not in it.
+    Terms that remember earlier iterations, or leave layers out at random, are not in it, nor are
+    the view's noise and a guide.
     """
     plain = dataclasses.replace(recipe, alpha_bn=1.0, ema=0.0, drop=0.0, flatness=0.0)
     view = view_of(recipe, rng.root(seed), unit, step, images_BHWC.shape[1:3])

@@ -71,7 +71,7 @@ def made(sampling: Sampling, *, at: Places | None = None, anchors=None, toy=SILE
     if anchors is None:
         anchors = np.random.default_rng(1).normal(size=(6, *SHAPE)).astype(np.float32)
     weights = Weights({}, jnp.float32(0.5), {})
-    return np.asarray(program(sampling, toy)(weights, np.uint32(3), at, anchors))
+    return np.asarray(program(sampling, toy)(weights, np.uint32(3), at, anchors)[0])
 
 
 def sampled(name: str, **changes) -> Sampling:
@@ -242,7 +242,7 @@ def test_a_lane_of_one_device_rounds_as_one_of_eight(name, schedule, bounds):
     weights = Weights({}, np.float32(0.5), {}, bounds)
 
     def lane(weights, seed, batch):
-        return generate.latents(GENERATOR, sampling, weights, seed, *batch, refining)
+        return generate.generate(GENERATOR, sampling, weights, seed, *batch, refining)[1]
 
     anchors = np.random.default_rng(1).normal(size=(6, *SHAPE)).astype(np.float32)
     found = []
@@ -256,7 +256,11 @@ def test_a_lane_of_one_device_rounds_as_one_of_eight(name, schedule, bounds):
 def test_any_number_of_devices_makes_the_same_bits_without_a_collective():
     sampling, toy = sampled("ddpm"), Toy()
     anchors = np.random.default_rng(1).normal(size=(6, *SHAPE)).astype(np.float32)
-    lane = functools.partial(generate.generate, Generator(Half(), toy, toy), sampling)
+    network = Generator(Half(), toy, toy)
+
+    def lane(*arguments):
+        return generate.generate(network, sampling, *arguments)[0]
+
     weights, found = Weights({}, np.float32(0.5), {}), []
     for count in (1, 3):
         lanes = parallel.LaneMap(lane, weights, arity=2, devices=jax.devices()[:count])

@@ -80,7 +80,7 @@ def drawn(
         part = slice(at, at + batch)
         places = generate.Places(classes[part], slots[part], classes[part])
         starts = np.zeros((batch, 16, 16, 1), np.float32) if anchors is None else anchors[part]
-        found = np.asarray(made(weights, np.uint32(0), places, starts))
+        found = np.asarray(made(weights, np.uint32(0), places, starts)[0])
         images.append(pixels.to_uint8(found, list(zip(classes[part], slots[part], strict=True))))
     return Digits(np.concatenate(images), classes)
 
