@@ -11,10 +11,10 @@ import re
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prism_jax.diffusion.blocks import attend
 from prism_jax.diffusion.forms import stated
 from prism_jax.errors import UserError
 from prism_jax.models import layers
@@ -142,7 +142,7 @@ class Block(nn.Module):
         batch, tokens, width = x_BND.shape
         qkv = _Dense(3 * width, dtype=self.dtype, name="attn.qkv")(x_BND)
         query, key, value = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.heads, -1), 2, 0)
-        y = jax.nn.dot_product_attention(query, key, value)
+        y = attend(query, key, value)
         return _Dense(width, dtype=self.dtype, name="attn.proj")(y.reshape(batch, tokens, width))
 
 

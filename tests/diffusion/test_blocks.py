@@ -30,18 +30,29 @@ def by_hand(query, key, value):
     return scores / scores.sum(1, keepdims=True) @ value
 
 
-def test_a_long_sequence_attends_part_by_part(monkeypatch):
+def test_attention_in_parts(monkeypatch):
+    """Whole, a part of the queries at a time, one image after another: the same, and its slope."""
     query, key, value = (drawn(name, 2, 12, 3, 4) for name in ("query", "key", "value"))
     expected = np.stack(
         [[by_hand(query[b, :, h], key[b, :, h], value[b, :, h]) for h in range(3)] for b in (0, 1)]
     ).swapaxes(1, 2)
-    whole = blocks.attend(query, key, value)
-    monkeypatch.setattr(blocks, "QUERIES", 4)
-    parts = blocks.attend(query, key, value)
+
+    def attended():
+        found = blocks.attend(query, key, value)
+        slopes = jax.grad(lambda *given: jnp.sum(blocks.attend(*given) ** 2), (0, 1, 2))
+        return found, slopes(query, key, value)
+
+    whole, slopes = attended()
     np.testing.assert_allclose(whole, expected, atol=1e-6)
-    np.testing.assert_allclose(parts, expected, atol=1e-6)
-    # The twin: parts that came in another order.
+    for limit, most in (("SCORES", 100), ("QUERIES", 4)):  # then both
+        monkeypatch.setattr(blocks, limit, most)
+        parts, of_parts = attended()
+        np.testing.assert_allclose(parts, expected, atol=1e-6)
+        for left, right in zip(of_parts, slopes, strict=True):
+            np.testing.assert_allclose(left, right, atol=1e-5)
+    # The twins: parts, and images, that came in another order.
     assert not np.allclose(jnp.roll(parts, 4, 1), expected, atol=1e-2)
+    assert not np.allclose(parts[::-1], expected, atol=1e-2)
 
 
 def test_scores_are_float32_in_bfloat16():
