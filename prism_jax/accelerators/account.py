@@ -4,8 +4,9 @@ A TPU's compiler writes its own estimate of cycles beside every operation. Of a 
 of every launch's operands and results and the FLOP of its products are counted and held against
 the device's rates: what the launch cannot be faster than.
 
-The engine's loop is the one whose count is not known to the compiler; a program without one is
-counted whole. A teacher's conditional is told by the scope ``teacher/<name>`` of its operations.
+The engine's loop is the one whose count is an argument; a program without one is counted whole,
+what is in a loop as often as it runs. A teacher's conditional is told by the scope
+``teacher/<name>`` of its operations.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
 
 
 class Instruction(NamedTuple):
-    """One line: its result's shapes as text, its operands' names, everything behind them."""
+    """One line: its result's shapes as text, its operands' names, everything behind them.
+
+    A constant's value is what is behind its name.
+    """
 
     name: str
     result: str
@@ -88,8 +92,9 @@ class Module:
             elif now is not None and (found := _INSTRUCTION.match(line)):
                 name, result, op, rest = found.groups()
                 inside, rest = _split(rest)
+                operands = tuple(re.findall(r"%([\w.\-]+)", inside))
                 now.append(
-                    Instruction(name, result, op, tuple(re.findall(r"%([\w.\-]+)", inside)), rest)
+                    Instruction(name, result, op, operands, inside if op == "constant" else rest)
                 )
 
     def called(self, instruction: Instruction, *attributes: str) -> list[str]:
@@ -99,6 +104,21 @@ class Module:
             if match := re.search(attribute + r"=(\{[^}]*\}|%[\w.\-]+)", instruction.rest):
                 found += re.findall(r"%([\w.\-]+)", match[1])
         return found
+
+    def trips(self, loop: Instruction) -> int | None:
+        """How often a loop runs; None where an argument says it.
+
+        A GPU's compiler writes it down. A TPU's does not: there a counter that begins at zero and
+        goes by ones, as JAX's loops have it, is held against a constant.
+        """
+        if found := re.search(r'known_trip_count"?:?=?\{"?n"?:"?(\d+)', loop.rest):
+            return int(found[1])
+        condition = self.computations[self.called(loop, "condition")[0]]
+        root, by_name = condition[-1], {i.name: i for i in condition}
+        if root.op != "compare" or "direction=LT" not in root.rest:
+            return None
+        bound = by_name[root.operands[1]]
+        return int(bound.rest) if bound.op == "constant" else None
 
 
 def _split(text: str) -> tuple[str, str]:
@@ -132,15 +152,10 @@ def account(text: str, device: Any = None) -> Account:
     bodies = [
         module.called(i, "body")[0]
         for i in module.computations[module.entry]
-        if i.op == "while" and _trips(i) is None
+        if i.op == "while" and module.trips(i) is None
     ]
     counted = [_count(module, body, device) for body in bodies or [module.entry]]
     return max(counted, key=lambda a: sum(_values(a.mean({}))[3:]))
-
-
-def _trips(instruction: Instruction) -> int | None:
-    found = re.search(r'known_trip_count"?:?=?\{"?n"?:"?(\d+)', instruction.rest)
-    return int(found[1]) if found else None
 
 
 def _count(module: Module, name: str, device: Any) -> Account:
@@ -165,7 +180,7 @@ def _count(module: Module, name: str, device: Any) -> Account:
         elif i.op not in _FREE and not i.op.endswith("-done"):
             always += _launch(module, i, types, device)
         for part in inner:
-            times = _trips(i) or 1
+            times = (module.trips(i) or 1) if i.op == "while" else 1
             always += part.always * times
             for teacher, cost in part.teachers.items():
                 teachers[teacher] += cost * times

@@ -14,6 +14,13 @@ H100 = targets.DEVICES["h100"]
 # A loop whose count is unknown, with a teacher's conditional, a library's calls and a small loop.
 GPU = """HloModule jit_on_lane, is_scheduled=true
 
+%c (c.2: (s32[], s32[])) -> pred[] {
+  %c.2 = (s32[], s32[]) parameter(0)
+  %done = s32[] get-tuple-element(%c.2), index=0
+  %count = s32[] get-tuple-element(%c.2), index=1
+  ROOT %more = pred[] compare(%done, %count), direction=LT
+}
+
 %fused (p.0: f32[8,4], p.1: f32[4,16]) -> f32[8,16] {
   %p.0 = f32[8,4]{1,0} parameter(0)
   %p.1 = f32[4,16]{1,0} parameter(1)
@@ -61,10 +68,30 @@ ENTRY %main (e.0: s32[]) -> (s32[]) {
 
 TPU = """HloModule jit_on_lane
 
+%c (c.2: (s32[], s32[])) -> pred[] {
+  %c.2 = (s32[], s32[]) parameter(0)
+  %done = s32[] get-tuple-element(%c.2), index=0
+  %count = s32[] get-tuple-element(%c.2), index=1
+  ROOT %more = pred[] compare(%done, %count), direction=LT
+}
+
+%ten (i: (s32[])) -> pred[] {
+  %ten.0 = s32[]{:T(128)} constant(10)
+  %i = (s32[]{:T(128)}) parameter(0)
+  %now = s32[]{:T(128)} get-tuple-element(%i), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%now, %ten.0), direction=LT
+}
+
+%small (s: (s32[])) -> (s32[]) {
+  %s = (s32[]) parameter(0)
+  ROOT %u = (s32[]) fusion(%s), backend_config={"window_config":{"estimated_cycles":"3"}}
+}
+
 %body.1 (p: (s32[])) -> (s32[]) {
   %p = (s32[]) parameter(0)
   %a = f32[8]{0:T(128)S(1)} negate(%p), backend_config={"window_config":{"estimated_cycles":"40"}}
   %b = f32[8]{0:T(128)} copy(%a), backend_config={"window_config":{"estimated_cycles":"2"}}
+  %d = (s32[]) while(%p), condition=%ten, body=%small
   %c.1 = (f32[]{:T(128)}) conditional(%b, %a), branch_computations={%none, %some}
   ROOT %t = (s32[]) tuple(%p)
 }
@@ -104,10 +131,20 @@ def test_a_gpu_iteration_by_hand():
 
 def test_a_tpu_iteration_by_hand():
     found = account.account(TPU, targets.DEVICES["v5e"])
-    assert found.always.cycles == 42
+    assert found.always.cycles == 40 + 2 + 10 * 3
     assert found.teachers["net"].cycles == 1000  # the branch that reads, not the other
-    assert found.mean({"net": 0.25}).cycles == 292
+    assert found.mean({"net": 0.25}).cycles == 72 + 250
     assert found.always.seconds == 0
+
+
+def test_a_tpu_program_without_the_engine_s_loop_is_counted_whole():
+    """A sampler's loop, whose steps are known, is no iteration: it is all of it."""
+    whole = TPU.replace("condition=%c,", "condition=%ten,")
+    found = account.account(whole, targets.DEVICES["v5e"])
+    assert found.mean({}).cycles == 10 * (72 + 1000)
+    # The twin: a counter that is not held against a constant from below says nothing.
+    other = whole.replace("direction=LT", "direction=NE")
+    assert account.account(other, targets.DEVICES["v5e"]).mean({}).cycles == 40 + 2 + 3 + 1000
 
 
 def test_the_rate_is_that_of_the_type_and_the_precision():
