@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -142,52 +143,45 @@ class Attention(nn.Module):
 
 
 def attend(query_BNHD: Array, key_BMHD: Array, value_BMHD: Array, *, causal: bool = False) -> Array:
-    """Softmax attention; scores and softmax are float32 at least, whatever the inputs are.
-
-    Long sequences go a part of the queries at a time: scores of a whole image at 64 x 64 would
-    take a gigabyte. A CPU takes one image after another where there are many scores: XLA asks for
-    their room anew each time, and above 64 MB gets it from the operating system, page by page,
-    which doubled the time of the attention (measured, jax 0.10).
-    """
+    """Softmax attention; scores and softmax are float32 at least, whatever the inputs are."""
     given = query_BNHD, key_BMHD, value_BMHD
-    batch, tokens, heads, _ = query_BNHD.shape
     if causal:
-        return _softmax_attention(*given, causal=True)
-    if batch * heads * tokens * key_BMHD.shape[1] <= SCORES:
-        return _in_parts(*given)
-    return lax.platform_dependent(*given, cpu=_by_image, default=_in_parts)
-
-
-def _by_image(query_BNHD: Array, key_BMHD: Array, value_BMHD: Array) -> Array:
-    def image(given: tuple[Array, Array, Array]) -> Array:
-        return _in_parts(*(x_NHD[None] for x_NHD in given))[0]
-
-    return lax.map(image, (query_BNHD, key_BMHD, value_BMHD))
+        return jax.nn.dot_product_attention(*given, is_causal=True)
+    return lax.platform_dependent(*given, cpu=_on_cpu, default=_in_parts)
 
 
 def _in_parts(query_BNHD: Array, key_BMHD: Array, value_BMHD: Array) -> Array:
+    """Long sequences go a part of the queries at a time: scores of a whole image at 64 x 64 would
+    take a gigabyte. XLA:GPU knows a softmax by the division of its weights: a fifth of the bytes.
+    """
     batch, tokens, heads, width = query_BNHD.shape
     if tokens <= QUERIES or tokens % QUERIES:
-        return _softmax_attention(query_BNHD, key_BMHD, value_BMHD)
+        return jax.nn.dot_product_attention(query_BNHD, key_BMHD, value_BMHD)
     parts = jnp.moveaxis(query_BNHD.reshape(batch, -1, QUERIES, heads, width), 1, 0)
-    parts = lax.map(lambda part: _softmax_attention(part, key_BMHD, value_BMHD), parts)
+    parts = lax.map(lambda part: jax.nn.dot_product_attention(part, key_BMHD, value_BMHD), parts)
     return jnp.moveaxis(parts, 0, 1).reshape(query_BNHD.shape)
 
 
-def _softmax_attention(
-    query_BNHD: Array, key_BMHD: Array, value_BMHD: Array, *, causal: bool = False
-) -> Array:
-    """All at once. The sums divide the result, which is small, not the weights."""
-    wide = jnp.promote_types(query_BNHD.dtype, jnp.float32)
-    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query_BNHD, key_BMHD, value_BMHD))
+def _on_cpu(query_BNHD: Array, key_BMHD: Array, value_BMHD: Array) -> Array:
+    """One image after another where there are many scores.
+
+    XLA:CPU makes one operation of both products and what is between them, if the weights' sums
+    divide the result. It asks for the room of the scores anew each time, and above 64 MB gets it
+    from the operating system, page by page, which takes as long as the rest (measured, jax 0.10).
+    """
+    given = tuple(jnp.swapaxes(x, 1, 2) for x in (query_BNHD, key_BMHD, value_BMHD))
+    batch, heads, tokens, _ = given[0].shape
+    if batch * heads * tokens * key_BMHD.shape[1] <= SCORES:
+        return jnp.swapaxes(_fused(*given), 1, 2)
+    return jnp.swapaxes(lax.map(lambda image: _fused(*image), given), 1, 2)
+
+
+def _fused(query: Array, key: Array, value: Array) -> Array:
+    """Attention of (..., tokens, width)."""
+    wide = jnp.promote_types(query.dtype, jnp.float32)
     product = functools.partial(jnp.einsum, preferred_element_type=wide)
-    scores_BHNM = product("bhnd,bhmd->bhnm", query, key)
-    if causal:
-        queries, keys = scores_BHNM.shape[2:]
-        seen_NM = jnp.tri(queries, keys, dtype=bool)
-        scores_BHNM = jnp.where(seen_NM, scores_BHNM, -jnp.inf)
-    highest_BHN1 = lax.stop_gradient(scores_BHNM.max(-1, keepdims=True))
-    weights_BHNM = jnp.exp((scores_BHNM - highest_BHN1) * query.shape[-1] ** -0.5)
-    mixed_BHND = product("bhnm,bhmd->bhnd", weights_BHNM.astype(value.dtype), value)
-    mixed_BHND /= weights_BHNM.sum(-1, keepdims=True)
-    return jnp.swapaxes(mixed_BHND, 1, 2).astype(query.dtype)
+    scores = product("...nd,...md->...nm", query, key)
+    highest = lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights = jnp.exp((scores - highest) * query.shape[-1] ** -0.5)
+    mixed = product("...nm,...md->...nd", weights.astype(value.dtype), value)
+    return (mixed / weights.sum(-1, keepdims=True)).astype(query.dtype)
