@@ -297,7 +297,7 @@ def start_of(config: Any, cell: Cell) -> Start | None:
     Raises:
       UserError: there is no such row before it, or it does not make that control.
     """
-    from prism_jax.config import GENERATED_CONTROLS
+    from prism_jax.config import SOFT_CONTROLS
 
     named = config.get("starts", {}).get(cell.row)
     if named is None:
@@ -310,8 +310,7 @@ def start_of(config: Any, cell: Cell) -> Start | None:
             f"({', '.join(rows[: rows.index(cell.row)])})"
         )
     made = config.control_sets if row == config.controls else _more_controls(config, row)
-    # Those with soft labels, whose images are written beside them.
-    kept = [name for name in made if name in ("random_real", *GENERATED_CONTROLS)]
+    kept = [name for name in made if name in SOFT_CONTROLS]
     if control and (cell.protocol == OWN or control not in kept):
         raise UserError(
             f"{cell.name} starts from {named!r}; the sets of {row} that it can start from are "

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from prism_jax import parallel, rng, synthesis, training
-from prism_jax.config import Experiment, batch_layout, bn_group_of, budget_of
+from prism_jax.config import SOFT_CONTROLS, Experiment, batch_layout, bn_group_of, budget_of
 from prism_jax.config.generation import fitting_of
 from prism_jax.diffusion import fit
 from prism_jax.errors import UserError
@@ -33,7 +33,6 @@ from prism_jax.stages import (
     validate,
 )
 from prism_jax.stages.context import Context
-from prism_jax.stages.controls import SOFT
 from prism_jax.stages.fingerprints import statistic_kinds
 from prism_jax.stages.makers import generate, optimise
 from prism_jax.stages.makers import start as starts
@@ -265,7 +264,7 @@ def _validate(context: Context) -> Iterator[Program]:
         if e.soft_labels and (last := count % size):
             batch = _batch(context, last, soft=True)
             yield _step(context, f"validate/{name}/last", module, recipe, batch, devices)
-        if e.soft_labels and any(not SOFT[control] for control in e.validate.controls):
+        if e.soft_labels and not set(e.validate.controls) <= set(SOFT_CONTROLS):
             recipe, batch = recipe_of("ce", e.validate.epochs), _batch(context, size)
             yield _step(context, f"validate/{name}/hard", module, recipe, batch, devices)
 

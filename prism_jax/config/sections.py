@@ -19,6 +19,8 @@ SELECTED_CONTROLS = ("real_herding", "real_feature_medoids", "real_confident", "
 HARD_CONTROL = "synthetic_hard"
 # Those of generated images: anchors as they are, the real images nearest to them, images of none.
 GENERATED_CONTROLS = ("decoded_anchors", "medoids", "no_anchors")
+# Those that are labelled as the synthetic set is; their images are kept beside their labels.
+SOFT_CONTROLS = ("random_real", *SELECTED_CONTROLS, *GENERATED_CONTROLS)
 
 
 @dataclasses.dataclass(frozen=True)

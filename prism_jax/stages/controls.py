@@ -16,7 +16,12 @@ from typing import Any
 import numpy as np
 
 from prism_jax import parallel
-from prism_jax.config import GENERATED_CONTROLS, HARD_CONTROL, SELECTED_CONTROLS
+from prism_jax.config import (
+    GENERATED_CONTROLS,
+    HARD_CONTROL,
+    SELECTED_CONTROLS,
+    SOFT_CONTROLS,
+)
 from prism_jax.data import image_set
 from prism_jax.data.lazy import Images, chunks
 from prism_jax.stages import anchoring, fingerprints, recover
@@ -24,18 +29,13 @@ from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.stages.makers.start import control_positions
 from prism_jax.synthesis.start import random_positions
 
-SOFT = {
-    **{"random_real": True, "random_real_hard": False, "full_real": False, HARD_CONTROL: False},
-    **dict.fromkeys((*SELECTED_CONTROLS, *GENERATED_CONTROLS), True),
-}
-
 
 def labelled_set(context: Context, name: str) -> LabelledSet:
     """The images of one control."""
     config, source = context.config, context.inputs.open("train")
     root = context.root / "controls" / name
     fields: dict[str, Any] = {"data": context.inputs.fields(source)}
-    soft = SOFT[name] and context.config.soft_labels
+    soft = name in SOFT_CONTROLS and context.config.soft_labels
     if name == "full_real":
         least = config.squeeze.epochs_over(len(source))
         fields["epochs"] = config.validate.epochs, config.recover.ipc, least

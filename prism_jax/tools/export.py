@@ -33,6 +33,7 @@ import numpy as np
 from etils import epath
 
 from prism_jax.analysis import words
+from prism_jax.config import SOFT_CONTROLS
 from prism_jax.data import image_set, workdir
 from prism_jax.data.datasets import DATASETS, DatasetInfo
 from prism_jax.data.label_store import MANIFEST, LabelReader
@@ -47,8 +48,6 @@ from prism_jax.tools import cli
 from prism_jax.types import Mix, SoftLabels, View
 
 SYNTHETIC = "synthetic"
-CONTROLS = ("random_real",)
-
 # (folder, set) -> the files of a format in it
 WRITERS: dict[str, Callable[[str, Content], None]] = {
     "folder": folder.write,
@@ -82,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--workdir", type=at_home, required=True, help="a run whose images are finished")
     add("--to", type=at_home, required=True, help="the folder to make; it must not be there")
-    add("--control", choices=CONTROLS, help="export this control instead of the synthetic set")
+    add("--control", choices=SOFT_CONTROLS, help="export this control instead of the synthetic set")
     add("--format", choices=WRITERS, help="see above")
     add("--licence", default="unknown", help="of the set, for its data card: cc-by-4.0, mit, ...")
     return parser

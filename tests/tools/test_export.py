@@ -132,6 +132,22 @@ def test_a_control_is_exported_with_its_own_images_and_labels(reference, tmp_pat
         assert json.loads(str(npz["provenance"]))["set"] == "random_real"
 
 
+def test_real_images_that_a_teacher_chose_are_exported_too(finished, tmp_path, capsys):
+    arguments = (f"--workdir={finished}", f"--to={tmp_path / 'set'}", "--control=real_confident")
+    said = refused(capsys, *arguments).strip().splitlines()[-1]
+    command = said.split("python -m prism_jax.main ")[1].split()
+    assert "--config.validate.controls=real_confident" in command
+    status, _, err = call(*command)
+    assert status == 0, err
+    assert run(capsys, *arguments)[0] == 0
+    with np.load(tmp_path / "set" / "set.npz") as npz:
+        images, _ = image_set.read_images(finished / "controls/real_confident/images", 4, 2)
+        np.testing.assert_array_equal(npz["images"], images)
+        synthetic, _ = image_set.read_images(finished / "recover/images", 4, 2)
+        assert not np.array_equal(images, synthetic)
+        assert json.loads(str(npz["provenance"]))["set"] == "real_confident"
+
+
 def test_imagenet_classes_are_folders_by_wnid():
     imagenette = DATASETS["imagenette"]
     table = export.class_table(imagenette, 10, None, imagenette.imagenet_indices)
