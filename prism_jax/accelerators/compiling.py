@@ -18,6 +18,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -93,7 +94,7 @@ def compile_program(
         raise UserError(missing)
     order = {
         "experiment": to_dict(experiment), "target": target.name, "program": program,
-        "prelude": prelude,
+        "prelude": prelude, "asked_by": os.getpid(),
     }  # fmt: skip
     checkout = str(pathlib.Path(__file__).resolve().parents[2])
     environ = {
@@ -219,11 +220,20 @@ def _refused(error: str) -> dict[str, Any]:
     return {"outcome": FAILED, "line": line}
 
 
+def _end_with(asker: int) -> None:
+    """End this process, and what it started, when nobody is left who asked: it may run for long."""
+    while os.getppid() == asker:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed goes to standard error
+    order = json.load(sys.stdin)
+    threading.Thread(target=_end_with, args=(order["asked_by"],), daemon=True).start()
     try:
-        answer = _answer(json.load(sys.stdin))
+        answer = _answer(order)
     except UserError as error:
         answer = {"user error": str(error)}
     print(json.dumps(answer), file=answers, flush=True)

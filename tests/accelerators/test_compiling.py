@@ -5,7 +5,11 @@ The process at the other end is the real one; what it runs first plays the compi
 
 from __future__ import annotations
 
+import os
+import time
+
 import pytest
+from helpers import command
 from helpers.accelerators import experiment
 
 from prism_jax.accelerators import compiling, targets
@@ -45,6 +49,42 @@ def test_a_hang_ends(monkeypatch):
     found = compile_with(monkeypatch, HANG, timeout=12)
     assert found.outcome == compiling.HUNG
     assert "no end after 12 s" in found.line and "still at it" in found.line
+
+
+def test_no_compiler_outlives_who_asked(tmp_path):
+    """Killed, who asked cannot end it, and the next would share the machine with it for minutes."""
+    said = tmp_path / "pid"
+    prelude = f"import os, pathlib; pathlib.Path({str(said)!r}).write_text(str(os.getpid()))" + HANG
+    asker = (
+        "from helpers.accelerators import experiment\n"
+        "from prism_jax.accelerators import compiling, targets\n"
+        "targets.compiler_missing = lambda target: None\n"
+        "made = experiment(['convnet_d1_bn'], side=16)\n"
+        f"compiling.compile_program(made, targets.parse('h100'), 'recover', prelude={prelude!r})"
+    )
+    process = command.start(command=("-c", asker), PYTHONPATH=str(command.ROOT / "tests"))
+    assert within(60, lambda: said.exists() and said.read_text())
+    pid = int(said.read_text())
+    os.kill(pid, 0)  # it is there
+    process.kill()
+    process.communicate()
+    assert within(20, lambda: not is_there(pid))
+
+
+def within(seconds: float, found) -> bool:
+    """Whether something comes true before so long."""
+    end = time.monotonic() + seconds
+    while not (true := found()) and time.monotonic() < end:
+        time.sleep(0.2)
+    return bool(true)
+
+
+def is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_another_end_is_a_failure_with_its_last_line(monkeypatch):
