@@ -22,7 +22,7 @@ from prism_jax.data.sources import info_of, open_source
 from prism_jax.diffusion import fit, samplers
 from prism_jax.errors import UserError
 from prism_jax.progress import hours_of, megabytes
-from prism_jax.stages import anchoring, generator, guiding, relabel
+from prism_jax.stages import anchoring, generator, guiding, relabel, statistics
 from prism_jax.stages.context import Context
 from prism_jax.stages.generator import Painter, Wish
 from prism_jax.stages.inputs import Inputs
@@ -139,6 +139,7 @@ def show(
         f"{_few(experiment, layout)}",
         **_optimisation(experiment),
         **_generation(experiment),
+        **_statistics(experiment),
         "relabel": labelling,
         "validate": f"{len(experiment.validate.students)} students x "
         f"{len(experiment.validate.seeds)} seeds x {1 + len(experiment.validate.controls)} sets",
@@ -193,6 +194,17 @@ def _generation(e: Experiment) -> dict[str, str]:
         of = f"at most {g.most_images:,} images a class" if g.most_images else "all images"
         rows["anchors"] = f"{images:,} by {g.anchors}, among the latents of {of}"
     return rows
+
+
+def _statistics(e: Experiment) -> dict[str, str]:
+    """Passes of teachers over the real images: to match, to choose or to rank them."""
+    of: dict[str, list[str]] = {}
+    for teacher, kind in statistics.needed(e):
+        of.setdefault(kind, []).append(teacher)
+    passes = [f"{kind} by {', '.join(teachers)}" for kind, teachers in of.items()]
+    count = len(statistics.needed(e))
+    said = "a pass" if count == 1 else f"{count} passes"
+    return {"statistics": f"{said} over the real images: {'; '.join(passes)}"} if of else {}
 
 
 def _held_out(e: Experiment) -> dict[str, str]:

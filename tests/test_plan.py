@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+
 import jax
+import pytest
 
 from configs import tiny_d4m
 from prism_jax import plan
@@ -28,3 +31,18 @@ def test_the_time_of_an_image_by_hand(monkeypatch):
     hours = images * each / len(jax.local_devices()) / 3600
     assert found["recover takes"].startswith(f"about {plan.hours_of(hours)} on")
     assert "MB a device in recover" in found["memory"]
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("psm", "8 passes over the real images: difficulty by {0}; group by {0}"),
+        ("gvbsm", "4 passes over the real images: conv by {0}"),
+        ("prism_plus", "a pass over the real images: features by resnet18"),
+        ("prism", None),
+    ],
+)
+def test_passes_over_the_real_images(method, said):
+    e = resolve(importlib.import_module(f"configs.methods.{method}").get_config("digits"))
+    found = plan._statistics(e).get("statistics")
+    assert found == (said and said.format(", ".join(e.recover.pool)))
