@@ -44,7 +44,9 @@ def main() -> None:
         a.out, train_images=images_NHWC[at_N], train_labels=labels_N[at_N],
         test_images=test_images, test_labels=test_labels,
     )  # fmt: skip
-    print(f"{a.out}: {len(at_N)} images for training, {len(out)} held out, {len(test_labels)} tests")
+    print(
+        f"{a.out}: {len(at_N)} images for training, {len(out)} held out, {len(test_labels)} tests"
+    )
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ A tenth of the training images is held out, so that they can say later which of 
 best. `configs/compare/cifar10.py` reads what this makes, from runs/cifar10_teachers/squeeze.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs import base
 
-NETWORKS = {
+NETWORKS: dict[str, dict[str, Any]] = {
     "mobilenet_v2": dict(architecture="mobilenet_v2", width=0.5, stem="small"),
     "shufflenet_v2_x0_5": dict(architecture="shufflenet_v2_x0_5", stem="small"),
     "convnet_d3_bn": dict(architecture="convnet_d3_bn"),

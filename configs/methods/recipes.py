@@ -17,11 +17,11 @@ what makes a method itself and shrink the rest to a laptop.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, cifar10_ipc10
 from configs import digits as digits_config
 
 DATASETS = ("imagenet", "tiny_imagenet", "cifar100", "cifar10", "digits")
@@ -56,6 +56,20 @@ DIGITS_NETWORKS = {
     "alexnet": dict(architecture="alexnet", width=0.125, stem="small"),
     "vit": dict(architecture="vit_tiny_patch16_224", width=1 / 3, depth=0.25, stem="small"),
 }
+CIFAR10_NETWORKS = {
+    **{
+        name: dict(architecture=name, checkpoint=f"data/teachers/{file}")
+        | cifar10_ipc10.NORMALISATION
+        for name, file in cifar10_ipc10.CHECKPOINTS.items()
+    },
+    **SMALL_NETWORKS,
+    **{
+        name: dict(architecture=name, stem="small")
+        for name in ("shufflenet_v2_x0_5", "convnet_d3_bn", "convnet_d3", "convnet_d3_none")
+    },
+}
+# At hand for overrides.
+AT_HAND: dict[str, dict[str, Any]] = {"digits": DIGITS_NETWORKS, "cifar10": CIFAR10_NETWORKS}
 
 
 class At(NamedTuple):
@@ -202,16 +216,15 @@ def finish(c: ConfigDict, at: At) -> ConfigDict:
     asked = (r.scorer or r.primary,) if asking else ()
     measuring = (c.analyse.network,) if c.analyse.network else ()
     c.squeeze.teachers = tuple(dict.fromkeys((*r.pool, *c.relabel.teachers, *asked, *measuring)))
-    others = DIGITS_NETWORKS if at.dataset == "digits" else ()  # at hand for overrides
+    others = AT_HAND.get(at.dataset, {})
     for name in dict.fromkeys((*c.squeeze.teachers, *c.validate.students, *others)):
         if at.dataset == "imagenet":
             fields = {"architecture": name}
             if name in CHECKPOINTS and name in c.squeeze.teachers:
                 fields["checkpoint"] = f"data/teachers/{CHECKPOINTS[name]}"
-        elif at.dataset == "digits":
-            fields = DIGITS_NETWORKS.get(name, {"architecture": name, "stem": "small"})
         else:
-            fields = SMALL_NETWORKS.get(name, {"architecture": name, "stem": "small"})
+            known = others or SMALL_NETWORKS
+            fields = known.get(name, {"architecture": name, "stem": "small"})
         c.networks[name] = base.network(**fields)
     if "imagenette" in at.words:
         _imagenette(c)

@@ -55,7 +55,7 @@ class ImageSource(Protocol):
 class Subset:
     """The images of a source at some positions, in their order; a source of its own.
 
-    Attributes: those of ``ImageSource``, which begin as the source's.
+    Attributes: those of ``ImageSource``, which begin as the source's, and ``at_M``, the positions.
     """
 
     def __init__(
@@ -73,19 +73,19 @@ class Subset:
           labels_N: of all images of the source, where it does not give them itself.
           described: what tells this subset from the source and from its other subsets.
         """
-        self._source, self._at, self._described = source, at_M, dict(described or {})
+        self._source, self.at_M, self._described = source, at_M, dict(described or {})
         self.labels_N = (source.labels_N if labels_N is None else labels_N)[at_M]
         self.num_classes, self.class_names = source.num_classes, source.class_names
         self.imagenet_indices, self.left_out = source.imagenet_indices, source.left_out
 
     def __len__(self) -> int:
-        return len(self._at)
+        return len(self.at_M)
 
     def image(self, index: int) -> np.ndarray:
-        return self._source.image(int(self._at[index]))
+        return self._source.image(int(self.at_M[index]))
 
     def original(self, index: int) -> np.ndarray:
-        return self._source.original(int(self._at[index]))
+        return self._source.original(int(self.at_M[index]))
 
     def describe(self) -> dict[str, Any]:
         return {**self._source.describe(), **self._described}
