@@ -89,6 +89,9 @@ def get_config(arg: str = "ipc10") -> ConfigDict:
         *trained, f"networks.{OTHER}.width={width}", f"recover.primary={POOL[0]}",
         "recover.scorer=None", "recover.priors=None", "relabel.priors=None",
         f"relabel.teachers={POOL[0]}",
+        # All are imported; these say only that all rows have the same.
+        "squeeze.optimiser=sgd", "squeeze.schedule=cosine", "squeeze.learning_rate=0.1",
+        "squeeze.weight_decay=0.0005", "squeeze.batch_size=128", "squeeze.epochs=10",
     )  # fmt: skip
     if arg == "own":
         c.protocols = ConfigDict({"own": ("validate.controls=random_real,real_balanced",)})
