@@ -31,7 +31,8 @@ Flags:
     --plan               list the cells and which of them are finished, then stop
     --target=NAME        with --plan: hours on a machine that is not here, such as h100, by its
                          compiler
-    --cost=AXIS          of the figure: seconds (default), bytes, recover or memory
+    --cost=AXIS          of the figure: seconds (default), work (without squeeze: what seconds
+                         are where every network was imported), bytes, recover or memory
     --help               this text
 
 Writes cells/, teachers/, generators/, table.md, table.tex, table.csv, differences.csv,
@@ -219,15 +220,16 @@ def cells(config: Any) -> list[Cell]:
     """All cells, in the order in which they are worked on: early tables are comparable.
 
     Protocol by protocol and seed by seed, everything; the controls first. A row that is None is
-    left out.
+    left out; those of ``one_protocol`` go through all protocols but their own.
     """
     rows = [row for row in config.rows if config.rows[row] is not None]
+    shared_only = (config.controls, *config.get("one_protocol", ()))
     found = []
     for protocol in config.protocols:
         for seed in config.seeds:
             for ipc in config.ipcs:
                 for row in sorted(rows, key=lambda row: row != config.controls):
-                    if row != config.controls or protocol != OWN:
+                    if row not in shared_only or protocol != OWN:
                         found.append(Cell(row, ipc, seed, protocol))
     return found
 

@@ -67,7 +67,7 @@ def test_cells_and_their_experiments(monkeypatch):
 @pytest.mark.parametrize(
     "name",
     ["digits", "digits:quick", "cifar10", "diffusion_digits", "cifar10:ipc1",
-     "cifar10:ipc50", "cifar10:own", "cifar10:crop", "cifar10:batch", "imagenette", "imagenet",
+     "cifar10:ipc50", "cifar10:crop", "cifar10:batch", "imagenette", "imagenet",
      "studies:crop", "studies:batch", "studies:selection", "studies:crop,digits",
      "studies:selection,digits", "studies:regularisation",
      "studies:text_to_image", "studies:regularisation,digits", "studies:regularisation,digits,clip",
@@ -82,6 +82,7 @@ def test_every_cell_of_the_shipped_comparisons_can_be_used(name, monkeypatch):
     experiments = {cell: compare.experiment_of(c, cell) for cell in cells}
     assert not problems
     assert len({runs.digest_of(e) for e in experiments.values()}) == len(cells)
+    compare.choices_of(c)
     # All share their teachers.
     assert len({e.squeeze for e in runs.with_all_teachers(experiments).values()}) == 1
 

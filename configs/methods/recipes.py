@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from configs import base, cifar10_ipc10
+from configs import base, cifar10_ipc10, cifar10_teachers
 from configs import digits as digits_config
 
 DATASETS = ("imagenet", "tiny_imagenet", "cifar100", "cifar10", "digits")
@@ -63,10 +63,8 @@ CIFAR10_NETWORKS = {
         for name, file in cifar10_ipc10.CHECKPOINTS.items()
     },
     **SMALL_NETWORKS,
-    **{
-        name: dict(architecture=name, stem="small")
-        for name in ("shufflenet_v2_x0_5", "convnet_d3_bn", "convnet_d3", "convnet_d3_none")
-    },
+    **cifar10_teachers.NETWORKS,
+    **{name: dict(architecture=name, stem="small") for name in ("convnet_d3", "convnet_d3_none")},
 }
 # At hand for overrides.
 AT_HAND: dict[str, dict[str, Any]] = {"digits": DIGITS_NETWORKS, "cifar10": CIFAR10_NETWORKS}

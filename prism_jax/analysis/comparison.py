@@ -244,13 +244,14 @@ def accuracy_over_cost(entries: Sequence[Entry], cost: str = "seconds") -> Figur
         mine = [e for e in entries if (e.protocol, e.ipc) == (protocol, ipc)]
         student = next(iter(mine[0].sets[SYNTHETIC]))
         axis.set_title(f"{protocol}, IPC {ipc}, {student}")
-        axis.set_xlabel(expenses.COSTS[cost].words)
+        chosen = expenses.cost_of(cost, mine, SYNTHETIC)
+        axis.set_xlabel(chosen.words)
         axis.set_ylabel("top-1, %")
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
         axis.xaxis.set_major_formatter(EngFormatter())
         axis.xaxis.set_minor_formatter(NullFormatter())
-        taken = {id(e): expenses.COSTS[cost].of(e, SYNTHETIC, student) for e in mine}
+        taken = {id(e): chosen.of(e, SYNTHETIC, student) for e in mine}
         least = min((t for t in taken.values() if t), default=1.0)
         axis.set_xlim(least / 1.5, 1.5 * max((t for t in taken.values() if t), default=1.0))
         for row in dict.fromkeys(e.row for e in mine):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from prism_jax.analysis.words import SYNTHETIC
-from prism_jax.config import GENERATED_CONTROLS
+from prism_jax.config import GENERATED_CONTROLS, SELECTED_CONTROLS
 from prism_jax.config.generation import FOLDER
 from prism_jax.data import label_store, workdir
 from prism_jax.data.weights import RECORD
@@ -35,6 +35,8 @@ def of(context: Context, labelled: LabelledSet) -> Costs:
     elif labelled.name in GENERATED_CONTROLS:
         networks += [FOLDER] if labelled.name != "medoids" else []  # they are chosen, not made
         recovered = None  # it is not measured
+    elif labelled.name in SELECTED_CONTROLS:
+        recovered = None  # nor is their choice
     pixels = math.prod(context.inputs.image_shape)
     seconds, stored = _labels(context, labelled)
     return {

@@ -34,7 +34,7 @@ def test_what_a_set_takes_and_gives():
         "net: per MB": "12500",  # 50 points for 0.004 MB
     }  # fmt: skip
     of = {name: cost.of(entry(MADE), "synthetic", "net") for name, cost in expenses.COSTS.items()}
-    assert of == {"seconds": 53.0, "bytes": 4000.0, "recover": 0.25, "memory": 10**6}
+    assert of == {"seconds": 53.0, "work": 13.0, "bytes": 4000.0, "recover": 0.25, "memory": 10**6}
 
 
 def test_what_is_not_known_is_no_number():
@@ -43,6 +43,12 @@ def test_what_is_not_known_is_no_number():
     row = dict(zip(*table, strict=True))
     assert row["squeeze"] == row["images + labels"] == row["net: per MB"] == "–"
     assert expenses.COSTS["seconds"].of(entry(imported), "synthetic", "net") is None
+    # The axis leaves squeeze out where it is known of nobody.
+    all_known = [entry(MADE), entry(imported)]
+    assert expenses.cost_of("seconds", all_known, "synthetic") is expenses.COSTS["seconds"]
+    found = expenses.cost_of("seconds", all_known[1:], "synthetic")
+    assert found.of(entry(imported), "synthetic", "net") == 13.0
+    assert expenses.cost_of("bytes", all_known[1:], "synthetic") is expenses.COSTS["bytes"]
     for cost in expenses.COSTS:  # at the left edge
         assert comparison.accuracy_over_cost([entry(imported)], cost).startswith(b"\x89PNG")
 
