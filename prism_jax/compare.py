@@ -174,11 +174,14 @@ def _show_forecast(experiments: dict[Cell, Any], target: Any) -> None:
     for cell in experiments:
         alike.setdefault((cell.row, cell.ipc, cell.protocol), []).append(cell)
     known: forecast.Known = {}
+    of_images = ("latents", "recover", "refining")  # made once for all protocols
     hours, unknown, made = 0.0, 0, set()
     for (row, ipc, protocol), cells in alike.items():
         progress.say(f"\n{row}, IPC {ipc}, {protocol}: {len(cells)} x")
         for name, stage in forecast.stages(experiments[cells[0]], target, known).items():
-            if name == "recover takes" and (row, ipc) in made:
+            if (row, ipc) in made and name.startswith(of_images):
+                continue
+            if name.startswith("generator"):
                 continue
             progress.say(f"  {name} {stage.said}")
             hours += len(cells) * (stage.hours or 0.0)

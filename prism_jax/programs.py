@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -99,6 +99,14 @@ def find(experiment: Experiment, name: str) -> Program:
     raise UserError(f"there is no program {name!r}; there are: {', '.join(p.name for p in there)}")
 
 
+def largest_class(context: Context) -> int | None:
+    """Training images of the largest class; None without the data."""
+    try:
+        return int(np.bincount(context.inputs.open("train").labels_N).max())
+    except UserError:
+        return None
+
+
 def with_blank_statistics(context: Context, pool: TeacherPool) -> TeacherPool:
     """Recover's pool with zeros for those statistics of real images that it matches."""
     e = context.config
@@ -179,7 +187,7 @@ def _generated(context: Context) -> Iterator[Program]:
 
     def encode() -> jax.stages.Lowered:
         encoder = anchoring.Encoder(context, generator.described(context))
-        return encoder.lower(anchoring.encoded_at_once(g, None))
+        return encoder.lower(anchoring.encoded_at_once(g, largest_class(context)))
 
     def paint() -> jax.stages.Lowered:
         return anchoring.painter(context, generator.described(context)).lower()
@@ -224,13 +232,45 @@ def _optimised(
         return engine.lower_for(unit, state, np.int32(1))
 
     phases = course.phases_of(recipe, budget_of(e, 0), start)
+    names = _of_phases(phases, f"recover{of_size}")
     state = abstract(lambda p, x: course.begin(p, recipe, phases[0], x), start)
     for at, phase in enumerate(phases):
         if at:
             state = jax.eval_shape(functools.partial(course.enter, recipe, phase), state, start)
-        name = f"recover/{phase.images}x{phase.size}" if at else f"recover{of_size}"
-        if (phase.images, phase.size) not in [(p.images, p.size) for p in phases[:at]]:
-            yield Program(name, functools.partial(lower, state))
+        if names[at] not in names[:at]:
+            yield Program(names[at], functools.partial(lower, state))
+
+
+class PhaseProgram(NamedTuple):
+    """The program of a phase of recover's iterations: its share of them, pixels in its images."""
+
+    name: str
+    share: float
+    pixels: int
+
+
+def phases(experiment: Experiment) -> list[PhaseProgram]:
+    """The programs of the phases in which the largest batch is optimised."""
+    context = shapes_of(experiment)
+    start = _images(context, batch_layout(experiment).size, np.float32)
+    budget = budget_of(experiment, 0)
+    found = course.phases_of(optimise.recipe_of(experiment), budget, start)
+    stops = [0, *(phase.stop for phase in found)]
+    return [
+        PhaseProgram(name, (stop - before) / budget, phase.images * phase.size**2)
+        for name, phase, before, stop in zip(
+            _of_phases(found, "recover"), found, stops, stops[1:], strict=False
+        )
+    ]
+
+
+def _of_phases(phases: Sequence[course.Phase], first: str) -> list[str]:
+    """Names of programs: phases whose images have one shape share one."""
+    names: dict[tuple[int, int], str] = {}
+    for phase in phases:
+        other = f"recover/{phase.images}x{phase.size}"
+        names.setdefault((phase.images, phase.size), other if names else first)
+    return [names[phase.images, phase.size] for phase in phases]
 
 
 def _relabel(context: Context) -> Iterator[Program]:

@@ -300,7 +300,7 @@ def test_the_tables_are_made_anew_from_the_records(finished, tmp_path):
     for arguments, said in (
         ((f"--records={tmp_path / 'other.json'}",), "is damaged"),
         ((f"--records={tmp_path / 'none.json'}",), "there is no"),
-        ((f"--records={root}", "--cost=euros"), "allowed: seconds, bytes, recover, memory"),
+        ((f"--records={root}", "--cost=euros"), "allowed: seconds, work, bytes, recover, memory"),
         ((f"--records={root}", "--plan"), "goes with --workdir and --cost, not --plan"),
     ):
         status, _, err = run(*arguments)

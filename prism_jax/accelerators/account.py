@@ -4,8 +4,8 @@ A TPU's compiler writes its own estimate of cycles beside every operation. Of a 
 of every launch's operands and results and the FLOP of its products are counted and held against
 the device's rates: what the launch cannot be faster than.
 
-The engine's loop is the one whose count is an argument; a program without one is counted whole,
-what is in a loop as often as it runs. A teacher's conditional is told by the scope
+The engine's loop is the one whose count is an argument; any other program is counted whole, what
+is in a loop as often as it runs. A teacher's conditional is told by the scope
 ``teacher/<name>`` of its operations.
 """
 
@@ -141,19 +141,17 @@ def collectives(text: str) -> list[str]:
     return found
 
 
-def account(text: str, device: Any = None) -> Account:
-    """What an iteration costs.
+def account(text: str, device: Any = None, *, whole: bool = False) -> Account:
+    """What an iteration costs, or a program that has none.
 
     Args:
       text: a compiled module's.
       device: a ``targets.Device``, against whose rates launches are held.
+      whole: it is not the engine's; a loop of unknown count is no iteration, and counts once.
     """
     module = Module(text)
-    bodies = [
-        module.called(i, "body")[0]
-        for i in module.computations[module.entry]
-        if i.op == "while" and module.trips(i) is None
-    ]
+    loops = [i for i in module.computations[module.entry] if i.op == "while" and not whole]
+    bodies = [module.called(i, "body")[0] for i in loops if module.trips(i) is None]
     counted = [_count(module, body, device) for body in bodies or [module.entry]]
     return max(counted, key=lambda a: sum(_values(a.mean({}))[3:]))
 
@@ -229,19 +227,19 @@ def _products(module: Module, i: Instruction, types: Mapping[str, str]) -> tuple
         assert contracted, "a product says over which of its axes it sums"
         over = [int(d) for d in re.findall(r"\d+", contracted[1])]
         flops = 2.0 * math.prod(_dims(i.result)) * math.prod(lhs[d] for d in over)
-        return _paid(flops, i.result, i.rest)
+        return _paid(flops, types[i.operands[0]], i.rest)
     if i.op in ("convolution", "custom-call") and (dims := _convolved(i, types)):
         multiplied, grouped = dims
         if grouped:  # depthwise: on no matrix unit
             return 2.0 * multiplied, "float32"
-        return _paid(2.0 * multiplied, i.result, i.rest)
+        return _paid(2.0 * multiplied, types[i.operands[0]], i.rest)
     return 0.0, "float32"
 
 
-def _paid(flops: float, result: str, attributes: str) -> tuple[float, str]:
-    """FLOP as they are paid for: by the type, and by the precision that is asked for."""
-    shape = _SHAPE.search(result)
-    assert shape, "a product's result has a shape"
+def _paid(flops: float, operand: str, attributes: str) -> tuple[float, str]:
+    """FLOP as they are paid for: by what is multiplied, and by the precision that is asked for."""
+    shape = _SHAPE.search(operand)
+    assert shape, "an operand of a product has a shape"
     if "bf16" in shape[0]:
         return flops, "bfloat16"
     if passes := re.search(r"dot_(bf16|tf32)_\1_f32_x(\d)", attributes.lower()):

@@ -7,24 +7,28 @@ import math
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from prism_jax import progress, rng, synthesis
+from prism_jax import programs, progress, rng, synthesis
 from prism_jax.accelerators import compiling, targets
 from prism_jax.accelerators.account import Cost
 from prism_jax.accelerators.compiling import Found
 from prism_jax.accelerators.targets import Target
-from prism_jax.config import Experiment, batch_layout, budget_of, to_dict
+from prism_jax.analysis.words import SYNTHETIC
+from prism_jax.config import SOFT_CONTROLS, Experiment, batch_layout, budget_of, to_dict
+from prism_jax.config.generation import SCHEDULES, sampling_of
 from prism_jax.data import workdir
 from prism_jax.data.pipeline import num_batches
+from prism_jax.diffusion import samplers
 from prism_jax.errors import UserError
 from prism_jax.programs import shapes_of
 from prism_jax.progress import hours_of, megabytes
-from prism_jax.stages import anchoring
+from prism_jax.stages import anchoring, relabel, validate
 from prism_jax.stages.context import Context
 from prism_jax.stages.makers.optimise import recipe_of
+from prism_jax.training import TESTED
 
+FULL_REAL = "full_real"
 TRIES = 3  # compilations that look for the largest batch
 PATIENCE = 600.0  # seconds that they may take together; beyond it a proportion must do
 SAMPLES = 64  # of slots and of iterations, in which draws are counted
@@ -50,7 +54,7 @@ def rows(e: Experiment, target: Target) -> dict[str, str]:
     known: Known = {}
     found, generates = {"target": said_of(target)}, e.recover.maker == "generate"
     if generates or e.recover.iterations:
-        done, note = _compile(e, target, "recover", known)
+        done, note = _largest(e, target, known)
         batch = _painted_batch(e) if generates else _optimised_batch(e)
         found |= _compiled(done, note) | {"memory": _memory(e, target, done, batch)}
     all_stages = _teachers(e, target, known) | stages(e, target, known)
@@ -100,36 +104,86 @@ def _teachers(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
             said = f"not here to be counted; {_each(target, done, what)}"
             found[f"teacher {name}"] = Stage(None, said)
             continue
-        steps = e.squeeze.epochs_over(images) * num_batches(images, size)
-        found[f"teacher {name} takes"] = _stage(target, done, steps, what)
+        epochs = e.squeeze.epochs_over(images)
+        steps = epochs * num_batches(images, size)
+        stage = _training(e, target, f"squeeze/{name}", steps, epochs, "", known)
+        found[f"teacher {name} takes"] = stage
     return found
 
 
-def _real_images(e: Experiment) -> int | None:
-    """Of the training split; None without the data."""
+def _real_images(e: Experiment, split: str = "train") -> int | None:
+    """Of a split; None without the data."""
     try:
-        return len(shapes_of(e).inputs.open("train").labels_N)
+        return len(shapes_of(e).inputs.open(split).labels_N)
     except UserError:
         return None
 
 
+def _training(
+    e: Experiment, target: Target, network: str, steps: float, tests: float, said: str, known: Known
+) -> Stage:
+    """So many steps and tests of a network; of tests the hours are known where the images are."""
+    done, note = _compile(e, target, network, known)
+    stage = _stage(target, done, steps, f"a step{said}, on one host{note}")
+    images = _real_images(e, "test")
+    if stage.hours is None or images is None:
+        return stage._replace(said=f"{stage.said}; without its tests")
+    done, note = _compile(e, target, f"{network}/test", known)
+    if done.cost is None:
+        return Stage(None, f"{stage.said}; tests {_each(target, done, '')}")
+    each = seconds_of(done.cost.mean({}), target)
+    hours = stage.hours + tests * num_batches(images, TESTED) * each / 3600
+    _, _, step = stage.said.partition(": ")
+    more = f"; {1e3 * each:.3g} ms for {TESTED} images of a test{note}"
+    return Stage(hours, f"{_bound(target)} {hours_of(hours)}: {step}{more}")
+
+
 def _students(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
-    """Relabel and validate."""
+    """Relabel and validate, of the synthetic set and of its controls."""
     found = {}
-    images = e.recover.ipc * e.dataset.num_classes
-    if e.soft_labels:
-        batches = e.relabel.epochs * num_batches(images, min(e.relabel.batch_size, images))
+    images, v = e.recover.ipc * e.dataset.num_classes, e.validate
+    made_here = [] if e.relabel.labels_from else [SYNTHETIC]
+    soft = [name for name in (*made_here, *v.controls) if name in (SYNTHETIC, *SOFT_CONTROLS)]
+    if e.soft_labels and soft:
+        times = len(soft) * _labellings(e, target)
+        if e.relabel.mode == "online":  # for every student anew
+            times *= len(v.seeds) * len(v.students) * v.epochs / e.relabel.epochs
         done, note = _compile(e, target, "relabel", known)
-        at_once = min(target.devices, num_batches(images, e.relabel.batch_size))
-        found["relabel takes"] = _stage(target, done, batches / at_once, f"a batch{note}")
-    steps = e.validate.epochs * num_batches(images, min(e.validate.batch_size, images))
-    trainings = len(e.validate.seeds) * (1 + len(e.validate.controls))
-    for student in e.validate.students:
-        done, note = _compile(e, target, f"validate/{student}", known)
-        found[f"{student} takes"] = _stage(
-            target, done, steps * trainings, f"a step, {trainings} trainings on one host{note}"
-        )
+        what = f"a batch, {len(soft)} sets{note}"
+        found["relabel takes"] = _stage(target, done, times, what)
+
+    alike = [name for name in (SYNTHETIC, *v.controls) if name != FULL_REAL]
+    trainings = len(v.seeds) * len(alike)
+    steps = trainings * v.epochs * num_batches(images, min(v.batch_size, images))
+    tests = trainings * math.ceil(v.epochs / v.eval_every)
+    said, real = f"{trainings} trainings", _real_images(e)
+    if FULL_REAL in v.controls and real is not None:
+        epochs = validate.epochs_of_size(e, real)
+        steps += len(v.seeds) * epochs * num_batches(real, v.batch_size)
+        tests += len(v.seeds) * math.ceil(epochs / v.eval_every)
+        said += f" and {len(v.seeds)} of the full real set"
+    elif FULL_REAL in v.controls:
+        said += ", without those of the full real set, which is not here to be counted"
+    for student in v.students:
+        network = f"validate/{student}"
+        stage = _training(e, target, network, steps, tests, f", {said}", known)
+        found[f"{student} takes"] = stage
     return found
+
+
+def _labellings(e: Experiment, target: Target) -> float:
+    """Batches that the busiest device labels of one set, one after the other.
+
+    Every process labels its own shards, a batch on each of its devices at a time; the last batch
+    of an epoch is smaller, and goes by itself.
+    """
+    images = e.recover.ipc * e.dataset.num_classes
+    plan = relabel.plan_for(shapes_of(e), images)
+    full, rest = divmod(images, plan.batch_size)
+    lanes = max(1, min(target.devices // target.hosts, plan.batches_per_epoch))
+    epoch = math.ceil(full / lanes) + rest / plan.batch_size
+    epochs = math.ceil(plan.num_shards / target.hosts) * plan.epochs_per_shard
+    return min(epochs, plan.epochs) * epoch
 
 
 def shares(e: Experiment) -> dict[str, float]:
@@ -137,16 +191,22 @@ def shares(e: Experiment) -> dict[str, float]:
     layout, recipe = batch_layout(e), recipe_of(e)
     pool = shapes_of(e).networks.pool(e.recover.pool)
 
-    def drawn(slot, step):
-        unit = synthesis.UnitBatch(slot, np.int32(0), np.int32(1), np.zeros((), np.int32))
+    def drawn(slot, block, step):
+        unit = synthesis.UnitBatch(slot, block, np.int32(1), np.zeros((), np.int32))
         key = rng.root(np.uint32(e.seed))
         draw = synthesis.draw_teachers(recipe, pool.teachers, key, unit, step)
         return (draw.logit_weights_T > 0) | (draw.statistic_weights_T > 0)
 
-    slots = layout.slots * jnp.arange(min(layout.groups, SAMPLES), dtype=jnp.int32)
-    steps = jnp.linspace(1, e.recover.iterations - 1, SAMPLES).astype(jnp.int32)
-    every = jax.vmap(jax.vmap(drawn, (None, 0)), (0, None))
-    means_T = np.asarray(jax.jit(every)(slots, steps)).mean((0, 1))
+    count = layout.groups * layout.blocks
+    units_N = np.unique(np.linspace(0, count - 1, min(count, SAMPLES)).astype(np.int32))
+    slots_N, blocks_N = layout.slots * (units_N // layout.blocks), units_N % layout.blocks
+    weights_N = np.array([budget_of(e, int(slot)) for slot in slots_N], np.float64)
+    # One after the other, each teacher of a round as often as the others.
+    rounds = max(1, SAMPLES // len(pool.names)) * len(pool.names)
+    steps_M = 1 + np.arange(max(1, min(rounds, e.recover.iterations - 1)), dtype=np.int32)
+    every = jax.jit(jax.vmap(jax.vmap(drawn, (None, None, 0)), (0, 0, None)))
+    each_NT = np.asarray(every(slots_N, blocks_N, steps_M)).mean(1)
+    means_T = np.average(each_NT, axis=0, weights=weights_N)
     return dict(zip(pool.names, map(float, means_T), strict=True))
 
 
@@ -179,20 +239,40 @@ def _compiled(done: Found, note: str) -> dict[str, str]:
     }
 
 
+def _largest(e: Experiment, target: Target, known: Known) -> tuple[Found, str]:
+    """Of recover's programs the one that takes most memory, or does not fit."""
+    if e.recover.maker == "generate":
+        names = ["recover", *["recover/refine"] * _refines(e)]
+    else:
+        names = [max(programs.phases(e), key=lambda phase: phase.pixels).name]
+    found = [_compile(e, target, name, known) for name in names]
+    return max(found, key=lambda one: one[0].memory.get("total", math.inf))
+
+
 def _recover(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
-    done, _ = _compile(e, target, "recover", known)
-    layout = batch_layout(e)
-    units, cost = layout.groups * layout.blocks, done.cost and done.cost.mean(shares(e))
+    layout, phases, read = batch_layout(e), programs.phases(e), shares(e)
+    found = [_compile(e, target, phase.name, known)[0] for phase in phases]
+    parts = zip(found, phases, strict=True)
+    costs = [done.cost.mean(read) * phase.share for done, phase in parts if done.cost]
+    units = layout.groups * layout.blocks
     lanes = max(1, min(units, target.devices // e.parallel.recover_devices))
     budgets = [budget_of(e, group * layout.slots) for group in range(layout.groups)]
     rounds = math.ceil(units / lanes) * sum(budgets) / len(budgets)
     what = f"an iteration, on {lanes * e.parallel.recover_devices} device(s)"
-    return {"recover takes": _stage(target, done, rounds, what, cost)}
+    if len(set(phases)) > 1:
+        what = f"{what}, the mean over {len(phases)} phases"
+    without = [done for done in found if not done.cost]
+    cost = sum(costs, Cost())
+    return {"recover takes": _stage(target, (without or found)[0], rounds, what, cost)}
+
+
+def _refines(e: Experiment) -> bool:
+    return bool(e.generate.refine.steps and e.generate.candidates > 1)
 
 
 def _generate(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
-    """What a generator takes: its training, latents of real images, images."""
-    g, context = e.generate, shapes_of(e)
+    """What a generator takes: its training, latents of real images, images, those of a control."""
+    g, context, layout = e.generate, shapes_of(e), batch_layout(e)
     found = {}
     if g.generator == "dit":
         done, note = _compile(e, target, "recover/generator", known)
@@ -214,22 +294,32 @@ def _generate(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
     each = f"a batch of {batch.size} images on each of {target.devices} device(s)"
     rounds = math.ceil(batches / target.devices)
     found["recover takes"] = _stage(target, done, rounds, each)
-    if g.refine.steps and g.candidates > 1:
+    if _refines(e):
         done, _ = _compile(e, target, "recover/refine", known)
-        rounds = math.ceil(images / batch.size / target.devices)
+        size = min(g.batch_size, layout.size)
+        units = layout.groups * layout.blocks
+        rounds = math.ceil(units * math.ceil(layout.size / size) / target.devices)
+        each = f"a batch of {size} images on each of {target.devices} device(s)"
         found["refining takes"] = _stage(target, done, rounds, each)
+    if "no_anchors" in e.validate.controls:
+        # From noise alone: more steps than recover's where that begins with anchors.
+        done, _ = _compile(e, target, "recover", known)
+        steps = [samplers.evaluations(sampling_of(h, SCHEDULES[g.generator]))
+                 for h in (dataclasses.replace(g, strength=1.0, mode_weight=0.0), g)]  # fmt: skip
+        times = images / batch.size / target.devices * steps[0] / steps[1]
+        each = f"a batch of {batch.size} images for as many steps as recover's"
+        found["images without anchors take"] = _stage(target, done, times, each)
     return found
 
 
 def _encoded(context: Context) -> tuple[int | None, int]:
     """Batches of real images that become latents, None without the data; and images in one."""
-    g = context.config.generate
-    try:
-        counts_K = np.bincount(context.inputs.open("train").labels_N)
-    except UserError:
-        return None, anchoring.encoded_at_once(g, None)
-    size = anchoring.encoded_at_once(g, int(counts_K.max()))
-    counts_K = np.minimum(counts_K, g.most_images or counts_K.max())
+    g, most = context.config.generate, programs.largest_class(context)
+    size = anchoring.encoded_at_once(g, most)
+    if most is None:
+        return None, size
+    counts_K = np.bincount(context.inputs.open("train").labels_N)
+    counts_K = np.minimum(counts_K, g.most_images or most)
     return int(np.ceil(counts_K / size).sum()), size
 
 
@@ -319,7 +409,7 @@ def largest_batch(
         if TRIES * (done.lower_seconds + done.compile_seconds) > PATIENCE:
             return guess, False
         size = guess
-        done, _ = _compile(batch.of(e, size), target, "recover")
+        done, _ = _largest(batch.of(e, size), target, {})
         good, bad = (size, bad) if fits(done, target) else (good, size)
     return good, True
 
@@ -386,8 +476,11 @@ def _stage(target: Target, done: Found, times: float, what: str, cost: Cost | No
     if done.cost is None:
         return Stage(None, said)
     hours = times * seconds_of(cost or done.cost.mean({}), target) / 3600
-    bound = "about" if target.device.clock_hz else "at least"
-    return Stage(hours, f"{bound} {hours_of(hours)}: {said}")
+    return Stage(hours, f"{_bound(target)} {hours_of(hours)}: {said}")
+
+
+def _bound(target: Target) -> str:
+    return "about" if target.device.clock_hz else "at least"
 
 
 def _each(target: Target, done: Found, what: str, cost: Cost | None = None) -> str:

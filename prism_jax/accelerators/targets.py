@@ -130,6 +130,11 @@ class Target:
         """How many devices JAX has there."""
         return math.prod(self.shape) * self.device.per_chip
 
+    @property
+    def hosts(self) -> int:
+        """How many processes a run has there: one for eight GPUs, or for four chips of a slice."""
+        return -(-math.prod(self.shape) // (8 if self.device.platform == "cuda" else 4))
+
 
 def known() -> str:
     """What may be named, for people."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from etils import epath
 
-from prism_jax.config import bn_group_of
+from prism_jax.config import Experiment, bn_group_of
 from prism_jax.core.augment import Augment
 from prism_jax.data import answers, workdir
 from prism_jax.data.checkpoints import Checkpoints
@@ -102,14 +102,17 @@ def epochs_of(context: Context, labelled: LabelledSet) -> int:
 
     A larger set (``full_real``) gets as many optimiser steps, and at least squeeze's epochs.
     """
-    config = context.config
+    return epochs_of_size(context.config, len(labelled.labels_N))
+
+
+def epochs_of_size(config: Experiment, images: int) -> int:
+    """The same, of a set of so many images."""
     size = config.validate.batch_size
     synthetic = config.recover.ipc * config.dataset.num_classes
-    if len(labelled.labels_N) <= synthetic:
+    if images <= synthetic:
         return config.validate.epochs
     steps = config.validate.epochs * num_batches(synthetic, size)
-    equal_steps = -(-steps // num_batches(len(labelled.labels_N), size))
-    return max(equal_steps, config.squeeze.epochs_over(len(labelled.labels_N)))
+    return max(-(-steps // num_batches(images, size)), config.squeeze.epochs_over(images))
 
 
 def recipe_of(context: Context, augment: Augment, loss: str, epochs: int) -> TrainRecipe:

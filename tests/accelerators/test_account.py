@@ -166,6 +166,26 @@ def test_the_rate_is_that_of_the_type_and_the_precision():
     assert three == pytest.approx(3 * flops / 989e12)
 
 
+def test_what_is_multiplied_says_the_rate_not_the_result():
+    """Scores of attention: bfloat16 in, float32 out."""
+    text = """ENTRY %m (a: bf16[], b: bf16[]) -> f32[] {
+  %a = bf16[4096,4096]{1,0} parameter(0)
+  %b = bf16[4096,4096]{1,0} parameter(1)
+  ROOT %d = f32[4096,4096]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+    assert account.account(text, H100).always.seconds == pytest.approx(2 * 4096**3 / 989e12)
+
+
+def test_only_the_engine_has_a_loop_that_stands_for_all():
+    whole = account.account(TPU, targets.DEVICES["v5e"], whole=True)
+    assert whole.mean({}).cycles == 72 + 1000
+    more = TPU.replace("  ROOT %w = ", "  %before = f32[8]{0} copy(%e), backend_config="
+                       '{"estimated_cycles":"5"}\n  ROOT %w = ')  # fmt: skip
+    assert account.account(more, targets.DEVICES["v5e"], whole=True).mean({}).cycles == 1077
+    assert account.account(more, targets.DEVICES["v5e"]).mean({}).cycles == 1072
+
+
 @pytest.mark.parametrize(
     "call",
     [  # of one 3x3 convolution, (2, 6, 6, 3) to (2, 4, 4, 5), whichever of the three is the result
