@@ -30,6 +30,7 @@ from prism_jax.stages.makers import optimise
 from prism_jax.teachers import TeacherPool, describe
 
 DISPATCHES = 3
+DRAWS = 4  # of teachers, in which an iteration of recover is timed
 
 
 def missing(experiment: Experiment, workdir: str) -> list[str]:
@@ -90,7 +91,7 @@ def _unknown_outputs(context: Context) -> list[str]:
 def show(
     experiment: Experiment, workdir: str, *, measure: bool, target: Target | None = None
 ) -> None:
-    """Print the plan; with ``measure`` also hours and memory, from three dispatches.
+    """Print the plan; with ``measure`` also hours and memory, from a few dispatches.
 
     The dispatches run on random weights and images of the right shapes: no data and no teachers
     are needed, and nothing is written. With a target its compiler is asked in their place.
@@ -233,8 +234,12 @@ def _measured(e: Experiment, batch: int, iterations: int, label_batches: int) ->
         return rows
     label_batch = min(e.relabel.batch_size, e.recover.ipc * e.dataset.num_classes)
     per_batch = _time_labels(e, label_batch)
-    hours = label_batches * per_batch / len(jax.local_devices()) / 3600
-    return rows | {"relabel takes": f"about {hours_of(hours)}: {per_batch:.3g} s a batch"}
+    times = relabel.labelled_times(e)
+    hours = times * label_batches * per_batch / len(jax.local_devices()) / 3600
+    said = (
+        f"about {hours_of(hours)}: {per_batch:.3g} s a batch, all batches of a set {times:g} times"
+    )
+    return rows | {"relabel takes": said}
 
 
 def _measured_fit(e: Experiment) -> dict[str, str]:
@@ -285,8 +290,7 @@ def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, s
         if peak is None or available is None or peak <= 0.8 * available or size == recipe.slots:
             break
         size = max(recipe.slots, size // 2 // recipe.slots * recipe.slots)
-    # The third dispatch is timed: the first compiles, the second warms up.
-    seconds = _time(lambda: _dispatch(e, engine, pool, recipe, size)) * batch / size
+    seconds = _time_draws(e, engine, pool, recipe, size) * batch / size * _mean_images(e)
     devices = len(jax.local_devices())
     hours = iterations * seconds / devices / 3600
     note = f", measured with {size} images a batch and scaled" if size != batch else ""
@@ -356,21 +360,41 @@ def _random_guide(context: Context) -> synthesis.Guide | None:
     return jax.tree.map(lambda x: draw(x.shape, np.float32), guiding.described(context))
 
 
-def _random_lane(e: Experiment, engine: synthesis.Engine, pool, recipe, size: int) -> tuple:
+def _mean_images(e: Experiment) -> float:
+    """Pixels of an iteration's images in those of the whole batch: phases may have fewer."""
+    phases, side = programs.phases(e), e.dataset.image_size
+    pixels = sum(phase.share * phase.pixels for phase in phases)
+    return pixels / (batch_layout(e).size * side**2)
+
+
+def _time_draws(e: Experiment, engine: synthesis.Engine, pool, recipe, size: int) -> float:
+    """Mean seconds of an iteration over some draws of teachers.
+
+    The first two dispatches compile and warm up.
+    """
+    layout, seconds = batch_layout(e), []
+    for draw in range(2 + DRAWS):
+        slot = draw % layout.groups * layout.slots
+        lane = _random_lane(e, engine, pool, recipe, size, slot=slot, step=1 + draw)
+        began = time.monotonic()
+        jax.block_until_ready(engine(e.seed, [lane]))
+        seconds.append(time.monotonic() - began)
+    return float(np.mean(seconds[2:]))
+
+
+def _random_lane(
+    e: Experiment, engine: synthesis.Engine, pool, recipe, size: int, slot: int = 0, step: int = 1
+) -> tuple:
     shape = Inputs(e).image_shape
     images = np.random.default_rng(0).standard_normal((size, *shape), np.float32)
     labels = np.arange(size, dtype=np.int32) % e.dataset.num_classes
     # In the middle of a unit: a step at its ends reads every teacher.
-    state = synthesis.initial_state(pool, recipe, images)._replace(step=np.int32(1))
-    unit = synthesis.UnitBatch(np.int32(0), np.int32(0), np.int32(1000), labels)
+    state = synthesis.initial_state(pool, recipe, images)._replace(step=np.int32(step))
+    unit = synthesis.UnitBatch(np.int32(slot), np.int32(0), np.int32(1000), labels)
     if recipe.perturb_rho:
         unit = unit._replace(weights=pool.variables[recipe.primary]["params"])
     trees = jax.device_get((unit, state)) + (np.int32(1),)
     return tuple(engine.place(tree, 0) for tree in trees)
-
-
-def _dispatch(e: Experiment, engine: synthesis.Engine, pool, recipe, size: int) -> None:
-    jax.block_until_ready(engine(e.seed, [_random_lane(e, engine, pool, recipe, size)]))
 
 
 def _time(function) -> float:

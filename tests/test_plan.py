@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 
 import jax
+import numpy as np
 import pytest
 
 from configs import tiny_d4m
+from configs.methods import delt, prism
 from prism_jax import plan
 from prism_jax.config import batch_layout, resolve
+from prism_jax.stages import relabel
 
 
 def test_the_time_of_an_image_by_hand(monkeypatch):
@@ -46,3 +50,48 @@ def test_passes_over_the_real_images(method, said):
     e = resolve(importlib.import_module(f"configs.methods.{method}").get_config("digits"))
     found = plan._statistics(e).get("statistics")
     assert found == (said and said.format(", ".join(e.recover.pool)))
+
+
+def test_an_iteration_of_phases_with_fewer_images_by_hand():
+    """DELT's eight phases have 20, 40, 50, ..., 100 of a hundred images."""
+    e = resolve(delt.get_config("imagenet,ipc10"))
+    assert plan._mean_images(e) == pytest.approx(np.mean([20, 40, 50, 60, 70, 80, 90, 100]) / 100)
+    assert plan._mean_images(resolve(prism.get_config("imagenet,ipc10"))) == 1
+
+
+def test_an_iteration_is_timed_over_several_draws(monkeypatch):
+    """Five slots draw; the first two dispatches, which compile and warm up, do not count."""
+    c = prism.get_config("digits")
+    c.recover.ipc = 5
+    ticks, asked = iter([0, 100, 0, 50, 0, 1, 0, 2, 0, 3, 0, 6]), []
+    monkeypatch.setattr(plan.time, "monotonic", lambda: next(ticks))
+
+    def lane(*given, slot, step):
+        asked.append((slot, step))
+
+    monkeypatch.setattr(plan, "_random_lane", lane)
+    found = plan._time_draws(resolve(c), lambda seed, lanes: lanes, None, None, 10)
+    assert found == 3.0
+    assert asked == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (0, 6)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "times"),
+    [
+        ({}, 2),
+        ({"validate__controls": ()}, 1),
+        ({"validate__controls": ("full_real", "random_real_hard")}, 1),
+        ({"validate__controls": ("real_herding", "real_balanced")}, 3),
+        ({"relabel__labels_from": "there"}, 1),
+        ({"validate__loss": "ce", "validate__controls": ()}, 0),
+        ({"relabel__mode": "online", "validate__seeds": (0, 1)}, 2 * 2 * 2),
+    ],
+)
+def test_how_often_a_set_is_labelled(changed, times):
+    e = resolve(prism.get_config("digits"))
+    assert len(e.validate.students) == 2
+    for name, value in changed.items():
+        section, _, field = name.partition("__")
+        section_of = dataclasses.replace(getattr(e, section), **{field: value})
+        e = dataclasses.replace(e, **{section: section_of})
+    assert relabel.labelled_times(e) == times

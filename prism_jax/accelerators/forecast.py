@@ -15,7 +15,7 @@ from prism_jax.accelerators.account import Cost
 from prism_jax.accelerators.compiling import Found
 from prism_jax.accelerators.targets import Target
 from prism_jax.analysis.words import SYNTHETIC
-from prism_jax.config import SOFT_CONTROLS, Experiment, batch_layout, budget_of, to_dict
+from prism_jax.config import Experiment, batch_layout, budget_of, to_dict
 from prism_jax.config.generation import SCHEDULES, sampling_of
 from prism_jax.data import workdir
 from prism_jax.data.pipeline import num_batches
@@ -142,15 +142,10 @@ def _students(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
     """Relabel and validate, of the synthetic set and of its controls."""
     found = {}
     images, v = e.recover.ipc * e.dataset.num_classes, e.validate
-    made_here = [] if e.relabel.labels_from else [SYNTHETIC]
-    soft = [name for name in (*made_here, *v.controls) if name in (SYNTHETIC, *SOFT_CONTROLS)]
-    if e.soft_labels and soft:
-        times = len(soft) * _labellings(e, target)
-        if e.relabel.mode == "online":  # for every student anew
-            times *= len(v.seeds) * len(v.students) * v.epochs / e.relabel.epochs
+    if times := relabel.labelled_times(e):
         done, note = _compile(e, target, "relabel", known)
-        what = f"a batch, {len(soft)} sets{note}"
-        found["relabel takes"] = _stage(target, done, times, what)
+        what = f"a batch, all batches of a set {times:g} times{note}"
+        found["relabel takes"] = _stage(target, done, times * _labellings(e, target), what)
 
     alike = [name for name in (SYNTHETIC, *v.controls) if name != FULL_REAL]
     trainings = len(v.seeds) * len(alike)

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from etils import epath
 
 from prism_jax import parallel, progress
-from prism_jax.config import Experiment
+from prism_jax.analysis.words import SYNTHETIC
+from prism_jax.config import SOFT_CONTROLS, Experiment
 from prism_jax.core.augment import Augment
 from prism_jax.data import image_set, label_store, workdir
 from prism_jax.data.sets.fkd import FkdLabels
@@ -74,6 +75,19 @@ def plan_for(context: Context, count: int) -> label_store.LabelPlan:
         precision=relabel.precision,
         top_k=relabel.top_k,
     )
+
+
+def labelled_times(e: Experiment) -> float:
+    """How many sets a run labels for ``relabel.epochs``: one for each that has soft labels.
+
+    Labels that are made while students train are made for every training anew.
+    """
+    sets = [] if e.relabel.labels_from or not e.soft_labels else [SYNTHETIC]
+    sets += [name for name in e.validate.controls if name in SOFT_CONTROLS and e.soft_labels]
+    if e.relabel.mode != "online":
+        return len(sets)
+    trainings = len(e.validate.seeds) * len(e.validate.students)
+    return len(sets) * trainings * e.validate.epochs / e.relabel.epochs
 
 
 def pending(context: Context, labelled: LabelledSet) -> list[int]:
