@@ -14,6 +14,7 @@ from rich.table import Table
 
 from prism_jax import labelling, parallel, programs, progress, synthesis, training
 from prism_jax.accelerators.targets import Target
+from prism_jax.analysis.words import size as size_of
 from prism_jax.config import Experiment, Layout, batch_layout, budget_of
 from prism_jax.config.generation import SCHEDULES, fitting_of, sampling_of
 from prism_jax.config.layout import LEAST_IMAGES
@@ -21,7 +22,7 @@ from prism_jax.data.label_store import LabelPlan
 from prism_jax.data.sources import info_of, open_source
 from prism_jax.diffusion import fit, samplers
 from prism_jax.errors import UserError
-from prism_jax.progress import hours_of, megabytes
+from prism_jax.progress import hours_of
 from prism_jax.stages import anchoring, generator, guiding, relabel, statistics
 from prism_jax.stages.context import Context
 from prism_jax.stages.generator import Painter, Wish
@@ -144,8 +145,7 @@ def show(
         "relabel": labelling,
         "validate": f"{len(experiment.validate.students)} students x "
         f"{len(experiment.validate.seeds)} seeds x {1 + len(experiment.validate.controls)} sets",
-        "disk": f"at most {megabytes(image_bytes)} of images, "
-        f"{megabytes(label_bytes)} of soft labels",
+        "disk": f"at most {size_of(image_bytes)} of images, {size_of(label_bytes)} of soft labels",
     }
     if target:
         rows |= forecast.rows(experiment, target)
@@ -299,9 +299,9 @@ def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, s
     )
     if peak is not None:
         scaled = peak * batch / size
-        rows["memory"] = f"about {megabytes(scaled)} a device in recover"
+        rows["memory"] = f"about {size_of(scaled)} a device in recover"
         if available is not None and scaled > available:
-            rows["memory"] += f"; this machine has {megabytes(available)}: lower recover.batch_size"
+            rows["memory"] += f"; this machine has {size_of(available)}: lower recover.batch_size"
     return rows
 
 
@@ -332,11 +332,9 @@ def _measured_images(e: Experiment) -> dict[str, str]:
     }
     if peak := recover_bytes(e):
         available = _memory(device)
-        rows["memory"] = f"about {megabytes(peak)} a device in recover, {batch} images at once"
+        rows["memory"] = f"about {size_of(peak)} a device in recover, {batch} images at once"
         if available is not None and peak > available:
-            rows["memory"] += (
-                f"; this machine has {megabytes(available)}: lower generate.batch_size"
-            )
+            rows["memory"] += f"; this machine has {size_of(available)}: lower generate.batch_size"
     return rows
 
 

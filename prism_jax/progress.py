@@ -209,11 +209,6 @@ def _drawn(bar: Bar) -> Iterator[None]:
                 _display = None
 
 
-def megabytes(count: float) -> str:
-    """Bytes in decimal units."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
 def hours_of(hours: float) -> str:
     """A duration for people."""
     if hours < 1 / 60:

@@ -34,7 +34,7 @@ def test_the_time_of_an_image_by_hand(monkeypatch):
     assert f"{each:.3g} s an image, {8 / size:.2g} s of it decoding" in found["recover takes"]
     hours = images * each / len(jax.local_devices()) / 3600
     assert found["recover takes"].startswith(f"about {plan.hours_of(hours)} on")
-    assert "MB a device in recover" in found["memory"]
+    assert "B a device in recover" in found["memory"]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from prism_jax.accelerators.account import Cost
 from prism_jax.accelerators.compiling import Found
 from prism_jax.accelerators.targets import Target
 from prism_jax.analysis.words import SYNTHETIC
+from prism_jax.analysis.words import size as size_of
 from prism_jax.config import Experiment, batch_layout, budget_of, to_dict
 from prism_jax.config.generation import SCHEDULES, sampling_of
 from prism_jax.data import workdir
@@ -22,7 +23,7 @@ from prism_jax.data.pipeline import num_batches
 from prism_jax.diffusion import samplers
 from prism_jax.errors import UserError
 from prism_jax.programs import shapes_of
-from prism_jax.progress import hours_of, megabytes
+from prism_jax.progress import hours_of
 from prism_jax.stages import anchoring, relabel, validate
 from prism_jax.stages.context import Context
 from prism_jax.stages.makers.optimise import recipe_of
@@ -353,12 +354,12 @@ class Batch(NamedTuple):
 def _memory(e: Experiment, target: Target, done: Found, batch: Batch) -> str:
     """What recover takes of a device's memory, and the largest batch that fits."""
     room = capacity(target)
-    has = f"{megabytes(room)} of a device" + " that JAX takes" * (target.device.usable < 1)
+    has = f"{size_of(room)} of a device" + " that JAX takes" * (target.device.usable < 1)
     needed = done.memory.get("total") or done.needed_bytes
     if fits(done, target):
-        said = f"{megabytes(done.memory['total'])} in recover of {has}"
+        said = f"{size_of(done.memory['total'])} in recover of {has}"
     elif needed:
-        said = f"{megabytes(needed)} in recover: {megabytes(needed - room)} more than {has}"
+        said = f"{size_of(needed)} in recover: {size_of(needed - room)} more than {has}"
     else:
         said = f"more than {has}, and the compiler does not say by how much"
     largest, compiled = largest_batch(e, target, done, batch)

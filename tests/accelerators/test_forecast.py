@@ -60,7 +60,7 @@ def test_a_batch_that_fits_and_the_largest_that_would(monkeypatch):
 def test_a_batch_that_cannot_fit(monkeypatch):
     found, asked, _ = planned(monkeypatch, V5E, GIB, batch=100)
     over = 101 * GIB - 16 * GIB
-    assert f"{over / 1e9:.2f} GB more" in found["memory"]
+    assert f"{forecast.size_of(over)} more" in found["memory"]
     assert "recover.batch_size=10 would fit (compiled)" in found["memory"]
     assert found["recover takes"].startswith("unknown: the program does not fit")
     assert len(asked) <= 1 + forecast.TRIES + 3
@@ -175,7 +175,7 @@ def test_phases_count_each_with_its_own_program(monkeypatch):
         f"{1e3 * mean:.3g} ms an iteration, on 1 device(s), the mean over 8 phases"
         in found["recover takes"]
     )
-    assert found["memory"].startswith(f"{forecast.megabytes(10 * GIB)} in recover")
+    assert found["memory"].startswith(f"{forecast.size_of(10 * GIB)} in recover")
 
 
 def test_shares_are_those_of_all_blocks_and_of_every_turn():
@@ -202,7 +202,7 @@ def test_refining_goes_by_units_and_its_gradients_take_the_memory(monkeypatch):
     monkeypatch.setattr(compiling, "compile_program", compile_program)
     found = forecast.stages(e, H100, {})
     assert found["refining takes"].hours == pytest.approx(0.001)  # one batch of all 100 images
-    assert forecast.rows(e, H100)["memory"].startswith(f"{forecast.megabytes(5 * GIB)} in recover")
+    assert forecast.rows(e, H100)["memory"].startswith(f"{forecast.size_of(5 * GIB)} in recover")
 
 
 def test_images_without_anchors_take_all_steps(monkeypatch):
