@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from typing import Any
@@ -12,18 +13,19 @@ import numpy as np
 from etils import epath
 from rich.table import Table
 
-from prism_jax import labelling, parallel, programs, progress, synthesis, training
+from prism_jax import parallel, programs, progress, synthesis, training
 from prism_jax.accelerators.targets import Target
 from prism_jax.analysis.words import size as size_of
 from prism_jax.config import Experiment, Layout, batch_layout, budget_of
 from prism_jax.config.generation import SCHEDULES, fitting_of, sampling_of
 from prism_jax.config.layout import LEAST_IMAGES
-from prism_jax.data.label_store import LabelPlan
 from prism_jax.data.sources import info_of, open_source
 from prism_jax.diffusion import fit, samplers
 from prism_jax.errors import UserError
+from prism_jax.labelling import Labeller
 from prism_jax.progress import hours_of
-from prism_jax.stages import anchoring, generator, guiding, relabel, statistics
+from prism_jax.stages import anchoring, generator, guiding, statistics
+from prism_jax.stages import relabel as labelling
 from prism_jax.stages.context import Context
 from prism_jax.stages.generator import Painter, Wish
 from prism_jax.stages.inputs import Inputs
@@ -108,23 +110,19 @@ def show(
     dataset = experiment.dataset
     side, channels = dataset.image_size, info_of(dataset.name, dataset.path).channels
     image_bytes = images * side * side * channels
-    labels = LabelPlan(
-        images,
-        experiment.dataset.num_classes,
-        min(relabel.batch_size, images),
-        relabel.epochs,
-        relabel.precision,
-        relabel.top_k,
-    )
-    online = relabel.mode == "online"
-    batches = relabel.epochs * labels.batches_per_epoch if experiment.soft_labels else 0
-    label_bytes = 0 if online or not batches else relabel.epochs * labels.epoch_bytes
-    labelling = (
+    labels = labelling.plan_for(programs.shapes_of(experiment), images)
+    times, online = labelling.labelled_times(experiment), relabel.mode == "online"
+    batches = relabel.epochs * labels.batches_per_epoch if times else 0
+    label_bytes = 0 if online else int(times) * labels.stored_bytes
+    labels_said = (
         f"{relabel.epochs} epochs, {batches:,} batches by {', '.join(relabel.teachers)}"
-        + (", while every student trains" if online else "")
+        + (", while every student trains" if online else f", of {times:g} set(s)")
         if batches
         else "no soft labels: validate.loss is ce"
     )
+    if relabel.labels_from and experiment.soft_labels:
+        others = f"; of controls {labels_said}" if batches else ""
+        labels_said = f"read from {relabel.labels_from}{others}"
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(style="dim")
     rows = {
@@ -142,7 +140,7 @@ def show(
         **_optimisation(experiment),
         **_generation(experiment),
         **_statistics(experiment),
-        "relabel": labelling,
+        "relabel": labels_said,
         "validate": f"{len(experiment.validate.students)} students x "
         f"{len(experiment.validate.seeds)} seeds x {1 + len(experiment.validate.controls)} sets",
         "disk": f"at most {size_of(image_bytes)} of images, {size_of(label_bytes)} of soft labels",
@@ -233,9 +231,9 @@ def _measured(e: Experiment, batch: int, iterations: int, label_batches: int) ->
     if not label_batches:
         return rows
     label_batch = min(e.relabel.batch_size, e.recover.ipc * e.dataset.num_classes)
-    per_batch = _time_labels(e, label_batch)
-    times = relabel.labelled_times(e)
-    hours = times * label_batches * per_batch / len(jax.local_devices()) / 3600
+    per_batch, each = _time_labels(e, label_batch), label_batches // e.relabel.epochs
+    times, lanes = labelling.labelled_times(e), min(each, len(jax.local_devices()))
+    hours = times * e.relabel.epochs * math.ceil(each / lanes) * per_batch / 3600
     said = (
         f"about {hours_of(hours)}: {per_batch:.3g} s a batch, all batches of a set {times:g} times"
     )
@@ -291,8 +289,11 @@ def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, s
             break
         size = max(recipe.slots, size // 2 // recipe.slots * recipe.slots)
     seconds = _time_draws(e, engine, pool, recipe, size) * batch / size * _mean_images(e)
-    devices = len(jax.local_devices())
-    hours = iterations * seconds / devices / 3600
+    layout, span = batch_layout(e), e.parallel.recover_devices
+    units = layout.groups * layout.blocks
+    at_once = max(1, min(units, len(jax.local_devices()) // span))
+    hours = iterations / units * math.ceil(units / at_once) * seconds / 3600
+    devices = at_once * span
     note = f", measured with {size} images a batch and scaled" if size != batch else ""
     rows["recover takes"] = (
         f"about {hours_of(hours)} on {devices} device(s): {seconds:.3g} s an iteration{note}"
@@ -406,7 +407,7 @@ def _time(function) -> float:
 
 def _time_labels(e: Experiment, size: int) -> float:
     pool = _random_pool(e, e.relabel.teachers)
-    labeller = labelling.Labeller(pool, relabel.recipe_of(e, size))
+    labeller = Labeller(pool, labelling.recipe_of(e, size))
     shape = Inputs(e).image_shape
     images = np.random.default_rng(0).integers(0, 256, (size, *shape), np.uint8)
     return _time(lambda: list(labeller.epoch(images, 0, seed=0)))

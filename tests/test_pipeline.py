@@ -247,6 +247,21 @@ def test_students_of_online_labels_are_those_of_the_store(finished, tmp_path):
     assert_same(online, finished)
 
 
+def test_seconds_of_labels_go_on_where_the_run_does(finished):
+    """The shards are there, what took them long is noted, and the manifest is lost."""
+    timing = finished / "relabel" / "timing.json"
+    workdir.write_record(timing, {"seconds": 100.0})
+    (finished / "relabel" / "manifest.json").unlink()
+    status, _, err = call(TINY, f"--workdir={finished}", "--stages=relabel")
+    assert status == 0, err
+    assert 100 < workdir.read_json(timing)["seconds"] < 200
+    # Labels of other settings begin anew.
+    arguments = (TINY, f"--workdir={finished}", "--stages=relabel", "--config.relabel.flip=True")
+    status, _, err = call(*arguments)
+    assert status == 0, err
+    assert workdir.read_json(timing)["seconds"] < 100
+
+
 def test_labels_of_changed_images_are_refused(finished):
     """The labels fit the settings and not the pixels: an image was exchanged, with its record."""
     shutil.rmtree(finished / STUDENT)

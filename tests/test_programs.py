@@ -183,3 +183,10 @@ def test_a_generator_s_training_and_its_images_from_shapes():
     with parallel.described(jax.local_devices()[:2]):
         for name, size in (("recover/generator", "32x8x8x1"), ("recover", "2x8x8x1")):
             assert f"tensor<{size}xf32>" in programs.find(e, name).lower().as_text()
+
+
+def test_statistics_of_a_teacher_with_a_normalisation_of_its_own():
+    """A published network beside others, whose convolutions' inputs are matched as well."""
+    c = gvbsm.get_config("digits")
+    c.networks.resnet18.mean, c.networks.resnet18.std = (0.4,), (0.3,)
+    assert "recover" in names_of(c)

@@ -151,6 +151,7 @@ def _is_number(value: Any) -> bool:
 
 
 _JSON_TYPES = {
+    "boolean": lambda value: isinstance(value, bool),
     "object": lambda value: isinstance(value, dict),
     "array": lambda value: isinstance(value, list),
     "string": lambda value: isinstance(value, str),

@@ -82,7 +82,8 @@ def protocol(summary: Mapping[str, Any]) -> str:
     if how["bn_group"] != how["batch_size"]:
         found.append(f"BatchNorm over {how['bn_group']} images")
     if how["ema"] is not None:
-        found.append(f"weights and statistics averaged ({how['ema']:g})")
+        what = "weights and statistics" if how.get("ema_statistics", True) else "weights"
+        found.append(f"{what} averaged ({how['ema']:g})")
     return "; ".join(found)
 
 
@@ -128,10 +129,11 @@ def spread_note(summary: Mapping[str, Any]) -> str:
         return "no student was trained"
     if counts[-1] == 1:
         return "one student seed, no spread"
-    if summary.get("runs", 1) > 1:
+    if (runs := summary.get("runs", 1)) > 1:
+        each = "" if counts[-1] == runs else f", {counts[-1]} students of a kind in all"
         return (
-            f"mean ± standard deviation over {counts[-1]} runs (recover, labels, random real "
-            f"images and students vary, teachers are fixed)"
+            f"mean ± standard deviation over {summary['runs']} runs{each} (recover, labels, random "
+            f"real images and students vary, teachers are fixed)"
         )
     number = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return f"mean ± standard deviation over {number} student seeds of one synthetic set"

@@ -45,6 +45,7 @@ _CHECKSUM_BYTES = 4
 _COORDINATES = struct.Struct("<II")
 _ROWS_AT = _CHECKSUM_BYTES + _COORDINATES.size
 _SMALL_SHARD_BYTES = 4 << 20
+_BLOCK = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,12 @@ class LabelPlan:
     @property
     def batches_per_epoch(self) -> int:
         return num_batches(self.count, self.batch_size)
+
+    @property
+    def stored_bytes(self) -> int:
+        """What its files take at most: ArrayRecord writes blocks of 64 kB, and one at the end."""
+        blocks = -(-self.epochs_per_shard * self.epoch_bytes // _BLOCK) + 1
+        return self.num_shards * blocks * _BLOCK
 
     @property
     def num_shards(self) -> int:

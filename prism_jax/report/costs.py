@@ -11,10 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from prism_jax.config import Experiment
+from prism_jax.models import ARCHITECTURES
 from prism_jax.models.import_torch import variable_shapes
 from prism_jax.report.finished import Run
+from prism_jax.stages import costs
 from prism_jax.stages.generator import wanted as generates
 from prism_jax.synthesis import METHODS
+from prism_jax.synthesis.start import SCORING
 
 # Passes over a network, in units of its forward one: products by weights and by inputs.
 FORWARD, BY_PIXELS, BY_WEIGHTS = 1.0, 2.0, 3.0
@@ -77,9 +80,9 @@ def _known(count: Callable[[Run], float | None], run: Run) -> float | None:
 
 
 def _squeeze_seconds(run: Run) -> float | None:
-    """Of the teachers that supervise or label; imported ones take none that counts."""
-    seconds = [run.record(name).get("seconds") for name in _used(run)]
-    known = [s for s in seconds if s is not None]
+    """Of the networks that made images and labels; imported ones take none that counts."""
+    names = dict.fromkeys((*costs.makers(run.context), *run.config.relabel.teachers))
+    known = [s for name in names if (s := costs.squeezed(run.context, name)) is not None]
     return sum(known) if known else None
 
 
@@ -134,17 +137,24 @@ def _recover_flop(run: Run) -> float | None:
     units = run.manifest["units"]
     if recover.phase_sizes or recover.budget == "early_late" or recover.perturb_steps:
         return None
+    if recover.clip or recover.flatness or recover.initialise in SCORING:
+        return None  # other networks run, or one runs once more
     if not recover.iterations:
         return 0.0
     if not all("drawn" in unit for unit in units):
         return None
+    fixed = _logits_by(run.config) == "fixed"
+    rows = [ARCHITECTURES[run.config.network(name).architecture] for name in recover.pool]
+    apart = recover.statistics_by != recover.logits_by or not all(row.batch_norms for row in rows)
+    if not fixed and apart:
+        return None  # who was read for its logits alone is not noted
     read = {name: 0.0 for name in recover.pool}  # images that it read, over all iterations
     for unit in units:
         first, last = unit["classes"]
         images = (last - first + 1) * len(unit["slots"])
         for name in recover.pool:
             share = unit["drawn"][name]
-            if name == recover.primary and _logits_by(run.config) == "fixed":
+            if name == recover.primary and fixed:
                 share = 1.0
             read[name] += unit["iterations"] * images * share
     return _sum([_times(BY_PIXELS * n, forward_flop(run, t)) for t, n in read.items()])
@@ -161,10 +171,11 @@ def _relabel_flop(run: Run) -> float | None:
         return 0.0
     if config.relabel.labels_from:
         return None
-    times = 1
+    epochs = config.relabel.epochs
     if config.relabel.mode == "online":
-        times = len(config.validate.students) * len(config.validate.seeds)
-    views = config.relabel.epochs * len(run.labels_N) * times
+        trainings = len(config.validate.students) * len(config.validate.seeds)
+        epochs = config.validate.epochs * trainings
+    views = epochs * len(run.labels_N)
     return _sum([_times(FORWARD * views, forward_flop(run, n)) for n in config.relabel.teachers])
 
 

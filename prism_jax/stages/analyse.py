@@ -294,7 +294,7 @@ def protocol(context: Context) -> dict[str, Any]:
     validate, recover = context.config.validate, context.config.recover
     size = min(validate.batch_size, recover.ipc * context.config.dataset.num_classes)
     division = {"accumulate": validate.accumulate, "bn_group": bn_group_of(validate)}
-    names = ("loss", "epochs", "optimiser", "learning_rate", "schedule", "ema")
+    names = ("loss", "epochs", "optimiser", "learning_rate", "schedule", "ema", "ema_statistics")
     return {
         **{name: getattr(validate, name) for name in names},
         "temperature": None if validate.loss in ("mse_gt", "ce") else validate.temperature,

@@ -29,7 +29,7 @@ def of(context: Context, labelled: LabelledSet) -> Costs:
     networks = [*context.config.relabel.teachers] if labelled.soft else []
     recovered: float | None = 0.0
     if labelled.name == SYNTHETIC:
-        networks += _makers(context)
+        networks += makers(context)
         manifest = workdir.read_record(recover.folder(context) / "manifest.json")
         recovered = sum(unit["seconds"] for unit in manifest["units"])
     elif labelled.name in GENERATED_CONTROLS:
@@ -40,7 +40,7 @@ def of(context: Context, labelled: LabelledSet) -> Costs:
     pixels = math.prod(context.inputs.image_shape)
     seconds, stored = _labels(context, labelled)
     return {
-        "networks": {name: _squeezed(context, name) for name in dict.fromkeys(networks)},
+        "networks": {name: squeezed(context, name) for name in dict.fromkeys(networks)},
         "seconds": {"recover": recovered, "relabel": seconds},
         "bytes": {
             "images": len(labelled.labels_N) * pixels,
@@ -61,13 +61,14 @@ def after(costs: Costs, start: Costs) -> Costs:
     }
 
 
-def _squeezed(context: Context, name: str) -> float | None:
+def squeezed(context: Context, name: str) -> float | None:
     """Seconds that a network or the generator was trained for; None where it was read."""
-    record = workdir.read_record(context.networks.folder(name) / RECORD)
+    path = context.networks.folder(name) / RECORD
+    record = workdir.read_record(path) if path.exists() else {}
     return record.get("seconds") if record.get("source") == "train" else None
 
 
-def _makers(context: Context) -> list[str]:
+def makers(context: Context) -> list[str]:
     """The networks that the synthetic images are made with."""
     config = context.config
     names = [*config.recover.pool]

@@ -118,24 +118,36 @@ def labeller_of(context: Context, plan: label_store.LabelPlan) -> Labeller:
 def run(context: Context, labelled: LabelledSet) -> None:
     """Label every epoch that is missing, then write the manifest."""
     root, config = folder(labelled), context.config
-    plan = plan_of(context, labelled)
+    plan, timing = plan_of(context, labelled), root / "timing.json"
+    begun = len(pending(context, labelled)) < plan.num_shards
+    before = workdir.read_json(timing)["seconds"] if begun and timing.exists() else 0.0
     shards = context.work.deal(
         f"relabel {labelled.name}",
         range(plan.num_shards),
         lambda: pending(context, labelled),
         lambda: context.work.begin(root, fingerprints.relabel(context, labelled)),
     )
-    seconds = time.monotonic()
+    started = time.monotonic()
+
+    def note() -> None:
+        """How long it took in all, also where it is stopped and goes on."""
+        if parallel.is_main():
+            seconds = before + time.monotonic() - started
+            workdir.write_record(timing, {"seconds": seconds})
+
     if shards:
-        with enough_memory(
-            f"Lower relabel.batch_size and validate.batch_size (now {plan.batch_size} images)."
-        ):
-            _label(context, labelled, shards)
+        try:
+            with enough_memory(
+                f"Lower relabel.batch_size and validate.batch_size (now {plan.batch_size} images)."
+            ):
+                _label(context, labelled, shards)
+        finally:
+            note()
     if not parallel.is_main():
         context.work.wait(lambda: is_done(context, labelled))
         return
     context.work.wait(lambda: not label_store.missing_shards(root, plan))
-    workdir.write_record(root / "timing.json", {"seconds": time.monotonic() - seconds})
+    note()
     view = dataclasses.asdict(recipe_of(context.config, plan.batch_size))
     label_store.write_manifest(
         root,

@@ -251,8 +251,9 @@ def blank(
 ) -> dict[str, PyTree]:
     """Both collections full of zeros, where only their shapes matter."""
     images_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    own = teacher.normalisation  # any would do
     shapes = jax.eval_shape(
-        lambda v, x: _statistics(teacher, v, x, None, bn=True, patch=patch), variables, images_BHWC
+        lambda v, x: _statistics(teacher, v, x, own, bn=True, patch=patch), variables, images_BHWC
     )
     conv = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes["conv"])
     classes = jax.tree.map(lambda x: np.zeros((num_classes, *x.shape), np.float32), shapes)

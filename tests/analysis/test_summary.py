@@ -197,6 +197,8 @@ def test_the_protocol_is_said_and_what_does_not_matter_is_not(summary):
     )
     summary["protocol"]["ema"] = 0.99
     assert words.protocol(summary).endswith("; weights and statistics averaged (0.99)")
+    summary["protocol"]["ema_statistics"] = False  # EDC, as released
+    assert words.protocol(summary).endswith("; weights averaged (0.99)")
     del summary["protocol"]
     assert words.protocol(summary) == ""
 
@@ -229,6 +231,10 @@ def test_the_spread_is_said(summary):
     assert words.spread_note(one) == "one student seed, no spread"
     assert "±" not in tables.text(one)
     assert words.spread_note({}) == "no student was trained"
+    runs = {**summary, "runs": 2}  # of three students each: not six runs
+    for entry in runs["validate"].values():
+        entry["top1_per_seed"] = [0.5] * 6
+    assert "over 2 runs, 6 students of a kind in all (recover," in words.spread_note(runs)
 
 
 def test_markdown_compares_runs_and_repeats_no_shared_control(summary):

@@ -167,6 +167,15 @@ def test_small_sets_share_shards_and_large_epochs_do_not():
     assert pruned.epochs_per_shard == 17
 
 
+@pytest.mark.parametrize("count", [50, 5000])
+def test_what_files_take_is_at_most_what_is_planned(tmp_path, count):
+    """A plan says how much disk a run will need, before there is anything."""
+    plan = LabelPlan.of(count, 10, batch_size=50, epochs=6)
+    write_store(tmp_path, plan)
+    files = sum(path.stat().st_size for path in tmp_path.glob("*.array_record"))
+    assert 0.5 * plan.stored_bytes < files <= plan.stored_bytes
+
+
 # --- what is kept -----------------------------------------------------------------------------
 
 KEPT = [
