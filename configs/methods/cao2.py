@@ -11,9 +11,13 @@ steps and guidance 2.7; of those that ResNet-18 recognises the most confident ar
 steps of Adam then move each latent until the transformer, told the class, predicts better what
 noise was added to it, at the times of steps 11 to 1. Labels and students are RDED's.
 
-:official guides three of a latent's four channels, as the transformer's released code does. Two
-slips of the released code are not brought back: while latents are refined the transformer is told
-the number of a step in place of its time, and for a tenth of the steps no class.
+:official guides three of a latent's four channels, as the transformer's released code does. Not
+brought back, for the paper says otherwise: while latents are refined, the released transformer is
+told no class (the line that tells it is commented out) and the number of a step in place of its
+time; for ImageNette nothing is refined, for other subsets the least confident are. Other than
+released, too: the judge reads images at the data set's size under its own normalisation (there at
+256 pixels, unnormalised), and where too few are recognised, the surest of the wanted class follow
+(there of any class).
 """
 
 from ml_collections import ConfigDict

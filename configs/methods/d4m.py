@@ -19,6 +19,8 @@ Mended here, and how to bring it back (:official does so all at once):
   PNDM slips by a step                  --config.generate.slip=True
   the prompt is the bare name           --config.generate.template={}
   nothing is seeded                     not brought back
+  real images are enlarged bilinearly for the codec (here bicubically, as images are reduced)
+                                        not brought back
 In neither form are images shown to the safety checker that comes with the networks.
 """
 

@@ -126,6 +126,9 @@ def begin(method: str, arg: str, *, datasets: tuple[str, ...]) -> tuple[ConfigDi
 
 def _imagenet(c: ConfigDict, at: At) -> None:
     c.dataset.path = "data/imagenet"  # train/<wnid>/*.JPEG and val/<wnid>/*.JPEG
+    if "imagenette" in at.words:  # before methods ask how many classes there are
+        c.dataset.name, c.dataset.path = "imagenette", "data/imagenette2-320"
+        c.dataset.num_classes = 10
     c.validate.controls = ("random_real", "random_real_hard")
 
 
@@ -230,8 +233,6 @@ def finish(c: ConfigDict, at: At) -> ConfigDict:
 
 
 def _imagenette(c: ConfigDict) -> None:
-    c.dataset.name, c.dataset.path = "imagenette", "data/imagenette2-320"
-    c.dataset.num_classes = 10
     c.recover.batch_size = None
     c.generate.class_names = None  # the data set's own
     for name in c.squeeze.teachers:

@@ -108,7 +108,7 @@ def in_forms(
 
 @styled
 def grid(
-    initial_NHWC: np.ndarray,
+    initial_NHWC: np.ndarray | None,
     synthetic_NHWC: np.ndarray,
     labels_N: np.ndarray,
     *,
@@ -119,7 +119,8 @@ def grid(
     """Draw each synthetic image to the right of the image it began as, a class per row.
 
     Args:
-      initial_NHWC, synthetic_NHWC: uint8, the same images in the same order.
+      initial_NHWC, synthetic_NHWC: uint8, the same images in the same order; None: they began as
+        no images, and stand alone.
       labels_N: the class of each.
       classes, slots: at most how many rows, and pairs in a row.
       class_names: names by class; by default "class 3".
@@ -127,17 +128,21 @@ def grid(
     Returns:
       PNG bytes. Small images are enlarged by a whole factor, without smoothing.
     """
-    assert initial_NHWC.shape == synthetic_NHWC.shape
+    sets, heading = [synthetic_NHWC], ""
+    if initial_NHWC is not None:
+        assert initial_NHWC.shape == synthetic_NHWC.shape
+        sets = [initial_NHWC, synthetic_NHWC]
+        heading = "each pair: the initial image, then the synthetic one"
     rows = [np.flatnonzero(labels_N == label)[:slots] for label in np.unique(labels_N)[:classes]]
     return _mosaic(
         [
             Strip(
                 class_names[labels_N[row[0]]] if class_names else f"class {labels_N[row[0]]}",
-                [[initial_NHWC[image], synthetic_NHWC[image]] for image in row],
+                [[images[image] for images in sets] for image in row],
             )
             for row in rows
         ],
-        heading="each pair: the initial image, then the synthetic one",
+        heading=heading,
         largest=96,
     )
 

@@ -167,6 +167,12 @@ def anchors(
         assert centres_of is not None  # "none" has returned
         centres_ID = centres_of(task)
         distances_NI = pairwise_distances(rows_ND[kept], centres_ID)
+        if len(empty := _without_rows(distances_NI)):
+            # Two equal centres, of which the second would weigh nothing: a real one in its place.
+            taken = nearest_members(distances_NI, distances_NI.argmin(1))
+            centres_ID = np.array(centres_ID)
+            centres_ID[empty] = rows_ND[kept[taken[empty]]]
+            distances_NI = pairwise_distances(rows_ND[kept], centres_ID)
     owner_N = distances_NI.argmin(1)
     nearest_I = kept[nearest_members(distances_NI, owner_N)]
     if clustering.mode == "medoid":
@@ -176,6 +182,12 @@ def anchors(
         np.bincount(owner_N, minlength=ipc),
         nearest_I,
     )
+
+
+def _without_rows(distances_NI: np.ndarray) -> np.ndarray:
+    """The centres to which no row is nearest."""
+    counts = np.bincount(distances_NI.argmin(1), minlength=distances_NI.shape[1])
+    return np.flatnonzero(counts == 0)
 
 
 def check(clustering: Clustering) -> None:

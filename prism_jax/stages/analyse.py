@@ -24,6 +24,7 @@ from prism_jax.data import label_store, workdir
 from prism_jax.data.lazy import Images, LazyImages
 from prism_jax.data.metrics import read_lines
 from prism_jax.data.weights import RECORD
+from prism_jax.errors import UserError
 from prism_jax.stages import fingerprints, generator
 from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.stages.inputs import own_normalisation
@@ -75,10 +76,10 @@ def run(context: Context, sets: Mapping[str, LabelledSet]) -> None:
         workdir.remove(root)
     synthetic = sets["synthetic"]
     images, labels = synthetic.images_uint8_NHWC, synthetic.labels_N
-    initial = initial_images(context)
+    initial = initial_images(context) if began_as_images(context) else None
     record = {
         "network": config.analyse.network,
-        "distance_from_initial": diversity.distance(images, initial),
+        "distance_from_initial": None if initial is None else diversity.distance(images, initial),
         "intra_class_cosine": _cosines(context, images, initial, labels),
     }
     lines = _recover_lines(context)
@@ -137,12 +138,22 @@ def _say_short(context: Context, path: epath.Path, whose: str) -> None:
     context.say(f"warning: {path} is cut short; the curves of {whose} lack their end")
 
 
+def began_as_images(context: Context) -> bool:
+    """Whether the synthetic images began as images, or near to some, and not as noise alone."""
+    return not generator.wanted(context) or bool(_nearest(context))
+
+
 def initial_images(context: Context) -> Images:
     """Where the synthetic images began, uint8 NHWC, class-major.
 
-    Of a generated image it is the real one nearest to its anchor, where it had one.
+    Of a generated image it is the real one nearest to its anchor.
+
+    Raises:
+      UserError: they began as a generator's noise.
     """
     config = context.config
+    if not began_as_images(context):
+        raise UserError("these images began as a generator's noise, not as images")
     if nearest := _nearest(context):
         return context.inputs.read(context.inputs.open("train"), nearest)
     ipc, classes = config.recover.ipc, config.dataset.num_classes
@@ -179,7 +190,7 @@ def embedder(context: Context, name: str) -> jax.stages.Wrapped:
     return read
 
 
-def _cosines(context, images, initial, labels) -> dict[str, float | None]:
+def _cosines(context, images, initial: Images | None, labels) -> dict[str, float | None]:
     """Intra-class cosine similarity in a network outside the pool: synthetic, initial, real."""
     name = context.config.analyse.network
     if name is None:
@@ -194,7 +205,7 @@ def _cosines(context, images, initial, labels) -> dict[str, float | None]:
     real_images, real_labels = context.inputs.test_set()
     return {
         "synthetic": cosine(images, labels),
-        "initial": cosine(initial, labels),
+        "initial": None if initial is None else cosine(initial, labels),
         "real": cosine(real_images, real_labels),
     }
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -166,6 +167,15 @@ def read(context: Context, name: str, cls: int) -> Tensors:
             f"same command again to redo it."
         )
     return weights.unpack(data)
+
+
+def sampled_seconds(context: Context, classes_N: np.ndarray) -> float:
+    """What the candidates took from which images of these classes were chosen."""
+    root, seconds = folder(context, "candidates"), 0.0
+    for cls, count in zip(*np.unique(classes_N, return_counts=True), strict=True):
+        record = workdir.read_record(root / f"{cls:05d}.json")
+        seconds += record["seconds"] * count / context.config.recover.ipc
+    return seconds
 
 
 def starts_of(context: Context, classes_N: np.ndarray, slots_N: np.ndarray) -> Starts:
@@ -337,10 +347,12 @@ def _candidates(context: Context, classes: list[int]) -> Iterator[Kept]:
         Wish(np.full(count, cls), slots, anchors_of(context, np.full(count, cls), slots))
         for cls in classes
     )
+    started = time.monotonic()
     for cls, found in zip(classes, sampler.paint(wishes), strict=True):
         logits_NK = logits_of(context, config.judge, found.images)
         chosen = select.most_confident(logits_NK, cls, config.recover.ipc)
         facts = {"chosen": chosen.index_S.tolist(), "recognised": chosen.recognised}
+        facts["seconds"], started = time.monotonic() - started, time.monotonic()
         tensors = {"images": found.images[chosen.index_S]}
         if found.latents_NHWC is not None:
             tensors["latents"] = found.latents_NHWC[chosen.index_S]

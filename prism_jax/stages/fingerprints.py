@@ -275,6 +275,7 @@ def candidates(context: Context) -> dict[str, Any]:
         "ipc": context.config.recover.ipc,
         "generator": workdir.digest(generator(context)),
     }
+    fields |= _classes(context)
     if (g := context.config.generate).candidates > 1 and g.refine.steps:
         fields["kept"] = "latents"
     if context.config.generate.anchors != "none":
@@ -282,6 +283,14 @@ def candidates(context: Context) -> dict[str, Any]:
     if context.config.generate.candidates > 1:
         fields["judge"] = pool(context, [context.config.judge])
     return fields
+
+
+def _classes(context: Context) -> dict[str, Any]:
+    """Which classes a transformer of ImageNet's is told; others are told by data or prompts."""
+    if context.config.generate.generator != "dit_released":
+        return {}
+    indices = context.inputs.open("train").imagenet_indices
+    return {"classes": [context.config.dataset.num_classes, indices]}
 
 
 def selected_control(context: Context, name: str) -> dict[str, Any]:
@@ -308,7 +317,7 @@ def generated_control(context: Context, name: str) -> dict[str, Any]:
     names: tuple[str, ...] = ("dtype", "batch_size", "image_size", "resampler")
     if name == "no_anchors":
         names = tuple(field for field in _IMAGES if field not in OF_ANCHORS)
-        fields["seed"] = context.config.seed
+        fields |= {"seed": context.config.seed, **_classes(context)}
     return {
         **fields,
         "generate": _generate(context, names),

@@ -41,6 +41,18 @@ def test_small_images_are_enlarged_without_smoothing_in_pairs():
     assert not contains(canvas, np.asarray(smooth))
 
 
+def test_images_that_began_as_noise_stand_alone():
+    synthetic_NHWC = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    alone = pixels(figures.grid(None, synthetic_NHWC, np.array([0, 1])))
+    for image in synthetic_NHWC:
+        assert contains(alone, enlarged(image, 6))
+    twice = np.concatenate([enlarged(synthetic_NHWC[0], 6)] * 2, axis=1)
+    gap = np.full((96, 2, 3), 255, np.uint8)
+    pair = np.concatenate([twice[:, :96], gap, twice[:, 96:]], axis=1)
+    pairs = pixels(figures.grid(synthetic_NHWC, synthetic_NHWC, np.array([0, 1])))
+    assert contains(pairs, pair) and not contains(alone, pair)
+
+
 def test_the_grid_stops_at_its_classes_and_slots():
     images_NHWC = np.zeros((12, 8, 8, 1), np.uint8)
     images_NHWC[:, 0, 0, 0] = 10 + np.arange(12)

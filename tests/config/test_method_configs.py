@@ -9,7 +9,7 @@ import pathlib
 import pytest
 from helpers.command import call
 
-from configs.methods import recipes
+from configs.methods import cao2, recipes
 from prism_jax import plan, synthesis
 from prism_jax.config import Experiment, resolve
 from prism_jax.config.generation import clustering_of
@@ -343,3 +343,11 @@ def test_official_brings_the_mended_defects_back(at):
     mended, released = fields(*at), fields(*at, "official")
     changed = {key.split(".")[1] for key in mended if mended[key] != released[key]}
     assert changed == BROUGHT_BACK[at]
+
+
+def test_ten_classes_of_imagenet_are_ten_when_methods_ask():
+    """CaO2 has half the candidates for ten classes, RDED's students half the batch."""
+    small = resolve(cao2.get_config("imagenet,imagenette"))
+    assert (small.generate.candidates, small.validate.batch_size) == (2, 50)
+    large = resolve(cao2.get_config("imagenet"))
+    assert (large.generate.candidates, large.validate.batch_size) == (4, 100)

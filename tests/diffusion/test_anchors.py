@@ -104,6 +104,19 @@ def test_equal_images_still_have_medoids_of_their_own():
     assert len(set(found.nearest_I)) == 3 and found.sizes_I.sum() == 5
 
 
+def test_a_centre_that_stands_twice_gives_way_to_a_real_latent(monkeypatch):
+    """Else its image would weigh nothing (DDOQ), and be another's double (D4M)."""
+    rows = clusters()
+    flat = rows.reshape(len(rows), -1)
+    twice = np.concatenate([flat[:1], flat[:1], flat[30:31], flat[60:61]])
+    monkeypatch.setitem(anchors_module.MODES, "minibatch", lambda task: twice.copy())
+    found = anchors(Clustering("minibatch"), rows, 4, seed=0, cls=0)
+    assert found.sizes_I.min() > 0 and found.sizes_I.sum() == len(rows)
+    assert len({latent.tobytes() for latent in found.latents_IHWC}) == 4
+    assert len(set(found.nearest_I.tolist())) == 4
+    np.testing.assert_array_equal(found.latents_IHWC[0].ravel(), twice[0])  # the first stays
+
+
 def test_without_anchors_any_number_and_equal_shares():
     found = of("none", clusters()[:3], ipc=7)
     assert not found.latents_IHWC.any() and found.latents_IHWC.shape == (7, 2, 2, 1)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from helpers.networks import random_variables
 
 from prism_jax.config import Network
+from prism_jax.errors import UserError
 from prism_jax.models import build
 from prism_jax.stages import analyse
 from prism_jax.types import Normalisation
@@ -38,3 +40,16 @@ def cosines(*, own: tuple[float, float] | None, data: tuple[float, float]):
 def test_an_imported_network_reads_images_as_it_was_trained():
     assert cosines(own=THEIRS, data=DATAS) == cosines(own=None, data=THEIRS)
     assert cosines(own=THEIRS, data=DATAS) != cosines(own=None, data=DATAS)  # the twin
+
+
+@pytest.mark.parametrize(
+    ("generates", "nearest", "began"),
+    [(False, [], True), (True, [3, 1], True), (True, [], False)],
+)
+def test_noise_is_no_image_that_something_began_as(monkeypatch, generates, nearest, began):
+    monkeypatch.setattr(analyse.generator, "wanted", lambda context: generates)
+    monkeypatch.setattr(analyse, "_nearest", lambda context: nearest)
+    assert analyse.began_as_images(None) == began
+    if not began:
+        with pytest.raises(UserError, match="began as a generator's noise"):
+            analyse.initial_images(SimpleNamespace(config=None))

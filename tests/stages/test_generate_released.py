@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import types
 
 import jax
 import numpy as np
@@ -211,3 +212,20 @@ def test_another_size_or_other_classes_are_refused(command, tmp_path, told):
     config = tmp_path / "networks" / "vae" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "latent_channels": 3}))
     assert "does not read latents of 8 x 8 x 3" in refused(root, *command, *DIT)
+
+
+def test_images_of_other_classes_are_other_images(monkeypatch):
+    """A transformer of ImageNet's classes without anchors reads no data, but it is told classes."""
+
+    def classes(indices, generator="dit_released"):
+        source = types.SimpleNamespace(imagenet_indices=indices)
+        config = types.SimpleNamespace(
+            generate=types.SimpleNamespace(generator=generator),
+            dataset=types.SimpleNamespace(num_classes=len(indices)),
+        )
+        inputs = types.SimpleNamespace(open=lambda split: source)
+        return fingerprints._classes(types.SimpleNamespace(config=config, inputs=inputs))
+
+    assert classes((0, 217)) != classes((155, 159))
+    assert classes((0, 217)) != classes((0, 217, 482))
+    assert classes((0, 217), "stable_diffusion") == {}

@@ -47,10 +47,12 @@ def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Ma
     with progress.task("recover", len(waiting), unit="unit") as bar:
         started = time.monotonic()
         for unit, (images, facts) in zip(waiting, found, strict=True):
-            now = time.monotonic()
+            now, spent = time.monotonic(), 0.0
+            if config.generate.candidates > 1:
+                spent = anchoring.sampled_seconds(context, members(config, unit)[0])
             normalised = np.asarray(pixels.normalise(images, context.inputs.normalisation))
             # Not recover.rounding: nearest gives back the very pixels.
-            yield Made(unit, normalised, "nearest", now - started, facts)
+            yield Made(unit, normalised, "nearest", spent + now - started, facts)
             started = now
             bar.advance(1)
             context.stop.check()
