@@ -59,16 +59,25 @@ def over_seeds(records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     }
 
 
+def what_is_equal(run: Mapping[str, Any]) -> list[Any]:
+    """What runs must share to be merged: a config's name alone leaves the flags' values open."""
+    recover = run.get("recover", {})
+    return [
+        run["config"], run["method"], run.get("dataset", {}).get("name"), recover.get("ipc"),
+        recover.get("primary"), run.get("protocol"),
+    ]  # fmt: skip
+
+
 def merge(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Combine runs of one config with different seeds into one summary.
+    """Combine runs that differ in their seeds into one summary.
 
     Accuracies of all runs' students are pooled, so their standard deviation spans what varies
     between runs; every other number is the mean over runs, None where a run lacks it.
 
     Args:
-      runs: at least one summary, all of one config.
+      runs: at least one summary; of all ``what_is_equal`` is equal.
     """
-    assert len({run["config"] for run in runs}) == 1
+    assert all(what_is_equal(run) == what_is_equal(runs[0]) for run in runs)
     if len(runs) == 1:
         return dict(runs[0])
     merged = _mean_of(list(runs))

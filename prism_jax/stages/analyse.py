@@ -305,9 +305,11 @@ def protocol(context: Context) -> dict[str, Any]:
     validate, recover = context.config.validate, context.config.recover
     size = min(validate.batch_size, recover.ipc * context.config.dataset.num_classes)
     division = {"accumulate": validate.accumulate, "bn_group": bn_group_of(validate)}
-    names = ("loss", "epochs", "optimiser", "learning_rate", "schedule", "ema", "ema_statistics")
+    names = ("loss", "epochs", "optimiser", "learning_rate", "schedule", "ema")
+    raw = validate.ema is not None and not validate.ema_statistics
     return {
         **{name: getattr(validate, name) for name in names},
+        **({"ema_statistics": False} if raw else {}),
         "temperature": None if validate.loss in ("mse_gt", "ce") else validate.temperature,
         "ce_weight": None if validate.loss == "ce" else validate.ce_weight,
         "batch_size": size,

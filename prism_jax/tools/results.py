@@ -1,10 +1,11 @@
 """Compare finished runs in Markdown: python -m prism_jax.tools.results WORKDIR [WORKDIR ...]
 
-Runs of one config with different seeds become one row with mean and spread.
+Runs that differ in their seeds alone become one row with mean and spread.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 
@@ -18,7 +19,7 @@ from prism_jax.paths import at_home
 HELP = """\
 usage: python -m prism_jax.tools.results WORKDIR [WORKDIR ...]
 
-Prints the tables of the README for finished runs. Runs of one config with different seeds
+Prints the tables of the README for finished runs. Runs that differ in their seeds alone
 become one row with mean and spread.
 """
 
@@ -47,15 +48,15 @@ def compared(folders: Sequence[str]) -> str:
     Raises:
       UserError: a folder without a summary, or with a damaged one.
     """
-    by_config: dict[str, list[dict]] = {}
+    alike: dict[str, list[dict]] = {}
     for folder in folders:
         path = epath.Path(folder) / "summary.json"
         if not path.exists():
             raise UserError(f"{folder} holds no summary.json; run its config to the end first")
         found = workdir.read_json(path)
         summary.validate(found)
-        by_config.setdefault(found["config"], []).append(found)
-    merged = [summary.merge(runs) for runs in by_config.values()]
+        alike.setdefault(json.dumps(summary.what_is_equal(found)), []).append(found)
+    merged = [summary.merge(runs) for runs in alike.values()]
     return tables.markdown(merged) + "\n" + tables.markdown_teachers(merged)
 
 

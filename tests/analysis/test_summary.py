@@ -10,6 +10,7 @@ import pytest
 from prism_jax.analysis import summary as summaries
 from prism_jax.analysis import tables, words
 from prism_jax.errors import UserError
+from prism_jax.tools import results
 
 
 def drop(*path):
@@ -278,3 +279,27 @@ def test_sizes(value, text):
 )  # fmt: skip
 def test_numbers_have_three_digits(value, text):
     assert words.number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("change", "alike"),
+    [
+        (put([7], "seeds"), True),
+        (put(100, "recover", "ipc"), False),
+        (put("sre2l", "method"), False),
+        (put(0.5, "protocol", "learning_rate"), False),
+    ],
+)
+def test_runs_of_one_name_are_merged_where_only_seeds_differ(summary, change, alike, tmp_path):
+    """Flags may have changed anything: two sizes of a set have no mean."""
+    for students in (summary["validate"], *summary["controls"].values()):
+        for entry in students.values():
+            entry.setdefault("top1_per_seed", [entry["top1"]])
+    other = json.loads(json.dumps(summary))
+    change(other)
+    for name, content in (("one", summary), ("other", other)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(content))
+    assert (summaries.what_is_equal(summary) == summaries.what_is_equal(other)) == alike
+    text = results.compared([str(tmp_path / name) for name in ("one", "other")])
+    assert ("over 2 runs" in text) == alike
