@@ -207,10 +207,11 @@ def recover_curves(lines: Iterable[Mapping[str, Any]], *, primary: str) -> Figur
     """Draw the loss terms of recover: cross entropy, and BN alignment per teacher.
 
     Args:
-      lines: records {"step": int, "ce": {teacher: float or None}, "bn": {...}, "drawn":
-        [teacher, ...]} of any number of image batches. A term that was not read is None; a
-        teacher read without being drawn is drawn dashed, from its first value to its last.
-      primary: the teacher whose logits supervise.
+      lines: records {"step": int, "ce": {teacher: float or None}, "bn": {...}, "told": [teacher,
+        ...], "drawn": [...]} of any number of image batches: whose logits and whose statistics
+        count. A term that was not read is None; a teacher that was read and does not count is
+        dashed, from its first value to its last.
+      primary: the teacher whose logits count in lines without "told", which are older.
 
     Returns:
       PNG bytes. Lines are means over image batches, bands run from the least to the greatest.
@@ -230,7 +231,8 @@ def recover_curves(lines: Iterable[Mapping[str, Any]], *, primary: str) -> Figur
             supervising: dict[int, list[float]] = collections.defaultdict(list)
             others: dict[int, list[float]] = collections.defaultdict(list)
             for line in lines:
-                supervises = teacher == primary if term == "ce" else teacher in line["drawn"]
+                who = line.get("told", [primary]) if term == "ce" else line["drawn"]
+                supervises = teacher in who
                 value = line[term].get(teacher)
                 if value is not None and value > 0:
                     (supervising if supervises else others)[line["step"]].append(value)

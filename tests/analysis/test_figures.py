@@ -98,6 +98,21 @@ def test_recover_curves_show_who_supervised():
     )
 
 
+def test_whose_logits_count_is_a_line_of_the_cross_entropy():
+    """Teachers that take turns: b's is no look at a teacher that does not supervise."""
+    turns = losses(1)
+    for line in turns:
+        line["told"] = ["a", "b"]
+    assert figures.recover_curves(turns, primary="a") != figures.recover_curves(
+        losses(1), primary="a"
+    )
+    for line in turns:
+        line["told"] = ["a"]  # what an older line means
+    assert figures.recover_curves(turns, primary="a") == figures.recover_curves(
+        losses(1), primary="a"
+    )
+
+
 def test_terms_that_are_zero_or_unknown_are_left_out():
     lines = losses(1)
     for line in lines:

@@ -336,11 +336,14 @@ def terms(found: synthesis.Terms, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _line(lane: Lane, last: synthesis.Terms, names: tuple[str, ...]) -> dict[str, Any]:
-    drawn = [n for n, w in zip(names, last.draw.statistic_weights_T, strict=True) if w > 0]
+    def weighing(weights_T) -> list[str]:
+        return [name for name, weight in zip(names, weights_T, strict=True) if weight > 0]
+
     return {
         "unit": lane.unit.name,
         "loss": float(last.loss),
-        "drawn": drawn,
+        "drawn": weighing(last.draw.statistic_weights_T),
+        "told": weighing(last.draw.logit_weights_T),
         **terms(last, names),
     }
 
