@@ -11,11 +11,18 @@ files are those of github.com/akamaster/pytorch_resnet_cifar10; they were traine
 normalisation.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs import base
 
+# Published, and trained here.
 CHECKPOINTS = {"resnet44": "resnet44-014dd654.th", "resnet20": "resnet20-12fca82f.th"}
+TRAINED: dict[str, dict[str, Any]] = {
+    "mobilenet_v2": dict(architecture="mobilenet_v2", width=0.5, stem="small"),
+    "shufflenet_v2_x0_5": dict(architecture="shufflenet_v2_x0_5", stem="small"),
+}
 NORMALISATION = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
@@ -32,10 +39,10 @@ def get_config(arg: str = "") -> ConfigDict:
         c.networks[name] = base.network(
             architecture=name, checkpoint=f"data/teachers/{file}", **NORMALISATION
         )
-    c.networks.mobilenet_v2 = base.network(architecture="mobilenet_v2", width=0.5, stem="small")
-    c.networks.shufflenet_v2_x0_5 = base.network(architecture="shufflenet_v2_x0_5", stem="small")
+    for name, network in TRAINED.items():
+        c.networks[name] = base.network(**network)
 
-    c.squeeze.teachers = (*CHECKPOINTS, "mobilenet_v2", "shufflenet_v2_x0_5")
+    c.squeeze.teachers = (*CHECKPOINTS, *TRAINED)
     c.squeeze.epochs = 200
     c.squeeze.batch_size = 128
     c.squeeze.weight_decay = 5e-4

@@ -9,40 +9,24 @@ Forty epochs: after ten the three are at 84.5, 81.4 and 80.3 % where most of the
 copy (benchmarks/cifar10_copies.py).
 """
 
-from typing import Any
-
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, cifar10_ipc10
 
-NETWORKS: dict[str, dict[str, Any]] = {
-    "mobilenet_v2": dict(architecture="mobilenet_v2", width=0.5, stem="small"),
-    "shufflenet_v2_x0_5": dict(architecture="shufflenet_v2_x0_5", stem="small"),
-    "convnet_d3_bn": dict(architecture="convnet_d3_bn"),
-}
+NETWORKS = {**cifar10_ipc10.TRAINED, "convnet_d3_bn": dict(architecture="convnet_d3_bn")}
 
 
 def get_config(arg: str = "") -> ConfigDict:
     if arg:
         raise ValueError(f"unknown argument {arg!r}; this config takes none")
-    c = base.get_config()
+    c = cifar10_ipc10.get_config()
     c.name = "cifar10_teachers"
-    c.dataset.name = "cifar10"
-    c.dataset.source = "cifar"
-    c.dataset.path = "data/cifar-10-batches-py"
-    c.dataset.image_size = 32
-    c.dataset.num_classes = 10
     c.dataset.held_out = 0.1
-    for name, network in NETWORKS.items():
-        c.networks[name] = base.network(**network)
-    c.squeeze.teachers = tuple(NETWORKS)
+    c.networks.convnet_d3_bn = base.network(**NETWORKS["convnet_d3_bn"])
+    c.squeeze.teachers = c.recover.pool = tuple(NETWORKS)
     c.squeeze.epochs = 40
-    c.squeeze.batch_size = 128
-    c.squeeze.weight_decay = 5e-4
     c.squeeze.crop_pad = 4
     c.recover.primary = "mobilenet_v2"
-    c.recover.pool = c.squeeze.teachers
-    c.recover.roll = 4
     c.relabel.teachers = ("mobilenet_v2",)
     c.validate.students = ("convnet_d3_bn",)
     return c

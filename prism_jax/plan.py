@@ -24,8 +24,7 @@ from prism_jax.diffusion import fit, samplers
 from prism_jax.errors import UserError
 from prism_jax.labelling import Labeller
 from prism_jax.progress import hours_of
-from prism_jax.stages import anchoring, generator, guiding, statistics
-from prism_jax.stages import relabel as labelling
+from prism_jax.stages import anchoring, generator, guiding, relabel, statistics
 from prism_jax.stages.context import Context
 from prism_jax.stages.generator import Painter, Wish
 from prism_jax.stages.inputs import Inputs
@@ -102,7 +101,7 @@ def show(
     from prism_jax.accelerators import forecast
 
     layout = batch_layout(experiment)
-    recover, relabel = experiment.recover, experiment.relabel
+    recover, labelling = experiment.recover, experiment.relabel
     images = recover.ipc * experiment.dataset.num_classes
     iterations = layout.blocks * sum(
         budget_of(experiment, group * layout.slots) for group in range(layout.groups)
@@ -110,19 +109,19 @@ def show(
     dataset = experiment.dataset
     side, channels = dataset.image_size, info_of(dataset.name, dataset.path).channels
     image_bytes = images * side * side * channels
-    labels = labelling.plan_for(programs.shapes_of(experiment), images)
-    times, online = labelling.labelled_times(experiment), relabel.mode == "online"
-    batches = relabel.epochs * labels.batches_per_epoch if times else 0
+    labels = relabel.plan_for(programs.shapes_of(experiment), images)
+    times, online = relabel.labelled_times(experiment), labelling.mode == "online"
     label_bytes = 0 if online else int(times) * labels.stored_bytes
-    labels_said = (
-        f"{relabel.epochs} epochs, {batches:,} batches by {', '.join(relabel.teachers)}"
-        + (", while every student trains" if online else f", of {times:g} set(s)")
-        if batches
-        else "no soft labels: validate.loss is ce"
-    )
-    if relabel.labels_from and experiment.soft_labels:
-        others = f"; of controls {labels_said}" if batches else ""
-        labels_said = f"read from {relabel.labels_from}{others}"
+    labels_said = "no soft labels: validate.loss is ce"
+    if times:
+        batches = labelling.epochs * labels.batches_per_epoch
+        labels_said = (
+            f"{labelling.epochs} epochs, {batches:,} batches by {', '.join(labelling.teachers)}"
+            + (", while every student trains" if online else f", of {times:g} set(s)")
+        )
+    if labelling.labels_from and experiment.soft_labels:
+        others = f"; of controls {labels_said}" if times else ""
+        labels_said = f"read from {labelling.labels_from}{others}"
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(style="dim")
     rows = {
@@ -148,7 +147,7 @@ def show(
     if target:
         rows |= forecast.rows(experiment, target)
     elif measure:
-        rows |= _measured(experiment, layout.size, iterations, batches)
+        rows |= _measured(experiment, layout.size, iterations)
     for name, value in rows.items():
         table.add_row(name, value)
     progress.say(table)
@@ -221,19 +220,20 @@ def _few(e: Experiment, layout: Layout) -> str:
     )
 
 
-def _measured(e: Experiment, batch: int, iterations: int, label_batches: int) -> dict[str, str]:
+def _measured(e: Experiment, batch: int, iterations: int) -> dict[str, str]:
     """Hours of recover and relabel on this machine, and recover's memory; of a generator's fit."""
     rows = _measured_recover(e, batch, iterations) if iterations else {}
     if e.recover.maker == "generate":
         rows = _measured_images(e)
         if e.generate.generator == "dit":
             rows |= _measured_fit(e)
-    if not label_batches:
+    times = relabel.labelled_times(e)
+    if not times:
         return rows
-    label_batch = min(e.relabel.batch_size, e.recover.ipc * e.dataset.num_classes)
-    per_batch, each = _time_labels(e, label_batch), label_batches // e.relabel.epochs
-    times, lanes = labelling.labelled_times(e), min(each, len(jax.local_devices()))
-    hours = times * e.relabel.epochs * math.ceil(each / lanes) * per_batch / 3600
+    labels = relabel.plan_for(programs.shapes_of(e), e.recover.ipc * e.dataset.num_classes)
+    per_batch = _time_labels(e, labels.batch_size)
+    rounds = math.ceil(labels.batches_per_epoch / len(jax.local_devices()))
+    hours = times * labels.epochs * rounds * per_batch / 3600
     said = (
         f"about {hours_of(hours)}: {per_batch:.3g} s a batch, all batches of a set {times:g} times"
     )
@@ -407,7 +407,7 @@ def _time(function) -> float:
 
 def _time_labels(e: Experiment, size: int) -> float:
     pool = _random_pool(e, e.relabel.teachers)
-    labeller = Labeller(pool, labelling.recipe_of(e, size))
+    labeller = Labeller(pool, relabel.recipe_of(e, size))
     shape = Inputs(e).image_shape
     images = np.random.default_rng(0).integers(0, 256, (size, *shape), np.uint8)
     return _time(lambda: list(labeller.epoch(images, 0, seed=0)))

@@ -27,7 +27,7 @@ The rows prism_* ask what makes PRISM; all start from the same random real image
   prism_every_iteration                      of a subset that is drawn anew in every iteration
   prism_class       a batch is a whole class in place of a slot of all; one draw a batch
   prism_all_at_once as prism_every_iteration, all images in one batch
-At one image per class the last two are no others, and one slot is one draw: of seed 0 resnet44 and
+At one image per class the last two are left out, and one slot is one draw: of seed 0 resnet44 and
 resnet20, of seed 1 with mobilenet_v2, of seed 2 resnet44 alone.
 """
 
@@ -41,7 +41,6 @@ ITERATIONS = 1000
 POOL = (*cifar10_ipc10.CHECKPOINTS, *cifar10_teachers.NETWORKS)  # the primary first
 OTHER = "mobilenet_v2"  # whose statistics stand for another network's
 STUDENTS = ("resnet20", "convnet_d3")
-VARIANT = tuple(f"prism_{what}" for what in ("self", "other", "committee", "every", "class", "all"))
 LEADING = ("prism", "edc", "prism_plus")
 ARGUMENTS = ("ipc1", "ipc10", "ipc50", "crop", "batch")
 
@@ -75,9 +74,12 @@ def get_config(arg: str = "ipc10") -> ConfigDict:
     c.name, c.argument = f"compare_cifar10_{arg}", "cifar10"
     c.ipcs, c.seeds, c.student_seeds = (ipc,), (0, 1, 2), 1
     c.dataset = ConfigDict({"source": "cifar", "path": "data/cifar-10-batches-py", "held_out": 0.1})
-    rows = {"crop": {"prism": PRISM}, "batch": _batches()}.get(arg) or _all(ipc)
+    variants = _variants(ipc)
+    rows = {"prism": PRISM, **variants, **_methods(ipc)}
     if arg == "ipc50":
         rows = {name: rows[name] for name in LEADING}
+    elif arg in ("crop", "batch"):
+        rows = {"prism": PRISM} if arg == "crop" else _batches()
     random_real = method(
         "prism", "recover.initialise=real_random", "recover.iterations=0", "recover.pool=()"
     )
@@ -105,18 +107,19 @@ def get_config(arg: str = "ipc10") -> ConfigDict:
     if arg == "ipc10":
         c.protocols.own = ("validate.controls=random_real,real_balanced",)
         # PRISM's variants are labelled as it is: their own protocol would say what the one says.
-        c.one_protocol = tuple(name for name in rows if name.startswith(VARIANT))
+        c.one_protocol = tuple(variants)
     elif arg in ("crop", "batch"):
         c.control_sets = c.selected_real = ()
         crops = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
         protocols = {f"crop_{at:.0%}"[:-1]: (f"relabel.crop_min={at}",) for at in crops}
-        c.protocols = ConfigDict(protocols if arg == "crop" else {"prism_s": ()}, sort_keys=False)
+        c.protocols = ConfigDict(
+            protocols if arg == "crop" else {"prism_training": ()}, sort_keys=False
+        )
     return c
 
 
-def _all(ipc: int) -> dict[str, tuple[str, ...]]:
+def _variants(ipc: int) -> dict[str, tuple[str, ...]]:
     rows = {
-        "prism": PRISM,
         "prism_self": (*PRISM, FIXED),
         "prism_other": (*PRISM, *ONE_OTHER),
         "prism_committee": (*PRISM, "recover.statistics_by=committee"),
@@ -126,9 +129,13 @@ def _all(ipc: int) -> dict[str, tuple[str, ...]]:
         a_class = (WHOLE_CLASSES, f"recover.batch_size={ipc}", "recover.granularity=per_batch")
         rows["prism_class"] = (*PRISM, *a_class)
         rows["prism_all_at_once"] = (*PRISM, WHOLE_CLASSES, EVERY_ITERATION)
+    return rows
+
+
+def _methods(ipc: int) -> dict[str, tuple[str, ...]]:
     crops = ("recover.crop_curriculum=cosine", "recover.crop_min=0.08", "recover.flip=True")
     pairs = "random" if ipc == 1 else "listed"
-    return rows | {
+    return {
         "sre2l": method("sre2l", ALONE, STEPS),
         "rded": method("rded"),
         "cda": method("sre2l", ALONE, STEPS, *crops),

@@ -99,15 +99,15 @@ def _teachers(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
     trained = [name for name in e.squeeze.teachers if not e.network(name).checkpoint]
     images = _real_images(e) if trained else None
     for name in trained:
-        done, note = _compile(e, target, f"squeeze/{name}", known)
-        what = f"a step, on one host{note}"
+        network = f"squeeze/{name}"
         if images is None:
-            said = f"not here to be counted; {_each(target, done, what)}"
-            found[f"teacher {name}"] = Stage(None, said)
+            done, note = _compile(e, target, network, known)
+            each = _each(target, done, f"a step, on one host{note}")
+            found[f"teacher {name}"] = Stage(None, f"not here to be counted; {each}")
             continue
         epochs = e.squeeze.epochs_over(images)
         steps = epochs * num_batches(images, size)
-        stage = _training(e, target, f"squeeze/{name}", steps, epochs, "", known)
+        stage = _training(e, target, network, "a step", steps, epochs, known)
         found[f"teacher {name} takes"] = stage
     return found
 
@@ -121,22 +121,22 @@ def _real_images(e: Experiment, split: str = "train") -> int | None:
 
 
 def _training(
-    e: Experiment, target: Target, network: str, steps: float, tests: float, said: str, known: Known
+    e: Experiment, target: Target, network: str, step: str, steps: int, tests: int, known: Known
 ) -> Stage:
-    """So many steps and tests of a network; of tests the hours are known where the images are."""
+    """So many steps of a network, and tests where the test images are there to be counted."""
     done, note = _compile(e, target, network, known)
-    stage = _stage(target, done, steps, f"a step{said}, on one host{note}")
-    images = _real_images(e, "test")
-    if stage.hours is None or images is None:
-        return stage._replace(said=f"{stage.said}; without its tests")
-    done, note = _compile(e, target, f"{network}/test", known)
-    if done.cost is None:
-        return Stage(None, f"{stage.said}; tests {_each(target, done, '')}")
-    each = seconds_of(done.cost.mean({}), target)
-    hours = stage.hours + tests * num_batches(images, TESTED) * each / 3600
-    _, _, step = stage.said.partition(": ")
-    more = f"; {1e3 * each:.3g} ms for {TESTED} images of a test{note}"
-    return Stage(hours, f"{_bound(target)} {hours_of(hours)}: {step}{more}")
+    what, images = f"{step}, on one host{note}", _real_images(e, "test")
+    if done.cost is None or images is None:
+        trained = _stage(target, done, steps, what)
+        return trained._replace(said=f"{trained.said}; without its tests")
+    tested, note = _compile(e, target, f"{network}/test", known)
+    if tested.cost is None:
+        return Stage(None, f"tests: {_each(target, tested, '')}")
+    each = seconds_of(tested.cost.mean({}), target)
+    seconds = steps * seconds_of(done.cost.mean({}), target)
+    seconds += tests * num_batches(images, TESTED) * each
+    said = f"{_each(target, done, what)}; {1e3 * each:.3g} ms for {TESTED} images of a test{note}"
+    return _lasting(target, seconds / 3600, said)
 
 
 def _students(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
@@ -152,17 +152,16 @@ def _students(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
     trainings = len(v.seeds) * len(alike)
     steps = trainings * v.epochs * num_batches(images, min(v.batch_size, images))
     tests = trainings * math.ceil(v.epochs / v.eval_every)
-    said, real = f"{trainings} trainings", _real_images(e)
+    step, real = f"a step, {trainings} trainings", _real_images(e)
     if FULL_REAL in v.controls and real is not None:
         epochs = validate.epochs_of_size(e, real)
         steps += len(v.seeds) * epochs * num_batches(real, v.batch_size)
         tests += len(v.seeds) * math.ceil(epochs / v.eval_every)
-        said += f" and {len(v.seeds)} of the full real set"
+        step += f" and {len(v.seeds)} of the full real set"
     elif FULL_REAL in v.controls:
-        said += ", without those of the full real set, which is not here to be counted"
+        step += ", without those of the full real set, which is not here to be counted"
     for student in v.students:
-        network = f"validate/{student}"
-        stage = _training(e, target, network, steps, tests, f", {said}", known)
+        stage = _training(e, target, f"validate/{student}", step, steps, tests, known)
         found[f"{student} takes"] = stage
     return found
 
@@ -472,11 +471,12 @@ def _stage(target: Target, done: Found, times: float, what: str, cost: Cost | No
     if done.cost is None:
         return Stage(None, said)
     hours = times * seconds_of(cost or done.cost.mean({}), target) / 3600
-    return Stage(hours, f"{_bound(target)} {hours_of(hours)}: {said}")
+    return _lasting(target, hours, said)
 
 
-def _bound(target: Target) -> str:
-    return "about" if target.device.clock_hz else "at least"
+def _lasting(target: Target, hours: float, said: str) -> Stage:
+    bound = "about" if target.device.clock_hz else "at least"
+    return Stage(hours, f"{bound} {hours_of(hours)}: {said}")
 
 
 def _each(target: Target, done: Found, what: str, cost: Cost | None = None) -> str:

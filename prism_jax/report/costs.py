@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prism_jax.config import Experiment
 from prism_jax.models import ARCHITECTURES
 from prism_jax.models.import_torch import variable_shapes
 from prism_jax.report.finished import Run
@@ -143,10 +142,11 @@ def _recover_flop(run: Run) -> float | None:
         return 0.0
     if not all("drawn" in unit for unit in units):
         return None
-    fixed = _logits_by(run.config) == "fixed"
+    method = METHODS[recover.method]
+    logits_by = recover.logits_by or method.logits
     rows = [ARCHITECTURES[run.config.network(name).architecture] for name in recover.pool]
-    apart = recover.statistics_by != recover.logits_by or not all(row.batch_norms for row in rows)
-    if not fixed and apart:
+    together = logits_by == (recover.statistics_by or method.statistics)
+    if logits_by != "fixed" and not (together and all(row.batch_norms for row in rows)):
         return None  # who was read for its logits alone is not noted
     read = {name: 0.0 for name in recover.pool}  # images that it read, over all iterations
     for unit in units:
@@ -154,14 +154,10 @@ def _recover_flop(run: Run) -> float | None:
         images = (last - first + 1) * len(unit["slots"])
         for name in recover.pool:
             share = unit["drawn"][name]
-            if name == recover.primary and fixed:
+            if name == recover.primary and logits_by == "fixed":
                 share = 1.0
             read[name] += unit["iterations"] * images * share
     return _sum([_times(BY_PIXELS * n, forward_flop(run, t)) for t, n in read.items()])
-
-
-def _logits_by(config: Experiment) -> str:
-    return config.recover.logits_by or METHODS[config.recover.method].logits
 
 
 def _relabel_flop(run: Run) -> float | None:

@@ -170,11 +170,11 @@ def read(context: Context, name: str, cls: int) -> Tensors:
 
 
 def sampled_seconds(context: Context, classes_N: np.ndarray) -> float:
-    """What the candidates took from which images of these classes were chosen."""
+    """Seconds that sampling took of which the images of these classes are the chosen ones."""
     root, seconds = folder(context, "candidates"), 0.0
     for cls, count in zip(*np.unique(classes_N, return_counts=True), strict=True):
         record = workdir.read_record(root / f"{cls:05d}.json")
-        seconds += record["seconds"] * count / context.config.recover.ipc
+        seconds += record.get("seconds", 0.0) * count / context.config.recover.ipc
     return seconds
 
 

@@ -89,28 +89,13 @@ def test_recover_curves_draw_any_run(lines):
     assert png == figures.recover_curves(lines, primary="a")
 
 
-def test_recover_curves_show_who_supervised():
-    drawn = losses(1)
-    for line in drawn:
-        line["drawn"] = ["a", "b"]
-    assert figures.recover_curves(drawn, primary="a") != figures.recover_curves(
-        losses(1), primary="a"
-    )
+@pytest.mark.parametrize("whose", ["drawn", "told"])  # statistics, logits
+def test_recover_curves_show_who_supervised(whose):
+    def curves(**more):
+        return figures.recover_curves([line | more for line in losses(1)], primary="a")
 
-
-def test_whose_logits_count_is_a_line_of_the_cross_entropy():
-    """Teachers that take turns: b's is no look at a teacher that does not supervise."""
-    turns = losses(1)
-    for line in turns:
-        line["told"] = ["a", "b"]
-    assert figures.recover_curves(turns, primary="a") != figures.recover_curves(
-        losses(1), primary="a"
-    )
-    for line in turns:
-        line["told"] = ["a"]  # what an older line means
-    assert figures.recover_curves(turns, primary="a") == figures.recover_curves(
-        losses(1), primary="a"
-    )
+    assert curves(**{whose: ["a", "b"]}) != curves()
+    assert curves(**{whose: ["a"]}) == curves()  # what an older line, without "told", means
 
 
 def test_terms_that_are_zero_or_unknown_are_left_out():

@@ -29,6 +29,7 @@ ARGUMENTS = {
     "imagenet": ("smoke", "official", "smoke,official", "folder", "smoke,official,folder"),
     "imagenette": ("cpu", "folder", "cpu,folder"),
     "cifar10": ("cpu", "folder", "cpu,folder"),
+    "cifar10_teachers": (),
 }
 
 
@@ -62,7 +63,7 @@ def test_every_config_file_resolves(name):
     experiment = resolve(config)
     generates = experiment.recover.maker == "generate"
     assert (experiment.recover.iterations > 0) != generates
-    for arg in () if name == "cifar10_teachers" else ARGUMENTS.get(name.split("_")[0], ()):
+    for arg in ARGUMENTS.get(name, ARGUMENTS.get(name.split("_")[0], ())):
         c = module.get_config(arg)
         if "folder" in arg:
             assert "recover.initialise_from=DIR" in refusal(c)
