@@ -68,9 +68,10 @@ def missing_weights(experiment: Experiment, workdir: str) -> list[str]:
     for name in experiment.squeeze.teachers:
         path = experiment.network(name).checkpoint
         if path and not epath.Path(path).exists():
+            known = " (published under this name)" if epath.Path(path).suffix else ""
             lines.append(
-                f"teacher {name}: the weights {path} (published under this name), or another "
-                f"file of them with --config.networks.{name}.checkpoint=FILE"
+                f"teacher {name}: the weights {path}{known}, or others of it with "
+                f"--config.networks.{name}.checkpoint=FILE"
             )
     if generator.wanted(context := Context(experiment, workdir)):
         lines += [f"generator: {line}" for line in generator.missing(context)]

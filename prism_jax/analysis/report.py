@@ -27,6 +27,7 @@ CAPTIONS = {
         "read at both ends and did not supervise.",
     ),
 }
+ALONE = "The synthetic images, one class per row; they began as noise."
 IMAGES = ("grid",)  # figures whose colours dark mode must leave alone
 
 
@@ -68,7 +69,7 @@ def render(
         classes=words.class_rows(summary, class_names),
         teachers=words.teacher_rows(summary),
         facts=words.facts(summary),
-        figures=[_figure(name, figures[name]) for name in order],
+        figures=[_figure(name, figures[name], summary) for name in order],
         environment=_environment(summary),
         sections=_sections(config),
         notes=notes,
@@ -107,8 +108,10 @@ def headline(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def _figure(name: str, png: bytes) -> dict[str, Any]:
+def _figure(name: str, png: bytes, summary: Mapping[str, Any]) -> dict[str, Any]:
     title, caption = CAPTIONS.get(name, (name, ""))
+    if name == "grid" and summary.get("recover", {}).get("distance_from_initial", 0) is None:
+        caption = ALONE
     return {
         "title": title,
         "caption": caption,

@@ -151,7 +151,8 @@ def cost_tables(g: Gathered) -> list[Table]:
     stages = list(costs.STAGES)
     return [
         Table("Work", ["run", head, *stages, *(f"{s}, FLOP" for s in stages)], work,
-              "Squeeze counts the teachers that supervise or label; imported ones cost nothing."),
+              "Seconds of squeeze: the networks that made images and labels, a generator among "
+              "them; imported ones cost nothing. Its FLOP: teachers that supervise or label."),
         Table("Bytes",
               ["run", "set", head, "images", "soft labels", "of the real set", "% per MB"], taken),
     ]  # fmt: skip

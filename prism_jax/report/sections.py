@@ -86,7 +86,7 @@ def sections(
         "2 more), counted by XLA before it optimises. Bytes are decoded pixels and soft labels as "
         "stored; a real set of as few bytes is what a set competes with.",
         [("costs", lambda: accuracy.cost_tables(g))])  # fmt: skip
-    add("Images", "Every result stands beside the image that it began as.", [
+    add("Images", "Every result stands beside the image that it began as, where it began as one.", [
         ("the grid", lambda: pictures.grid(g)),
         ("the strips", lambda: pictures.strips(g)),
     ])  # fmt: skip

@@ -54,6 +54,13 @@ def test_the_report_says_what_a_reader_looks_for(summary):
     assert "None" not in page.text
 
 
+def test_images_that_began_as_noise_are_beside_nothing(summary):
+    assert "beside the images they began as" in Page(render(summary, figures={"grid": PNG})).text
+    summary["recover"]["distance_from_initial"] = None
+    text = Page(render(summary, figures={"grid": PNG})).text
+    assert "they began as noise" in text and "beside the images" not in text
+
+
 def test_the_report_needs_nothing_beside_it(summary):
     html = render(summary, figures={"mine": PNG, "grid": PNG})
     page = Page(html)
