@@ -276,6 +276,7 @@ def network(**fields) -> ConfigDict:
     c.head_classes = placeholder(int)
     c.class_indices = placeholder(tuple)
     c.weights_key = placeholder(str)
+    c.start_from = placeholder(str)
     c.update(fields)
     return c
 

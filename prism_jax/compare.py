@@ -480,7 +480,7 @@ class Comparison(Cells):
 
 
 def _is_imported(experiment: Any, teacher: str) -> bool:
-    return bool(experiment.network(teacher).checkpoint)
+    return bool(experiment.network(teacher).weights)
 
 
 if __name__ == "__main__":

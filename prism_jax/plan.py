@@ -66,12 +66,14 @@ def missing_weights(experiment: Experiment, workdir: str) -> list[str]:
     """What is imported and not there, of teachers and of the generator."""
     lines = []
     for name in experiment.squeeze.teachers:
-        path = experiment.network(name).checkpoint
+        network = experiment.network(name)
+        path = network.weights
+        field = "checkpoint" if network.checkpoint else "start_from"
         if path and not epath.Path(path).exists():
             known = " (published under this name)" if epath.Path(path).suffix else ""
             lines.append(
                 f"teacher {name}: the weights {path}{known}, or others of it with "
-                f"--config.networks.{name}.checkpoint=FILE"
+                f"--config.networks.{name}.{field}=FILE"
             )
     if generator.wanted(context := Context(experiment, workdir)):
         lines += [f"generator: {line}" for line in generator.missing(context)]

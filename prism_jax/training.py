@@ -168,11 +168,14 @@ class TestResult(NamedTuple):
 
 
 def initial_state(
-    module: nn.Module, recipe: TrainRecipe, seed: int, image_shape: tuple[int, int, int]
+    module: nn.Module,
+    recipe: TrainRecipe,
+    seed: int,
+    image_shape: tuple[int, int, int],
+    variables: PyTree | None = None,
 ) -> TrainState:
-    """Fresh weights from the stream "train/init" of ``seed``."""
-    images = jnp.zeros((1, *image_shape), jnp.float32)
-    variables = jitted_init(module)(rng.stream(rng.root(seed), "train/init"), images)
+    """The state before the first step: of ``variables``, or of :func:`fresh` ones."""
+    variables = variables or fresh(module, seed, image_shape)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     # One program for all of its zeros: every shape is compiled apart otherwise.
     opt_state = jax.jit(OPTIMISERS[recipe.optimiser](recipe).init)(params)
@@ -180,6 +183,12 @@ def initial_state(
     if recipe.ema is not None:  # a copy: the step may reuse the memory of both
         state = state._replace(ema=jax.tree.map(jnp.copy, state.variables))
     return state
+
+
+def fresh(module: nn.Module, seed: int, image_shape: tuple[int, int, int]) -> PyTree:
+    """Fresh weights from the stream "train/init" of ``seed``."""
+    images = jnp.zeros((1, *image_shape), jnp.float32)
+    return jitted_init(module)(rng.stream(rng.root(seed), "train/init"), images)
 
 
 def jitted_init(module: nn.Module) -> jax.stages.Wrapped:
@@ -335,9 +344,11 @@ class Trainer:
         recipe = dataclasses.replace(recipe, epochs=0)
         self._step = _jitted_step(recipe, module, normalisation, self.mesh)
 
-    def start(self, image_shape: tuple[int, int, int]) -> TrainState:
-        """Fresh weights for images of (height, width, channels)."""
-        return initial_state(self.module, self.recipe, self._seed, image_shape)
+    def start(
+        self, image_shape: tuple[int, int, int], variables: PyTree | None = None
+    ) -> TrainState:
+        """The given weights, or fresh ones for images of (height, width, channels)."""
+        return initial_state(self.module, self.recipe, self._seed, image_shape, variables)
 
     def step(self, state: TrainState, batch: TrainBatch) -> tuple[TrainState, Array]:
         """One optimiser step; the loss stays on the device."""

@@ -13,13 +13,20 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from helpers.command import TINY, assert_same, call, finished, reference, results, snapshot
 from PIL import Image
 
+from configs import tiny
+from prism_jax.config import resolve
 from prism_jax.data import workdir
 from prism_jax.data.metrics import read_lines
+from prism_jax.data.weights import WEIGHTS, unpack_variables
+from prism_jax.stages.context import Context
+from prism_jax.training import test
+from prism_jax.types import Normalisation
 
 __all__ = ["finished", "reference"]  # fixtures
 
@@ -314,6 +321,37 @@ def test_teachers_are_imported_from_folders_of_another_run(tmp_path, reference):
     student = json.loads((reference / STUDENT / "record.json").read_text())
     imported = json.loads((tmp_path / "new/squeeze/outside/record.json").read_text())
     assert imported["top1"] == student["top1"] and imported["batch_norms"] == 0
+
+
+def test_a_teacher_is_trained_further_from_weights(tmp_path, reference):
+    """At a rate that moves nothing they stay; images are read as is stated for these weights."""
+    weights = reference / "squeeze/first/weights.safetensors"
+    mean, std = (0.7,), (0.2,)
+    given = (
+        "--stages=squeeze", "--config.squeeze.learning_rate=1e-30",
+        "--config.squeeze.weight_decay=0.0", "--config.squeeze.optimiser=sgd",
+        *(f"--config.networks.first.{field}={value}" for field, value in
+          (("start_from", weights), ("mean", mean), ("std", std))),
+    )  # fmt: skip
+    out = ok(tmp_path / "new", *given)
+    assert f"training first further, from {weights}" in out
+    folder = tmp_path / "new/squeeze/first"
+    found, before = (unpack_variables(f.read_bytes()) for f in (folder / WEIGHTS, weights))
+    assert jax.tree.all(jax.tree.map(np.array_equal, found["params"], before["params"]))
+    moved = jax.tree.map(np.array_equal, found["batch_stats"], before["batch_stats"])
+    assert not any(jax.tree.leaves(moved))  # it was trained: the statistics are of its batches
+    fresh = unpack_variables((tmp_path / "new/squeeze/second" / WEIGHTS).read_bytes())
+    second = unpack_variables((reference / "squeeze/second" / WEIGHTS).read_bytes())
+    assert not np.array_equal(jax.tree.leaves(fresh)[0], jax.tree.leaves(second)[0])
+
+    context = Context(resolve(tiny.get_config()), str(tmp_path / "new"))
+    top1 = json.loads((folder / "record.json").read_text())["top1"]
+    for normalisation, equal in ((Normalisation(mean, std), True), (None, False)):
+        how = normalisation or context.inputs.normalisation
+        tested = test(context.networks.build("first"), found, *context.inputs.test_set(), how)
+        assert (tested.top1 == top1) == equal
+    again = refused(tmp_path / "new", *given[:-3], f"--config.networks.first.start_from={folder}")
+    assert "network.start_from" in again and "was made from other settings" in again
 
 
 def test_weights_that_do_not_fit_leave_nothing_behind(tmp_path, reference):

@@ -95,3 +95,16 @@ def test_how_often_a_set_is_labelled(changed, times):
         section_of = dataclasses.replace(getattr(e, section), **{field: value})
         e = dataclasses.replace(e, **{section: section_of})
     assert relabel.labelled_times(e) == times
+
+
+def test_weights_that_are_not_there_are_told(tmp_path):
+    """Those that are imported and those that are trained further, each by its field."""
+    e = resolve(prism.get_config("digits"))
+    networks = dict(e.networks)
+    first, second, *_ = e.squeeze.teachers
+    networks[first] = dataclasses.replace(networks[first], checkpoint="none/a.pth")
+    networks[second] = dataclasses.replace(networks[second], start_from="none/b.pth")
+    lines = plan.missing_weights(dataclasses.replace(e, networks=networks), str(tmp_path))
+    assert [line.split(":")[0] for line in lines] == [f"teacher {first}", f"teacher {second}"]
+    assert f"--config.networks.{first}.checkpoint=FILE" in lines[0]
+    assert f"--config.networks.{second}.start_from=FILE" in lines[1]

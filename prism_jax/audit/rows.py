@@ -43,13 +43,13 @@ def of_row(config: Any, row: str) -> Experiment:
       UserError: it cannot be used, or has a network that was trained on other images.
     """
     found: Experiment = compare.experiment_of(as_comparison(config), cell_of(config, row))
-    imported = [n for n in found.squeeze.teachers if found.network(n).checkpoint]
+    imported = [n for n in found.squeeze.teachers if found.network(n).weights]
     if found.recover.maker == "generate" and found.generate.directory:
         imported.append("the generator")
     if imported:
         raise UserError(
-            f"{row}: {', '.join(imported)} is imported, and was trained on images that are not "
-            f"known; an audit trains all of its networks, so unset what is read"
+            f"{row}: {', '.join(imported)} has weights from elsewhere, of images that are not "
+            f"known; an audit trains all of its networks anew, so unset what is read"
         )
     return found
 

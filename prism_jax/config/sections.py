@@ -55,8 +55,10 @@ class Dataset:
 class Network:
     """One named network: an architecture of the registry, scaled, and where its weights are.
 
-    ``checkpoint`` is a file or folder of weights; without one the network is trained by squeeze.
-    ``mean`` and ``std`` state the normalisation of imported weights (default: the dataset's).
+    ``checkpoint`` is a file or folder of weights; without one the network is trained by squeeze,
+    from fresh weights or from those in ``start_from``, whose head is drawn anew where it has
+    other classes. ``mean`` and ``std`` state the normalisation of the weights of either (default:
+    the dataset's).
     ``class_indices`` picks the dataset's classes from a larger head of ``head_classes``.
     ``weights_key`` says which of several networks in a file is meant, as "state_dict_ema".
     """
@@ -71,6 +73,12 @@ class Network:
     head_classes: int | None = None
     class_indices: tuple[int, ...] | None = None
     weights_key: str | None = None
+    start_from: Path | None = None
+
+    @property
+    def weights(self) -> Path | None:
+        """Where the weights from elsewhere are, imported as they are or trained further."""
+        return self.checkpoint or self.start_from
 
     def untrained(self) -> Network:
         """The network as a student: without what belongs to imported weights."""

@@ -26,7 +26,7 @@ from prism_jax.data.checkpoints import read_newest
 from prism_jax.data.weight_files import foreign
 from prism_jax.errors import UserError
 from prism_jax.models import build, import_torch, lookup
-from prism_jax.models.fitting import fit, guess_architecture
+from prism_jax.models.fitting import compare, fit, guess_architecture
 from prism_jax.models.layouts import rename
 from prism_jax.models.registry import check_image_size
 from prism_jax.models.selection import select
@@ -68,6 +68,7 @@ def load(
     depth: float = 1.0,
     stem: str = "imagenet",
     key: str | None = None,
+    head: PyTree | None = None,
     say: Callable[[str], None] = progress.say,
 ) -> PyTree:
     """Load weights as the variables of an architecture.
@@ -76,6 +77,8 @@ def load(
       path: see the module.
       architecture, num_classes, image_shape, width, depth, stem: as for ``fitting.fit``.
       key: see ``read``.
+      head: variables of this architecture, whose head is taken where the weights' has other
+        classes; None: then they do not fit.
       say: is told how a file was read.
 
     Returns:
@@ -85,22 +88,26 @@ def load(
       UserError: the weights cannot be read, or do not fit.
     """
     form: dict[str, Any]
-    form = {"architecture": architecture, "width": width, "depth": depth, "stem": stem}
+    form = {"width": width, "depth": depth, "stem": stem}
+    asked: dict[str, Any] = {
+        "architecture": architecture, "num_classes": num_classes, "image_shape": image_shape,
+    }  # fmt: skip
     check_image_size(architecture, min(image_shape[:2]), stem)
-    found = read(path, **form, key=key, num_classes=num_classes, image_shape=image_shape)
+    found = read(path, key=key, **asked, **form)
     for note in found.notes:
         say(f"{path}: {note}")
-    wrong = [f"{k} {v}, not {form[k]}" for k, v in found.stated.items() if v != form[k]]
+    known = {"architecture": architecture, **form}
+    wrong = [f"{k} {v}, not {known[k]}" for k, v in found.stated.items() if v != known[k]]
     if wrong:
         raise UserError(f"{path} was made with {'; '.join(wrong)}: state what it was made with")
-    return fit(
-        found.tensors,
-        path,
-        num_classes=num_classes,
-        image_shape=image_shape,
-        also=found.suspicion,
-        **form,
-    )
+    tensors = found.tensors
+    if head is not None:
+        others = compare(tensors, **asked, form=form)
+        if others is not None and others.only_classes is not None:
+            ours = import_torch.to_state_dict(head)
+            tensors = {n: t if t.shape == ours[n].shape else ours[n] for n, t in tensors.items()}
+            say(f"{path}: a new head of {num_classes} classes in place of {others.only_classes}")
+    return fit(tensors, path, also=found.suspicion, **asked, **form)
 
 
 def read(

@@ -283,8 +283,8 @@ def _other_head(path: str, architecture: str, head: int, num_classes: int) -> st
             f"by images), in Python num_classes={head}"
         )
     lines.append(
-        "  - if they are other classes, it needs a new head: leave the weights out, so that the "
-        "network is trained, or replace and train its last layer elsewhere"
+        "  - if they are other classes, it needs a new head and training: in a config "
+        f"networks.NAME.start_from={path} in place of checkpoint trains it from these weights"
     )
     return "\n".join(lines)
 

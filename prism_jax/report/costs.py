@@ -122,9 +122,9 @@ def _times(count: float, flop: float | None) -> float | None:
 
 
 def _squeeze_flop(run: Run) -> float | None:
-    """Of the teachers that were trained here; None where one was imported."""
+    """Of the teachers that were trained here; None where one has weights from elsewhere."""
     names, train = _used(run), _of(run.summary, "dataset", "train_images")
-    if train is None or any(run.config.network(name).checkpoint for name in names):
+    if train is None or any(run.config.network(name).weights for name in names):
         return None
     images = run.config.squeeze.epochs_over(train) * train
     return _sum([_times(BY_WEIGHTS * images, forward_flop(run, name)) for name in names])

@@ -422,11 +422,11 @@ def notes(context: Context) -> list[str]:
             f"{share:.4g} of the training images of every class are held out: nothing is made of "
             f"them, and students are tested on them too, so that a choice needs no test image."
         )
-        imported = [t for t in config.squeeze.teachers if config.network(t).checkpoint]
+        imported = [t for t in config.squeeze.teachers if config.network(t).weights]
         if imported:
             said.append(
-                f"{', '.join(imported)} were not trained here, and may have seen the held-out "
-                f"images."
+                f"{', '.join(imported)} have weights from elsewhere, and may have seen the "
+                f"held-out images."
             )
     if config.recover.initialise == "real" and not generator.wanted(context):
         said.append("The synthetic images start from real training images.")

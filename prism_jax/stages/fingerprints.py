@@ -22,7 +22,7 @@ from prism_jax.diffusion import huggingface, prompts
 from prism_jax.models import ARCHITECTURES
 from prism_jax.stages import imported
 from prism_jax.stages.context import Context, LabelledSet
-from prism_jax.stages.inputs import HELD_OUT
+from prism_jax.stages.inputs import HELD_OUT, own_normalisation
 from prism_jax.synthesis.selection import GROUPED, SELECTIONS
 from prism_jax.synthesis.start import ASKING
 
@@ -48,7 +48,7 @@ LATER: dict[str, dict[str, Any]] = {
     },
     "squeeze": {"least_steps": 0},
     "relabel": {"order": "own"},
-    "network": {"weights_key": None},
+    "network": {"weights_key": None, "start_from": None},
 }
 
 TOGETHER = "of two images at least"  # BatchNorm groups, where equal ones would be of one image
@@ -82,8 +82,12 @@ def teacher(context: Context, name: str) -> dict[str, Any]:
     if network.checkpoint:
         fields["network"]["checkpoint"] = _weights_digest(network.checkpoint)
     else:
+        if network.start_from:
+            fields["network"]["start_from"] = _weights_digest(network.start_from)
         fields["squeeze"] = section("squeeze", context.config.squeeze)
         fields["squeeze"]["seed"] = context.config.squeeze.seed
+        if own_normalisation(network):  # training took the data set's before
+            fields["squeeze"]["normalisation"] = "the network's"
         fields["data"] = context.inputs.fields(context.inputs.open("train"))
     return fields
 

@@ -25,6 +25,7 @@ from prism_jax.data.pipeline import on_device
 from prism_jax.errors import UserError
 from prism_jax.stages.context import Context
 from prism_jax.training import TrainBatch, Trainer, TrainState
+from prism_jax.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,7 @@ def train(
     per_epoch: int,
     eval_every: int,
     checkpoint_seconds: float,
+    variables: PyTree | None = None,
 ) -> Trained:
     """Train to the last epoch of the trainer's recipe, testing on the way.
 
@@ -59,6 +61,7 @@ def train(
       batches: ``batches(n)`` yields batch n and all that follow.
       per_epoch: batches per epoch.
       eval_every: epochs between two tests; the last epoch is always tested.
+      variables: the weights to begin with; None: fresh ones.
 
     Raises:
       UserError: a loss that is not finite; the step is named.
@@ -71,7 +74,7 @@ def train(
         every_seconds=checkpoint_seconds,
         of=workdir.read_fingerprint(folder),
     )
-    state = trainer.start(context.inputs.image_shape)
+    state = trainer.start(context.inputs.image_shape, variables)
     best, seconds = 0.0, 0.0
     losses: list[float | jax.Array] = []  # of the epoch so far
     if restored := checkpoints.restore(jax.device_get(state)):

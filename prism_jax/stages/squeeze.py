@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from etils import epath
@@ -25,7 +26,7 @@ from prism_jax.stages import fingerprints
 from prism_jax.stages.context import Context
 from prism_jax.stages.inputs import own_normalisation
 from prism_jax.stages.loop import train
-from prism_jax.training import TrainBatch, Trainer, TrainRecipe, test
+from prism_jax.training import TrainBatch, Trainer, TrainRecipe, fresh, test
 from prism_jax.types import PyTree
 
 
@@ -215,10 +216,17 @@ def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dic
     squeeze, dataset = context.config.squeeze, context.config.dataset
     source = context.inputs.open("train")
     epochs = squeeze.epochs_over(len(source))
+    module = context.networks.build(name, dtype=squeeze.dtype)
+    network = context.config.network(name)
+    variables = None
+    if network.start_from:
+        context.say(f"training {name} further, from {network.start_from}")
+        head = fresh(module, squeeze.seed, context.inputs.image_shape)
+        variables = _load(context, name, network.start_from, module, head)
     trainer = Trainer(
-        context.networks.build(name, dtype=squeeze.dtype),
+        module,
         recipe_of(context.config, name, epochs),
-        context.inputs.normalisation,
+        own_normalisation(network) or context.inputs.normalisation,
         view_seed=squeeze.seed,
         seed=squeeze.seed,
         devices=context.train_devices(squeeze.batch_size),
@@ -247,6 +255,7 @@ def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dic
         per_epoch=num_batches(len(source), squeeze.batch_size),
         eval_every=1,
         checkpoint_seconds=context.config.validate.checkpoint_seconds,
+        variables=variables,
     )
     record = {"source": "train", "top1": trained.top1, "top5": trained.top5}
     return trained.state.variables, record | {"seconds": trained.seconds}
@@ -257,20 +266,7 @@ def _import(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, di
     assert network.checkpoint is not None
     context.say(f"importing {name} from {network.checkpoint}")
     module = context.networks.build(name)
-    try:
-        variables = load(
-            network.checkpoint,
-            network.architecture,
-            module.num_classes,
-            image_shape=context.inputs.image_shape,
-            width=network.width,
-            depth=network.depth,
-            stem=network.stem,
-            key=network.weights_key,
-            say=lambda line: context.say(_naming(name, line)),
-        )
-    except UserError as error:
-        raise UserError(_naming(name, str(error))) from None
+    variables = _load(context, name, network.checkpoint, module)
     images, labels = context.inputs.test_set()
     result = test(
         module,
@@ -286,6 +282,28 @@ def _import(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, di
         "top1": result.top1,
         "top5": result.top5,
     }
+
+
+def _load(
+    context: Context, name: str, path: str, module: nn.Module, head: PyTree | None = None
+) -> PyTree:
+    """A network's weights from a file; see ``weights.load``."""
+    network = context.config.network(name)
+    try:
+        return load(
+            path,
+            network.architecture,
+            module.num_classes,
+            image_shape=context.inputs.image_shape,
+            width=network.width,
+            depth=network.depth,
+            stem=network.stem,
+            key=network.weights_key,
+            head=head,
+            say=lambda line: context.say(_naming(name, line)),
+        )
+    except UserError as error:
+        raise UserError(_naming(name, str(error))) from None
 
 
 def _naming(name: str, text: str) -> str:

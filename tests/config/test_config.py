@@ -141,6 +141,16 @@ REFUSED = {
         {"networks__resnet18": base.network(architecture="resnet18", weights_key="ema")},
         "networks.resnet18.weights_key", "networks.resnet18.checkpoint",
     ),
+    "imported and trained": (
+        {"networks__resnet18": base.network(
+            architecture="resnet18", checkpoint="a.pth", start_from="b.pth")},
+        "networks.resnet18.checkpoint", "networks.resnet18.start_from", "one of the two",
+    ),
+    "the head of what is trained": (
+        {"networks__resnet18": base.network(
+            architecture="resnet18", start_from="b.pth", head_classes=1000)},
+        "networks.resnet18.head_classes", "has the dataset's classes",
+    ),
     "a space of nothing": ({"recover__initialise_mean": (0.5,)}, "recover.initialise_std is None"),
     "half a space": (
         {"recover__initialise": "folder", "recover__initialise_from": "set",

@@ -102,6 +102,22 @@ def test_every_kind_gives_the_same_variables(write, network, tmp_path):
     assert "another size" in refused(path, shape=(32, 32, 3))
 
 
+def test_a_head_of_other_classes_is_replaced_where_one_is_given(network, tmp_path):
+    """All else is the file's; with as many classes nothing is replaced."""
+    path, said = as_teacher(tmp_path, network[1]), []
+    fresh = random_variables(build(num_classes=4, **FORM), SHAPE, 1)
+    loaded = load(path, classes=4, head=fresh, say=said.append)
+    same = lambda a, b: jax.tree.all(jax.tree.map(np.array_equal, a, b))  # noqa: E731
+    heads = {name for name, leaf in loaded["params"].items() if same(leaf, fresh["params"][name])}
+    kept = loaded["params"].keys() - heads
+    assert heads and kept and all(same(loaded["params"][n], network[1]["params"][n]) for n in kept)
+    assert same(loaded["batch_stats"], network[1]["batch_stats"])
+    assert said == [f"{path}: a new head of 4 classes in place of 10"]
+    other = random_variables(network[0], SHAPE, 1)
+    assert same(load(path, head=other, say=said.append), network[1]) and len(said) == 1
+    assert "another size" in refused(path, classes=4, head=fresh, shape=(32, 32, 3))
+
+
 def test_a_key_is_for_files_with_several_networks(network, tmp_path):
     for write in (as_teacher, as_tree, as_step):
         path = write(tmp_path / write.__name__, network[1])

@@ -58,10 +58,10 @@ def test_another_number_of_classes_says_what_can_be_done(small):
     message = refused(small, classes=4)
     assert "head of 10 classes; 4 were asked" in message
     assert "networks.NAME.head_classes=10" in message and "class_indices" in message
-    assert "leave the weights out" in message
+    assert "networks.NAME.start_from=" in message
     message = refused(small, classes=20)  # no choice of outputs makes ten of them twenty
     assert "head of 10 classes; 20 were asked" in message and "class_indices" not in message
-    assert "leave the weights out" in message
+    assert "networks.NAME.start_from=" in message
 
 
 def test_other_images_are_named(small):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prism_jax.config.rules.common import one_of, repeated
-from prism_jax.config.sections import Experiment
+from prism_jax.config.sections import Experiment, Network
 from prism_jax.models import ARCHITECTURES
 
 
@@ -30,8 +30,7 @@ def violations(e: Experiment) -> Iterator[str]:
         where = next(field for field, names in used.items() if name in names)
         yield from _readable(e, where, name)
     for name, network in e.networks.items():
-        if network.weights_key is not None and not network.checkpoint:
-            yield f"networks.{name}.weights_key needs networks.{name}.checkpoint, the file"
+        yield from _weights(name, network)
         for field in ("width", "depth"):
             value = getattr(network, field)
             if not value > 0:
@@ -44,6 +43,25 @@ def violations(e: Experiment) -> Iterator[str]:
                     f"supervises must be trained or imported there "
                     f"(squeeze.teachers: {', '.join(e.squeeze.teachers)})"
                 )
+
+
+def _weights(name: str, network: Network) -> Iterator[str]:
+    """Whether what is said of a network's weights can all be meant."""
+    if network.checkpoint and network.start_from:
+        yield (
+            f"networks.{name}.checkpoint is imported as it is, and networks.{name}.start_from is "
+            f"trained further: state one of the two"
+        )
+    if network.weights_key is not None and not network.weights:
+        yield (
+            f"networks.{name}.weights_key needs networks.{name}.checkpoint or .start_from, the file"
+        )
+    for field in ("head_classes", "class_indices"):
+        if network.start_from and getattr(network, field) is not None:
+            yield (
+                f"networks.{name}.{field} cuts the head of an imported network; that of one that "
+                f"is trained further has the dataset's classes. Leave it out"
+            )
 
 
 def _readable(e: Experiment, where: str, name: str) -> Iterator[str]:
