@@ -20,12 +20,12 @@ from helpers.command import TINY, assert_same, call, finished, reference, result
 from PIL import Image
 
 from configs import tiny
+from prism_jax import training
 from prism_jax.config import resolve
 from prism_jax.data import workdir
 from prism_jax.data.metrics import read_lines
 from prism_jax.data.weights import WEIGHTS, unpack_variables
 from prism_jax.stages.context import Context
-from prism_jax.training import test
 from prism_jax.types import Normalisation
 
 __all__ = ["finished", "reference"]  # fixtures
@@ -348,10 +348,56 @@ def test_a_teacher_is_trained_further_from_weights(tmp_path, reference):
     top1 = json.loads((folder / "record.json").read_text())["top1"]
     for normalisation, equal in ((Normalisation(mean, std), True), (None, False)):
         how = normalisation or context.inputs.normalisation
-        tested = test(context.networks.build("first"), found, *context.inputs.test_set(), how)
+        tested = training.test(
+            context.networks.build("first"), found, *context.inputs.test_set(), how
+        )
         assert (tested.top1 == top1) == equal
     again = refused(tmp_path / "new", *given[:-3], f"--config.networks.first.start_from={folder}")
     assert "network.start_from" in again and "was made from other settings" in again
+
+
+def test_weights_that_were_made_for_other_pixels_are_refused(tmp_path, reference):
+    """Of a teacher, of a training's checkpoints; of older teachers, which do not state it."""
+    others = ("--config.dataset.mean=0.7,", "--config.dataset.std=0.2,")
+    only = ("--stages=squeeze", "--config.squeeze.teachers=first,outside", *others,
+            "--config.recover.pool=first")  # fmt: skip
+    old = shutil.copytree(reference / "squeeze/first", tmp_path / "old")
+    record = workdir.read_record(old / "record.json")
+    del record["normalisation"]
+    workdir.write_record(old / "record.json", record)
+    (last,) = {max((reference / STUDENT / "checkpoints").iterdir(), key=lambda f: int(f.name))}
+    for path, name in ((reference / "squeeze/first", "first"), (old / WEIGHTS, "first"),
+                       (last, "outside")):  # fmt: skip
+        given = (*only, f"--config.networks.{name}.checkpoint={path}")
+        status, _, err = call(TINY, f"--workdir={tmp_path / 'run'}", *given)
+        assert status == 2 and "was made for images of mean (" in err
+        remedy = [word for word in err.split() if word.startswith(f"--config.networks.{name}.")]
+        assert len(remedy) == 2 and "Traceback" not in err
+        ok(tmp_path / "run", *given, *remedy)
+        shutil.rmtree(tmp_path / "run")
+    stated = ("--config.networks.first.mean=0.7,", "--config.networks.first.std=0.2,")
+    assert "warning" in ok(tmp_path / "run", *given, *remedy, *stated,
+                           f"--config.networks.first.checkpoint={old}")  # fmt: skip
+
+
+def test_an_imported_teacher_is_tested_anew_on_other_images(tmp_path, reference):
+    """Its weights are the same; its accuracy is that of these images, and stays where they do."""
+    given = (
+        "--stages=squeeze",
+        f"--config.networks.first.checkpoint={reference / 'squeeze/first'}",
+    )
+    ok(tmp_path / "a", f"--from={reference}", *given)
+    record = tmp_path / "a/squeeze/first" / "record.json"
+    right, when = workdir.read_record(record), record.stat().st_mtime_ns
+    ok(tmp_path / "a", *given)
+    assert record.stat().st_mtime_ns == when
+    workdir.write_record(record, {**right, "tested": "others", "top1": 0.123})
+    ok(tmp_path / "a", *given)
+    assert workdir.read_record(record) == right
+    workdir.write_record(record, {k: v for k, v in right.items() if k != "tested"})  # an older one
+    before = snapshot(tmp_path / "a")
+    ok(tmp_path / "a", *given)
+    assert snapshot(tmp_path / "a") == before
 
 
 def test_weights_that_do_not_fit_leave_nothing_behind(tmp_path, reference):

@@ -33,8 +33,9 @@ def observe(context: Context, images_uint8_NHWC: np.ndarray, labels_N: np.ndarra
     distances_N = quality.nearest(images_uint8_NHWC, among) / among[0].size ** 0.5
 
     def told(name: str, variables: PyTree, is_student: bool) -> np.ndarray:
-        module = context.networks.build(name, student=is_student)
-        read = training.jitted_forward(module, context.inputs.normalisation, parallel.data_mesh())
+        module, networks = context.networks.build(name, student=is_student), context.networks
+        how = context.inputs.normalisation if is_student else networks.normalisation(name)
+        read = training.jitted_forward(module, how, parallel.data_mesh())
         logits_NK = np.asarray(read(variables, images_uint8_NHWC))
         return membership.confidence(logits_NK, labels_N)
 

@@ -108,8 +108,8 @@ def _nothing(hint: Any) -> Any:
 def _completed(values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     """The fields of a data set of one's own that its storage tells: classes and normalisation.
 
-    Without ``dataset.mean`` they are ImageNet's where teachers are imported, for which they were
-    trained, and otherwise measured.
+    Without ``dataset.mean`` they are ImageNet's where teachers have weights from elsewhere, which
+    were trained for it, and otherwise measured.
     """
     dataset = values.get("dataset")
     if not isinstance(dataset, dict) or not isinstance(dataset.get("name"), str):
@@ -134,7 +134,7 @@ def _completed(values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
         imported = [
             teacher
             for teacher in squeeze.get("teachers") or ()
-            if (networks.get(teacher) or {}).get("checkpoint")
+            if any((networks.get(teacher) or {}).get(f) for f in ("checkpoint", "start_from"))
         ]
         if dataset.get("mean") is None and dataset.get("std") is None and not imported:
             measured = own.measure_normalisation(name, path)

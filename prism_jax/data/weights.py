@@ -23,6 +23,7 @@ from safetensors import numpy as safetensors
 from prism_jax import progress
 from prism_jax.data import weight_files, workdir
 from prism_jax.data.checkpoints import read_newest
+from prism_jax.data.datasets import DATASETS
 from prism_jax.data.weight_files import foreign
 from prism_jax.errors import UserError
 from prism_jax.models import build, import_torch, lookup
@@ -30,7 +31,7 @@ from prism_jax.models.fitting import compare, fit, guess_architecture
 from prism_jax.models.layouts import rename
 from prism_jax.models.registry import check_image_size
 from prism_jax.models.selection import select
-from prism_jax.types import PyTree
+from prism_jax.types import Normalisation, PyTree
 
 WEIGHTS = "weights.safetensors"
 RECORD = "record.json"
@@ -249,6 +250,31 @@ def _read_teacher(folder: epath.Path) -> Found:
         {key: stated[key] for key in STATED if key in stated},
         record["sha256"],
     )
+
+
+def stated_normalisation(path: epath.PathLike) -> Normalisation | None:
+    """How images were normalised for weights that were written here; None: nobody says it.
+
+    Args:
+      path: of weights of any kind. What is known stands beside those of squeeze, of
+        ``import --out`` and of a training's checkpoints.
+    """
+    file = epath.Path(path)
+    folder = file if file.is_dir() else file.parent
+    if folder.parent.name == "checkpoints":
+        folder = folder.parent
+    if folder.name == "checkpoints":
+        folder = folder.parent
+    elif file.name != WEIGHTS and file != folder:
+        return None  # a file of others that lies there too
+    record = workdir.read_record(folder / RECORD) if (folder / RECORD).is_file() else {}
+    made_from = workdir.read_fingerprint(folder) or {}
+    network, data = made_from.get("network"), made_from.get("data") or made_from.get("test") or {}
+    for stated in (record.get("normalisation"), network, data.get("normalisation")):
+        if stated and stated["mean"] and stated["std"]:
+            return Normalisation(tuple(stated["mean"]), tuple(stated["std"]))
+    known = DATASETS.get(data.get("name", ""))
+    return known and known.normalisation
 
 
 def _named(

@@ -17,7 +17,6 @@ from prism_jax.diffusion.quality import nearest
 from prism_jax.errors import UserError
 from prism_jax.report.finished import Run
 from prism_jax.stages import analyse
-from prism_jax.stages.inputs import own_normalisation
 from prism_jax.training import TESTED, jitted_forward
 from prism_jax.types import PyTree
 
@@ -193,10 +192,9 @@ def teachers_logits(run: Run, names: Sequence[str], images: Images) -> dict[str,
     found = {}
     for name in names:
         context = run.context
-        own = own_normalisation(run.config.network(name))
         logits_NH = _logits(
             context.networks.build(name), context.networks.load(name),
-            own or context.inputs.normalisation, images,
+            context.networks.normalisation(name), images,
         )  # fmt: skip
         indices = context.networks.class_indices(name)
         found[name] = logits_NH if indices is None else logits_NH[:, list(indices)]

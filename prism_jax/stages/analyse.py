@@ -27,7 +27,6 @@ from prism_jax.data.weights import RECORD
 from prism_jax.errors import UserError
 from prism_jax.stages import fingerprints, generator
 from prism_jax.stages.context import Context, LabelledSet
-from prism_jax.stages.inputs import own_normalisation
 from prism_jax.stages.makers import start
 from prism_jax.teachers import embed
 from prism_jax.types import Array, PyTree
@@ -180,12 +179,11 @@ def _nearest(context: Context) -> list[int]:
 def embedder(context: Context, name: str) -> jax.stages.Wrapped:
     """A network's embeddings of uint8 images, compiled: ``f(variables, images)``."""
     module = context.networks.build(name)
-    own = own_normalisation(context.config.network(name))
+    normalisation = context.networks.normalisation(name)
 
     @jax.jit
     def read(variables: PyTree, images_uint8_BHWC: Array) -> Array:
-        normalised = pixels.normalise(images_uint8_BHWC, own or context.inputs.normalisation)
-        return embed(module, variables, normalised)
+        return embed(module, variables, pixels.normalise(images_uint8_BHWC, normalisation))
 
     return read
 

@@ -15,7 +15,7 @@ from prism_jax.errors import UserError
 from prism_jax.models import build
 from prism_jax.stages.inputs import Inputs, own_normalisation
 from prism_jax.teachers import TeacherPool, describe
-from prism_jax.types import PyTree
+from prism_jax.types import Normalisation, PyTree
 
 
 class Networks:
@@ -42,6 +42,20 @@ class Networks:
             stem=network.stem,
             dtype=jnp.dtype(dtype),
         )
+
+    def normalisation(self, name: str) -> Normalisation:
+        """How images are read for a teacher: as is stated for its weights, or the data set's way.
+
+        Raises:
+          UserError: what is stated is for images of another number of channels.
+        """
+        own = own_normalisation(self._config.network(name))
+        if own and len(own.mean) != self._inputs.info.channels:
+            raise UserError(
+                f"networks.{name}.mean has {len(own.mean)} numbers; {self._inputs.info.name} has "
+                f"{self._inputs.info.channels} channels"
+            )
+        return own or self._inputs.normalisation
 
     def class_indices(self, name: str) -> tuple[int, ...] | None:
         """The outputs of a network's head that are the classes of the data; None: all of them.
@@ -102,7 +116,7 @@ class Networks:
                     name,
                     self.build(name, dtype=dtype),
                     self._inputs.image_shape,
-                    normalisation=own_normalisation(network),
+                    normalisation=self.normalisation(name) if network.mean else None,
                     class_indices=self.class_indices(name),
                 )
             )

@@ -5,6 +5,7 @@ squeeze/<teacher>/  fingerprint.json  weights.safetensors  record.json (last: pr
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from typing import Any
 
@@ -15,16 +16,23 @@ from etils import epath
 
 from prism_jax import parallel
 from prism_jax.config import Experiment, Network
+from prism_jax.core import pixels
 from prism_jax.core.augment import Augment
 from prism_jax.data import workdir
 from prism_jax.data.pipeline import batches, num_batches
-from prism_jax.data.weights import RECORD, WEIGHTS, load, pack, sha256
+from prism_jax.data.weights import (
+    RECORD,
+    WEIGHTS,
+    load,
+    pack,
+    sha256,
+    stated_normalisation,
+)
 from prism_jax.errors import UserError
 from prism_jax.models.published import PUBLISHED
 from prism_jax.parallel import enough_memory
 from prism_jax.stages import fingerprints
 from prism_jax.stages.context import Context
-from prism_jax.stages.inputs import own_normalisation
 from prism_jax.stages.loop import train
 from prism_jax.training import TrainBatch, Trainer, TrainRecipe, fresh, test
 from prism_jax.types import PyTree
@@ -66,6 +74,7 @@ def run(context: Context) -> None:
             "params": sum(int(np.size(leaf)) for leaf in leaves),
             "batch_norms": len(jax.tree.leaves(variables["batch_stats"])) // 2,
             "sha256": sha256(data),
+            "normalisation": dataclasses.asdict(context.networks.normalisation(name)),
         }
         workdir.write_record(folder / RECORD, record)
         context.say(f"teacher {name}: top-1 {record['top1']:.1%} on the real test images")
@@ -184,7 +193,22 @@ def _is_done(context: Context, name: str) -> bool:
         return False
     if lines := workdir.differences(found, fingerprints.teacher(context, name)):
         raise UserError(refusal(f"teacher {name}", folder, lines))
-    return (folder / RECORD).exists()
+    if not (folder / RECORD).exists():
+        return False
+    # Imported weights are the same for all images, but how often they are right is not.
+    tested = workdir.read_record(folder / RECORD).get("tested")
+    return tested is None or tested == _tested(context, name)
+
+
+def _tested(context: Context, name: str) -> str:
+    """What an imported teacher is tested on, and how it reads that, as a digest."""
+    return workdir.digest(
+        {
+            "images": context.inputs.fields(context.inputs.open("test")),
+            "normalisation": dataclasses.asdict(context.networks.normalisation(name)),
+            "outputs": context.networks.class_indices(name),
+        }
+    )
 
 
 def refusal(what: str, folder: epath.Path, lines: list[str]) -> str:
@@ -226,7 +250,7 @@ def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dic
     trainer = Trainer(
         module,
         recipe_of(context.config, name, epochs),
-        own_normalisation(network) or context.inputs.normalisation,
+        context.networks.normalisation(name),
         view_seed=squeeze.seed,
         seed=squeeze.seed,
         devices=context.train_devices(squeeze.batch_size),
@@ -273,7 +297,7 @@ def _import(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, di
         variables,
         images,
         labels,
-        own_normalisation(network) or context.inputs.normalisation,
+        context.networks.normalisation(name),
         class_indices=context.networks.class_indices(name),
         mesh=parallel.data_mesh(context.train_devices(context.config.squeeze.batch_size)),
     )
@@ -281,15 +305,22 @@ def _import(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, di
         "source": epath.Path(network.checkpoint).name,
         "top1": result.top1,
         "top5": result.top5,
+        "tested": _tested(context, name),
     }
 
 
 def _load(
     context: Context, name: str, path: str, module: nn.Module, head: PyTree | None = None
 ) -> PyTree:
-    """A network's weights from a file; see ``weights.load``."""
+    """A network's weights from a file; see ``weights.load``.
+
+    Raises:
+      UserError: they cannot be read, do not fit, or images would be read otherwise than they were
+        made for, without that being stated.
+    """
     network = context.config.network(name)
     try:
+        _check_normalisation(context, name, path)
         return load(
             path,
             network.architecture,
@@ -304,6 +335,25 @@ def _load(
         )
     except UserError as error:
         raise UserError(_naming(name, str(error))) from None
+
+
+def _check_normalisation(context: Context, name: str, path: str) -> None:
+    """Compare how a run reads images for weights with how they were made to be read."""
+    made_for, read_by = stated_normalisation(path), context.networks.normalisation(name)
+    if made_for is None or pixels.alike(made_for, read_by):
+        return
+    differ = (
+        f"{path} was made for images of mean {made_for.mean} and standard deviation "
+        f"{made_for.std}, and this run reads them with {read_by.mean} and {read_by.std}"
+    )
+    if context.config.network(name).mean:
+        context.say(f"warning: {differ}, as networks.{name}.mean and .std state")
+        return
+    mean, std = (",".join(f"{x:.6g}" for x in values) for values in (made_for.mean, made_for.std))
+    raise UserError(
+        f"{differ}. State what is meant: --config.networks.{name}.mean={mean} "
+        f"--config.networks.{name}.std={std}"
+    )
 
 
 def _naming(name: str, text: str) -> str:

@@ -141,6 +141,10 @@ REFUSED = {
         {"networks__resnet18": base.network(architecture="resnet18", weights_key="ema")},
         "networks.resnet18.weights_key", "networks.resnet18.checkpoint",
     ),
+    "half a normalisation of a network": (
+        {"networks__resnet18": base.network(architecture="resnet18", mean=(0.1,))},
+        "networks.resnet18.mean is (0.1,)", "networks.resnet18.std is None", "belong together",
+    ),
     "imported and trained": (
         {"networks__resnet18": base.network(
             architecture="resnet18", checkpoint="a.pth", start_from="b.pth")},

@@ -36,6 +36,17 @@ def share(e: Experiment, section: str, *names: str, low: str = "[", high: str = 
             yield f"{section}.{name} is {value}; it must be in {low}0, 1{high}"
 
 
+def normalisation(of: str, mean: tuple | None, std: tuple | None) -> Iterator[str]:
+    """A mean and a standard deviation per channel, both or none; ``of`` is what they are called."""
+    if (mean is None) != (std is None) or (mean and std and len(mean) != len(std)):
+        yield (
+            f"{of}mean is {mean} and {of}std is {std}; they belong together, with one number per "
+            f"channel each"
+        )
+    if std and min(std) <= 0:
+        yield f"{of}std is {std}; its numbers must be positive"
+
+
 def one_of(name: str, value: str, table: Iterable[str]) -> Iterator[str]:
     """A name of a row of a table."""
     if value not in (allowed := list(table)):

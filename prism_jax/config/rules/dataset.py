@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator
 
-from prism_jax.config.rules.common import not_negative, one_of, positive
+from prism_jax.config.rules.common import normalisation, not_negative, one_of, positive
 from prism_jax.config.sections import Experiment
 from prism_jax.data import datasets, sources
 from prism_jax.data.sources import own
@@ -27,18 +27,12 @@ def violations(e: Experiment) -> Iterator[str]:
     elif d.name.startswith(datasets.TFDS) and d.source != "tfds":
         yield f"dataset.source is {d.source!r}; dataset.name={d.name} needs 'tfds'"
     yield from one_of("dataset.source", d.source, sources.SOURCES)
-    if (d.mean is None) != (d.std is None) or (d.mean and d.std and len(d.mean) != len(d.std)):
-        yield (
-            f"dataset.mean is {d.mean} and dataset.std is {d.std}; they belong together, with one "
-            f"number per channel each"
-        )
+    yield from normalisation("dataset.", d.mean, d.std)
     if not 0 <= d.held_out < 1:
         yield (
             f"dataset.held_out is {d.held_out:g}; it is the share of the training images that is "
             f"held out, from 0 (none) to below 1"
         )
-    if d.std and min(d.std) <= 0:
-        yield f"dataset.std is {d.std}; its numbers must be positive"
 
 
 def _own(e: Experiment) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prism_jax.config.rules.common import one_of, repeated
+from prism_jax.config.rules.common import normalisation, one_of, repeated
 from prism_jax.config.sections import Experiment, Network
 from prism_jax.models import ARCHITECTURES
 
@@ -31,6 +31,7 @@ def violations(e: Experiment) -> Iterator[str]:
         yield from _readable(e, where, name)
     for name, network in e.networks.items():
         yield from _weights(name, network)
+        yield from normalisation(f"networks.{name}.", network.mean, network.std)
         for field in ("width", "depth"):
             value = getattr(network, field)
             if not value > 0:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from prism_jax.config.generation import CLIP_FOLDER
 from prism_jax.config.layout import Layout, batch_layout
-from prism_jax.config.rules.common import not_negative, one_of, positive, share
+from prism_jax.config.rules.common import normalisation, not_negative, one_of, positive, share
 from prism_jax.config.sections import SELECTED_CONTROLS, Experiment
 from prism_jax.core import priors, schedules
-from prism_jax.data.sets.floats import MEAN, STD, WHITENING, WHITENINGS
+from prism_jax.data.sets.floats import WHITENING, WHITENINGS
 from prism_jax.errors import UserError
 from prism_jax.models import ARCHITECTURES
 from prism_jax.synthesis import KINDS, METHODS, PARAMETRISATIONS, sampling
@@ -393,14 +393,7 @@ def _start(e: Experiment) -> Iterator[str]:
 def _stated(e: Experiment) -> Iterator[str]:
     """What is said of a set that somebody else made."""
     r = e.recover
-    mean, std = r.initialise_mean, r.initialise_std
-    if (mean is None) != (std is None) or (mean and std and len(mean) != len(std)):
-        yield (
-            f"{MEAN} is {mean} and {STD} is {std}; they belong together, with one number per "
-            f"channel each"
-        )
-    if std and min(std) <= 0:
-        yield f"{STD} is {std}; its numbers must be positive"
+    yield from normalisation("recover.initialise_", r.initialise_mean, r.initialise_std)
     if r.initialise_whitening is not None:
         yield from one_of(WHITENING, r.initialise_whitening, WHITENINGS)
     if r.initialise != "folder":

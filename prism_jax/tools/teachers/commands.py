@@ -24,13 +24,13 @@ from prism_jax.analysis.class_order import (
 from prism_jax.core import pixels
 from prism_jax.data import workdir
 from prism_jax.data.sources import ImageSource, info_of, open_source
-from prism_jax.data.weights import RECORD, WEIGHTS, pack, sha256
+from prism_jax.data.weights import RECORD, WEIGHTS, pack, sha256, stated_normalisation
 from prism_jax.errors import UserError
 from prism_jax.models import ARCHITECTURES
 from prism_jax.models.registry import STEMS
 from prism_jax.tools.teachers import reading
 from prism_jax.tools.teachers.network import FIND, Weights, load_weights, stated_order
-from prism_jax.tools.teachers.reading import alike, class_names, read_logits
+from prism_jax.tools.teachers.reading import class_names, read_logits
 from prism_jax.tools.teachers.saying import (
     in_words,
     per_class,
@@ -73,7 +73,7 @@ def list_command(options: argparse.Namespace) -> None:
 def import_command(options: argparse.Namespace) -> None:
     """Say what a weight file is, and keep it in our format."""
     weights = _load(options)
-    normalisation = _normalisation(options)
+    normalisation = _normalisation(options) or stated_normalisation(options.file)
     say_weights(options, weights)
     height, _, channels = weights.image_shape
     lines = {
@@ -119,7 +119,9 @@ def _write(options, weights: Weights, normalisation: Normalisation | None) -> No
 def evaluate_command(options: argparse.Namespace) -> None:
     """Test a network on real images and look for the usual mistakes."""
     info = info_of(options.dataset, options.path)
-    normalisation = _normalisation(options) or info.normalisation
+    normalisation = (
+        _normalisation(options) or stated_normalisation(options.file) or info.normalisation
+    )
     if len(normalisation.mean) != info.channels:
         raise UserError(
             f"--mean and --std have {len(normalisation.mean)} numbers; {info.name} has "
@@ -190,7 +192,7 @@ def evaluate_command(options: argparse.Namespace) -> None:
         others = {
             name: other
             for name, other in reading.usual_normalisations(info).items()
-            if not alike(other, normalisation)
+            if not pixels.alike(other, normalisation)
         }
         readings = (
             (name, read(at_N[at_M], other, title=f"try {name}")) for name, other in others.items()

@@ -90,7 +90,3 @@ def usual_normalisations(info: DatasetInfo) -> dict[str, Normalisation]:
         "pixels in [0, 255]": Normalisation((0.0,) * c, (1 / 255,) * c),
     }
     return {name: n for name, n in usual.items() if len(n.mean) == c}
-
-
-def alike(one: Normalisation, other: Normalisation) -> bool:
-    return np.allclose(one.mean + one.std, other.mean + other.std, rtol=1e-3, atol=1e-6)
