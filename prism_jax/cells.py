@@ -93,6 +93,7 @@ class Cells(abc.ABC):
             sharing = {c: e for c, e in self.experiments.items() if self.teachers(c) == folder}
             with_teachers |= with_all_teachers(sharing)
         todo = [cell for cell in self.experiments if self.result(cell) is None]
+        self._check_finished()
         try:
             with parallel.shared_programs():
                 for number, cell in enumerate(todo, 1):
@@ -103,6 +104,34 @@ class Cells(abc.ABC):
         finally:
             self.write_tables(whole=True)
         self.show()
+
+    def _check_finished(self) -> None:
+        """Refuse to add to cells that were made from other images or networks than are there now.
+
+        Raises:
+          UserError: the files that the settings name hold something else than before.
+        """
+        from prism_jax.stages.context import Context
+
+        now: dict[str, dict[str, str]] = {}
+        changed = {}
+        for cell, experiment in self.experiments.items():
+            before = (self.result(cell) or {}).get("read")
+            if not before:
+                continue
+            reads = digest_of(_reading(experiment))
+            if reads not in now:
+                now[reads] = read_by(Context(experiment, str(self.folder(cell))))
+            if differs := [what for what, of in now[reads].items() if before.get(what) != of]:
+                changed[cell.name] = differs
+        if changed:
+            names, whats = list(changed), dict.fromkeys(w for ws in changed.values() for w in ws)
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise UserError(
+                f"finished cells ({shown}) were made from other {', '.join(whats)} than the "
+                f"settings name now, and one table would mix both. Use another --workdir, or put "
+                f"back what was there; or delete {self.root / CELLS} and {self.root / TEACHERS}"
+            )
 
     def show(self) -> None:
         """Print the table."""
@@ -161,7 +190,8 @@ class Cells(abc.ABC):
         context = Context(experiment, str(root), stop=stop, provenance=made_by())
         try:
             pipeline.adopt(context, squeezed)
-            record = {"experiment": self.digest(cell), **self.make(cell, context, made_by)}
+            made = self.make(cell, context, made_by)
+            record = {"experiment": self.digest(cell), "read": read_by(context), **made}
             workdir.write_record(root / "cell.json", record)
         finally:
             context.work.lock.release()
@@ -217,6 +247,27 @@ def with_all_teachers(experiments: dict[Cell, Any]) -> dict[Cell, Any]:
         )
         for cell, experiment in experiments.items()
     }
+
+
+def _reading(experiment: Any) -> Any:
+    """An experiment of which only counts what ``read_by`` depends on."""
+    return dataclasses.replace(
+        experiment,
+        name="",
+        seed=0,
+        **{section: None for section in ("recover", "relabel", "validate", "analyse", "generate")},
+    )
+
+
+def read_by(context: Any) -> dict[str, str]:
+    """Digests of what a run reads: its real images, and its networks' making or weights."""
+    from prism_jax.data import workdir
+    from prism_jax.stages import fingerprints
+
+    inputs, teachers = context.inputs, context.config.squeeze.teachers
+    images = {f"{split} images": inputs.fields(inputs.open(split)) for split in ("train", "test")}
+    digests = {what: workdir.digest(fields) for what, fields in images.items()}
+    return digests | {f"teacher {t}": d for t, d in fingerprints.pool(context, teachers).items()}
 
 
 def digest_of(experiment: Any, start: str | None = None) -> str:

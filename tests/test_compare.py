@@ -173,6 +173,28 @@ def test_a_cell_whose_record_is_of_an_older_version_is_recorded_anew(finished, t
     assert "1 or 2 seed(s)" in table.split("#### short, IPC 2, outside")[1]
 
 
+def test_nothing_is_added_to_cells_of_other_images_or_weights(finished, tmp_path):
+    """The settings name files; a table of before and after they changed would be of neither."""
+    root, _ = finished
+    copy = tmp_path / "run"
+    shutil.copytree(root, copy)
+    path = copy / "cells/prism/ipc2/seed0/short/cell.json"
+    record = workdir.read_record(path)
+    assert set(record["read"]) == {
+        "train images", "test images", "teacher first", "teacher second", "teacher outside",
+    }  # fmt: skip
+    for what in ("test images", "teacher second"):
+        workdir.write_record(path, {**record, "read": {**record["read"], what: "another"}})
+        before = snapshot(copy)
+        status, _, err = run(*ONE, f"--workdir={copy}")
+        assert status == 2 and f"(prism/ipc2/seed0/short) were made from other {what}" in err
+        assert snapshot(copy) == before
+    del record["read"]  # of an older comparison
+    workdir.write_record(path, record)
+    status, _, err = run(*ONE, f"--workdir={copy}")
+    assert status == 0, err
+
+
 def test_the_tables_hold_every_method_and_its_controls(finished):
     root, out = finished
     table = (root / "table.md").read_text()
@@ -377,7 +399,8 @@ def test_means_and_spreads_by_hand():
     assert comparison.spread(single.rows["b"].get((10, "net_a"), ())) == "–"
     assert own.rows["a: random real, soft labels"] == {(1, "net_a"): [0.8]}
     text = comparison.markdown(entries)
-    assert "| a | 60.0 ± 10.0 | 40.0 |" in text and "over up to 3 seed(s) of images" in text
+    assert "| a | 60.0 ± 10.0 | 40.0 |" in text and "| b | 25.0 (1 of 3) |" in text
+    assert "over up to 3 (in brackets: of fewer) seed(s) of images" in text
     # Twin: the population's deviation would be 8.2.
     assert "8.2" not in text
     tex = comparison.latex(entries)

@@ -20,7 +20,7 @@ training. Methods take this pool in place of their own, and their recipes for CI
 optimised for more than ITERATIONS, which is a quarter of what prism, delt, cvdd and gvbsm have
 elsewhere, half of edc's, fadrm's and psm's. CDA has no recipe for CIFAR: it is SRe2L's with its
 crops down to 0.08 and flips. FADRM's is PSM's without groups. The full real set is trained for as
-many steps as the others, at least 30 epochs.
+many steps as the others, at least 30 epochs, with their optimiser and views.
 
 The rows prism_* ask what makes PRISM; all start from the same random real images as random_real.
   prism_self, prism_other, prism_committee   statistics of the primary, of one other, of a pair
@@ -28,7 +28,12 @@ The rows prism_* ask what makes PRISM; all start from the same random real image
   prism_class       a batch is a whole class in place of a slot of all; one draw a batch
   prism_all_at_once as prism_every_iteration, all images in one batch
 At one image per class the last two are left out, and one slot is one draw: of seed 0 resnet44 and
-resnet20, of seed 1 with mobilenet_v2, of seed 2 resnet44 alone.
+resnet20, of seed 1 with mobilenet_v2, of seed 2 resnet44 alone. Of the selected real images,
+herding's and the balanced ones are then the medoids, and are left out too.
+
+A seed varies labels, students and what is drawn. Images by herding and the most confident ones are
+the same for every seed, and so are the real images that dwa, delt and psm start from: the intervals
+know nothing of how much their choice matters.
 """
 
 from ml_collections import ConfigDict
@@ -85,8 +90,9 @@ def get_config(arg: str = "ipc10") -> ConfigDict:
     )
     c.rows = ConfigDict({**rows, "random_real": random_real}, sort_keys=False)
     c.controls = "random_real"
-    c.control_sets = ("random_real_hard", "full_real", *SELECTED)
-    c.reference, c.selected_real, c.resamples = next(iter(rows)), SELECTED, 10_000
+    selected = SELECTED if ipc > 1 else ("real_feature_medoids", "real_confident")
+    c.control_sets = ("random_real_hard", "full_real", *selected)
+    c.reference, c.selected_real, c.resamples = next(iter(rows)), selected, 10_000
 
     networks = tuple(
         f"networks.{name}.checkpoint=runs/cifar10_teachers/squeeze/{name}"
@@ -98,15 +104,16 @@ def get_config(arg: str = "ipc10") -> ConfigDict:
         *networks, f"networks.{OTHER}.width={width}", f"recover.primary={POOL[0]}",
         "recover.scorer=None", "recover.priors=None", "relabel.priors=None",
         f"relabel.teachers={POOL[0]}",
-        # All teachers are imported; this is how the full real set is trained, and what batches
-        # statistics are measured in.
+        # All teachers are imported; this is what batches statistics are measured in, and for how
+        # many epochs the full real set is trained at least (as students are, not by this rate).
         "squeeze.optimiser=sgd", "squeeze.schedule=cosine", "squeeze.learning_rate=0.1",
         "squeeze.weight_decay=0.0005", "squeeze.batch_size=128", "squeeze.epochs=30",
     )  # fmt: skip
     c.protocols = ConfigDict({"single": SINGLE}, sort_keys=False)
     if arg == "ipc10":
         c.protocols.own = ("validate.controls=random_real,real_balanced",)
-        # PRISM's variants are labelled as it is: their own protocol would say what the one says.
+        # PRISM's variants are labelled and trained as it is under its own protocol too: they
+        # differ in their images, of which the one protocol says enough.
         c.one_protocol = tuple(variants)
     elif arg in ("crop", "batch"):
         c.control_sets = c.selected_real = ()

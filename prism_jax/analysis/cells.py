@@ -9,11 +9,9 @@ from typing import Any
 
 from prism_jax.analysis.differences import Choices, Column, Tested
 from prism_jax.analysis.intervals import Resampling
-from prism_jax.analysis.words import SYNTHETIC, row_label
+from prism_jax.analysis.words import OWN, SYNTHETIC, row_label
 from prism_jax.data import answers
 from prism_jax.errors import UserError
-
-OWN = "own"
 
 
 @dataclasses.dataclass(frozen=True)

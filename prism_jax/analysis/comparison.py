@@ -14,11 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from prism_jax.analysis import differences, expenses
-from prism_jax.analysis.cells import OWN, Entry, columns, label_of, mean, of
+from prism_jax.analysis.cells import Entry, columns, label_of, mean, of
 from prism_jax.analysis.differences import Choices
 from prism_jax.analysis.differences import row as row_of
 from prism_jax.analysis.figures import COLOURS, QUIET, styled
 from prism_jax.analysis.words import (
+    OWN,
     SYNTHETIC,
     UNKNOWN,
     number,
@@ -146,12 +147,19 @@ def _markdown_grid(grid: Grid) -> Iterator[str]:
     yield row_of(["", *(f"IPC {ipc}, {student}" for ipc, student in grid.columns)])
     yield row_of([":--", *["--:"] * len(grid.columns)])
     for label, results in grid.rows.items():
-        yield row_of([label, *(spread(results.get(column, ())) for column in grid.columns)])
+        yield row_of([label, *(_of_seeds(results.get(c, ()), grid, c) for c in grid.columns)])
+
+
+def _of_seeds(values: Sequence[float], grid: Grid, column: tuple[int, str]) -> str:
+    """Mean and deviation, and of how many seeds where other rows have more."""
+    most = max(len(results.get(column, ())) for results in grid.rows.values())
+    return spread(values) + (f" ({len(values)} of {most})" if 0 < len(values) < most else "")
 
 
 def _seeds(entries: Sequence[Entry]) -> str:
     counts = collections.Counter((e.row, e.ipc, e.protocol) for e in entries).values()
-    images = max(counts) if len(set(counts)) == 1 else f"up to {max(counts)}"
+    alike = len(set(counts)) == 1
+    images = max(counts) if alike else f"up to {max(counts)} (in brackets: of fewer)"
     students = max(len(r["top1_per_seed"]) for e in entries for r in e.sets[SYNTHETIC].values())
     if (images, students) == (1, 1):
         return "one seed"
@@ -231,7 +239,7 @@ def accuracy_over_cost(entries: Sequence[Entry], cost: str = "seconds") -> Figur
     """Accuracy over a cost of ``expenses.COSTS``: a panel per protocol and IPC.
 
     The first student's, with the standard deviation over seeds; a method whose cost is not known
-    stands at the left edge, controls are lines.
+    is a hollow mark at the left edge, controls are lines.
     """
     panels = list(dict.fromkeys((e.protocol, e.ipc) for e in entries))
     figure = Figure(figsize=(5.2 * min(len(panels), 3), 4.2 * -(-len(panels) // 3)))
@@ -257,16 +265,19 @@ def accuracy_over_cost(entries: Sequence[Entry], cost: str = "seconds") -> Figur
         for row in dict.fromkeys(e.row for e in mine):
             here = [e for e in mine if e.row == row]
             top1 = mean(e.sets[SYNTHETIC].get(student, {}).get("top1") for e in here)
-            at = mean(taken[id(e)] for e in here) or least
+            known = mean(taken[id(e)] for e in here)
             if top1 is None:
                 continue
             number = rows.index(row)
             values = [100 * v for e in here for v in _top1_per_seed(e, student)]
             (points, *_) = axis.errorbar(
-                at, 100 * top1, statistics.stdev(values) if len(values) > 1 else None,
+                known or least, 100 * top1, statistics.stdev(values) if len(values) > 1 else None,
                 fmt=MARKERS[number // len(COLOURS) % len(MARKERS)],
                 color=COLOURS[number % len(COLOURS)], elinewidth=1, label=row,
+                fillstyle="full" if known else "none",
             )  # fmt: skip
+            if not known:
+                axis.set_xlabel(f"{chosen.words} (hollow: not known)")
             handles[row] = points
         for name in (*CONTROLS, *SELECTED_CONTROLS, *GENERATED_CONTROLS):
             values = [e.sets.get(name, {}).get(student, {}).get("top1") for e in mine]

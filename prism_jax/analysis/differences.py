@@ -2,8 +2,10 @@
 
 For every protocol, IPC and student: the accuracy of each set of images, and its difference from a
 row that was chosen, from the best method and from the best selection of real images, each with
-its interval (``analysis.intervals``). Who is best is said by the images that were held out of
-training, where there are any, and else by the test images themselves, which flatters the best.
+its interval (``analysis.intervals``). Where every method has labels and training of its own, each
+is measured by real images with the same ones: its own controls. Who is best is said by the images
+that were held out of training, where there are any, and else by the test images themselves, which
+flatters the best; by the seeds that all have.
 """
 
 from __future__ import annotations
@@ -11,16 +13,17 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from prism_jax.analysis.intervals import Drawn, Interval, Resampling
-from prism_jax.analysis.words import SYNTHETIC, UNKNOWN, percent
+from prism_jax.analysis.words import OWN, SYNTHETIC, UNKNOWN, percent
 
 TEST, HELD_OUT = "test", "held_out"
 REFERENCE, BEST, SELECTED = "reference", "best method", "best selected real"
+OWN_RANDOM, OWN_SELECTED = "its random real images", "its best selected real images"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +63,10 @@ class Tested:
         own = {self.row} if self.name == SYNTHETIC else {self.name, f"{self.row}/{self.name}"}
         return not own.isdisjoint(names)
 
-    def top1(self, part: str) -> float:
-        return float(np.mean([right.mean() for right in self.right[part].values()]))
+    def top1(self, part: str, seeds: Collection[tuple[int, int]] | None = None) -> float:
+        """Of some seeds, by default all."""
+        right = self.right[part]
+        return float(np.mean([right[s].mean() for s in (seeds or right)]))
 
 
 class Column(NamedTuple):
@@ -73,20 +78,27 @@ class Column(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A set's accuracy, its difference from each that it is measured by, and held-out accuracy."""
+    """A set's accuracy, its difference from each that it is measured by, and held-out accuracy.
+
+    ``against`` are the labels of those, by why.
+    """
 
     tested: Tested
     accuracy: Interval
     differences: dict[str, Interval | None]
     held_out: float | None
+    against: dict[str, str]
 
 
 class Table(NamedTuple):
-    """A column's sets, and what they are measured by: the label of each, by why."""
+    """A column's sets, and what they are measured by: the label of each, by why.
+
+    None: each set has its own.
+    """
 
     column: Column
     lines: list[Line]
-    against: dict[str, str]
+    against: dict[str, str | None]
     chosen_by: str
 
 
@@ -97,27 +109,24 @@ def tables(columns: Mapping[Column, Sequence[Tested]], choices: Choices) -> Iter
         if not known:
             continue
         part = HELD_OUT if all(s.right.get(HELD_OUT) for s in known) else TEST
-        against = _against(known, choices, part)
+        own = column.protocol == OWN
+        against = None if own else _against(known, choices, part)
         drawn = Drawn({s.label: s.right[TEST] for s in known}, choices.resampling)
-        lines = [
-            Line(
-                s,
-                drawn.accuracy(s.label),
-                {
-                    why: None if other == s.label else drawn.difference(s.label, other)
-                    for why, other in against.items()
-                },
-                s.top1(HELD_OUT) if s.right.get(HELD_OUT) else None,
-            )
-            for s in known
-        ]
-        yield Table(column, lines, against, part)
+        lines = []
+        for s in known:
+            by = _own_controls(s, known, choices, part) if against is None else against
+            differing = {
+                why: None if other == s.label else drawn.difference(s.label, other)
+                for why, other in by.items()
+            }
+            held_out = s.top1(HELD_OUT) if s.right.get(HELD_OUT) else None
+            lines.append(Line(s, drawn.accuracy(s.label), differing, held_out, by))
+        whys = dict.fromkeys(why for line in lines for why in line.against)
+        heads = dict.fromkeys(whys) if against is None else dict(against)
+        yield Table(column, lines, heads, part)
 
 
 def _against(sets: Sequence[Tested], choices: Choices, part: str) -> dict[str, str]:
-    def best(among: Sequence[Tested]) -> list[Tested]:
-        return [max(among, key=lambda s: s.top1(part))] if among else []
-
     selected = [s for s in sets if s.is_one_of(choices.selected_real)]
     methods = [
         s
@@ -125,8 +134,30 @@ def _against(sets: Sequence[Tested], choices: Choices, part: str) -> dict[str, s
         if s.name == SYNTHETIC and not s.is_one_of((*choices.controls, *choices.selected_real))
     ]
     chosen = [s for s in sets if choices.reference and s.is_one_of([choices.reference])]
-    found = {REFERENCE: chosen[:1], BEST: best(methods), SELECTED: best(selected)}
+    found = {REFERENCE: chosen[:1], BEST: _best(methods, part), SELECTED: _best(selected, part)}
     return {why: some[0].label for why, some in found.items() if some}
+
+
+def _own_controls(
+    of: Tested, sets: Sequence[Tested], choices: Choices, part: str
+) -> dict[str, str]:
+    """Real images with the labels and the training of a method's images."""
+    if of.name != SYNTHETIC or of.is_one_of(choices.controls):
+        return {}
+    controls = [s for s in sets if s.row == of.row and s is not of]
+    found = {
+        OWN_RANDOM: [s for s in controls if s.name == "random_real"],
+        OWN_SELECTED: _best([s for s in controls if s.is_one_of(choices.selected_real)], part),
+    }
+    return {why: some[0].label for why, some in found.items() if some}
+
+
+def _best(among: Sequence[Tested], part: str) -> list[Tested]:
+    """The best of some sets, or none; by the seeds that all of them have."""
+    if not among:
+        return []
+    shared = set.intersection(*(set(s.right[part]) for s in among))
+    return [max(among, key=lambda s: s.top1(part, shared))]
 
 
 def points(interval: Interval | None, *, signed: bool = True) -> str:
@@ -156,12 +187,18 @@ def markdown(found: Sequence[Table], choices: Choices, imported: Sequence[str] =
         lines[-1] += (
             f" {', '.join(imported)} were not trained here, and may have seen the held-out images."
         )
+    if any(table.column.protocol == OWN for table in found):
+        lines[-1] += (
+            f" Under the protocol `{OWN}` every method has labels and training of its own, so that "
+            f"it is measured by real images with the same ones, and not by other methods."
+        )
     for table in found:
         seeds = sorted({line.accuracy.seeds for line in table.lines})
         by = "the held-out images" if table.chosen_by == HELD_OUT else "these test images"
         held = table.chosen_by == HELD_OUT
         heads = ["", "top-1", *(["held out"] if held else [])]
-        heads += [f"- {label} ({why})" for why, label in table.against.items()]
+        against = table.against.items()
+        heads += [f"- {label} ({why})" if label else f"- {why}" for why, label in against]
         lines += [
             "", f"#### {table.column.protocol}, IPC {table.column.ipc}, {table.column.student}", "",
             f"{' or '.join(map(str, seeds))} seed(s), {table.lines[0].accuracy.images:,} test "
@@ -169,10 +206,14 @@ def markdown(found: Sequence[Table], choices: Choices, imported: Sequence[str] =
             row(heads), row([":--", *["--:"] * (len(heads) - 1)]),
         ]  # fmt: skip
         for line in table.lines:
-            cells = [line.tested.label, points(line.accuracy, signed=False)]
+            few = f" ({line.accuracy.seeds} of {seeds[-1]} seeds)"
+            cells = [
+                line.tested.label + (few if line.accuracy.seeds < seeds[-1] else ""),
+                points(line.accuracy, signed=False),
+            ]
             if held:
                 cells.append(UNKNOWN if line.held_out is None else percent(line.held_out))
-            lines.append(row([*cells, *(points(d) for d in line.differences.values())]))
+            lines.append(row([*cells, *(points(line.differences.get(w)) for w in table.against)]))
     return "\n".join(lines) + "\n"
 
 
@@ -200,9 +241,9 @@ def records(found: Sequence[Table]) -> Iterator[dict[str, Any]]:
                     **table.column._asdict(),
                     "method": line.tested.row,
                     "set": line.tested.name,
-                    "against": table.against[why] if why else None,
+                    "against": line.against[why] if why else None,
                     "why": why,
-                    "chosen_by": table.chosen_by if why in (BEST, SELECTED) else None,
+                    "chosen_by": table.chosen_by if why in (BEST, SELECTED, OWN_SELECTED) else None,
                     **numbers,
                     "holds_zero": interval.holds_zero if why else None,
                 }

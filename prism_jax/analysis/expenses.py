@@ -13,7 +13,8 @@ STAGES = ("squeeze", "recover", "relabel")  # that make a set
 NOTE = (
     "Seconds are means over seeds, as measured, with compiling: squeeze of the networks that made "
     "images and labels (unknown where one was imported), recover and relabel of the whole set, "
-    "training of one student. Images that begin with another row's count what made those. "
+    "training of one student, which holds the labels where they are made online. Images that begin "
+    "with another row's count what made those. "
     "Not counted: latents and anchors, statistics and features of real images, and the choice of "
     "those that an optimisation begins with. Bytes are those of uncompressed pixels and of labels "
     "as stored, and their share is of the real training set's pixels; per MB: points of top-1."

@@ -25,6 +25,8 @@ ROW_LABELS = {
 }
 UNKNOWN = "–"
 
+OWN = "own"  # the protocol of a comparison under which each row has its own
+
 
 class Row(NamedTuple):
     """One training set of the accuracy table, and each student's entry or None."""

@@ -28,6 +28,7 @@ from prism_jax.errors import UserError
 from prism_jax.stages import fingerprints, generator
 from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.stages.makers import start
+from prism_jax.stages.validate import epochs_of_size
 from prism_jax.teachers import embed
 from prism_jax.types import Array, PyTree
 
@@ -411,9 +412,11 @@ def notes(context: Context) -> list[str]:
         "code, augmentation and schedule as the synthetic set.",
     ]
     if "full_real" in config.validate.controls:
+        epochs = epochs_of_size(config, len(context.inputs.open("train")))
         said.append(
-            "The full real set gets as many optimiser steps as the synthetic set, and at least "
-            "as many epochs as the teachers."
+            f"The full real set is trained as the synthetic one is, with hard labels, for {epochs} "
+            f"epochs: as many optimiser steps, and at least squeeze.epochs. It may be better "
+            f"trained otherwise."
         )
     if share := config.dataset.held_out:
         said.append(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
@@ -21,7 +21,25 @@ from prism_jax.data.sources import ImageSource, Subset, info_of, open_source
 from prism_jax.errors import UserError
 from prism_jax.types import Normalisation
 
+T = TypeVar("T")
+
 HELD_OUT = "held_out"  # the split of the training images that nothing is made of
+
+
+def _kept(ask: Callable[[Inputs, str], T]) -> Callable[[Inputs, str], T]:
+    """A question about a split, asked once; the answer lives as long as the inputs do.
+
+    A comparison makes many runs in one process, each with its images.
+    """
+
+    @functools.wraps(ask)
+    def answer(self: Inputs, split: str) -> T:
+        answers = self.__dict__.setdefault(f"_answers_of{ask.__name__}", {})
+        if split not in answers:
+            answers[split] = ask(self, split)
+        return answers[split]
+
+    return answer
 
 
 class Inputs:
@@ -54,7 +72,7 @@ class Inputs:
         """The real images of a split ("train", "test", ``HELD_OUT``), opened on first use."""
         return self._open(split)
 
-    @functools.cache  # noqa: B019 - a context lives as long as the run
+    @_kept
     def _open(self, split: str) -> ImageSource:
         dataset = self.config.dataset
         if split == HELD_OUT:
@@ -64,7 +82,7 @@ class Inputs:
             return held_out(source, dataset.held_out, dataset.held_out_seed)[0]
         return source
 
-    @functools.cache  # noqa: B019
+    @_kept
     def _stored(self, split: str) -> ImageSource:
         dataset = self.config.dataset
         source = open_source(
@@ -150,7 +168,7 @@ class Inputs:
         """The real test images, uint8 NHWC, and their labels."""
         return self.real_set("test")
 
-    @functools.cache  # noqa: B019
+    @_kept
     def real_set(self, split: str) -> tuple[Images, np.ndarray]:
         """A split's images, uint8 NHWC, and their labels."""
         source = self.open(split)

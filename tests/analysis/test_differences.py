@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 
@@ -11,7 +12,14 @@ import pytest
 
 from prism_jax.analysis import cells, comparison, differences
 from prism_jax.analysis.cells import Entry
-from prism_jax.analysis.differences import BEST, REFERENCE, SELECTED, Choices
+from prism_jax.analysis.differences import (
+    BEST,
+    OWN_RANDOM,
+    OWN_SELECTED,
+    REFERENCE,
+    SELECTED,
+    Choices,
+)
 from prism_jax.analysis.intervals import Resampling
 from prism_jax.data import answers
 from prism_jax.errors import UserError
@@ -25,7 +33,10 @@ def right(count: int) -> str:
     return answers.pack_right(np.arange(IMAGES) < count)
 
 
-def entry(row: str, seed: int, tests: dict[str, int], held: dict[str, int] | None = None) -> Entry:
+def entry(
+    row: str, seed: int, tests: dict[str, int], held: dict[str, int] | None = None,
+    protocol: str = "single",
+) -> Entry:  # fmt: skip
     """A cell in which each set's student answers so many right."""
     parts = {"test": tests} | ({"held_out": held} if held else {})
     found = {
@@ -42,7 +53,7 @@ def entry(row: str, seed: int, tests: dict[str, int], held: dict[str, int] | Non
         "controls": result,
         "recover": {"seconds_per_image": 1.0},
     }
-    return Entry(row, 1, seed, "single", summary, None, found)
+    return Entry(row, 1, seed, protocol, summary, None, found)
 
 
 def table(entries, **choices):
@@ -96,6 +107,49 @@ def test_who_is_best_is_said_by_the_images_that_were_held_out():
     # Twin: the test images would have said otherwise; so they do where one set has no others.
     two[0].right["synthetic"].pop("held_out")
     assert table(two).against == {BEST: "a"}
+
+
+def test_under_its_own_protocol_a_method_is_measured_by_its_own_controls():
+    """Labels and training differ between rows: b's medoids are ahead of a's, by its labels."""
+    own = [
+        entry(row, 0, {"synthetic": at, "random_real": at - 5, "medoids": at - 3,
+                       "real_herding": at - 4}, protocol="own")
+        for row, at in (("a", 100), ("b", 150))
+    ]  # fmt: skip
+    own.append(entry("random_real", 0, {"synthetic": 20}, protocol="own"))
+    settings = {"reference": "a", "selected_real": ("medoids", "real_herding")}
+    found = table(own, **settings)
+    assert found.against == {OWN_RANDOM: None, OWN_SELECTED: None}
+    by_label = {line.tested.label: line for line in found.lines}
+    for row in "ab":
+        values = {why: d.value for why, d in by_label[row].differences.items()}
+        assert values == {OWN_RANDOM: pytest.approx(5 / 200), OWN_SELECTED: pytest.approx(3 / 200)}
+        assert by_label[row].against[OWN_SELECTED].startswith(f"{row}: real images nearest")
+    assert not any(by_label[label].differences for label in by_label if label not in "ab")
+    text = differences.markdown([found], Choices(HOW))
+    assert f"- {OWN_RANDOM} | - {OWN_SELECTED} |" in text and "and not by other methods" in text
+    assert "| random real, soft labels | 10.0 [6.0, 14.0] | – | – |" in text
+    lines = list(csv.DictReader(io.StringIO(differences.table_csv([found]))))
+    assert {x["against"] for x in lines if x["method"] == "b" and x["why"]} == {
+        "b: random real, soft labels", "b: real images nearest to the anchors",
+    }  # fmt: skip
+    # Twin: under one protocol they are measured by one.
+    alike = [Entry(*e[:3], "single", *e[4:]) for e in map(dataclasses.astuple, own)]
+    assert table(alike, **settings).against[SELECTED] == "real images nearest to the anchors"
+
+
+def test_who_is_best_is_said_by_the_seeds_that_all_have():
+    """Stopped in the second seed, in which everybody is worse."""
+    found = table([*(entry("a", s, {"synthetic": 150 - 40 * s}) for s in range(2)),
+                   entry("b", 0, {"synthetic": 140})])  # fmt: skip
+    assert found.against == {BEST: "a"}
+    text = differences.markdown([found], Choices(HOW))
+    assert "| b (1 of 2 seeds) | 70.0 [" in text and "| a | 65.0 [" in text
+    entries = [entry("a", s, {"synthetic": 150}) for s in range(2)]
+    whole = comparison.markdown([*entries, entry("b", 0, {"synthetic": 140})])
+    assert "| b | 70.0 (1 of 2) |" in whole and "| a | 75.0 ± 0.0 |" in whole
+    assert "up to 2 (in brackets: of fewer) seed(s)" in whole
+    assert "brackets" not in comparison.markdown(entries)
 
 
 def test_every_interval_is_a_line_of_the_csv():
