@@ -9,18 +9,21 @@ import json
 import pathlib
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from helpers.command import call
 
 from prism_jax.analysis import audit, membership
-from prism_jax.audit import canaries
+from prism_jax.audit import canaries, observing
 from prism_jax.audit.__main__ import main
 from prism_jax.audit.rows import of_row, of_run
 from prism_jax.audit.shadows import Shadows
+from prism_jax.data import workdir
 from prism_jax.errors import UserError
 from prism_jax.main import parse
+from prism_jax.types import Normalisation
 
 ROOT = pathlib.Path(__file__).resolve().parent
 TINY = f"--config={ROOT / 'configs' / 'tiny_audit.py'}"
@@ -64,6 +67,12 @@ def test_one_image_is_exchanged_for_another_of_its_class():
     (at,) = np.flatnonzero(before != after)
     assert LABELS[before[at]] == LABELS[after[at]] == 1
     assert after[at] in plan.canaries_N and after[at] not in before
+    # None that is spared, as those that synthetic images start from.
+    mine = before[(LABELS[before] == 1) & np.isin(before, plan.canaries_N)]
+    (at,) = np.flatnonzero(before != plan.exchanged(0, 1, LABELS, set(mine[1:].tolist())))
+    assert before[at] == mine[0]
+    with pytest.raises(UserError, match="canaries of class 1 in run 0 all start synthetic images"):
+        plan.exchanged(0, 1, LABELS, set(mine.tolist()))
 
 
 @pytest.mark.parametrize(
@@ -124,6 +133,65 @@ def test_what_cannot_be_audited_is_one_message(tmp_path):
         Shadows(tmp_path, parse([TINY], [])[0]).write_data()
     status, _, err = run(TINY, f"--workdir={tmp_path}", "--config.seed=1")
     assert (status, "other images are canaries here" in err) == (2, True)
+    path, record = tmp_path / "plan.json", workdir.read_record(tmp_path / "plan.json")
+    workdir.write_record(path, {**record, "images": {**record["images"], "test": "others"}})
+    status, _, err = run(TINY, f"--workdir={tmp_path}")
+    assert (status, "was begun on other images than the data set has now" in err) == (2, True)
+    del record["images"]  # of an older audit
+    workdir.write_record(path, record)
+    with contextlib.chdir(ROOT.parent):
+        Shadows(tmp_path, parse([TINY], [])[0]).write_data()
+    assert workdir.read_record(path) == record
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("recover.logits_by=uniform", "recover.logits_by is 'uniform' (fixed)"),
+        ("recover.alpha_ce=0.5", "recover.alpha_ce 0.5 (1)"),
+        ("relabel.labels_from=there", "relabel.labels_from is from elsewhere"),
+        ("recover.initialise=folder", "recover.initialise_from is from elsewhere"),
+        ("networks.first.start_from=w.pth", "first is from elsewhere"),
+    ],
+)
+def test_a_row_that_the_study_or_its_premise_does_not_cover_is_refused(tmp_path, override, said):
+    config = parse([TINY], [])[0]
+    row = ("recover.initialise_from=set", override) if "folder" in override else (override,)
+    words = ",".join(repr(word) for word in (*config.rows.prism, *row))
+    status, _, err = run(TINY, f"--workdir={tmp_path}", f"--config.rows.prism=({words})")
+    assert (status, said in err) == (2, True), err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_teacher_is_attacked_as_it_reads_images(monkeypatch):
+    """By its own normalisation; the student by the data set's."""
+    ours, its = Normalisation((0.5,), (0.5,)), Normalisation((0.1,), (0.9,))
+    used = []
+    monkeypatch.setattr(observing.validate, "load", lambda *a: "student")
+    monkeypatch.setattr(observing.validate, "folder", lambda *a: pathlib.Path("student"))
+    monkeypatch.setattr(observing.workdir, "read_record", lambda path: {"top1": 1.0})
+    images = np.zeros((4, 2, 2, 1), np.uint8)
+    labelled = SimpleNamespace(images_uint8_NHWC=images)
+    monkeypatch.setattr(observing.recover, "synthetic_set", lambda context: labelled)
+
+    def forward(module, normalisation, mesh):
+        used.append(normalisation)
+        return lambda variables, images: np.eye(4)
+
+    monkeypatch.setattr(observing.training, "jitted_forward", forward)
+    context = SimpleNamespace(
+        config=SimpleNamespace(
+            validate=SimpleNamespace(students=("s",), seeds=(0,)),
+            relabel=SimpleNamespace(teachers=("t",)),
+        ),
+        inputs=SimpleNamespace(normalisation=ours),
+        networks=SimpleNamespace(
+            build=lambda name, student: name, normalisation=lambda name: its,
+            load=lambda name: "teacher", folder=lambda name: pathlib.Path(name),
+        ),
+    )  # fmt: skip
+    observing.observe(context, images, np.arange(4))
+    assert used == [ours, its]
 
 
 # --- tables ---------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -34,11 +35,27 @@ class Plan(NamedTuple):
         own = self.canaries_N[self.member_RN[run]] if kind == "members" else self.without[run]
         return np.sort(np.concatenate([own, self.always_M]))
 
-    def exchanged(self, run: int, cls: int, labels_N: np.ndarray) -> np.ndarray:
-        """What a run trains on, but for one canary of a class: another one stands in its place."""
+    def exchanged(
+        self, run: int, cls: int, labels_N: np.ndarray, spared: Collection[int] = ()
+    ) -> np.ndarray:
+        """What a run trains on, but for one canary of a class: another one stands in its place.
+
+        Args:
+          spared: positions that are not exchanged.
+
+        Raises:
+          UserError: all canaries of the class that the run has are spared.
+        """
         mine_N = labels_N[self.canaries_N] == cls
-        inside = self.canaries_N[mine_N & self.member_RN[run]][0]
-        outside = self.canaries_N[mine_N & ~self.member_RN[run]][0]
+        members = self.canaries_N[mine_N & self.member_RN[run]]
+        kept = [int(at) for at in members if at not in spared]
+        if not kept:
+            raise UserError(
+                f"the {len(members)} canaries of class {cls} in run {run} all start synthetic "
+                f"images, and none is left whose exchange says something else; raise canaries"
+            )
+        inside = kept[-1]
+        outside = self.canaries_N[mine_N & ~self.member_RN[run]][-1]
         found = self.chosen(run, "members")
         return np.where(found == inside, outside, found)
 
@@ -94,10 +111,11 @@ def plan_of(labels_N: np.ndarray, *, canaries: int, always: int, runs: int, seed
 
 
 class Split(NamedTuple):
-    """A split of the real images, in memory."""
+    """A split of the real images, in memory, and a digest of what they are."""
 
     images_uint8_NHWC: np.ndarray
     labels_N: np.ndarray
+    digest: str
 
 
 def write(path: epath.Path, train: Split, test: Split, at_N: np.ndarray) -> epath.Path:

@@ -3,12 +3,14 @@
 Teachers of the first run are trained again with one image exchanged for another of its class,
 everything else alike (order, views, initial weights); and once more on the same images with other
 seeds, which is what training alone changes. All are asked for the gradients of the same images:
-those of the first run's own course.
+those of the first run's own course. None of the exchanged images starts one of those, where a
+gradient would be of the very image that a teacher has seen or not.
 """
 
 from __future__ import annotations
 
 import functools
+import pathlib
 from typing import Any
 
 import jax
@@ -18,16 +20,17 @@ from etils import epath
 from prism_jax import pipeline, progress, synthesis
 from prism_jax.audit.rows import cell_of, of_run
 from prism_jax.audit.shadows import MEMBERS, Shadows
-from prism_jax.config import unit_budget, units
+from prism_jax.config import Experiment, unit_budget, units
+from prism_jax.core import pixels
 from prism_jax.data import workdir
 from prism_jax.errors import UserError
 from prism_jax.stages import statistics
 from prism_jax.stages.context import Context
 from prism_jax.stages.makers import optimise
-from prism_jax.synthesis import course, disagreement
+from prism_jax.synthesis import METHODS, course, disagreement
 from prism_jax.teachers import TeacherPool
 
-RESEEDED = "reseeded"
+RESEEDED, EXCHANGED = "reseeded", "exchanged"
 SEED = 1_000_000  # of that, which no run has
 
 
@@ -36,29 +39,43 @@ def run(shadows: Shadows, stop: Any) -> None:
     settings = shadows.config.gradients
     cell = cell_of(shadows.config, settings.row)
     experiment = shadows.experiments[cell]
-    wanted = workdir.digest({"experiment": shadows.digest(cell), **settings.to_dict()})
+    wanted = workdir.digest(
+        {"experiment": shadows.digest(cell), "exchanged": "no starts", **settings.to_dict()}
+    )
     path = epath.Path(shadows.root) / "gradients.json"
     if path.exists() and workdir.read_record(path)["of"] == wanted:
         return
-    runs = {MEMBERS: experiment}
-    for number in range(settings.images):
-        name = f"exchanged_{number:02d}"
-        at_N = shadows.plan.exchanged(0, number, shadows.train.labels_N)
-        data = shadows.data(shadows.root / "gradients" / f"{name}.npz", at_N)
-        runs[name] = of_run(experiment, data, 0)
-    assert experiment.dataset.path is not None
-    runs[RESEEDED] = of_run(experiment, experiment.dataset.path, SEED)
-    contexts = {}
-    for name, one in runs.items():
-        own = shadows.root / "gradients" / name
-        folder = shadows.teachers(cell) if name == MEMBERS else own
-        contexts[name] = context = Context(one, str(folder), stop=stop)
+
+    def trained(one: Experiment, folder: pathlib.Path) -> Context:
+        context = Context(one, str(folder), stop=stop)
         try:
             pipeline.RUNNERS["squeeze"](context)
         finally:
             context.work.lock.release()
         stop.check()
+        return context
+
+    contexts = {MEMBERS: trained(experiment, shadows.teachers(cell))}
+    own, spared = shadows.root / "gradients", _starts(shadows, contexts[MEMBERS])
+    for number in range(settings.images):
+        at_N = shadows.plan.exchanged(0, number, shadows.train.labels_N, spared)
+        # A folder of other images than before has another name.
+        name = f"{EXCHANGED}_{number:02d}"
+        data = shadows.data(own / f"{name}_{workdir.digest(at_N.tolist())}.npz", at_N)
+        contexts[name] = trained(of_run(experiment, data, 0), pathlib.Path(data).with_suffix(""))
+    assert experiment.dataset.path is not None
+    reseeded = of_run(experiment, experiment.dataset.path, SEED)
+    contexts[RESEEDED] = trained(reseeded, own / RESEEDED)
     workdir.write_record(path, {"of": wanted, "study": study(contexts, settings)})
+
+
+def _starts(shadows: Shadows, context: Context) -> set[int]:
+    """Positions of the training images that images of the study start from as they are."""
+    _, start_BHWC = optimise.batch_of(context, units(context.config)[0])
+    images = np.asarray(pixels.to_uint8(start_BHWC, context.inputs.normalisation))
+    starts = {image.tobytes() for image in images}
+    mine = shadows.plan.chosen(0, MEMBERS)
+    return {int(at) for at in mine if shadows.train.images_uint8_NHWC[at].tobytes() in starts}
 
 
 def check(shadows: Shadows) -> None:
@@ -77,6 +94,15 @@ def check(shadows: Shadows) -> None:
         raise UserError(
             f"gradients.row is {settings.row!r}, which optimises no images of one size; name a row "
             f"that does"
+        )
+    recover = experiment.recover
+    logits_by = recover.logits_by or METHODS[recover.method].logits
+    if (logits_by, recover.alpha_ce, recover.alignment_scale) != ("fixed", 1.0, "none"):
+        raise UserError(
+            f"gradients.row is {settings.row!r}, and the study is of the primary's cross entropy "
+            f"and unscaled statistics: recover.logits_by is {logits_by!r} (fixed), "
+            f"recover.alpha_ce {recover.alpha_ce:g} (1), recover.alignment_scale "
+            f"{recover.alignment_scale!r} (none); name a row that has these"
         )
     if not 0 <= min(settings.iterations) <= max(settings.iterations) < budget:
         raise UserError(

@@ -46,10 +46,13 @@ def of_row(config: Any, row: str) -> Experiment:
     imported = [n for n in found.squeeze.teachers if found.network(n).weights]
     if found.recover.maker == "generate" and found.generate.directory:
         imported.append("the generator")
+    imported += ["CLIP"] if found.recover.clip else []
+    imported += ["recover.initialise_from"] if found.recover.initialise == "folder" else []
+    imported += ["relabel.labels_from"] if found.relabel.labels_from else []
     if imported:
         raise UserError(
-            f"{row}: {', '.join(imported)} has weights from elsewhere, of images that are not "
-            f"known; an audit trains all of its networks anew, so unset what is read"
+            f"{row}: {', '.join(imported)} is from elsewhere, of images that are not known; an "
+            f"audit makes all that it uses anew, so unset what is read"
         )
     return found
 
@@ -59,7 +62,10 @@ def of_run(experiment: Experiment, path: str, run: int) -> Experiment:
     return dataclasses.replace(
         experiment,
         seed=run,
-        dataset=dataclasses.replace(experiment.dataset, source="npz", path=Path(path)),
+        # A share of the images that is held out is none of them: it was left out before.
+        dataset=dataclasses.replace(
+            experiment.dataset, source="npz", path=Path(path), held_out=0.0
+        ),
         squeeze=dataclasses.replace(experiment.squeeze, seed=run),
         validate=dataclasses.replace(experiment.validate, seeds=(run,)),
     )

@@ -70,11 +70,18 @@ class Shadows(Cells):
             "canaries": self.plan.canaries_N.tolist(),
             "always": self.plan.always_M.tolist(),
             "seed": self.config.seed,
+            "images": {"train": self.train.digest, "test": self.test.digest},
         }
         path = epath.Path(self.root) / "plan.json"
-        if not path.exists():
+        found = workdir.read_record(path) if path.exists() else None
+        if found is None:
             workdir.write_record(path, record)
-        elif workdir.read_record(path) != record:
+        elif found.get("images", record["images"]) != record["images"]:  # older ones do not say it
+            raise UserError(
+                f"{path} says that this audit was begun on other images than the data set has "
+                f"now; use another --workdir, or the data that it was begun with"
+            )
+        elif {**found, "images": record["images"]} != record:
             raise UserError(
                 f"{path} says that other images are canaries here; use another --workdir, or the "
                 f"seed, canaries and always that it was begun with"
@@ -157,4 +164,5 @@ def _split(experiment: Experiment, split: str) -> Split:
 
     inputs = Inputs(experiment)
     source = inputs.open(split)
-    return Split(inputs.read(source)[:], np.asarray(source.labels_N, np.int32))
+    labels_N = np.asarray(source.labels_N, np.int32)
+    return Split(inputs.read(source)[:], labels_N, workdir.digest(inputs.fields(source)))
