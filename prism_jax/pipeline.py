@@ -95,10 +95,10 @@ def _recover(context: Context) -> None:
 
 def _relabel(context: Context) -> None:
     for labelled in sets(context):
+        if labelled.name == "synthetic" and (labelled.soft or validate.pending(context, labelled)):
+            imported.say_top1(context, labelled)
         if not labelled.soft:
             continue
-        if labelled.name == "synthetic":
-            imported.say_top1(context, labelled)
         if labelled.name != "synthetic":
             controls.write(context, labelled)
         if not relabel.is_done(context, labelled):

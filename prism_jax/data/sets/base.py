@@ -104,11 +104,17 @@ def checked_weights(path: str, weights: object, count: int) -> np.ndarray | None
     return found
 
 
+ROUNDED = 0.05  # by how much a row of probabilities may be off, where they are rounded
+
+
 def checked_soft(path: str, soft: object, count: int, classes: int) -> np.ndarray | None:
     """Labels of one number per class, as logits: probabilities become their logarithms.
 
+    Probabilities may be rounded, or cut to the largest: what their sum lacks is given to all of
+    a row in proportion.
+
     Raises:
-      UserError: another shape, or numbers that are not finite.
+      UserError: another shape, numbers that are not finite, or such as are neither of the two.
     """
     if soft is None:
         return None
@@ -121,9 +127,18 @@ def checked_soft(path: str, soft: object, count: int, classes: int) -> np.ndarra
             f"{path}: its soft labels have shape {values.shape}; they must be finite numbers of "
             f"shape ({count}, {classes}), one row per image and one column per class"
         )
-    if values.min() >= 0 and np.allclose(values.sum(1), 1.0, atol=1e-3):
-        return np.log(np.maximum(values, np.finfo(np.float32).tiny))
-    return values
+    if values.min() < 0 or values.max() > 1 + ROUNDED:
+        return values
+    sums = values.sum(1, keepdims=True, dtype=np.float64)
+    if np.all((sums >= 0.5) & (sums <= 1 + ROUNDED)):
+        exact = np.allclose(sums, 1.0, atol=1e-3)
+        probabilities = values if exact else (values / sums).astype(np.float32)
+        return np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
+    raise UserError(
+        f"{path}: its soft labels are all from 0 to 1, as probabilities are, and a row sums to "
+        f"{sums.min():.3g} to {sums.max():.3g}, as probabilities do not (nor do logits look like "
+        f"that); give logits, or probabilities of which at least half is kept"
+    )
 
 
 def needed(module: str, purpose: str, *, extra: str = "exchange") -> ModuleType:

@@ -31,6 +31,7 @@ ORDER = "order.pt"  # (epochs, N) integers, beside the folder of the epochs; whe
 BATCHES = "img2batch_idx_list.tar"
 
 _LEAST_GAIN = 0.1  # by which one order of the images must fit the labels better than another
+_ENOUGH_BOXES = 12  # of boxes 0.54 reach an edge of the image: so many do not once in 12,000
 
 
 # --- the order of PyTorch's RandomSampler -----------------------------------------------------
@@ -222,7 +223,7 @@ class FkdLabels:
 
     def _agreement(self, orders: np.ndarray, labels_N: np.ndarray) -> float:
         """The share of images whose label's largest class is theirs or their partner's."""
-        hits, tried = 0, 0
+        hits, tried, edges = 0, 0, []
         for epoch in range(min(1, self._epochs - 1), min(4, self._epochs)):
             for batch in range(min(self.plan.batches_per_epoch, 20)):
                 record = self._record(epoch, batch, orders[epoch])
@@ -232,6 +233,14 @@ class FkdLabels:
                 largest_B = record.logits_BK.argmax(1)
                 hits += int(((largest_B == own_B) | (largest_B == partner_B)).sum())
                 tried += len(own_B)
+                if record.shown[1].box.any():
+                    edges.append(int(record.shown[1].box.max()))
+        if len(edges) >= _ENOUGH_BOXES and max(edges) < self._size:
+            raise UserError(
+                f"no box of the mixes in {self._root} reaches beyond pixel {max(edges)}, and "
+                f"dataset.image_size is {self._size}: they were made for images of "
+                f"{max(edges)} px; set dataset.image_size={max(edges)}"
+            )
         return hits / tried
 
 
@@ -349,6 +358,11 @@ def write(folder: str, content: Content) -> None:
     reader = content.reader
     if reader is None:
         raise UserError("--format=fkd needs stored soft labels of every view; this run has none")
+    if content.weights_N is not None:
+        raise UserError(
+            "the images of this set count differently (generate.weighted), which FKD labels have "
+            "no place for; --format=parquet keeps it"
+        )
     view = reader.manifest["view"]
     for field, only in (("crop_pad", None), ("patch_shuffle", 1), ("mix_per", "batch")):
         if view.get(field, only) != only and not (field == "mix_per" and view["mix"] == "none"):

@@ -156,8 +156,9 @@ def _files(path: str) -> list[str]:
         if os.path.isdir(root):
             names = sorted(n for n in os.listdir(root) if n.lower().endswith(".parquet"))
             names = [n for n in names if n != "metadata.parquet"]
-            train = [n for n in names if re.split(r"[-_.]", n)[0] == "train"]
-            rest = [n for n in names if re.split(r"[-_.]", n)[0] not in _OTHER_SPLITS]
+            words = {n: set(re.split(r"[-_.]", n.lower())[:-1]) for n in names}
+            train = [n for n in names if "train" in words[n]]
+            rest = [n for n in names if words[n].isdisjoint(_OTHER_SPLITS)]
             if names:
                 return [os.path.join(root, name) for name in train or rest]
     return []
@@ -187,6 +188,11 @@ def _whole(path: str, files: list[str]) -> list[str]:
         raise UserError(
             f"{path} holds several sets ({', '.join(sorted(g[0] for g in groups))}); move the "
             "files of one of them to a folder of their own"
+        )
+    plain = {re.split("[-_.0-9]", os.path.basename(file))[0] for file in files}
+    if len(plain) > 1 and not groups:
+        raise UserError(
+            f"{path} holds several sets ({', '.join(sorted(plain))}); name the file of one of them"
         )
     for stem, of in groups:
         there = {int(match[2]) for match in shards if match}

@@ -40,6 +40,12 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
         for row in table:
             files.append(inside(root, str(row[FILE])))
             rows.append(row)
+    if len(set(files)) < len(files):
+        twice = next(file for file in files if files.count(file) > 1)
+        raise UserError(
+            f"{path}: its tables ({', '.join(TABLES)}) name {twice} more than once; leave one "
+            f"table, with a row for each image"
+        )
     label = column(rows, LABELS)
     assert label is not None  # sniff has seen it
     for file, row in zip(files, rows, strict=True):

@@ -33,14 +33,14 @@ def test_the_order_is_pytorchs_by_pytorch():
     assert fkd.torch_orders(1000, 3).tolist() == [list(sampler) for _ in range(3)]
 
 
-def a_batch(draw, index, *, mix="cutmix", half=True):
+def a_batch(draw, index, *, mix="cutmix", half=True, side=SIZE):
     """One batch as the reference makes it, with labels that know the classes."""
     count = len(index)
     size = draw.integers(6, SIZE + 1, (count, 2))
     start = draw.integers(0, SIZE - size + 1)
     coords = (np.concatenate([start, size], 1) / SIZE).astype(np.float32)
     flips, partner = draw.random(count) < 0.5, draw.permutation(count)
-    box = [3, 5, 9, 16]  # rows 3 to 9, columns 5 to 16
+    box = [3, 5, 9, side]  # rows 3 to 9, columns 5 to 16
     logits = draw.normal(size=(count, CLASSES)).astype(np.float16 if half else np.float32)
     logits[np.arange(count), LABELS[index]] += 5
     lam = 0.7
@@ -97,6 +97,16 @@ def test_labels_of_either_sampler_are_told_by_looking(tmp_path, draws, mix):
     reader = opened(tmp_path)
     assert_read(reader, batches, orders)
     assert any(("today" if draws == 2 else "an older") in note for note in reader.notes)
+
+
+def test_boxes_of_smaller_images_are_refused(tmp_path):
+    """Their pixels would be others, and so would the share of the image that is mixed in."""
+    orders = fkd.torch_orders(COUNT, EPOCHS)
+    write(tmp_path / "a", orders, side=14)
+    with pytest.raises(UserError, match="beyond pixel 14, and dataset.image_size is 16"):
+        opened(tmp_path / "a")
+    write(tmp_path / "b", orders[:2], side=14)  # four boxes may all lie within by chance
+    assert opened(tmp_path / "b").plan.epochs == 2
 
 
 def test_labels_that_pytorch_wrote_in_the_order_of_its_loader(tmp_path):

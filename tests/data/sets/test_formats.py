@@ -8,6 +8,7 @@ import json
 import tarfile
 import zipfile
 
+import ml_dtypes
 import numpy as np
 import pytest
 from PIL import Image
@@ -240,6 +241,17 @@ def test_a_table_that_leads_elsewhere_or_says_nothing(tmp_path):
         opened(tmp_path)
 
 
+def test_an_image_that_tables_name_twice_is_refused(tmp_path):
+    """A table in both forms would fill a set with the same images twice."""
+    write_tree(tmp_path, tree())
+    rows = [{"file_name": f"b_cat/{i}.png", "label": 0} for i in range(2)]
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (tmp_path / "metadata.jsonl").write_text(text)
+    (tmp_path / "metadata.csv").write_text("file_name,label\nb_cat/0.png,0\nb_cat/1.png,0\n")
+    with pytest.raises(UserError, match="b_cat/0.png more than once; leave one table"):
+        opened(tmp_path)
+
+
 # --- parquet ----------------------------------------------------------------------------------
 
 
@@ -351,6 +363,20 @@ def test_parquet_without_rows_and_of_arrays(tmp_path):
             read()
 
 
+def test_parquet_of_another_split_is_not_read(tmp_path):
+    """Wherever in its name the word stands; two sets in one folder are asked about."""
+    write_parquet(tmp_path / "mnist_train.parquet", SHUFFLED, label=LABELS[SHUFFLED],
+                  names=list(CLASSES))  # fmt: skip
+    write_parquet(tmp_path / "mnist_test.parquet", [0], label=[1], names=list(CLASSES))
+    assert_same(tmp_path)
+    (tmp_path / "mnist_train.parquet").rename(tmp_path / "a.parquet")
+    assert_same(tmp_path)
+    (tmp_path / "mnist_test.parquet").rename(tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"several sets \(a, b\); name the file of one"):
+        opened(tmp_path)
+    assert_same(tmp_path / "a.parquet")
+
+
 def test_parquet_of_other_things(tmp_path):
     pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     import pyarrow.parquet as pq
@@ -391,6 +417,35 @@ def test_a_config_beside_them_says_the_space(tmp_path):
     steps = f"  - name: Normalize\n    args:\n      mean: {list(MEAN)}\n      std: {list(STD)}\n"
     (tmp_path / "config.yaml").write_text(f"use_zca: false\ncustom_val_trans:\n{steps}")
     assert_same(tmp_path)
+
+
+ROUNDED = {
+    "three decimals": lambda odds: np.round(odds, 3),
+    "bfloat16": lambda odds: odds.astype(ml_dtypes.bfloat16).astype(np.float32),
+    "the largest two": lambda odds: np.where(odds >= np.sort(odds, 1)[:, -2:-1], odds, 0),
+}
+
+
+@pytest.mark.parametrize("how", ROUNDED)
+def test_probabilities_that_are_rounded_are_no_logits(tmp_path, how):
+    """Read as logits they would be nearly uniform."""
+    soft = 2 * np.random.default_rng(1).normal(size=(6, 3))
+    odds = np.exp(soft) / np.exp(soft).sum(1, keepdims=True)
+    given = ROUNDED[how](odds.astype(np.float32))
+    assert np.abs(given.sum(1) - 1).max() > 1e-4
+    write_tensors(tmp_path, images=PIXELS, labels=given)
+    logits = assert_same(tmp_path).soft_NK.astype(np.float64)
+    back = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(back, given / given.sum(1, keepdims=True), atol=1e-6)
+    uniform = np.exp(given) / np.exp(given).sum(1, keepdims=True)
+    assert np.abs(uniform - back).max() > 0.2  # the twin
+
+
+def test_numbers_that_are_neither_probabilities_nor_logits_are_refused(tmp_path):
+    given = np.full((6, 3), 0.1, np.float32)
+    write_tensors(tmp_path, images=PIXELS, labels=given)
+    with pytest.raises(UserError, match="from 0 to 1, as probabilities are, and a row sums to 0.3"):
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize("probabilities", [True, False])
