@@ -185,6 +185,37 @@ def dataset_info(name: str) -> DatasetInfo:
     )
 
 
+def plain(name: str) -> str:
+    """A class name without case and punctuation: "French horn" is "french_horn"."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def spoken(names: Sequence[str] | None, info: DatasetInfo) -> list[str] | None:
+    """What people call classes, in the order in which a source has them.
+
+    Args:
+      names: the source's, as its folders are called; None: it has the data set's own order.
+
+    Returns:
+      The data set's names where the source's are WordNet IDs, numbers or spellings of these, else
+      the source's own; None: nobody knows.
+    """
+    official = info.class_names
+    if names is None:
+        return official and [name.replace("_", " ") for name in official]
+    known: dict[str, str] = {}
+    if official:
+        known = {plain(name): name for name in official}
+        known |= {str(k): name for k, name in enumerate(official)}
+        if (found := imagenet_positions(names)) and info.imagenet_indices:
+            of_index = dict(zip(info.imagenet_indices, official, strict=True))
+            known |= {n: of_index[k] for n, k in zip(names, found, strict=True) if k in of_index}
+    if not known and (imagenet_positions(names) or all(name.isdecimal() for name in names)):
+        return None
+    given = [str(int(name)) if name.isdecimal() else name for name in names]
+    return [(known.get(n) or known.get(plain(n)) or n).replace("_", " ") for n in given]
+
+
 def imagenet_positions(class_names: Sequence[str]) -> tuple[int, ...] | None:
     """The ImageNet class of each class whose name is a WordNet ID; None where one is not known.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from prism_jax.analysis import words
+from prism_jax.data.datasets import spoken
 from prism_jax.errors import UserError
 from prism_jax.report.finished import Run
 
@@ -63,7 +64,7 @@ def class_names(run: Run) -> list[str]:
     count = run.config.dataset.num_classes
     known = run.manifest.get("class_names")
     try:
-        known = run.context.inputs.info.class_names or known
+        known = spoken(known, run.context.inputs.info) or known
     except UserError:  # a set of one's own that is not there any more
         pass
     names = [f"class {k}" for k in range(count)] if known is None else list(known[:count])

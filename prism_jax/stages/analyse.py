@@ -87,7 +87,7 @@ def run(context: Context, sets: Mapping[str, LabelledSet]) -> None:
         "grid": figures.grid(
             initial, images, labels,
             classes=config.analyse.grid_classes, slots=config.analyse.grid_slots,
-            class_names=context.inputs.info.class_names,
+            class_names=context.inputs.called,
         ),
         "students": figures.student_curves(
             {

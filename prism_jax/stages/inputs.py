@@ -12,7 +12,7 @@ from etils import epath
 
 from prism_jax import rng
 from prism_jax.config import Dataset, Experiment, Network
-from prism_jax.data.datasets import DatasetInfo
+from prism_jax.data.datasets import DatasetInfo, spoken
 from prism_jax.data.exchange import ImageSet
 from prism_jax.data.lazy import Images, LazyImages, OneByOne, hold
 from prism_jax.data.sets import existing
@@ -104,6 +104,18 @@ class Inputs:
         return source
 
     @functools.cached_property
+    def called(self) -> list[str] | None:
+        """What people call the classes, in the order of the labels, where it is known.
+
+        Without the data, the data set's own order, which folders may have otherwise.
+        """
+        try:
+            names = self.open("train").class_names
+        except UserError:
+            names = None
+        return spoken(names, self.info)
+
+    @functools.cached_property
     def spoken_names(self) -> list[str]:
         """What people call the classes, in the order of the labels.
 
@@ -112,14 +124,14 @@ class Inputs:
         """
         path, wanted = self.config.generate.class_names, self.config.dataset.num_classes
         if path is None:
-            known = self.info.class_names
+            known = self.called
             if known is None:
                 raise UserError(
                     f"the prompts of {self.info.name} need names of its classes, which are not "
                     f"known here; give a file with a line a class, in the order of the labels: "
                     f"generate.class_names=FILE"
                 )
-            return [name.replace("_", " ") for name in known[:wanted]]
+            return known[:wanted]
         file = epath.Path(path)
         if not file.is_file():
             raise UserError(f"there is no file {path}, which generate.class_names gives")

@@ -54,3 +54,24 @@ def test_all_of_imagenet_is_known_without_the_list_and_a_part_is_not(monkeypatch
 def test_every_set_names_its_labelled_test_images():
     unlabelled = {name for name, info in DATASETS.items() if "test" not in info.test_splits}
     assert unlabelled == {"imagenet", "imagenette", "tiny_imagenet"}
+
+
+SPOKEN = {
+    "arrays": ("cifar10", None, ["airplane", "automobile"], 2),
+    "WordNet IDs of a part": ("imagenette", ["n03028079", "n01440764"], ["church", "tench"], None),
+    "WordNet IDs of no table of names": ("imagenet", ["n03028079", "n01440764"], None, None),
+    "folders in another order": (
+        "fashion_mnist", ["Ankle_boot", "T-shirt_top"], ["ankle boot", "T-shirt/top"], None,
+    ),
+    "two of ten": ("cifar10", ["cat", "dog"], ["cat", "dog"], None),
+    "numbers": ("cifar10", ["03", "5"], ["cat", "dog"], None),
+    "numbers of nothing": ("imagenet", ["3", "5"], None, None),
+    "words of one's own": ("imagenet", ["french_horn", "tench"], ["french horn", "tench"], None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SPOKEN)
+def test_classes_are_called_what_they_are(what):
+    name, names, expected, first = SPOKEN[what]
+    found = datasets.spoken(names, datasets.dataset_info(name))
+    assert (found and found[:first]) == expected

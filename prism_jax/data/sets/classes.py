@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from prism_jax.data.datasets import DatasetInfo, imagenet_wnids
+from prism_jax.data.datasets import DatasetInfo, imagenet_wnids, plain
 from prism_jax.data.sets.base import Found
 from prism_jax.data.sources import ImageSource
 from prism_jax.errors import UserError
@@ -74,9 +74,9 @@ def class_map(
     for order in knowns:
         if set(order) == set(names):
             return ordered(order)
-        plain = {_plain(name): name for name in names}
-        if len(plain) == len(names) and {_plain(name) for name in order} == set(plain):
-            return ordered([plain[_plain(name)] for name in order])
+        by_plain = {plain(name): name for name in names}
+        if len(by_plain) == len(names) and set(map(plain, order)) == by_plain.keys():
+            return ordered([by_plain[plain(name)] for name in order])
     if ids and all(map(_WNID.fullmatch, names)):
         others = sorted(set(names) - set(ids))
         raise UserError(
@@ -152,11 +152,6 @@ def _numbers(names: Sequence[str]) -> list[int] | None:
         return None
     numbers = [int(match[2]) for match in matches]
     return numbers if len(set(numbers)) == len(numbers) else None
-
-
-def _plain(name: str) -> str:
-    """A class name without case and punctuation: "French horn" is "french_horn"."""
-    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def _repeated(names: Sequence[str]) -> list[str]:

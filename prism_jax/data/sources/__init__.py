@@ -7,13 +7,13 @@ fingerprint can tell one set from another.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from etils import epath
 
-from prism_jax.data.datasets import TFDS, DatasetInfo, dataset_info, imagenet_positions
+from prism_jax.data.datasets import TFDS, DatasetInfo, dataset_info, imagenet_positions, plain
 from prism_jax.data.sources.arrays import ArraySource, open_cifar, open_idx, open_npz, open_sklearn
 from prism_jax.data.sources.base import ImageSource, Subset
 from prism_jax.data.sources.damaged import without_damaged
@@ -134,14 +134,22 @@ def _imagenet_indices(
         return None
     if names is None or all(name.isdecimal() for name in names):
         return whole
-    if info.class_names and sorted(names) == sorted(info.class_names):
-        return tuple(whole[info.class_names.index(name)] for name in names)
+    if info.class_names and _plainly(names) == _plainly(info.class_names):
+        official = list(map(plain, info.class_names))
+        return tuple(whole[official.index(plain(name))] for name in names)
     return None
 
 
 def _permuted(source: ImageSource, info: DatasetInfo) -> bool:
     ours, theirs = source.class_names, info.class_names
-    return bool(ours and theirs and ours != theirs and sorted(ours) == sorted(theirs))
+    if not ours or not theirs or _plainly(ours) != _plainly(theirs):
+        return False
+    return list(map(plain, ours)) != list(map(plain, theirs))
+
+
+def _plainly(names: Sequence[str]) -> list[str]:
+    """Names in one order and spelling."""
+    return sorted(map(plain, names))
 
 
 def read_all(source: ImageSource, *, threads: int = 8) -> tuple[np.ndarray, np.ndarray]:
