@@ -296,6 +296,7 @@ def folder(c: ConfigDict) -> ConfigDict:
     c.name += "_folder"
     c.recover.initialise = "folder"
     c.recover.iterations = 0
+    c.recover.jpeg_quality = None  # theirs are as they are
     c.recover.pool = ()
     needed = (*c.relabel.teachers, c.analyse.network)
     c.squeeze.teachers = tuple(name for name in c.squeeze.teachers if name in needed)

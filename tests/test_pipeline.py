@@ -607,6 +607,17 @@ def test_a_folder_without_fingerprint_is_not_continued(finished, reference):
     assert_same(finished, reference)
 
 
+def test_a_control_s_images_are_those_of_its_settings(finished, reference):
+    """Other real images under the same name are written anew, also where labels are online."""
+    images = finished / "controls/random_real/images"
+    workdir.write_fingerprint(images, {"of": "others"})
+    for path in sorted((images / "00001").iterdir()):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(path)
+    shutil.rmtree(finished / "controls/random_real/relabel")
+    ok(finished)
+    assert_same(finished, reference)
+
+
 def test_half_of_a_control_s_images_are_completed(finished, reference):
     shutil.rmtree(finished / "controls/random_real/relabel")
     for path in (finished / "controls/random_real/images/00003").iterdir():

@@ -22,7 +22,7 @@ from prism_jax.config import (
     SELECTED_CONTROLS,
     SOFT_CONTROLS,
 )
-from prism_jax.data import image_set
+from prism_jax.data import image_set, workdir
 from prism_jax.data.lazy import Images, chunks
 from prism_jax.stages import anchoring, fingerprints, recover
 from prism_jax.stages.context import Context, LabelledSet
@@ -73,10 +73,16 @@ def labelled_set(context: Context, name: str) -> LabelledSet:
 def write(context: Context, labelled: LabelledSet) -> None:
     """Write a control's images beside its labels, for people to look at."""
     folder, (classes, slots) = labelled.root / "images", _order(context)
-    last = image_set.image_path(folder, classes[-1], slots[-1])
-    if labelled.name == "full_real" or last.exists() or not parallel.is_main():
+    if labelled.name == "full_real" or not parallel.is_main():
+        return
+    found = workdir.read_fingerprint(folder)  # older ones do not say what they are
+    other = found is not None and bool(workdir.differences(found, labelled.fields))
+    if image_set.image_path(folder, classes[-1], slots[-1]).exists() and not other:
         return
     context.work.acquire()
+    if other:
+        workdir.remove(folder)
+    workdir.write_fingerprint(folder, labelled.fields)
     for part in chunks(len(classes)):
         images = labelled.images_uint8_NHWC[part]
         image_set.write_images(folder, images, classes[part], slots[part])

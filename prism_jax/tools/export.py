@@ -251,12 +251,20 @@ def _labels(
     folder = (root if control is None else root / "controls" / control) / "relabel"
     if control is None and (where := ran["experiment"]["relabel"].get("labels_from")):
         return None, {"what": f"none, relabel.labels_from={where} reads labels made elsewhere"}
+    settings = ran["experiment"]["relabel"]
+    if settings["mode"] == "online":  # what may be there is of other settings
+        return None, {"what": "none, relabel.mode=online stores none"}
     if not (folder / MANIFEST).exists():
-        if ran["experiment"]["relabel"]["mode"] == "online":
-            return None, {"what": "none, relabel.mode=online stores none"}
         raise UserError(
             f"{folder} has no finished soft labels; finish them with\n"
             f"    {command(root, ran, 'squeeze,recover,relabel', control)}"
+        )
+    made_from = (workdir.read_fingerprint(folder) or {}).get("relabel", {})
+    if other := [k for k, v in made_from.items() if k in settings and settings[k] != v]:
+        raise UserError(
+            f"{folder} has soft labels of other settings than the run's last ones "
+            f"({', '.join(f'relabel.{k}={made_from[k]}, now {settings[k]}' for k in other[:3])}); "
+            f"make them anew with\n    {command(root, ran, 'squeeze,recover,relabel', control)}"
         )
     reader = LabelReader(folder, images=provenance["images_sha256"])
     manifest = {k: v for k, v in reader.manifest.items() if k not in ("shards", "images")}

@@ -55,6 +55,10 @@ REFUSED = {
     "patches of a size": (
         {"phase_sizes": (14, 16), "match": ("bn", "patch")}, "number changes with",
     ),
+    "encoded again": (
+        {"initialise": "folder", "initialise_from": "set", "iterations": 0, "jpeg_quality": 75},
+        "recover.jpeg_quality is 75", "set recover.jpeg_quality=None",
+    ),
     "optimised for nothing": (
         {"alpha_ce": 0.0, "alpha_bn": 0.0}, "recover.alpha_ce, alpha_bn, clip, total_variation",
     ),

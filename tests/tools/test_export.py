@@ -233,11 +233,20 @@ def test_a_run_without_stored_labels_is_exported_without_them(finished, tmp_path
     ran = workdir.read_json(finished / "config.json")
     ran["experiment"]["relabel"]["mode"] = "online"
     workdir.write_json(finished / "config.json", ran)
-    shutil.rmtree(finished / "relabel")
+    # Labels that are still there are of the settings before.
     status, out, err = run(capsys, f"--workdir={finished}", f"--to={tmp_path / 'set'}")
     assert status == 0 and "soft labels: none, relabel.mode=online stores none" in out
     with np.load(tmp_path / "set" / "set.npz") as npz:
         assert "soft_labels" not in npz and "images" in npz
+
+
+def test_labels_of_other_settings_are_not_given_away(finished, tmp_path, capsys):
+    ran = workdir.read_json(finished / "config.json")
+    ran["experiment"]["relabel"]["epochs"] += 1
+    workdir.write_json(finished / "config.json", ran)
+    err = refused(capsys, f"--workdir={finished}", f"--to={tmp_path / 'set'}")
+    epochs = ran["experiment"]["relabel"]["epochs"]
+    assert f"(relabel.epochs={epochs - 1}, now {epochs}); make them anew with" in err
 
 
 def test_an_export_that_fails_or_is_killed_leaves_no_target(reference, tmp_path, monkeypatch):

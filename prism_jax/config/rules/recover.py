@@ -383,6 +383,11 @@ def _start(e: Experiment) -> Iterator[str]:
             "recover.initialise is 'folder'; name the folder of images with "
             "recover.initialise_from=DIR"
         )
+    if r.initialise == "folder" and not r.iterations and r.jpeg_quality is not None:
+        yield (
+            f"recover.jpeg_quality is {r.jpeg_quality}, and would encode images again that "
+            f"somebody else made and nothing optimises; set recover.jpeg_quality=None"
+        )
     if r.initialise_from and r.initialise != "folder":
         yield (
             f"recover.initialise_from names {r.initialise_from}, but recover.initialise is "

@@ -43,6 +43,10 @@ def card(content: Content, reading: str, *, fields: str = "") -> str:
         "\n## Accuracy\n",
         *_accuracies(content),
         "\n## What made it\n",
+        *([] if made["set"] == "synthetic" else [
+            f"- the control `{made['set']}` of the following, whose own images are another set; "
+            "docs/methods.md of prism_jax says how controls are chosen"
+        ]),
         f"- method `{recover['method']}`, preset `{experiment['preset']}`, "
         f"{recover['iterations']} iterations, teachers: {', '.join(recover['pool']) or 'none'}",
         f"- labels: {made['soft_labels']['what']}",
