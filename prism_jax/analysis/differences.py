@@ -122,7 +122,7 @@ def tables(columns: Mapping[Column, Sequence[Tested]], choices: Choices) -> Iter
             held_out = s.top1(HELD_OUT) if s.right.get(HELD_OUT) else None
             lines.append(Line(s, drawn.accuracy(s.label), differing, held_out, by))
         whys = dict.fromkeys(why for line in lines for why in line.against)
-        heads = dict.fromkeys(whys) if against is None else dict(against)
+        heads = {why: None if against is None else against[why] for why in whys}
         yield Table(column, lines, heads, part)
 
 

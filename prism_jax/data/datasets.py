@@ -202,7 +202,7 @@ def spoken(names: Sequence[str] | None, info: DatasetInfo) -> list[str] | None:
     """
     official = info.class_names
     if names is None:
-        return official and [name.replace("_", " ") for name in official]
+        return None if official is None else [name.replace("_", " ") for name in official]
     known: dict[str, str] = {}
     if official:
         known = {plain(name): name for name in official}

@@ -274,7 +274,7 @@ def stated_normalisation(path: epath.PathLike) -> Normalisation | None:
         if stated and stated["mean"] and stated["std"]:
             return Normalisation(tuple(stated["mean"]), tuple(stated["std"]))
     known = DATASETS.get(data.get("name", ""))
-    return known and known.normalisation
+    return None if known is None else known.normalisation
 
 
 def _named(
