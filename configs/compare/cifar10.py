@@ -19,7 +19,8 @@ Arguments after the colon:
 training. Methods take this pool in place of their own, and their recipes for CIFAR. No set is
 optimised for more than ITERATIONS, which is a quarter of what prism, delt, cvdd and gvbsm have
 elsewhere, half of edc's, fadrm's and psm's. CDA has no recipe for CIFAR: it is SRe2L's with its
-crops down to 0.08 and flips. FADRM's is PSM's without groups. The full real set is trained for as
+crops down to 0.08 and flips. CV-DD's teachers vote alike, for images and labels: its priors are
+those of other networks. FADRM's is PSM's without groups. The full real set is trained for as
 many steps as the others, at least 30 epochs, with their optimiser and views.
 
 The rows prism_* ask what makes PRISM; all start from the same random real images as random_real.
@@ -147,7 +148,10 @@ def _methods(ipc: int) -> dict[str, tuple[str, ...]]:
         "rded": method("rded"),
         "cda": method("sre2l", ALONE, STEPS, *crops),
         "dwa": method("dwa", ALONE, STEPS),
-        "delt": method("delt", ALONE, STEPS),
+        # A round of DELT's is of 500 iterations.
+        "delt": method(
+            "delt", ALONE, STEPS, *([f"recover.rounds={ITERATIONS // 500}"] * (ipc > 1))
+        ),
         "cvdd": method("cvdd", ALL, STEPS, f"recover.committee={pairs}", *MEAN),
         "fadrm": method("psm", ALL, STEPS, "recover.targets=running", *PATCHES, *MEAN),
         "psm": method("psm", ALL, STEPS, *MEAN),
