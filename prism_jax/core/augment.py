@@ -23,7 +23,7 @@ class Augment:
     Attributes:
       crop_min: smallest share of the area of a random resized crop.
       mix_per: "batch" or "image": for what one lambda and one box are drawn.
-      crop_pad: in place of a resized crop, a shift by up to so many pixels, zeros coming in.
+      crop_pad: in place of a resized crop, a shift by up to so many pixels, black coming in.
       patch_shuffle: bands into which the rows, and then the columns, of every image are cut and
         exchanged (RDED); 1: none.
     """
@@ -57,7 +57,17 @@ def augment(
         order = sample_order(rng.stream(key, "shuffle"), batch, how.patch_shuffle)
         images_BHWC = shuffle(images_BHWC, order)
     view, mix = draw(key, batch, (height, width), how)
-    return mixing.apply_mix(views.apply_view(images_BHWC, view), mix), mix
+    shown_BHWC = apply(images_BHWC, view, how.crop_pad, normalisation)
+    return mixing.apply_mix(shown_BHWC, mix), mix
+
+
+def apply(
+    images_BHWC: Array, view: View, crop_pad: int | None, normalisation: Normalisation
+) -> Array:
+    """Normalised images through drawn views; a shifted one's border is black."""
+    if crop_pad is None:
+        return views.apply_view(images_BHWC, view)
+    return views.apply_shift(images_BHWC, view, pixels.valid_range(normalisation)[0])
 
 
 def show(images_uint8_BHWC: AnyArray, view: View, mix: Mix, normalisation: Normalisation) -> Array:

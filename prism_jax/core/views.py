@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from prism_jax.types import Array, View
+from prism_jax.types import AnyArray, Array, View
 
 TRIES = 10  # torchvision's RandomResizedCrop
 SHARES = 2**20  # steps in which the share of the area is drawn
@@ -145,6 +145,15 @@ def apply_view(images_BHWC: Array, view: View) -> Array:
         rows, columns, images_BHWC,
         cpu=_resample, tpu=in_passes, default=in_passes if view.flip.ndim else _resample_lines,
     )  # fmt: skip
+
+
+def apply_shift(images_BHWC: Array, view: View, border_C: AnyArray) -> Array:
+    """The same for boxes that are only shifted: ``border_C`` is what they show beyond the edges.
+
+    References pad with black before they normalise: PyTorch's RandomCrop(padding=...), ToTensor.
+    """
+    inside = apply_view(jnp.ones_like(images_BHWC[..., :1]), view)  # of whole pixels: 0 or 1
+    return apply_view(images_BHWC, view) + (1 - inside) * jnp.asarray(border_C)
 
 
 def _resample(

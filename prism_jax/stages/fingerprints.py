@@ -63,7 +63,12 @@ def section(name: str, values: Any) -> dict[str, Any]:
     fields = json.loads(json.dumps(dataclasses.asdict(values)))
     kept = {k: v for k, v in fields.items() if k not in NEUTRAL.get(name, ())}
     kept = _without_later(name, kept)
-    return {**kept, "bits_version": BITS_VERSION}
+    return {**kept, **(_border(fields) if name != "recover" else {}), "bits_version": BITS_VERSION}
+
+
+def _border(fields: dict[str, Any]) -> dict[str, str]:
+    """What comes in where real images are shifted; it was the mean colour before."""
+    return {"border": "black"} if fields.get("crop_pad") is not None else {}
 
 
 def _without_later(name: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -104,6 +109,7 @@ def statistics(context: Context, name: str) -> dict[str, dict[str, Any]]:
         return {}
     views = ("batch_size", "crop_min", "crop_pad", "flip")
     fields = {view: getattr(squeeze, view) for view in views}
+    fields |= _border(fields)
     fields |= {
         "seed": squeeze.seed,
         "patch": context.config.recover.statistic_patch,
@@ -399,6 +405,7 @@ def validate(context: Context, labelled: LabelledSet, student: str, seed: int) -
     else:
         views = ["batch_size", *(field.name for field in dataclasses.fields(Augment))]
         fields["views"] = {name: getattr(context.config.relabel, name) for name in views}
+        fields["views"] |= _border(fields["views"])
         fields["validate"]["loss"] = "ce"
     return fields
 

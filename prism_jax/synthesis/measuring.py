@@ -15,7 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from prism_jax import parallel, rng
-from prism_jax.core import pixels, statistics, views
+from prism_jax.core import augment, pixels, statistics, views
 from prism_jax.data.pipeline import Batch
 from prism_jax.teachers import Teacher, batch_statistics
 from prism_jax.types import Array, Normalisation, PyTree
@@ -80,7 +80,7 @@ class Measurer:
                 rng.stream(rng.root(seed), VIEWS, group, number), (height, width),
                 crop_scale=(crop_min, 1.0), crop_pad=crop_pad, flip=flip, roll=0, batch=batch,
             )  # fmt: skip
-            images_BHWC = views.apply_view(images_BHWC, view)
+            images_BHWC = augment.apply(images_BHWC, view, crop_pad, normalisation)
             if not per_image:
                 return of_batch(variables, images_BHWC)
             return jax.vmap(of_batch, in_axes=(None, 0))(variables, images_BHWC[:, None])

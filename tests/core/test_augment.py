@@ -74,6 +74,19 @@ def test_a_padded_crop_shifts_every_image_by_itself_and_draws_nothing_else():
     assert len(found) > 12
 
 
+def test_the_border_of_a_shifted_image_is_black_in_any_normalisation():
+    """Padded before it is normalised; the mean colour is the twin."""
+    how, colour = Augment(crop_min=1.0, flip=False, crop_pad=2), Normalisation((0.5,), (0.25,))
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
+    plain, normalised = (
+        np.asarray(jax.jit(lambda n=n: augment(rng.root(3), images, how, n)[0])())
+        for n in (PIXELS, colour)
+    )
+    np.testing.assert_allclose(normalised, (plain - 0.5) / 0.25, atol=1e-5)
+    zeros = np.where(plain == 0, 0.0, normalised)
+    assert np.abs(zeros - (plain - 0.5) / 0.25).max() > 1
+
+
 def test_patches_are_exchanged_before_everything_else_and_change_no_other_draw():
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1), np.uint8)
     how = Augment(crop_min=0.3, flip=True, mix="cutmix", patch_shuffle=4)

@@ -100,6 +100,30 @@ def expected(found_batches, group, per_image):
 
 
 @pytest.mark.usefixtures("fast_programs")
+def test_shifted_images_have_black_borders():
+    """As the references pad: pixels, before they are normalised."""
+    (batch,) = read(batch_size=17)
+    found = measuring.mean([measurer(False, crop_pad=3, flip=False).total([batch], group=3)])
+    key = rng.stream(rng.root(SEED), measuring.VIEWS, 3, batch.number)
+    how = {"crop_scale": (0.5, 1.0), "crop_pad": 3, "flip": False, "roll": 0, "batch": 17}
+    view = jax.jit(lambda: views.sample_view(key, SHAPE[:2], **how))()
+    tops, lefts = (np.asarray(view.crop[:, axis]).astype(int) + 3 for axis in (0, 1))
+    padded = np.pad(batch.images_BHWC, ((0, 0), (3, 3), (3, 3), (0, 0)))
+    cut = [p[t : t + 8, left : left + 8] for p, t, left in zip(padded, tops, lefts, strict=True)]
+    images = np.asarray(pixels.normalise(np.stack(cut), COLOUR))
+    for name in ("conv1", "conv2"):
+        stats = numpy_statistics(layers_of(images)[name], True)
+        for stat, value in stats.items():
+            np.testing.assert_allclose(found["conv"][name][stat], value, rtol=2e-4, atol=2e-5)
+    # Twin: the mean colour, which is black of no data set, moves the statistics.
+    grey = np.asarray(views.apply_view(pixels.normalise(batch.images_BHWC, COLOUR), view))
+    moved = (
+        numpy_statistics(layers_of(grey)["conv1"], True)["mean"] - found["conv"]["conv1"]["mean"]
+    )
+    assert np.abs(moved).max() > 0.05
+
+
+@pytest.mark.usefixtures("fast_programs")
 @pytest.mark.parametrize("per_image", [False, True])
 def test_means_over_the_set_against_numpy(per_image):
     found_batches = read()
