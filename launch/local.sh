@@ -46,10 +46,16 @@ for ((i = 0; i < processes; i++)); do
   fi
 done
 
+# The status of one that failed, if there is one; else of one that was asked to stop.
 status=0
+ended() {
+  if (($1 != 0 && (status == 0 || status == 130 || status == 143))); then status=$1; fi
+}
 for pid in "${pids[@]}"; do
-  wait "$pid" || status=$?
+  code=0
+  wait "$pid" || code=$?
   # A signal ends the first wait; the processes are still saving.
-  while kill -0 "$pid" 2>/dev/null; do wait "$pid" || status=$?; done
+  while kill -0 "$pid" 2>/dev/null; do code=0; wait "$pid" || code=$?; done
+  ended "$code"
 done
 exit "$status"

@@ -31,6 +31,8 @@ if [[ -n ${DRY_RUN:-} ]]; then
   exit 0
 fi
 
+# srun gives the highest status of all. 143: all were asked to stop and have saved; where one failed,
+# the others end with 1, and its status is the highest.
 status=0
 "${command[@]}" || status=$?
 if ((status == 143)) && [[ -n ${SLURM_JOB_ID:-} ]]; then

@@ -211,7 +211,7 @@ def until_stopped(work: Callable[[Any], None], root: str) -> int:
             f"command again to continue.",
             file=sys.stderr,
         )
-        return 128 + interrupted.signum
+        return interrupted.status
     return 0
 
 

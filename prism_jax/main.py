@@ -175,15 +175,15 @@ def _main(argv: list[str]) -> int:
     try:
         _run(context, stages, argv, getattr(given, "from"))
     except Interrupted as interrupted:
-        parallel.say_stopped(str(interrupted))
+        parallel.say_stopped(str(interrupted), failed=interrupted.failed)
         print(
             f"stopped by {interrupted}; everything so far is saved in {workdir}. "
             f"Run the same command again to continue.",
             file=sys.stderr,
         )
-        return 128 + interrupted.signum
+        return interrupted.status
     except BaseException as error:
-        parallel.say_stopped(str(error) or type(error).__name__)
+        parallel.say_stopped(str(error) or type(error).__name__, failed=True)
         raise
     finally:
         context.work.lock.release()

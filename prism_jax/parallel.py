@@ -21,9 +21,10 @@ import contextlib
 import contextvars
 import functools
 import itertools
+import json
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -497,6 +498,15 @@ def cluster(environ: Mapping[str, str]) -> str | None:
     return None
 
 
+def alone_on_its_node(environ: Mapping[str, str]) -> bool:
+    """Whether a cluster manager started one process a node, which then has all of its devices."""
+    if local := environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"):
+        return local == "1"
+    tasks = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS")
+    nodes = environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_NNODES")
+    return tasks is not None and tasks == nodes
+
+
 def start_processes(
     mode: str,
     *,
@@ -534,6 +544,10 @@ def start_processes(
         arguments = {
             "coordinator_address": coordinator, "num_processes": processes, "process_id": process,
         }  # fmt: skip
+    if (explicit or alone_on_its_node(os.environ)) and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+        # All devices that it sees. Otherwise JAX gives a process of SLURM or Open MPI one: that of
+        # its number on the node.
+        arguments["local_device_ids"] = []
     try:
         jax.distributed.initialize(
             **arguments,
@@ -576,18 +590,26 @@ def told(key: str) -> str | None:
         ) from error
 
 
-def say_stopped(why: str) -> None:
+class Stopped(NamedTuple):
+    """Why another process ended before its work did; whether by an error, or as it was asked to."""
+
+    why: str
+    failed: bool
+
+
+def say_stopped(why: str, *, failed: bool) -> None:
     """Let the other processes know that this one ends before its work does."""
     if jax.process_count() > 1:
-        _store().key_value_set(f"prism_jax/stopped/{jax.process_index()}", f"{name()}: {why}")
+        said = json.dumps(Stopped(f"{name()}: {why}", failed))
+        _store().key_value_set(f"prism_jax/stopped/{jax.process_index()}", said)
 
 
-def stopped_elsewhere() -> str | None:
-    """What a process said that ended before its work did, or None."""
+def stopped_elsewhere() -> Stopped | None:
+    """What a process said that ended before its work did, one that failed first; or None."""
     if jax.process_count() == 1:
         return None
-    found = _store().key_value_dir_get("prism_jax/stopped/")
-    return found[0][1] if found else None
+    found = [Stopped(*json.loads(s)) for _, s in _store().key_value_dir_get("prism_jax/stopped/")]
+    return next((s for s in found if s.failed), found[0] if found else None)
 
 
 def _store() -> Any:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import signal
 import socket
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 from helpers.command import ROOT, TIMEOUT, TINY, assert_same, reference, run, start
 
 from prism_jax import parallel
 from prism_jax.errors import UserError
+from prism_jax.stages.coordination import Interrupted, StopSignal
 
 __all__ = ["reference"]  # a fixture
 
@@ -187,6 +190,75 @@ def test_uneven_work(tmp_path):
 )
 def test_a_cluster_is_joined_only_where_there_is_one(environ, manager):
     assert parallel.cluster(environ) == manager
+
+
+@pytest.mark.parametrize(("failed", "status"), [(True, 1), (False, 143)])
+def test_who_stops_for_another_s_error_does_not_say_that_it_was_asked_to(
+    monkeypatch, failed, status
+):
+    """A job that is started again wherever it was asked to stop would meet the error for ever."""
+    said = [
+        ("a", json.dumps(["process 2 of 3: SIGTERM", False])),
+        ("b", json.dumps(["process 1 of 3: the loss is nan", failed])),
+    ]
+    store = SimpleNamespace(key_value_dir_get=lambda prefix: said)
+    monkeypatch.setattr(parallel, "_store", lambda: store)
+    monkeypatch.setattr(parallel.jax, "process_count", lambda: 3)
+    with pytest.raises(Interrupted) as stopped:
+        StopSignal().check()
+    assert stopped.value.status == status
+    assert str(stopped.value) == said[failed][1].split('"')[1]
+
+
+ALONE = {
+    "SLURM, one a node": ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "4"}, True),
+    "SLURM, one a GPU": ({"SLURM_STEP_NUM_TASKS": "32", "SLURM_STEP_NUM_NODES": "4"}, False),
+    "sbatch's own numbers": ({"SLURM_NTASKS": "4", "SLURM_NNODES": "4"}, True),
+    "Open MPI, one a node": ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+    "Open MPI, one a GPU": ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, False),
+    "nobody": ({}, False),
+}
+
+
+@pytest.mark.parametrize("who", ALONE)
+def test_a_process_that_is_alone_on_its_node_has_all_of_its_devices(who):
+    environ, alone = ALONE[who]
+    assert parallel.alone_on_its_node(environ) == alone
+
+
+@pytest.mark.parametrize(("nodes", "seen"), [("2", "all"), ("1", "1")])
+def test_slurms_process_of_a_node_sees_all_gpus(monkeypatch, nodes, seen):
+    """By JAX's own reading of the environment: it gives a task the device of its number."""
+    import jax
+    from jax._src import distributed, xla_bridge
+
+    port = "31999"
+    slurm = {"JOB_ID": "1", "STEP_NODELIST": "localhost", "NTASKS": "2", "PROCID": "1",
+             "LOCALID": "1", "STEP_NUM_TASKS": "2", "STEP_NUM_NODES": nodes}  # fmt: skip
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"localhost:{port}")
+    state, asked = distributed.State(), {}
+
+    def initialize(**given):
+        asked.update(given)
+        given = {k: v for k, v in given.items() if not k.endswith("_seconds")}
+        with pytest.raises(RuntimeError, match="as far as the devices"):
+            state.initialize(**given)
+
+    def stop(*given, **named):
+        raise RuntimeError("as far as the devices")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    for name in ("get_distributed_runtime_client", "get_distributed_runtime_service"):
+        monkeypatch.setattr(distributed._jax, name, stop)
+    before = xla_bridge.CUDA_VISIBLE_DEVICES.value
+    try:
+        parallel.start_processes("auto")
+        assert asked and xla_bridge.CUDA_VISIBLE_DEVICES.value == seen
+    finally:
+        for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
+            jax.config.update(name, before)
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,9 @@ def read_batches(
     )
 
     def ask(number: int) -> Any:
-        # Ctrl-C is the main thread's. A process started here inherits that, from its first moment.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # Ctrl-C and a cluster's request to stop, which reach all processes, are the main thread's,
+        # which saves. A process started here inherits that, from its first moment.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         return pool.submit(_answer, int(number)).result()
 
     # Grain's own processes hang where one of them ends; these do not. Its threads wait for them.

@@ -37,6 +37,7 @@ from typing import Any
 
 from etils import epath
 
+from prism_jax import progress
 from prism_jax.errors import UserError
 
 FINGERPRINT = "fingerprint.json"
@@ -312,12 +313,14 @@ class Lock:
 
     While it is held, a thread writes a sign of life into it every ``BEAT`` seconds. A lock is
     taken over when its process is known to be gone (same host), or when there has been no sign
-    of life for ``SILENCE`` seconds (another host, whose processes cannot be seen).
+    of life for ``SILENCE`` seconds (another host or container, whose processes cannot be seen):
+    that is waited for, so that a job that starts again elsewhere goes on by itself.
     """
 
     BEAT = 30.0
     SILENCE = 600.0
     SETTLE = 2.0
+    LOOK = 5.0
 
     def __init__(self, root: epath.Path):
         self._path = epath.Path(root) / ".lock"
@@ -342,7 +345,7 @@ class Lock:
                     self._beating = threading.Thread(target=self._beat, daemon=True)
                     self._beating.start()
                 continue
-            if not self._is_gone(holder):
+            if not self._is_gone(holder) and (_near(holder) or self._lives(holder)):
                 raise UserError(
                     f"{self._path.parent} is in use by process {holder['pid']} on "
                     f"{holder['host']}, whose last sign of life is {_age(holder):.0f} s old. Wait "
@@ -352,6 +355,19 @@ class Lock:
                 )
             self._path.unlink(missing_ok=True)
             sweep(self._path.parent)
+
+    def _lives(self, holder: dict[str, Any]) -> bool:
+        """Watch a holder that cannot be seen until it shows life, or is silent for long."""
+        progress.say(
+            f"{self._path.parent} is held by process {holder['pid']} on {holder['host']}, whose "
+            f"last sign of life is {_age(holder):.0f} s old: waiting for another, or for "
+            f"{self.SILENCE / 60:.0f} minutes without one"
+        )
+        while not self._is_gone(holder):
+            time.sleep(self.LOOK)
+            if (now := self._holder()) != holder:
+                return now is not None
+        return False
 
     def _create(self) -> bool:
         """Make the file, whole and only if there is none; returns whether there was none."""
@@ -400,7 +416,7 @@ class Lock:
 
     @classmethod
     def _is_gone(cls, holder: dict[str, Any]) -> bool:
-        if holder.get("host") != socket.gethostname():
+        if not _near(holder):
             return _age(holder) > cls.SILENCE
         try:
             os.kill(holder["pid"], 0)
@@ -411,12 +427,39 @@ class Lock:
         return holder["pid"] == os.getpid()
 
 
+_TOKEN = secrets.token_hex(8)  # of this process: another container may have the same numbers
+
+
+@functools.cache
+def _numbering() -> str:
+    """What tells whose process numbers are ours: this start of the system and its namespace."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
 def _me() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "alive": time.time()}
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "numbering": _numbering(),
+        "token": _TOKEN,
+        "alive": time.time(),
+    }
+
+
+def _near(holder: dict[str, Any]) -> bool:
+    """Whether a holder's process number is one of this machine's and container's."""
+    return (holder.get("host"), holder.get("numbering", _numbering())) == (
+        socket.gethostname(),
+        _numbering(),
+    )
 
 
 def _is_me(holder: dict[str, Any]) -> bool:
-    return (holder.get("host"), holder.get("pid")) == (socket.gethostname(), os.getpid())
+    return (holder.get("pid"), holder.get("token")) == (os.getpid(), _TOKEN)
 
 
 def _age(holder: dict[str, Any]) -> float:

@@ -18,9 +18,19 @@ from prism_jax.data import workdir
 class Interrupted(Exception):
     """The run was asked to stop; everything so far is saved."""
 
-    def __init__(self, signum: int, why: str | None = None):
-        super().__init__(why or signal.Signals(signum).name)
+    def __init__(self, signum: int, elsewhere: parallel.Stopped | None = None):
+        """``signum``: what asked; ``elsewhere``: what another process ended by."""
+        super().__init__(elsewhere.why if elsewhere else signal.Signals(signum).name)
         self.signum = signum
+        self.failed = elsewhere is not None and elsewhere.failed
+
+    @property
+    def status(self) -> int:
+        """The exit status: what the signal's is, but 1 where another process met an error.
+
+        Who starts jobs again where they were only asked to stop must not do so after an error.
+        """
+        return 1 if self.failed else 128 + self.signum
 
 
 class StopSignal:
@@ -34,7 +44,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self._elsewhere: str | None = None
+        self._elsewhere: parallel.Stopped | None = None
         self._asked = 0.0
 
     def install(self) -> None:

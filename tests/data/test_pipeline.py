@@ -192,7 +192,7 @@ def test_a_worker_that_is_killed_ends_the_reading_with_a_message(source):
 
 
 SCRIPT = """
-import sys, time, warnings
+import signal, sys, time, warnings
 from prism_jax.data import pipeline, sources
 
 def main():
@@ -201,9 +201,15 @@ def main():
                                  image_size=8)
     found = pipeline.batches(source, batch_size=2, epochs=100000, seed=0, name="x", workers=2)
     next(found)
+    asked = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(print("asked to stop", flush=True)))
     print("reading", flush=True)
+    left = 200  # batches after it: more than are read ahead
     for _ in found:
         time.sleep(0.01)
+        left -= len(asked)
+        if left == 0:
+            print("another batch", flush=True)
 
 if __name__ == "__main__":
     try:
@@ -220,7 +226,7 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="reads /proc")
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
 def test_workers_end_with_their_run_and_without_a_traceback(folder, tmp_path, signum):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -234,6 +240,11 @@ def test_workers_end_with_their_run_and_without_a_traceback(folder, tmp_path, si
         assert len(workers) >= 2
         if signum == signal.SIGINT:  # Ctrl-C reaches all processes of a terminal
             os.killpg(process.pid, signum)
+        elif signum == signal.SIGTERM:  # as of a cluster: workers go on until the run has saved
+            os.killpg(process.pid, signum)
+            assert process.stdout.readline() == "asked to stop\n"
+            assert process.stdout.readline() == "another batch\n"
+            process.kill()
         else:
             process.send_signal(signum)
         _, err = process.communicate(timeout=60)
