@@ -193,9 +193,7 @@ def test_a_cluster_is_joined_only_where_there_is_one(environ, manager):
 
 
 @pytest.mark.parametrize(("failed", "status"), [(True, 1), (False, 143)])
-def test_who_stops_for_another_s_error_does_not_say_that_it_was_asked_to(
-    monkeypatch, failed, status
-):
+def test_who_stops_for_another_s_error_ends_otherwise(monkeypatch, failed, status):
     """A job that is started again wherever it was asked to stop would meet the error for ever."""
     said = [
         ("a", json.dumps(["process 2 of 3: SIGTERM", False])),
