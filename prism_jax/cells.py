@@ -93,7 +93,8 @@ class Cells(abc.ABC):
             sharing = {c: e for c, e in self.experiments.items() if self.teachers(c) == folder}
             with_teachers |= with_all_teachers(sharing)
         todo = [cell for cell in self.experiments if self.result(cell) is None]
-        self._check_finished()
+        if todo:
+            self._check_finished()
         try:
             with parallel.shared_programs():
                 for number, cell in enumerate(todo, 1):

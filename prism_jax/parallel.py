@@ -566,6 +566,11 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def process_count() -> int:
+    """How many processes share this run."""
+    return jax.process_count()
+
+
 def name() -> str:
     """This process, as its messages name it."""
     return f"process {jax.process_index()} of {jax.process_count()}"

@@ -422,7 +422,7 @@ def test(
     count = len(labels_N)
     batch_size = mesh.count * -(-min(batch_size, count) // mesh.count)
     right1, right5 = np.zeros(count, bool), np.zeros(count, bool)
-    answers_N = np.zeros(count, np.int32)
+    answers_N, classes = np.zeros(count, np.int32), 0
 
     def read(number: int) -> tuple[np.ndarray, np.ndarray]:
         rows = np.arange(number * batch_size, min((number + 1) * batch_size, count))
@@ -432,6 +432,8 @@ def test(
         logits_BK = np.asarray(logits)[: len(rows)]
         if class_indices is not None:
             logits_BK = logits_BK[:, list(class_indices)]
+        nonlocal classes
+        classes = logits_BK.shape[1]
         order = np.argsort(-logits_BK, axis=1, kind="stable")  # ties: the lower class first
         finite_B = np.isfinite(logits_BK).all(1)
         answers_N[rows] = np.where(finite_B, order[:, 0], NONE)
@@ -447,8 +449,7 @@ def test(
     for batch in begun:
         score(*batch)
     per_class = [
-        right1[labels_N == c].mean() if (labels_N == c).any() else np.nan
-        for c in range(int(labels_N.max()) + 1)
+        right1[labels_N == c].mean() if (labels_N == c).any() else np.nan for c in range(classes)
     ]
     return TestResult(float(right1.mean()), float(right5.mean()), np.array(per_class), answers_N)
 

@@ -11,11 +11,12 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from etils import epath
 from helpers.command import ROOT, TIMEOUT, TINY, assert_same, reference, run, start
 
 from prism_jax import parallel
 from prism_jax.errors import UserError
-from prism_jax.stages.coordination import Interrupted, StopSignal
+from prism_jax.stages.coordination import Interrupted, StopSignal, Work
 
 __all__ = ["reference"]  # a fixture
 
@@ -206,6 +207,22 @@ def test_who_stops_for_another_s_error_ends_otherwise(monkeypatch, failed, statu
         StopSignal().check()
     assert stopped.value.status == status
     assert str(stopped.value) == said[failed][1].split('"')[1]
+
+
+def test_a_process_that_reads_other_images_says_so(monkeypatch, tmp_path):
+    """Their students would be waited for for ever: each would take the other's for unfinished."""
+    told = {}
+    monkeypatch.setattr(parallel, "process_count", lambda: 2)
+    monkeypatch.setattr(parallel, "name", lambda: "process 1 of 2")
+    monkeypatch.setattr(parallel, "tell", told.__setitem__)
+    monkeypatch.setattr(parallel, "told", told.get)
+    work = Work(epath.Path(tmp_path), None, StopSignal(), {})
+    monkeypatch.setattr(parallel, "is_main", lambda: True)
+    work.agree("real images", lambda: "a")
+    monkeypatch.setattr(parallel, "is_main", lambda: False)
+    work.agree("real images", lambda: "a")
+    with pytest.raises(UserError, match="process 1 of 2 on .* reads other real images"):
+        work.agree("real images", lambda: "b")
 
 
 ALONE = {

@@ -68,6 +68,19 @@ def cut(path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def test_figures_that_were_drawn_before_students_are_drawn_again(finished, reference):
+    shutil.rmtree(finished / "validate")
+    shutil.rmtree(finished / "analyse")
+    ok(finished, "--stages=squeeze,recover,relabel,analyse")
+    before = (finished / "analyse/students.png").read_bytes()
+    absent = workdir.read_fingerprint(finished / "analyse")["absent"]
+    assert f"synthetic/{STUDENT.split('/', 1)[1]}" in absent
+    ok(finished)
+    assert (finished / "analyse/students.png").read_bytes() != before
+    assert "absent" not in workdir.read_fingerprint(finished / "analyse")
+    assert_same(finished, reference)
+
+
 # --- a finished run -------------------------------------------------------------------------
 
 
@@ -380,7 +393,7 @@ def test_weights_that_were_made_for_other_pixels_are_refused(tmp_path, reference
                            f"--config.networks.first.checkpoint={old}")  # fmt: skip
 
 
-def test_an_imported_teacher_is_tested_anew_on_other_images(tmp_path, reference):
+def test_a_teacher_is_tested_anew_on_other_images(tmp_path, reference):
     """Its weights are the same; its accuracy is that of these images, and stays where they do."""
     given = (
         "--stages=squeeze",
@@ -391,9 +404,14 @@ def test_an_imported_teacher_is_tested_anew_on_other_images(tmp_path, reference)
     right, when = workdir.read_record(record), record.stat().st_mtime_ns
     ok(tmp_path / "a", *given)
     assert record.stat().st_mtime_ns == when
-    workdir.write_record(record, {**right, "tested": "others", "top1": 0.123})
-    ok(tmp_path / "a", *given)
-    assert workdir.read_record(record) == right
+    for name in ("first", "second"):  # imported, and trained here
+        record = tmp_path / "a/squeeze" / name / "record.json"
+        right = workdir.read_record(record)
+        weights = (record.parent / WEIGHTS).read_bytes()
+        workdir.write_record(record, {**right, "tested": "others", "top1": 0.123})
+        assert f"testing {name} again" in ok(tmp_path / "a", *given)
+        assert workdir.read_record(record) == right
+        assert (record.parent / WEIGHTS).read_bytes() == weights
     workdir.write_record(record, {k: v for k, v in right.items() if k != "tested"})  # an older one
     before = snapshot(tmp_path / "a")
     ok(tmp_path / "a", *given)

@@ -21,14 +21,14 @@ from prism_jax.analysis import diversity, report, summary, tables
 from prism_jax.config import bn_group_of, members, to_dict, units
 from prism_jax.core import batching, pixels
 from prism_jax.data import label_store, workdir
+from prism_jax.data.datasets import spoken
 from prism_jax.data.lazy import Images, LazyImages
 from prism_jax.data.metrics import read_lines
 from prism_jax.data.weights import RECORD
 from prism_jax.errors import UserError
-from prism_jax.stages import fingerprints, generator
+from prism_jax.stages import fingerprints, generator, validate
 from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.stages.makers import start
-from prism_jax.stages.validate import epochs_of_size
 from prism_jax.teachers import embed
 from prism_jax.types import Array, PyTree
 
@@ -51,8 +51,17 @@ def fields_of(context: Context, sets: Mapping[str, LabelledSet]) -> dict[str, An
         for student in config.validate.students
         for seed in config.validate.seeds
     }
+    # Only where there are such, so that older work keeps its fingerprint.
+    absent = [
+        f"{name}/{student}/{seed}"
+        for name, found in sets.items()
+        for student, seed in validate.pending(context, found)
+    ]
+    called, official = context.inputs.called, spoken(None, context.inputs.info)
+    later: dict[str, Any] = {"absent": absent} if absent else {}
+    later |= {"called": called} if called != official else {}
     network = config.analyse.network
-    return {
+    return later | {
         "analyse": to_dict(config)["analyse"],
         "images": workdir.digest(sets["synthetic"].fields),
         "students": students,
@@ -412,7 +421,7 @@ def notes(context: Context) -> list[str]:
         "code, augmentation and schedule as the synthetic set.",
     ]
     if "full_real" in config.validate.controls:
-        epochs = epochs_of_size(config, len(context.inputs.open("train")))
+        epochs = validate.epochs_of_size(config, len(context.inputs.open("train")))
         said.append(
             f"The full real set is trained as the synthetic one is, with hard labels, for {epochs} "
             f"epochs: as many optimiser steps, and at least squeeze.epochs. It may be better "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from etils import epath
 from prism_jax import parallel, progress
 from prism_jax.config import Experiment, to_dict
 from prism_jax.data import workdir
+from prism_jax.errors import UserError
 
 
 class Interrupted(Exception):
@@ -100,13 +102,16 @@ class Work:
         self.lock.acquire()
         path = self._root / "config.json"
         if path.exists() and self._provenance:
-            before = workdir.read_json(path)["provenance"].get("machine", {}).get("nproc")
-            now = self._provenance["machine"]["nproc"]
-            if before not in (None, now):
-                progress.say(
-                    f"warning: this workdir was begun with NPROC={before} and goes on with "
-                    f"NPROC={now}; on a CPU other bits will follow."
-                )
+            before = workdir.read_json(path)["provenance"].get("machine", {})
+            now = self._provenance["machine"]
+            for key, words in (("nproc", "NPROC="), ("platform", ""), ("float32", "float32 as ")):
+                was, on = before.get(key), now.get(key)
+                if was not in (None, on):
+                    where = "on a CPU " if key == "nproc" else ""
+                    progress.say(
+                        f"warning: this workdir was begun with {words}{was} and goes on with "
+                        f"{words}{on}; {where}other bits will follow."
+                    )
         workdir.write_record(
             path, {"experiment": to_dict(self._config), "provenance": self._provenance}
         )
@@ -160,6 +165,26 @@ class Work:
                 self._stop.check()
             missing = json.loads(told)
         return parallel.process_share([items[i] for i in missing])
+
+    def agree(self, what: str, digest: Callable[[], str]) -> None:
+        """Compare what every process reads, before any makes something of it.
+
+        Raises:
+          UserError: this process reads something else than the main one.
+        """
+        if parallel.process_count() == 1:
+            return
+        mine, key = digest(), f"agreed/{what}"
+        if parallel.is_main():
+            parallel.tell(key, mine)
+            return
+        while (told := parallel.told(key)) is None:
+            self._stop.check()
+        if told != mine:
+            raise UserError(
+                f"{parallel.name()} on {socket.gethostname()} reads other {what} than process 0: "
+                f"its copy is not whole, or another. Compare the two, and copy it again"
+            )
 
     def first(self, name: str, work: Callable[[], None]) -> None:
         """Run something on the main process alone, before any process goes on."""

@@ -54,6 +54,8 @@ def run(context: Context) -> None:
     ):
         folder, fields = context.networks.folder(name), fingerprints.teacher(context, name)
         make = _import if context.config.network(name).checkpoint else _train
+        if (folder / RECORD).exists():
+            make = _tested_again
         if make is _train:
             context.work.begin(folder, fields)
         with enough_memory(
@@ -195,13 +197,13 @@ def _is_done(context: Context, name: str) -> bool:
         raise UserError(refusal(f"teacher {name}", folder, lines))
     if not (folder / RECORD).exists():
         return False
-    # Imported weights are the same for all images, but how often they are right is not.
+    # Weights stay where test images change, but how often they are right does not.
     tested = workdir.read_record(folder / RECORD).get("tested")
     return tested is None or tested == _tested(context, name)
 
 
 def _tested(context: Context, name: str) -> str:
-    """What an imported teacher is tested on, and how it reads that, as a digest."""
+    """What a teacher is tested on, and how it reads that, as a digest."""
     return workdir.digest(
         {
             "images": context.inputs.fields(context.inputs.open("test")),
@@ -282,6 +284,7 @@ def _train(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dic
         variables=variables,
     )
     record = {"source": "train", "top1": trained.top1, "top5": trained.top5}
+    record["tested"] = _tested(context, name)
     return trained.state.variables, record | {"seconds": trained.seconds}
 
 
@@ -291,6 +294,18 @@ def _import(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, di
     context.say(f"importing {name} from {network.checkpoint}")
     module = context.networks.build(name)
     variables = _load(context, name, network.checkpoint, module)
+    source = epath.Path(network.checkpoint).name
+    return variables, {"source": source, **_test(context, name, module, variables)}
+
+
+def _tested_again(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, dict[str, Any]]:
+    """A teacher that is there, tested on images that are others than before."""
+    context.say(f"testing {name} again: the test images, or how it reads them, have changed")
+    variables, record = context.networks.load(name), workdir.read_record(folder / RECORD)
+    return variables, record | _test(context, name, context.networks.build(name), variables)
+
+
+def _test(context: Context, name: str, module: nn.Module, variables: PyTree) -> dict[str, Any]:
     images, labels = context.inputs.test_set()
     result = test(
         module,
@@ -301,12 +316,7 @@ def _import(context: Context, name: str, folder: epath.Path) -> tuple[PyTree, di
         class_indices=context.networks.class_indices(name),
         mesh=parallel.data_mesh(context.train_devices(context.config.squeeze.batch_size)),
     )
-    return variables, {
-        "source": epath.Path(network.checkpoint).name,
-        "top1": result.top1,
-        "top5": result.top5,
-        "tested": _tested(context, name),
-    }
+    return {"top1": result.top1, "top5": result.top5, "tested": _tested(context, name)}
 
 
 def _load(
