@@ -183,15 +183,18 @@ def test_nothing_is_added_to_cells_of_other_images_or_weights(finished, tmp_path
     assert set(record["read"]) == {
         "train images", "test images", "teacher first", "teacher second", "teacher outside",
     }  # fmt: skip
+    more = (TINY, "--config.seeds=(0,)", "--config.ipcs=(1,2)", f"--workdir={copy}")
     for what in ("test images", "teacher second"):
         workdir.write_record(path, {**record, "read": {**record["read"], what: "another"}})
         before = snapshot(copy)
-        status, _, err = run(*ONE, f"--workdir={copy}")
+        status, _, err = run(*more)
         assert status == 2 and f"(prism/ipc2/seed0/short) were made from other {what}" in err
         assert snapshot(copy) == before
+    # What is finished is shown, wherever its images are now.
+    assert run(*ONE, f"--workdir={copy}")[0] == 0
     del record["read"]  # of an older comparison
     workdir.write_record(path, record)
-    status, _, err = run(*ONE, f"--workdir={copy}")
+    status, _, err = run(*more)
     assert status == 0, err
 
 

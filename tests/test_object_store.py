@@ -118,7 +118,7 @@ def test_the_lock_is_an_object_with_host_process_and_sign_of_life(store, monkeyp
     lock = workdir.Lock(epath.Path(ROOT))
     lock.acquire()
     found = json.loads(epath.Path(f"{ROOT}/.lock").read_bytes())
-    assert set(found) == {"host", "pid", "alive", "checksum"}
+    assert set(found) == {"host", "pid", "numbering", "token", "alive", "checksum"}
     lock.release()
     assert not epath.Path(ROOT).exists()
     for silent, gone in ((0, False), (700, True)):
@@ -129,8 +129,14 @@ def test_the_lock_is_an_object_with_host_process_and_sign_of_life(store, monkeyp
             other.acquire()
             other.release()
             continue
-        with pytest.raises(UserError, match="process 7 on elsewhere"):
-            other.acquire()
+        signs = iter([{**holder, "alive": 1e12}])
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                workdir.time, "sleep",
+                lambda seconds, s=signs: workdir.write_record(f"{ROOT}/.lock", next(s)),
+            )  # fmt: skip
+            with pytest.raises(UserError, match="process 7 on elsewhere"):
+                other.acquire()
 
 
 def test_of_two_that_take_the_lock_at_once_the_last_has_it(store, monkeypatch):
