@@ -2,10 +2,10 @@
 
     python -m prism_jax.main --config=configs/cifar10_teachers.py:convnet_d3_bn --stages=squeeze
 
-Arguments after the colon, separated by commas, are networks of NETWORKS: these are trained, by default
-all, for the epochs of the one that needs most. One after another they come into one folder. A tenth of the training images is held out, so that they can say later which of
-several sets is best. `configs/compare/cifar10.py` reads what this makes, from
-runs/cifar10_teachers/squeeze.
+Arguments after the colon, separated by commas, are networks of NETWORKS: these are trained, by
+default all, for the epochs of the one that needs most. One after another they come into one folder.
+A tenth of the training images is held out, so that they can say later which of several sets is
+best. `configs/compare/cifar10.py` reads what this makes, from runs/cifar10_teachers/squeeze.
 
 After ten epochs the three are at 84.5, 81.4 and 80.3 % where most of the images are a lossy copy
 (benchmarks/cifar10_copies.py; --config.dataset.held_out=0, since that copy has them left out). The
