@@ -7,10 +7,10 @@ default all, for the epochs of the one that needs most. One after another they c
 A tenth of the training images is held out, so that they can say later which of several sets is
 best. `configs/compare/cifar10.py` reads what this makes, from runs/cifar10_teachers/squeeze.
 
-Where most of the images are a lossy copy (benchmarks/cifar10_copies.py; --config.dataset.held_out=0,
-since that copy has them left out) these epochs give 84.5, 86.9 and 86.3 % on the 1,017 test images
-of the part; ten are not enough for the ShuffleNet and the ConvNet (81.4, 80.3). The MobileNet gets
-ten more from there: --config.networks.mobilenet_v2.start_from=FOLDER
+Where most of the images are a lossy copy (benchmarks/cifar10_copies.py; the copy has them left out,
+so --config.dataset.held_out=0) these epochs give 84.5, 86.9 and 86.3 % on the 1,017 test images of
+the part; ten are not enough for the ShuffleNet and the ConvNet (81.4, 80.3). The MobileNet gets ten
+more from there: --config.networks.mobilenet_v2.start_from=FOLDER
 --config.squeeze.learning_rate=0.05.
 """
 
