@@ -262,13 +262,13 @@ def _reading(experiment: Any) -> Any:
 
 def read_by(context: Any) -> dict[str, str]:
     """Digests of what a run reads: its real images, and its networks' making or weights."""
-    from prism_jax.data import workdir
     from prism_jax.stages import fingerprints
 
-    inputs, teachers = context.inputs, context.config.squeeze.teachers
-    images = {f"{split} images": inputs.fields(inputs.open(split)) for split in ("train", "test")}
-    digests = {what: workdir.digest(fields) for what, fields in images.items()}
-    return digests | {f"teacher {t}": d for t, d in fingerprints.pool(context, teachers).items()}
+    images = fingerprints.real_images(context)
+    teachers = fingerprints.pool(context, context.config.squeeze.teachers)
+    return {f"{split} images": digest for split, digest in images.items()} | {
+        f"teacher {name}": digest for name, digest in teachers.items()
+    }
 
 
 def digest_of(experiment: Any, start: str | None = None) -> str:

@@ -423,7 +423,7 @@ class Comparison(Cells):
             "version": RECORD_VERSION,
             "peak_bytes": self._peak_bytes(cell),
             "summary": workdir.read_json(self.folder(cell) / "summary.json"),
-            "imported": [t for t in experiment.squeeze.teachers if _is_imported(experiment, t)],
+            "imported": [t for t in experiment.squeeze.teachers if experiment.network(t).weights],
             "right": {name: validate.right_answers(context, s) for name, s in sets.items()},
             "costs": spent,
         }
@@ -477,10 +477,6 @@ class Comparison(Cells):
             workdir.write_bytes(self.root / name, content)
         if whole:
             workdir.write_record(self.root / RECORDS, cells.to_records(found, self.choices))
-
-
-def _is_imported(experiment: Any, teacher: str) -> bool:
-    return bool(experiment.network(teacher).weights)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def run(context: Context, stages: Sequence[str] = STAGES) -> None:
         finished in place.
     """
     check(context)
-    context.work.agree("real images", lambda: _real_images(context))
+    context.work.agree("real images", lambda: workdir.digest(fingerprints.real_images(context)))
     for stage in STAGES:
         if stage in stages:
             RUNNERS[stage](context)
@@ -71,12 +71,6 @@ def check(context: Context) -> None:
     recover.pending(context)
     imported.check(context)
     imported.check_labels(context)
-
-
-def _real_images(context: Context) -> str:
-    """A digest of the images that a run reads."""
-    inputs = context.inputs
-    return workdir.digest([inputs.fields(inputs.open(split)) for split in ("train", "test")])
 
 
 def _squeeze(context: Context) -> None:

@@ -72,10 +72,8 @@ def get_config(arg: str = "") -> ConfigDict:
         c.recover.flip = True
         gvbsm.students(c, at)
         c.validate.ce_weight = 0.025
-        ten = 10 if at.ipc == 1 else 50
-        c.relabel.batch_size = c.validate.batch_size = {"cifar10": ten, "cifar100": 50}.get(
-            at.dataset, 100
-        )
+        size = {"cifar10": 10 if at.ipc == 1 else 50, "cifar100": 50}.get(at.dataset, 100)
+        c.relabel.batch_size = c.validate.batch_size = size
         if at.dataset == "cifar10":
             c.validate.schedule = "multistep"
             c.validate.milestones, c.validate.gamma = (0.8, 0.9, 0.95), 0.5

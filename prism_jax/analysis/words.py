@@ -69,8 +69,8 @@ def more(entry: Mapping[str, Any] | None) -> str:
     """What else is known of an entry: "best 93.5, top-5 99.6", in per cent."""
     found = {"best": "best_top1", "top-5": "top5", "held out": "held_out"}
     known = {words: (entry or {}).get(key) for words, key in found.items()}
-    if len((entry or {}).get("per_class") or range(6)) <= 5:
-        del known["top-5"]  # of five classes or fewer every answer is
+    if 0 < len((entry or {}).get("per_class") or ()) <= 5:
+        del known["top-5"]  # every answer is among five classes
     return ", ".join(f"{words} {percent(x)}" for words, x in known.items() if x is not None)
 
 

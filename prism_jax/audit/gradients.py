@@ -21,13 +21,14 @@ from prism_jax import pipeline, progress, synthesis
 from prism_jax.audit.rows import cell_of, of_run
 from prism_jax.audit.shadows import MEMBERS, Shadows
 from prism_jax.config import Experiment, unit_budget, units
+from prism_jax.config.rules.recover import supervised_by
 from prism_jax.core import pixels
 from prism_jax.data import workdir
 from prism_jax.errors import UserError
 from prism_jax.stages import statistics
 from prism_jax.stages.context import Context
 from prism_jax.stages.makers import optimise
-from prism_jax.synthesis import METHODS, course, disagreement
+from prism_jax.synthesis import course, disagreement
 from prism_jax.teachers import TeacherPool
 
 RESEEDED, EXCHANGED = "reseeded", "exchanged"
@@ -96,7 +97,7 @@ def check(shadows: Shadows) -> None:
             f"that does"
         )
     recover = experiment.recover
-    logits_by = recover.logits_by or METHODS[recover.method].logits
+    logits_by, _ = supervised_by(experiment)
     if (logits_by, recover.alpha_ce, recover.alignment_scale) != ("fixed", 1.0, "none"):
         raise UserError(
             f"gradients.row is {settings.row!r}, and the study is of the primary's cross entropy "

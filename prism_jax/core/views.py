@@ -148,7 +148,7 @@ def apply_view(images_BHWC: Array, view: View) -> Array:
 
 
 def apply_shift(images_BHWC: Array, view: View, border_C: AnyArray) -> Array:
-    """The same for boxes that are only shifted: ``border_C`` is what they show beyond the edges.
+    """As ``apply_view``, for boxes that are only shifted: beyond the edges is ``border_C``.
 
     References pad with black before they normalise: PyTorch's RandomCrop(padding=...), ToTensor.
     """

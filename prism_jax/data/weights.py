@@ -88,8 +88,7 @@ def load(
     Raises:
       UserError: the weights cannot be read, or do not fit.
     """
-    form: dict[str, Any]
-    form = {"width": width, "depth": depth, "stem": stem}
+    form: dict[str, Any] = {"width": width, "depth": depth, "stem": stem}
     asked: dict[str, Any] = {
         "architecture": architecture, "num_classes": num_classes, "image_shape": image_shape,
     }  # fmt: skip

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prism_jax.config.rules.recover import supervised_by
 from prism_jax.models import ARCHITECTURES
 from prism_jax.models.import_torch import variable_shapes
 from prism_jax.report.finished import Run
 from prism_jax.stages import costs
 from prism_jax.stages.generator import wanted as generates
-from prism_jax.synthesis import METHODS
 from prism_jax.synthesis.start import SCORING
 
 # Passes over a network, in units of its forward one: products by weights and by inputs.
@@ -142,10 +142,9 @@ def _recover_flop(run: Run) -> float | None:
         return 0.0
     if not all("drawn" in unit for unit in units):
         return None
-    method = METHODS[recover.method]
-    logits_by = recover.logits_by or method.logits
+    logits_by, statistics_by = supervised_by(run.config)
     rows = [ARCHITECTURES[run.config.network(name).architecture] for name in recover.pool]
-    together = logits_by == (recover.statistics_by or method.statistics)
+    together = logits_by == statistics_by
     if logits_by != "fixed" and not (together and all(row.batch_norms for row in rows)):
         return None  # who was read for its logits alone is not noted
     read = {name: 0.0 for name in recover.pool}  # images that it read, over all iterations

@@ -80,6 +80,12 @@ def _network(network: Network) -> dict[str, Any]:
     return _without_later("network", dataclasses.asdict(network))
 
 
+def real_images(context: Context) -> dict[str, str]:
+    """Digests of what a run's training and test images are, by split."""
+    inputs = context.inputs
+    return {s: workdir.digest(inputs.fields(inputs.open(s))) for s in ("train", "test")}
+
+
 def teacher(context: Context, name: str) -> dict[str, Any]:
     """What a teacher is made of: its network and either its training or its checkpoint."""
     network = context.config.network(name)

@@ -102,7 +102,7 @@ def layout_of(e: Experiment) -> tuple[Layout | None, str | None]:
         return None, str(error)
 
 
-def _supervised_by(e: Experiment) -> tuple[str, str]:
+def supervised_by(e: Experiment) -> tuple[str, str]:
     """The samplers of logits and of statistics."""
     method = METHODS[e.recover.method]
     return (
@@ -116,7 +116,7 @@ def _convolutions(e: Experiment) -> bool:
 
 
 def _supervision(e: Experiment) -> Iterator[str]:
-    r, (logits, statistics) = e.recover, _supervised_by(e)
+    r, (logits, statistics) = e.recover, supervised_by(e)
     if "committee" not in (logits, statistics):
         if r.priors is not None:
             yield f"recover.priors is {r.priors}, but no committee votes; set logits_by or unset it"
@@ -242,7 +242,7 @@ def _course(e: Experiment, layout: Layout | None) -> Iterator[str]:
 
 def _terms(e: Experiment, layout: Layout | None) -> Iterator[str]:
     """Terms beside logits and statistics, and the perturbation of the primary."""
-    r, (logits, _) = e.recover, _supervised_by(e)
+    r, (logits, _) = e.recover, supervised_by(e)
     phases = r.budget == "early_late" or bool(r.phase_sizes)
     if r.densification:
         if layout is not None and (layout.slots == 1 or r.batch_order != "class_major"):
