@@ -108,6 +108,15 @@ def test_targets_of_every_slot_and_what_measures_them_compile(target, program):
     check(compiled(resolve(config), target, program))
 
 
+@pytest.mark.parametrize("target", ["h100", "v5e:2x2"])
+@pytest.mark.parametrize("program", ["squeeze/second", "relabel", "statistics/group/second"])
+def test_shifted_views_with_black_borders_compile(target, program):
+    config = tiny.get_config()
+    config.recover.targets = "groups"
+    config.squeeze.crop_pad = config.relabel.crop_pad = 1
+    check(compiled(resolve(config), target, program))
+
+
 @pytest.mark.parametrize("target", ["h100", "b200"])
 def test_recover_compiles_in_bfloat16(target):
     made = experiment(["resnet18", "mobilenet_v2"], depth=SHALLOW, recover__dtype="bfloat16")
