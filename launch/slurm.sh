@@ -24,7 +24,9 @@ if (($# == 0)); then
   exit 2
 fi
 
-command=(srun --kill-on-bad-exit=0 --label "${PYTHON:-python}" -m prism_jax.main "$@")
+# srun does not take --cpus-per-task over from the job.
+command=(srun "--cpus-per-task=${SLURM_CPUS_PER_TASK:-16}" --kill-on-bad-exit=0 --label
+  "${PYTHON:-python}" -m prism_jax.main "$@")
 if [[ -n ${DRY_RUN:-} ]]; then
   printf '%q ' "${command[@]}"
   echo

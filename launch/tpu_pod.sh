@@ -11,7 +11,8 @@
 # TPU_CREATE_FLAGS         more flags of `gcloud compute tpus tpu-vm create`, such as --spot
 # RETRIES                  how often a run that ended badly is started again (default: 20)
 #
-# The hosts get the last commit of this checkout, and find one another by themselves.
+# The hosts get the last commit of this checkout, a Python for it (by uv: that of the runtime may be
+# too old), and find one another by themselves. JAX_COMPILATION_CACHE_DIR and NPROC are theirs too.
 set -euo pipefail
 
 for name in TPU_NAME TPU_ZONE; do
@@ -22,6 +23,10 @@ for name in TPU_NAME TPU_ZONE; do
 done
 if (($# == 0)); then
   echo "error: no --config=FILE was given; see the head of $0" >&2
+  exit 2
+fi
+if [[ " $* " != *" --workdir"* ]]; then
+  echo "error: no --workdir was given; name a bucket (gs://...) or a folder that all hosts share" >&2
   exit 2
 fi
 
@@ -45,6 +50,7 @@ ready() {
   [[ $("${tpu[@]}" describe "${where[@]}" --format='value(state)' 2>/dev/null) == READY ]]
 }
 
+# Each step only after the one before: `set -e` is off where a function's status is asked for.
 prepare() {
   if ! ready; then
     if [[ -z ${TPU_TYPE:-} ]]; then
@@ -55,20 +61,31 @@ prepare() {
     run "${tpu[@]}" delete "${where[@]}" --quiet || true
     # shellcheck disable=SC2086 # several flags in one variable
     run "${tpu[@]}" create "${where[@]}" "--accelerator-type=$TPU_TYPE" \
-      "--version=${TPU_VERSION:-tpu-ubuntu2204-base}" ${TPU_CREATE_FLAGS:-}
+      "--version=${TPU_VERSION:-tpu-ubuntu2204-base}" ${TPU_CREATE_FLAGS:-} || return 1
   fi
-  run git -C "$root" archive --prefix=prism_jax/ --output="$archive" HEAD
-  run "${tpu[@]}" scp --worker=all "$archive" "$TPU_NAME:prism_jax.tar.gz" "--zone=$TPU_ZONE"
-  everywhere "tar xzf prism_jax.tar.gz && cd prism_jax && python3 -m venv .venv &&\
- .venv/bin/pip install --quiet --editable '.[tpu,gcs]'"
+  run git -C "$root" archive --prefix=prism_jax/ --output="$archive" HEAD &&
+    run "${tpu[@]}" scp --worker=all "$archive" "$TPU_NAME:prism_jax.tar.gz" "--zone=$TPU_ZONE" &&
+    everywhere "tar xzf prism_jax.tar.gz && cd prism_jax &&\
+ python3 -m pip install --quiet --user uv &&\
+ python3 -m uv venv --allow-existing --python 3.12 .venv &&\
+ python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu,gcs]'"
 }
 
 archive=$(mktemp -d)/prism_jax.tar.gz
-command="cd prism_jax && .venv/bin/python -m prism_jax.main$(printf ' %q' "$@")"
+theirs=""
+for name in JAX_COMPILATION_CACHE_DIR NPROC; do
+  [[ -n ${!name:-} ]] && theirs+=" $name=$(printf '%q' "${!name}")"
+done
+# --distributed=on: nothing in the environment of a slice's host says that there are others.
+command="cd prism_jax &&$theirs .venv/bin/python -m prism_jax.main --distributed=on"
+command+=$(printf ' %q' "$@")
 for ((attempt = 0; attempt <= ${RETRIES:-20}; attempt++)); do
-  prepare
   status=0
-  everywhere "$command" || status=$?
+  if prepare; then
+    everywhere "$command" || status=$?
+  else
+    status=1
+  fi
   # 0: done. 2: something given cannot be used; trying again would not help.
   if ((status == 0 || status == 2)); then
     exit "$status"

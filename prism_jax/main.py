@@ -23,7 +23,7 @@ from ml_collections import config_flags
 
 from prism_jax.config import KINDS, STAGES
 from prism_jax.environment import prepare_environment, provenance
-from prism_jax.errors import UserError
+from prism_jax.errors import Unreachable, UserError
 from prism_jax.paths import at_home
 
 HELP = """\
@@ -62,8 +62,8 @@ Examples:
     python -m prism_jax.main --config=configs/digits_ipc10.py --stages=validate,analyse \\
         --config.validate.seeds="(0, 1, 2)"
 
-Exit status: 0 done, 2 something given cannot be used, 130 or 143 stopped by Ctrl-C or SIGTERM
-(everything is saved; the same command continues).
+Exit status: 0 done, 2 something given cannot be used, 1 another failure, 130 or 143 stopped by
+Ctrl-C or SIGTERM (everything is saved; the same command continues).
 """
 
 _WITH_VALUE = (
@@ -129,7 +129,7 @@ def _guarded(run: Callable[[list[str]], int], argv: list[str], help_text: str) -
         return run(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, Unreachable) else 2
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
@@ -153,6 +153,24 @@ def _main(argv: list[str]) -> int:
     prepare_environment(config, problems)
     join_processes(given)
 
+    from prism_jax import parallel
+
+    try:
+        return _joined(config, given, stages, target, argv, problems)
+    except BaseException as error:  # whoever waits for this process must not wait longer
+        parallel.say_stopped(str(error) or type(error).__name__, failed=True)
+        raise
+
+
+def _joined(
+    config: Any,
+    given: flags.FlagValues,
+    stages: Sequence[str],
+    target: Any,
+    argv: list[str],
+    problems: list[str],
+) -> int:
+    """The run, where every process knows the others."""
     from prism_jax import parallel
     from prism_jax.config import resolve
     from prism_jax.stages.context import Context
@@ -182,9 +200,6 @@ def _main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return interrupted.status
-    except BaseException as error:
-        parallel.say_stopped(str(error) or type(error).__name__, failed=True)
-        raise
     finally:
         context.work.lock.release()
     return 0

@@ -31,7 +31,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from prism_jax.errors import UserError
+from prism_jax.errors import Unreachable, UserError
 from prism_jax.types import PyTree
 
 T = TypeVar("T")
@@ -423,7 +423,8 @@ def find_devices() -> None:
     """Let JAX look for its devices, after ``start_processes``.
 
     Raises:
-      UserError: it finds none, for what ``JAX_PLATFORMS`` asks for is misspelt or not installed.
+      UserError: it finds none, for what ``JAX_PLATFORMS`` asks for is misspelt or not installed; or
+        it finds processes that were not joined.
     """
     try:
         jax.local_devices()
@@ -437,6 +438,11 @@ def find_devices() -> None:
             f"JAX finds no device{wanted and f' for JAX_PLATFORMS={wanted}'}: {said}\n"
             f"{'; or '.join([*remedies, 'set JAX_PLATFORMS=cpu for the processor'])}"
         ) from error
+    if jax.process_count() > 1 and _store() is None:  # a TPU slice tells how many there are
+        raise UserError(
+            f"this is one of {jax.process_count()} processes of a slice that were not joined; give "
+            f"--distributed=on to every one"
+        )
 
 
 def local_devices() -> int:
@@ -475,6 +481,8 @@ def lane_devices(limit: int, span: int = 1) -> list[jax.Device]:
 
 MODES = ("auto", "on", "off")
 HEARTBEAT_SECONDS = 100  # a process that is silent for longer is dead, and ends the others
+# How long processes wait for the last one to start: images of containers are fetched, nodes made.
+START_SECONDS = 1800
 
 
 def cluster(environ: Mapping[str, str]) -> str | None:
@@ -524,7 +532,8 @@ def start_processes(
       process: which one this is.
 
     Raises:
-      UserError: the arguments do not go together, or the others cannot be reached.
+      UserError: the arguments do not go together.
+      Unreachable: the others did not come.
     """
     if mode not in MODES:
         raise UserError(f"--distributed={mode} is unknown; allowed: {', '.join(MODES)}")
@@ -536,6 +545,8 @@ def start_processes(
         )
     if processes is not None and process is not None and not 0 <= process < processes:
         raise UserError(f"--process={process} is not one of 0 to {processes - 1} (--processes)")
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
+        raise UserError(f"--coordinator={coordinator} names no port; write HOST:PORT")
     explicit = coordinator is not None
     if mode == "off" or (mode == "auto" and not explicit and cluster(os.environ) is None):
         return
@@ -551,11 +562,13 @@ def start_processes(
     try:
         jax.distributed.initialize(
             **arguments,
+            initialization_timeout=START_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=3600,  # others may still work; the last to end ends it
         )
     except (RuntimeError, ValueError) as error:
-        raise UserError(
+        kind = UserError if isinstance(error, ValueError) else Unreachable
+        raise kind(
             f"the processes of this run could not be joined ({str(error).splitlines()[0]}); use "
             f"--distributed=off for one process, or name --coordinator, --processes, --process"
         ) from error

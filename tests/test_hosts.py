@@ -14,8 +14,11 @@ import pytest
 from etils import epath
 from helpers.command import ROOT, TIMEOUT, TINY, assert_same, reference, run, start
 
+from configs import tiny
 from prism_jax import parallel
+from prism_jax.config import resolve
 from prism_jax.errors import UserError
+from prism_jax.main import main
 from prism_jax.stages.coordination import Interrupted, StopSignal, Work
 
 __all__ = ["reference"]  # a fixture
@@ -29,14 +32,20 @@ CHOSEN = (
 OFTEN = ("--config.recover.checkpoint_seconds=0.001", "--config.validate.checkpoint_seconds=0.001")
 
 
-def start_all(count: int, *arguments: str, devices: int = 1) -> list[subprocess.Popen]:
-    """The same command in so many processes, with so many devices each."""
+def start_all(
+    count: int, *arguments: str, devices: int = 1, last: tuple[str, ...] = ()
+) -> list[subprocess.Popen]:
+    """The same command in so many processes, with so many devices each; the last has more of it."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     joined = (f"--coordinator=127.0.0.1:{port}", f"--processes={count}")
     flags = f"--xla_force_host_platform_device_count={devices}"
-    return [start(*arguments, *joined, f"--process={i}", XLA_FLAGS=flags) for i in range(count)]
+    more = [()] * (count - 1) + [last]
+    return [
+        start(*arguments, *joined, f"--process={i}", *more[i], XLA_FLAGS=flags)
+        for i in range(count)
+    ]
 
 
 def end_all(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
@@ -282,8 +291,82 @@ def test_slurms_process_of_a_node_sees_all_gpus(monkeypatch, nodes, seen):
         ({"mode": "maybe"}, "allowed: auto, on, off"),
         ({"mode": "auto", "processes": 2, "process": 0}, "go together"),
         ({"mode": "auto", "coordinator": "a:1", "processes": 2, "process": 2}, "not one of 0 to 1"),
+        ({"mode": "auto", "coordinator": "a", "processes": 2, "process": 0}, "names no port"),
     ],
 )
 def test_what_cannot_be_joined_is_refused(given, said):
     with pytest.raises(UserError, match=said):
         parallel.start_processes(given.pop("mode"), **given)
+
+
+@pytest.mark.parametrize(("error", "status"), [(RuntimeError, 1), (ValueError, 2)])
+def test_processes_that_do_not_come_are_worth_another_try(monkeypatch, capsys, error, status):
+    """Who starts jobs again gives up on status 2; that a node is late is no wrong setting."""
+
+    def initialize(**given):
+        assert given["initialization_timeout"] == parallel.START_SECONDS
+        raise error("DEADLINE_EXCEEDED: 1 of 2")
+
+    monkeypatch.setattr(parallel.jax.distributed, "initialize", initialize)
+    joined = ("--coordinator=127.0.0.1:1", "--processes=2", "--process=0")
+    assert main([TINY, *joined]) == status
+    assert "could not be joined (DEADLINE_EXCEEDED: 1 of 2)" in capsys.readouterr().err
+
+
+def test_a_slice_that_was_not_joined_is_told(monkeypatch):
+    """The hosts of a TPU slice see one another's chips, but share nothing unless they join."""
+    monkeypatch.setattr(parallel.jax, "process_count", lambda: 4)
+    monkeypatch.setattr(parallel, "_store", lambda: None)
+    with pytest.raises(UserError, match="one of 4 processes .* --distributed=on"):
+        parallel.find_devices()
+
+
+def test_an_error_before_the_first_stage_is_told_to_the_others(monkeypatch, capsys):
+    said = []
+    monkeypatch.setattr(parallel, "say_stopped", lambda why, failed: said.append((why, failed)))
+    assert main([TINY, "--config.recover.ipc=0"]) == 2
+    assert len(said) == 1 and "recover.ipc is 0" in said[0][0] and said[0][1]
+
+
+@pytest.mark.slow
+def test_where_one_cannot_begin_all_end(tmp_path):
+    wrong = ("--config.dataset.path=nowhere", "--config.dataset.source=folder")
+    ended = end_all(start_all(2, TINY, f"--workdir={tmp_path / 'run'}", last=wrong))
+    assert [status for status, _, _ in ended] == [1, 2]
+    assert "process 1 of 2: " in ended[0][2]
+
+
+def test_another_working_directory_is_told_and_not_waited_for(monkeypatch, tmp_path):
+    """A default --workdir is on each host's own disk: what one makes, the others never see."""
+    told = {}
+    monkeypatch.setattr(parallel, "tell", told.__setitem__)
+    monkeypatch.setattr(parallel, "told", told.get)
+    monkeypatch.setattr(parallel, "process_share", list)
+    monkeypatch.setattr(Work, "SECONDS_UNTIL_SEEN", 0.5)
+    config = resolve(tiny.get_config())
+    places = [epath.Path(tmp_path / name) for name in ("one", "other")]
+    main_work = Work(places[0], config, StopSignal(), {})
+    try:
+        assert main_work.deal("stage", "ab", lambda: "ab") == ["a", "b"]
+        monkeypatch.setattr(parallel, "is_main", lambda: False)
+        assert Work(places[0], config, StopSignal(), {}).deal("stage", "ab", list) == ["a", "b"]
+        with pytest.raises(UserError, match="does not see the lock of process 0 in .*other"):
+            Work(places[1], config, StopSignal(), {}).deal("stage", "ab", list)
+    finally:
+        main_work.lock.release()
+
+
+def test_ctrl_c_and_the_script_s_sigterm_are_one_request(monkeypatch):
+    """The terminal asks a process and the script that started it, which asks again."""
+    ended = []
+    monkeypatch.setattr(signal, "raise_signal", ended.append)
+    monkeypatch.setattr(signal, "signal", lambda *given: None)
+    stop = StopSignal()
+    stop._request(signal.SIGINT, None)
+    stop._request(signal.SIGTERM, None)
+    assert not ended and stop.requested
+    with pytest.raises(Interrupted) as stopped:
+        stop.check()
+    assert stopped.value.status == 130
+    stop._request(signal.SIGINT, None)
+    assert ended == [signal.SIGINT]

@@ -14,7 +14,9 @@ from helpers.command import ROOT, TINY, assert_same, environment, reference
 __all__ = ["reference"]  # a fixture
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
-GIVEN = ["--config=configs/digits_ipc1.py", "--config.validate.seeds=(0, 1)"]
+GIVEN = [
+    "--config=configs/digits_ipc1.py", "--config.validate.seeds=(0, 1)", "--workdir=a folder",
+]  # fmt: skip
 POD = {"TPU_NAME": "name", "TPU_ZONE": "zone", "TPU_TYPE": "v5litepod-16"}
 
 
@@ -57,7 +59,10 @@ def test_local_starts_every_process_with_what_was_given():
 
 def test_slurm_leaves_the_processes_to_srun():
     (command,) = commands(dry("slurm.sh", *GIVEN))
-    assert command[0] == "srun" and command[-5:] == ["python", "-m", "prism_jax.main", *GIVEN]
+    assert command[0] == "srun"
+    assert command[-3 - len(GIVEN) :] == ["python", "-m", "prism_jax.main", *GIVEN]
+    (command,) = commands(dry("slurm.sh", *GIVEN, SLURM_CPUS_PER_TASK="24"))
+    assert "--cpus-per-task=24" in command  # since SLURM 22.05 srun does not take it over
 
 
 def test_a_pod_is_made_filled_and_started():
@@ -68,7 +73,52 @@ def test_a_pod_is_made_filled_and_started():
     last = found[-1]
     assert "--worker=all" in last
     inner = shlex.split(last[-1].removeprefix("--command="))
-    assert inner[-3:] == ["prism_jax.main", *GIVEN]
+    assert inner[-2 - len(GIVEN) :] == ["prism_jax.main", "--distributed=on", *GIVEN]
+    *_, last = commands(dry("tpu_pod.sh", *GIVEN, **POD, JAX_COMPILATION_CACHE_DIR="gs://b/a c"))
+    assert "JAX_COMPILATION_CACHE_DIR=gs://b/a c" in shlex.split(
+        last[-1].removeprefix("--command=")
+    )
+
+
+GCLOUD = """#!/bin/bash
+echo "$4" >>"$SEEN"
+if [[ $4 == describe ]]; then echo READY; exit; fi
+number=$(grep -c "^$4$" "$SEEN")
+if [[ $4 == scp && $number == 1 ]]; then exit 255; fi
+if [[ $4 == ssh ]]; then
+  if [[ $* == *prism_jax.main* ]]; then exit "$(sed -n 1p "$ENDS"; sed -i 1d "$ENDS")"; fi
+  [[ -z ${NO_INSTALL:-} ]] || exit 2
+fi
+exit 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "status", "seen"),
+    [
+        # The first copy does not arrive, the first run is preempted, the second ends well.
+        (["1", "0"], 0, ["scp", "scp", "ssh", "ssh", "scp", "ssh", "ssh"]),
+        (["2", "0"], 2, ["scp", "scp", "ssh", "ssh"]),  # a wrong setting
+    ],
+)
+def test_a_pod_whose_preparation_fails_is_tried_again(tmp_path, ends, status, seen):
+    for name, text in {"gcloud": GCLOUD, "sleep": "#!/bin/sh\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "ends").write_text("\n".join(ends) + "\n")
+    environ = {
+        **os.environ, **POD, "SEEN": str(tmp_path / "seen"), "ENDS": str(tmp_path / "ends"),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }  # fmt: skip
+    script = [ROOT / "launch" / "tpu_pod.sh", *GIVEN]
+    done = subprocess.run(script, env=environ, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    asked = (tmp_path / "seen").read_text().split()
+    assert [verb for verb in asked if verb != "describe"] == seen
+    # An installer that ends with 2 has not been given a wrong setting.
+    environ |= {"NO_INSTALL": "1", "RETRIES": "2"}
+    done = subprocess.run(script, env=environ, capture_output=True, text=True)
+    assert done.returncode == 1 and "attempt 2" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -79,6 +129,7 @@ def test_a_pod_is_made_filled_and_started():
         ("slurm.sh", [], {}, "no --config"),
         ("tpu_pod.sh", GIVEN, {"TPU_NAME": "name"}, "TPU_ZONE is not set"),
         ("tpu_pod.sh", [], POD, "no --config"),
+        ("tpu_pod.sh", GIVEN[:2], POD, "no --workdir"),
         ("tpu_pod.sh", GIVEN, {**POD, "TPU_TYPE": ""}, "TPU_TYPE is not set"),
     ],
 )

@@ -331,6 +331,15 @@ class Lock:
     def held(self) -> bool:
         return self._beating is not None
 
+    @property
+    def token(self) -> str:
+        """What tells this process' lock from any other."""
+        return _TOKEN
+
+    def is_of(self, token: str) -> bool:
+        """Whether the lock that is there is that of the process with a token."""
+        return (self._holder() or {}).get("token") == token
+
     def acquire(self) -> None:
         """Take the lock, or take over one whose process is gone and tidy up after it.
 

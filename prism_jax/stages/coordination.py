@@ -46,19 +46,25 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._seen: set[int] = set()
         self._elsewhere: parallel.Stopped | None = None
         self._asked = 0.0
 
     def install(self) -> None:
-        """Catch both signals from now on; a second one ends the process at once."""
+        """Catch both signals from now on; one that comes again ends the process at once.
+
+        Each kind counts for itself: Ctrl-C reaches a process and the script that started it, which
+        asks with SIGTERM.
+        """
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._request)
 
     def _request(self, signum: int, frame: Any) -> None:
-        if self.signum is not None:
+        if signum in self._seen:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
-        self.signum = signum
+        self._seen.add(signum)
+        self.signum = self.signum or signum
 
     @property
     def requested(self) -> bool:
@@ -80,6 +86,8 @@ class Work:
     The main process holds the lock, for all of them, and says who does what.
     """
 
+    SECONDS_UNTIL_SEEN = 120.0  # a network's file system shows a new file a minute later
+
     def __init__(
         self,
         root: epath.Path,
@@ -91,6 +99,7 @@ class Work:
         self.lock = workdir.Lock(root)
         self._root, self._config, self._stop = root, config, stop
         self._provenance = provenance
+        self._common = False
 
     def acquire(self) -> None:
         """Take the workdir's lock before the first write, and record what runs: config.json.
@@ -153,18 +162,36 @@ class Work:
           items: everything the stage makes, in the order it is worked on.
           pending: which of them are missing.
           prepare: what comes before the work; only the main process runs it.
+
+        Raises:
+          UserError: this process has another working directory than the main one.
         """
         if parallel.is_main():
             self.acquire()
             prepare()
             left = pending()
             missing = [i for i, item in enumerate(items) if item in left]
-            parallel.tell(name, json.dumps(missing))
+            parallel.tell(name, json.dumps([missing, self.lock.token]))
         else:
             while (told := parallel.told(name)) is None:
                 self._stop.check()
-            missing = json.loads(told)
+            missing, token = json.loads(told)
+            self._check_common(token)
         return parallel.process_share([items[i] for i in missing])
+
+    def _check_common(self, token: str) -> None:
+        """Look once for the main process' lock: work put elsewhere would be waited for for ever."""
+        until = time.monotonic() + self.SECONDS_UNTIL_SEEN
+        while not self._common:
+            self._common = self.lock.is_of(token)
+            if not self._common and time.monotonic() > until:
+                raise UserError(
+                    f"{parallel.name()} on {socket.gethostname()} does not see the lock of process "
+                    f"0 in {self._root}: the processes of a run need one --workdir that all see, a "
+                    f"common file system or a bucket"
+                )
+            self._stop.check()
+            time.sleep(0.0 if self._common else 0.2)
 
     def agree(self, what: str, digest: Callable[[], str]) -> None:
         """Compare what every process reads, before any makes something of it.
