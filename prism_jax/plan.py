@@ -276,30 +276,36 @@ def recover_bytes(e: Experiment) -> int | None:
 
 def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, str]:
     """Hours and the peak memory of recover."""
-    device = jax.local_devices()[0]
+    layout, span = batch_layout(e), e.parallel.recover_devices
+    devices = jax.local_devices()[:span]
+    if len(devices) < span:
+        return {
+            "recover takes": f"not known here: parallel.recover_devices={span} share a batch, and "
+            f"this machine has {len(devices)} device(s)"
+        }
     context = Context(e, "unused")
     pool = programs.with_blank_statistics(context, _random_pool(e, e.recover.pool))
     recipe = optimise.recipe_of(e)
     guide = _random_guide(context)
-    engine = synthesis.engine(pool, recipe, devices=[device], how=e.parallel.map, guide=guide)
-    available = _memory(device)
-    rows, size = {}, batch
+    engine = synthesis.engine(
+        pool, recipe, devices=devices, how=e.parallel.map, span=span, guide=guide
+    )
+    available = _memory(devices[0])
+    rows, size, least = {}, batch, math.lcm(recipe.slots, span)
     while True:
         lanes = [_random_lane(e, engine, pool, recipe, size)]
         analysis = engine.compile(0, lanes).memory_analysis()
         peak = _total(analysis)
-        if peak is None or available is None or peak <= 0.8 * available or size == recipe.slots:
+        if peak is None or available is None or peak <= 0.8 * available or size == least:
             break
-        size = max(recipe.slots, size // 2 // recipe.slots * recipe.slots)
+        size = max(least, size // 2 // least * least)
     seconds = _time_draws(e, engine, pool, recipe, size) * batch / size * _mean_images(e)
-    layout, span = batch_layout(e), e.parallel.recover_devices
     units = layout.groups * layout.blocks
     at_once = max(1, min(units, len(jax.local_devices()) // span))
     hours = iterations / units * math.ceil(units / at_once) * seconds / 3600
-    devices = at_once * span
     note = f", measured with {size} images a batch and scaled" if size != batch else ""
     rows["recover takes"] = (
-        f"about {hours_of(hours)} on {devices} device(s): {seconds:.3g} s an iteration{note}"
+        f"about {hours_of(hours)} on {at_once * span} device(s): {seconds:.3g} s an iteration{note}"
     )
     if peak is not None:
         scaled = peak * batch / size

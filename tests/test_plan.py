@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import tiny_d4m
+from configs import tiny, tiny_d4m
 from configs.methods import delt, prism
 from prism_jax import plan
 from prism_jax.config import batch_layout, resolve
@@ -108,3 +108,31 @@ def test_weights_that_are_not_there_are_told(tmp_path):
     assert [line.split(":")[0] for line in lines] == [f"teacher {first}", f"teacher {second}"]
     assert f"--config.networks.{first}.checkpoint=FILE" in lines[0]
     assert f"--config.networks.{second}.start_from=FILE" in lines[1]
+
+
+def test_a_batch_that_devices_share_is_timed_on_them(monkeypatch):
+    """Of eight devices four share a batch: two batches at a time, and a share of the memory."""
+    c = tiny.get_config()
+    c.recover.ipc, c.recover.batch_size, c.recover.slots_per_batch = 8, 8, 2
+    e, timed = resolve(c), []
+
+    def time_draws(e, engine, pool, recipe, size):
+        timed.append(size)
+        jax.block_until_ready(engine(e.seed, [plan._random_lane(e, engine, pool, recipe, size)]))
+        return 3600.0
+
+    monkeypatch.setattr(plan, "_time_draws", time_draws)
+    sizes = []
+    monkeypatch.setattr(plan, "size_of", lambda count: sizes.append(count) or "")
+    units = 4
+    for span, at_once in ((1, 4), (4, 2), (16, None)):
+        spread = dataclasses.replace(e.parallel, recover_devices=span)
+        found = plan._measured_recover(dataclasses.replace(e, parallel=spread), 8, 12 * units)
+        if at_once is None:
+            said = "parallel.recover_devices=16 share a batch, and this machine has 8 device(s)"
+            assert said in found["recover takes"]
+        else:
+            hours = plan.hours_of(12 * units / at_once)
+            said = f"about {hours} on {at_once * span} device(s): 3.6e+03 s"
+            assert found["recover takes"].startswith(said)
+    assert timed == [8, 8] and sizes[1] < 0.8 * sizes[0]

@@ -52,6 +52,7 @@ def rows(e: Experiment, target: Target) -> dict[str, str]:
     Raises:
       UserError: the compiler is not installed, or it ended or hung on a program.
     """
+    _check_span(e, target)
     known: Known = {}
     found, generates = {"target": said_of(target)}, e.recover.maker == "generate"
     if generates or e.recover.iterations:
@@ -71,12 +72,26 @@ def stages(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
     Raises:
       UserError: as ``rows``.
     """
+    _check_span(e, target)
     found = {}
     if e.recover.maker == "generate":
         found = _generate(e, target, known)
     elif e.recover.iterations:
         found = _recover(e, target, known)
     return found | _students(e, target, known)
+
+
+def _check_span(e: Experiment, target: Target) -> None:
+    """As a run would: a batch is shared by devices of one process.
+
+    Raises:
+      UserError: it has fewer.
+    """
+    if (span := e.parallel.recover_devices) > target.devices_of_a_host:
+        raise UserError(
+            f"parallel.recover_devices is {span}, and a host of {target.name} has "
+            f"{target.devices_of_a_host}; at most so many can share an image batch"
+        )
 
 
 def said_of(target: Target) -> str:
@@ -121,7 +136,7 @@ def _real_images(e: Experiment, split: str = "train") -> int | None:
 
 
 def _training(
-    e: Experiment, target: Target, network: str, step: str, steps: int, tests: int, known: Known
+    e: Experiment, target: Target, network: str, step: str, steps: float, tests: float, known: Known
 ) -> Stage:
     """So many steps of a network, and tests where the test images are there to be counted."""
     done, note = _compile(e, target, network, known)
@@ -146,10 +161,12 @@ def _students(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
     if times := relabel.labelled_times(e):
         done, note = _compile(e, target, "relabel", known)
         what = f"a batch, all batches of a set {times:g} times{note}"
-        found["relabel takes"] = _stage(target, done, times * _labellings(e, target), what)
+        found["relabel takes"] = _stage(target, done, _labellings(e, target), what)
 
     alike = [name for name in (SYNTHETIC, *v.controls) if name != FULL_REAL]
     trainings = len(v.seeds) * len(alike)
+    everything = len(v.students) * len(v.seeds) * (1 + len(v.controls))
+    busiest = math.ceil(everything / target.hosts) / everything  # hosts share them out
     steps = trainings * v.epochs * num_batches(images, min(v.batch_size, images))
     tests = trainings * math.ceil(v.epochs / v.eval_every)
     step, real = f"a step, {trainings} trainings", _real_images(e)
@@ -161,24 +178,28 @@ def _students(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
     elif FULL_REAL in v.controls:
         step += ", without those of the full real set, which is not here to be counted"
     for student in v.students:
-        stage = _training(e, target, f"validate/{student}", step, steps, tests, known)
+        network, tested = f"validate/{student}", busiest * tests
+        stage = _training(e, target, network, step, busiest * steps, tested, known)
         found[f"{student} takes"] = stage
     return found
 
 
 def _labellings(e: Experiment, target: Target) -> float:
-    """Batches that the busiest device labels of one set, one after the other.
+    """Batches that the busiest device labels, one after the other.
 
-    Every process labels its own shards, a batch on each of its devices at a time; the last batch
-    of an epoch is smaller, and goes by itself.
+    Every process labels its own shards of every set, or online for its own trainings, a batch on
+    each of its devices at a time; the last batch of an epoch is smaller, and goes by itself.
     """
     images = e.recover.ipc * e.dataset.num_classes
     plan = relabel.plan_for(shapes_of(e), images)
     full, rest = divmod(images, plan.batch_size)
-    lanes = max(1, min(target.devices // target.hosts, plan.batches_per_epoch))
-    epoch = math.ceil(full / lanes) + rest / plan.batch_size
+    lanes = max(1, min(target.devices_of_a_host, plan.batches_per_epoch))
+    epoch, times = math.ceil(full / lanes) + rest / plan.batch_size, relabel.labelled_times(e)
+    if e.relabel.mode == "online":
+        trainings = times * plan.epochs / e.validate.epochs
+        return math.ceil(trainings / target.hosts) * e.validate.epochs * epoch
     epochs = math.ceil(plan.num_shards / target.hosts) * plan.epochs_per_shard
-    return min(epochs, plan.epochs) * epoch
+    return times * min(epochs, plan.epochs) * epoch
 
 
 def shares(e: Experiment) -> dict[str, float]:
@@ -250,7 +271,8 @@ def _recover(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
     parts = zip(found, phases, strict=True)
     costs = [done.cost.mean(read) * phase.share for done, phase in parts if done.cost]
     units = layout.groups * layout.blocks
-    lanes = max(1, min(units, target.devices // e.parallel.recover_devices))
+    at_once = target.hosts * (target.devices_of_a_host // e.parallel.recover_devices)
+    lanes = max(1, min(units, at_once))
     budgets = [budget_of(e, group * layout.slots) for group in range(layout.groups)]
     rounds = math.ceil(units / lanes) * sum(budgets) / len(budgets)
     what = f"an iteration, on {lanes * e.parallel.recover_devices} device(s)"

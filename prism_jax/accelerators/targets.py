@@ -133,7 +133,16 @@ class Target:
     @property
     def hosts(self) -> int:
         """How many processes a run has there: one for eight GPUs, or for four chips of a slice."""
-        return -(-math.prod(self.shape) // (8 if self.device.platform == "cuda" else 4))
+        return -(-math.prod(self.shape) // self._chips_of_a_host)
+
+    @property
+    def devices_of_a_host(self) -> int:
+        """How many devices a process has there."""
+        return min(math.prod(self.shape), self._chips_of_a_host) * self.device.per_chip
+
+    @property
+    def _chips_of_a_host(self) -> int:
+        return 8 if self.device.platform == "cuda" else 4
 
 
 def known() -> str:
@@ -166,7 +175,9 @@ def parse(name: str) -> Target:
             f"{device.dimensions} positive ones, as in {device.name}:{example}"
         )
     if gpu and (device := DEVICES.get(gpu[1])) and device.platform == "cuda":
-        if (count := int(gpu[2] or 1)) > 0:
+        if (count := int(gpu[2] or 1)) > 8 and count % 8:
+            raise UserError(f"--target={name}: hosts have eight GPUs each; give a multiple of 8")
+        if count > 0:
             return Target(name, device, (count,))
     raise UserError(f"--target={name} is unknown; there are: {known()}")
 
@@ -204,7 +215,7 @@ def environment(target: Target) -> dict[str, str]:
 
 
 def devices_of(target: Target) -> list[Any]:
-    """The described devices, by the machine's compiler.
+    """The described devices, by the machine's compiler: of GPUs one host's, of a TPU the slice's.
 
     Raises:
       UserError: the compiler knows no such slice.
@@ -217,7 +228,7 @@ def devices_of(target: Target) -> list[Any]:
         given: dict[str, Any] = {
             "topology_name": device.name,
             "target_config": _describe(device),
-            "topology": f"1x1x{target.devices}",
+            "topology": f"1x1x{target.devices_of_a_host}",
         }
     else:
         given = {"topology_name": f"{device.name}:{'x'.join(map(str, target.shape))}"}

@@ -144,6 +144,10 @@ def test_hours_of_students_and_labels_by_hand(monkeypatch):
     assert online[0] == 2 * times()[0]
     read = times(relabel={"labels_from": "there"}, validate={"controls": ()})
     assert read[0] == 0
+    # Of two hosts: four trainings, two each; online each is labelled where it trains, one of two.
+    assert times("h100x16")[1] == times()[1] // 2
+    shared = times("h100x16", relabel={"mode": "online"}, validate={"seeds": (0, 1)})
+    assert shared[0] == 2 * 6  # two trainings of six epochs, both batches at once
 
 
 def test_hosts_label_shards_of_their_own():
@@ -154,8 +158,28 @@ def test_hosts_label_shards_of_their_own():
     slice_of_64 = targets.parse("v5e:16x16")
     assert slice_of_64.hosts == 64
     shards = -(-plan.num_shards // 64)
-    # Four chips of a host have both batches of an epoch at once.
-    assert forecast._labellings(made, slice_of_64) == min(300, shards * plan.epochs_per_shard)
+    # Four chips of a host have both batches of an epoch at once, of each of two sets.
+    assert forecast._labellings(made, slice_of_64) == 2 * min(300, shards * plan.epochs_per_shard)
+
+
+def test_a_batch_is_shared_within_a_host(monkeypatch):
+    """Of two hosts with eight devices, spans of three leave two idle on each."""
+    monkeypatch.setattr(targets, "compiler_missing", lambda target: None)
+    monkeypatch.setattr(compiling, "compile_program", compiler(1)[0])
+    made = resolve(tiny.get_config())
+    for span, devices in ((3, 12), (4, 16), (8, 16)):
+        parallel = dataclasses.replace(made.parallel, recover_devices=span)
+        spread = dataclasses.replace(made, parallel=parallel)
+        recover = dataclasses.replace(made.recover, ipc=24, batch_size=4)
+        spread = dataclasses.replace(spread, recover=recover)
+        found = forecast.stages(spread, targets.parse("h100x16"), {})
+        assert f"on {devices} device(s)" in found["recover takes"].said
+    assert targets.parse("h100x16").devices_of_a_host == 8
+    parallel = dataclasses.replace(made.parallel, recover_devices=16)
+    with pytest.raises(UserError, match="recover_devices is 16, and a host of h100x16 has 8"):
+        forecast.rows(dataclasses.replace(made, parallel=parallel), targets.parse("h100x16"))
+    with pytest.raises(UserError, match="hosts have eight GPUs each; give a multiple of 8"):
+        targets.parse("h100x12")
 
 
 def test_phases_count_each_with_its_own_program(monkeypatch):
