@@ -212,3 +212,13 @@ def test_groups_of_one_image_are_refused():
     with pytest.raises(UserError, match="groups of one image"):
         resolve(with_batches(10, accumulate=10))
     resolve(with_batches(50, accumulate=2))  # 20 images are one batch, in two groups of ten
+
+
+@pytest.mark.parametrize("field", ["seed", "squeeze.seed", "validate.seeds"])
+@pytest.mark.parametrize("value", [-1, 2**32, 20261128120000])
+def test_a_seed_is_32_bits_of_a_key(field, value):
+    """A larger one would end in NumPy's error, after teachers are paid for."""
+    c = digits(10)
+    c.update_from_flattened_dict({field: (0, value) if field.endswith("seeds") else value})
+    with pytest.raises(UserError, match=f"{field} is {value}; it must be zero or positive, and"):
+        resolve(c)

@@ -17,19 +17,15 @@ from prism_jax.config.rules import (
     squeeze,
     validate,
 )
-from prism_jax.config.rules.common import literals, positive
+from prism_jax.config.rules.common import literals, positive, seed
 from prism_jax.config.sections import Experiment
 
 
 def violations(e: Experiment) -> list[str]:
     """Everything wrong with an experiment."""
-    if e.seed < 0:
-        seed = [f"seed is {e.seed}; it must be zero or positive"]
-    else:
-        seed = []
     return list(
         itertools.chain(
-            seed,
+            seed("seed", e.seed),
             literals(e),
             dataset.violations(e),
             squeeze.violations(e),

@@ -27,6 +27,16 @@ def not_negative(e: Experiment, section: str, *names: str) -> Iterator[str]:
             yield f"{section}.{name} is {value}; it must be zero or positive"
 
 
+SEEDS = 2**32  # a seed is 32 bits of a key
+
+
+def seed(name: str, *values: int) -> Iterator[str]:
+    """Seeds that a key of random bits can have."""
+    for value in values:
+        if not 0 <= value < SEEDS:
+            yield f"{name} is {value}; it must be zero or positive, and below {SEEDS}"
+
+
 def share(e: Experiment, section: str, *names: str, low: str = "[", high: str = "]"):
     """Fields between 0 and 1; the brackets say whether an end belongs to them."""
     for name in names:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prism_jax import training
-from prism_jax.config.rules.common import not_negative, one_of, positive, share
+from prism_jax.config.rules.common import not_negative, one_of, positive, seed, share
 from prism_jax.config.sections import Experiment
 from prism_jax.core import schedules
 
@@ -13,7 +13,8 @@ from prism_jax.core import schedules
 def violations(e: Experiment) -> Iterator[str]:
     """What is wrong with the section, one line each."""
     yield from positive(e, "squeeze", "epochs", "batch_size", "learning_rate")
-    yield from not_negative(e, "squeeze", "weight_decay", "seed", "crop_pad", "least_steps")
+    yield from not_negative(e, "squeeze", "weight_decay", "crop_pad", "least_steps")
+    yield from seed("squeeze.seed", e.squeeze.seed)
     yield from share(e, "squeeze", "crop_min", low="(")
     if e.squeeze.least_top1 is not None:
         yield from share(e, "squeeze", "least_top1")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from prism_jax import training
 from prism_jax.config.layout import bn_group_of
-from prism_jax.config.rules.common import not_negative, one_of, positive, repeated
+from prism_jax.config.rules.common import not_negative, one_of, positive, repeated, seed
 from prism_jax.config.sections import (
     CONTROLS,
     GENERATED_CONTROLS,
@@ -26,11 +26,9 @@ def violations(e: Experiment) -> Iterator[str]:
         "gamma", "warmup_start", "eval_every", "checkpoint_seconds",
     )  # fmt: skip
     yield from not_negative(e, "validate", "weight_decay", "ce_weight")
-    if not v.seeds or min(v.seeds) < 0 or repeated(v.seeds):
-        yield (
-            f"validate.seeds is {v.seeds}; it must be one or more different numbers, "
-            f"zero or positive"
-        )
+    yield from seed("validate.seeds", *v.seeds)
+    if not v.seeds or repeated(v.seeds):
+        yield f"validate.seeds is {v.seeds}; it must be one or more different numbers"
     yield from one_of("validate.loss", v.loss, losses.STUDENT_LOSSES)
     yield from one_of("validate.optimiser", v.optimiser, training.OPTIMISERS)
     yield from one_of("validate.schedule", v.schedule, schedules.SCHEDULES)
