@@ -422,7 +422,7 @@ class Comparison(Cells):
         return {
             "version": RECORD_VERSION,
             "peak_bytes": self._peak_bytes(cell),
-            "summary": workdir.read_json(self.folder(cell) / "summary.json"),
+            "summary": workdir.read_json(self.folder(cell) / workdir.SUMMARY),
             "imported": [t for t in experiment.squeeze.teachers if experiment.network(t).weights],
             "right": {name: validate.right_answers(context, s) for name, s in sets.items()},
             "costs": spent,

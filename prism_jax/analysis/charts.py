@@ -23,6 +23,7 @@ from prism_jax.analysis.figures import COLOURS, FAINT, INK, QUIET, styled
 NAMED = 30  # classes that a chart names one by one
 REFERENCES = ("#6B7280", "#A3ABB8", "#C5CAD1")
 MARKERS = "osD^vP"
+LINES = ("-", "-.", ":")
 
 
 class Points(NamedTuple):
@@ -203,14 +204,21 @@ def _percent(axes: Axes) -> None:
 
 
 def _styles(names: Iterable[str], references: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of every set: runs in colour, references grey and thin."""
-    colours, greys = itertools.cycle(COLOURS), itertools.cycle(REFERENCES)
-    markers, found = itertools.cycle(MARKERS), {}
+    """Colour, marker and line of every set: runs in colour, references grey and thin.
+
+    Where colours begin again, markers and lines are others.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    counts = {True: 0, False: 0}
     for name in names:
         grey = name in references
+        colours = REFERENCES if grey else COLOURS
+        number, again = counts[grey] % len(colours), counts[grey] // len(colours)
+        counts[grey] += 1
         found[name] = {
-            "color": next(greys) if grey else next(colours),
-            "marker": "x" if grey else next(markers),
+            "color": colours[number],
+            "marker": "x+1"[again % 3] if grey else MARKERS[(number + again) % len(MARKERS)],
+            "linestyle": LINES[again % len(LINES)],
             "markersize": 6,
             "linewidth": 1.3 if grey else 2.0,
         }

@@ -106,8 +106,8 @@ def class_rows(
 ) -> list[ClassRow]:
     """Accuracy by class, one column per student of the synthetic set.
 
-    All classes in their order; of more than ``CLASSES_SHOWN`` the hardest and the easiest, by the
-    mean over students.
+    All classes in their order; of more than ``CLASSES_SHOWN`` the hardest and the easiest of those
+    with test images, by the mean over students.
     """
     per_class = [entry.get("per_class") for entry in summary.get("validate", {}).values()]
     if not per_class or None in per_class:
@@ -116,8 +116,9 @@ def class_rows(
     rows: Sequence[int] = range(len(by_class))
     if len(rows) > CLASSES_SHOWN:
         known = [c for c in rows if None not in by_class[c]]
-        ranked = sorted(known, key=lambda c: statistics.fmean(by_class[c]))
-        rows = [*ranked[: CLASSES_SHOWN // 2], *ranked[-CLASSES_SHOWN // 2 :]]
+        rows = ranked = sorted(known, key=lambda c: statistics.fmean(by_class[c]))
+        if len(ranked) > CLASSES_SHOWN:
+            rows = [*ranked[: CLASSES_SHOWN // 2], *ranked[-CLASSES_SHOWN // 2 :]]
     return [
         ClassRow(class_names[c] if class_names else f"class {c}", tuple(map(percent, by_class[c])))
         for c in rows

@@ -145,16 +145,25 @@ def write_shard(
     expected = ((e, b) for e in plan.epochs_of(shard) for b in range(plan.batches_per_epoch))
     with tempfile.TemporaryDirectory() as folder:
         local = os.path.join(folder, "shard")
-        try:
-            with contextlib.closing(ArrayRecordWriter(local, "group_size:1,zstd:3")) as writer:
-                for coordinates, record in zip(expected, records, strict=True):
-                    assert (record.epoch, record.batch) == coordinates, (record[:2], coordinates)
-                    writer.write(_pack(record, plan))
-        except RuntimeError as error:
-            if "write() failed" not in str(error):
-                raise
-            raise OSError(errno.ENOSPC, str(error).split(";")[0], local) from error
+        with (
+            writing(local),
+            contextlib.closing(ArrayRecordWriter(local, "group_size:1,zstd:3")) as writer,
+        ):
+            for coordinates, record in zip(expected, records, strict=True):
+                assert (record.epoch, record.batch) == coordinates, (record[:2], coordinates)
+                writer.write(_pack(record, plan))
         workdir.write_bytes(shard_path(root, shard), epath.Path(local).read_bytes())
+
+
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Say what ArrayRecord's error stands for: an ``OSError`` where it could not write."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "write() failed" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, str(error).split(";")[0], path) from error
 
 
 def check_shard(root: epath.PathLike, plan: LabelPlan, shard: int) -> None:

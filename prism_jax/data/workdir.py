@@ -41,6 +41,7 @@ from prism_jax import progress
 from prism_jax.errors import UserError
 
 FINGERPRINT = "fingerprint.json"
+SUMMARY = "summary.json"
 CHECKSUM = "checksum"
 
 
@@ -140,6 +141,20 @@ def read_record(path: epath.PathLike) -> dict[str, Any]:
             f"the same command again to redo it."
         )
     return fields
+
+
+def read_run(root: epath.PathLike) -> dict[str, Any]:
+    """What ran in a working directory: its config.json, {"experiment", "provenance"}.
+
+    Raises:
+      UserError: the folder is none.
+    """
+    path = epath.Path(root) / "config.json"
+    found = read_json(path) if path.exists() else None
+    if not isinstance(found, dict) or not {"experiment", "provenance"} <= found.keys():
+        lacks = "no config.json" if found is None else "its config.json is of something else"
+        raise UserError(f"{root} is no working directory of a run ({lacks})")
+    return found
 
 
 def remove(folder: epath.PathLike) -> None:

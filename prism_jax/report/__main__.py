@@ -70,10 +70,8 @@ def _prepare(run: str) -> None:
     """Fix what decides bits, before JAX makes a backend."""
     from prism_jax.environment import prepare_environment
 
-    path = epath.Path(run) / "config.json"
-    config = workdir.read_json(path)["experiment"] if path.exists() else {}
     problems: list[str] = []
-    prepare_environment(config, problems)
+    prepare_environment(workdir.read_run(epath.Path(run))["experiment"], problems)
     if problems:
         raise UserError("; ".join(problems))
 
@@ -95,12 +93,16 @@ def write(roots: Sequence[str], to: epath.Path, given: Any) -> None:
     html = page.render(
         parts.title(runs), parts.subtitle(runs), found, headline=parts.headline(runs), notes=notes
     )
-    beside = to.parent / f"{to.stem}_figures"
+    beside, names = to.parent / f"{to.stem}_figures", set()
     for section in found:
         for part in section.parts:
             if isinstance(part, page.Picture):
                 for form, data in part.forms.items():
                     workdir.write_bytes(beside / f"{part.name}.{form}", data)
+                    names.add(f"{part.name}.{form}")
+    for name in set(workdir.names(beside)) - names:  # of an earlier page
+        if name.endswith((".png", ".svg", ".pdf")):
+            (beside / name).unlink()
     workdir.write_json(beside / "numbers.json", page.numbers(found))
     workdir.write_bytes(to, html.encode())
     for note in notes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from prism_jax.analysis import ranking, words
 from prism_jax.analysis.page import Cell, Table, figure, word
@@ -52,9 +53,8 @@ def scores(g: Gathered) -> Table | None:
         plain = _plain_twin(g, run)
         for student in words.students(run.summary):
             top1 = {of: top1_of(run, of, student) for of in run.sets()}
-            made, random = top1.get(SYNTHETIC), top1.get("random_real")
-            if not run.config.soft_labels:
-                random = top1.get("random_real_hard")
+            control = "random_real" if run.config.soft_labels else "random_real_hard"
+            made, random = top1.get(SYNTHETIC), top1.get(control)
             hard = top1.get("synthetic_hard") if run.config.soft_labels else made
             full = top1.get("full_real")
             if made is None or random is None:
@@ -66,7 +66,7 @@ def scores(g: Gathered) -> Table | None:
                 )
             if plain is not None:
                 made_plain = top1_of(plain, SYNTHETIC, student)
-                random_plain = top1_of(plain, "random_real", student)
+                random_plain = top1_of(plain, control, student)
                 if made_plain is not None and random_plain is not None:
                     augmented = ranking.augmentation_robust(
                         made=made, random=random, made_plain=made_plain, random_plain=random_plain
@@ -108,9 +108,19 @@ def _plain_twin(g: Gathered, run: Run) -> Run | None:
     for other in g.runs:
         alike = other.manifest["digest"] == run.manifest["digest"]
         alike &= words.protocol(other.summary) == words.protocol(run.summary)
+        alike &= _labelled_by(other) == _labelled_by(run)
         if alike and _is_plain(relabel.augment_of(other.config)):
             return other
     return None
+
+
+def _labelled_by(run: Run) -> tuple[Any, ...]:
+    """Who labels, and how exactly; views apart."""
+    of = run.config.relabel
+    if not run.config.soft_labels:
+        return (False,)
+    asked = (of.teachers, of.ensemble, of.teacher_mode, of.priors, of.labels_from)
+    return (True, *asked, of.precision, of.top_k)
 
 
 def _is_plain(views: Augment) -> bool:
@@ -133,11 +143,11 @@ def cost_tables(g: Gathered) -> list[Table]:
             *(figure(by_stage[stage].flop, _flop) for stage in costs.STAGES),
         ])  # fmt: skip
         size = costs.bytes_of(run)
-        whole = size.images + size.labels
+        rate = 100 * top1 / (size.whole / 1e6) if top1 and size.whole else None
         taken.append([
             word(run.name), word("synthetic"), accuracy, figure(size.images, words.size),
             figure(size.labels, words.size), figure(size.share, _share),
-            figure(top1 and 100 * top1 / (whole / 1e6), words.number),
+            figure(rate, words.number),
         ])  # fmt: skip
     real = costs.bytes_of(g.first).real
     full = top1_of(g.first, "full_real", student) if student else None

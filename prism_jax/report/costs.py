@@ -39,13 +39,18 @@ class Bytes(NamedTuple):
     """Of a set: decoded pixels, soft labels as stored, and the decoded pixels of the real set."""
 
     images: int
-    labels: int
+    labels: int | None
     real: int | None
 
     @property
+    def whole(self) -> int | None:
+        """Images and labels."""
+        return None if self.labels is None else self.images + self.labels
+
+    @property
     def share(self) -> float | None:
-        """Images and labels, over the real set."""
-        return (self.images + self.labels) / self.real if self.real else None
+        """The whole, over the real set."""
+        return self.whole / self.real if self.whole and self.real else None
 
 
 def stages(run: Run) -> dict[str, Cost]:

@@ -120,8 +120,40 @@ class Run:
         folder = self.context.networks.folder
         return [n for n in self.config.squeeze.teachers if (folder(n) / RECORD).exists()]
 
+    def stored_data(self) -> dict[str, dict[str, Any]]:
+        """What the real images were: those of recover's start, and the test images, where known."""
+        found, trained = {}, self.root / "validate"
+        for student in self.config.validate.students:
+            for seed in self.summary["seeds"]:
+                if said := workdir.read_fingerprint(trained / student / str(seed)):
+                    found["test"] = said["test"]
+        if said := workdir.read_fingerprint(self.root / "recover"):
+            found["start"] = said["data"]
+        return found
+
+    def check_data(self) -> None:
+        """Refuse other real images than the run's: what positions name would be others.
+
+        Raises:
+          UserError: they are others. Where there are none, who wants them says so.
+        """
+        inputs = self.context.inputs
+        for name, said in self.stored_data().items():
+            try:
+                there = inputs.fields(inputs.start if name == "start" else inputs.open(name))
+            except UserError:
+                continue
+            # Versions add keys.
+            if any(there[key] != value for key, value in said.items() if key in there):
+                what = "test images" if name == "test" else "images that recover began with"
+                raise UserError(
+                    f"the {what} of {self.root} were others than those that are there now "
+                    f"({self.config.dataset.path or self.config.dataset.source}); name the run's "
+                    f"with --data"
+                )
+
     def student(self, of: str, student: str, seed: int) -> PyTree | None:
-        """A trained student's variables; None where its checkpoint is not there any more.
+        """A trained student's variables; None where it, or its checkpoint, is not there.
 
         Args:
           of: the set that it learned from.
@@ -130,8 +162,11 @@ class Run:
           UserError: the checkpoint is damaged, or another network's.
         """
         base = self.root if of == SYNTHETIC else self.root / "controls" / of
-        folder = base / "validate" / student / str(seed) / "checkpoints"
-        found = read_newest(folder) if folder.exists() else None
+        trained = base / "validate" / student / str(seed)
+        folder = trained / "checkpoints"
+        # Without its record a student is not trained to the end.
+        there = (trained / RECORD).exists() and folder.exists()
+        found = read_newest(folder) if there else None
         if found is None:
             return None
         _, leaves, meta = found
@@ -144,10 +179,18 @@ class Run:
         return variables
 
     @property
-    def label_bytes(self) -> int:
-        """Of the stored soft labels; 0 where they are made while students train, or hard."""
+    def label_bytes(self) -> int | None:
+        """Of the stored soft labels; 0 where they are made while students train, or hard.
+
+        None where they are elsewhere.
+        """
+        settings = self.config.relabel
+        if not self.config.soft_labels or settings.mode == "online":
+            return 0
         there = (self.root / "relabel" / label_store.MANIFEST).exists()
-        return label_store.size_bytes(self.root / "relabel") if there else 0
+        if settings.labels_from or not there:
+            return None
+        return label_store.size_bytes(self.root / "relabel")
 
 
 def open_runs(roots: Sequence[str], *, data: str | None = None) -> list[Run]:
@@ -158,7 +201,7 @@ def open_runs(roots: Sequence[str], *, data: str | None = None) -> list[Run]:
       data: where the real images are, in place of what the runs say.
 
     Raises:
-      UserError: what is no finished run, or runs of different data.
+      UserError: what is no finished run, runs of different data, or data that are not a run's.
     """
     if len({os.path.realpath(root) for root in roots}) < len(roots):
         raise UserError(f"a working directory is named twice: {', '.join(roots)}")
@@ -166,22 +209,33 @@ def open_runs(roots: Sequence[str], *, data: str | None = None) -> list[Run]:
     runs = [_open(root, name, data) for root, name in zip(roots, names, strict=True)]
     first = runs[0].config.dataset
     for run in runs[1:]:
-        for field in ("name", "num_classes", "image_size"):
+        for field in ("name", "num_classes", "image_size", "held_out"):
             ours, theirs = getattr(first, field), getattr(run.config.dataset, field)
             if ours != theirs:
                 raise UserError(
                     f"{runs[0].root} has dataset.{field}={ours!r} and {run.root} {theirs!r}; only "
                     f"runs of the same data stand side by side: make a page for each"
                 )
+        if (tests := _tests(runs[0])) and (others := _tests(run)) and tests != others:
+            raise UserError(
+                f"{runs[0].root} and {run.root} were tested on different images; only runs of the "
+                f"same data stand side by side: make a page for each"
+            )
+    for run in runs:
+        run.check_data()
     return runs
+
+
+def _tests(run: Run) -> Any:
+    """What tells the test images of one run from those of another, whatever the version."""
+    said = run.stored_data().get("test", {})
+    return {key: said.get(key) for key in ("count", "digest")} if said else None
 
 
 def _open(root: str, name: str, data: str | None) -> Run:
     folder = epath.Path(root)
-    if not (folder / "config.json").exists():
-        raise UserError(f"{root} is no working directory of a run (no config.json)")
-    ran = workdir.read_json(folder / "config.json")
-    for file in ("recover/manifest.json", "summary.json"):
+    ran = workdir.read_run(folder)
+    for file in ("recover/manifest.json", workdir.SUMMARY):
         if not (folder / file).exists():
             raise UserError(
                 f"{root} is not finished: it has no {file}. Run its command again, which continues "
@@ -197,7 +251,7 @@ def _open(root: str, name: str, data: str | None) -> Run:
     return Run(
         name,
         Context(experiment, folder),
-        workdir.read_json(folder / "summary.json"),
+        workdir.read_json(folder / workdir.SUMMARY),
         workdir.read_record(folder / "recover" / "manifest.json"),
     )
 

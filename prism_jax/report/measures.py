@@ -120,7 +120,7 @@ class Surroundings:
         self.train_ND, self.test_ND = read(train.images), read(test.images)
         self._of_test = nearest(self.test_ND, self.train_ND)
         self._pixels: tuple[np.ndarray, np.ndarray] | None = None
-        if np.prod(train.images.shape, dtype=np.int64) <= MOST_PIXELS:
+        if _is_small(train.images):
             train_pixels = _flat(train.images)
             self._pixels = train_pixels, nearest(_flat(test.images), train_pixels)
 
@@ -134,12 +134,19 @@ class Surroundings:
             likeness.manifold(self.train_ND, made_ND),
             likeness.frechet(made_ND, self.train_ND),
             likeness.nearness(made_ND, self.train_ND, self._of_test),
-            self._pixels and likeness.nearness(_flat(images), *self._pixels),
+            likeness.nearness(_flat(images), *self._pixels)
+            if self._pixels and _is_small(images)
+            else None,
         )
 
     def measure_test(self) -> Measures:
         """The same of the test images, which are as near to themselves as they are."""
         return self.measure(self.test.images, self.test.labels_N, self.test_ND)
+
+
+def _is_small(images: Images) -> bool:
+    """Whether all pixels may be in memory at once."""
+    return bool(np.prod(images.shape, dtype=np.int64) <= MOST_PIXELS)
 
 
 def _flat(images: Images) -> np.ndarray:
@@ -169,7 +176,7 @@ def predictions(run: Run, of: str, student: str, test: Real) -> Predictions | No
     """Read the test images by trained students; None where a checkpoint is gone."""
     context, logits = run.context, []
     module = context.networks.build(student, student=True, dtype=run.config.validate.dtype)
-    for seed in run.config.validate.seeds:
+    for seed in run.summary["seeds"]:
         variables = run.student(of, student, seed)
         if variables is None:
             return None

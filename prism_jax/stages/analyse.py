@@ -384,7 +384,7 @@ def _students(context: Context, labelled: LabelledSet) -> dict[str, Any]:
 
 def is_summarised(context: Context, sets: Mapping[str, LabelledSet]) -> bool:
     """Whether summary.json says what the workdir holds: a run may have died before writing it."""
-    path = context.root / "summary.json"
+    path = context.root / workdir.SUMMARY
     if not path.exists():
         return False
     found = workdir.read_json(path)
@@ -410,7 +410,7 @@ def write_summary(
             class_names=context.inputs.open("train").class_names,
         )
         workdir.write_bytes(context.root / "report.html", page.encode())
-    workdir.write_record(context.root / "summary.json", found)
+    workdir.write_record(context.root / workdir.SUMMARY, found)
 
 
 def notes(context: Context) -> list[str]:
@@ -445,7 +445,7 @@ def notes(context: Context) -> list[str]:
 
 def show_summary(context: Context) -> None:
     """Print the table and where the page is; reads only."""
-    path = context.root / "summary.json"
+    path = context.root / workdir.SUMMARY
     if not path.exists():
         return
     progress.say("")

@@ -110,8 +110,11 @@ class Work:
             return
         self.lock.acquire()
         path = self._root / "config.json"
-        if path.exists() and self._provenance:
-            before = workdir.read_json(path)["provenance"].get("machine", {})
+        found = workdir.read_json(path) if path.exists() else None
+        if found and found["experiment"] != to_dict(self._config):
+            self._outdate()
+        if found and self._provenance:
+            before = found["provenance"].get("machine", {})
             now = self._provenance["machine"]
             for key, words in (("nproc", "NPROC="), ("platform", ""), ("float32", "float32 as ")):
                 was, on = before.get(key), now.get(key)
@@ -137,6 +140,7 @@ class Work:
             if not workdir.differences(found, fields):
                 return
             progress.say(f"{folder} was made from other settings; it is made again")
+            self._outdate()
             workdir.remove(folder)
         elif folder.exists():
             aside = workdir.set_aside(folder)
@@ -144,6 +148,10 @@ class Work:
                 f"warning: {folder} has no {workdir.FINGERPRINT}; it is set aside as {aside}"
             )
         workdir.write_fingerprint(folder, fields)
+
+    def _outdate(self) -> None:
+        """Remove the summary of other settings: until the run ends, there is none of these."""
+        (self._root / workdir.SUMMARY).unlink(missing_ok=True)
 
     def deal(
         self,

@@ -32,11 +32,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from prism_jax import parallel
 from prism_jax.analysis import words
 from prism_jax.config import SOFT_CONTROLS
 from prism_jax.data import image_set, workdir
 from prism_jax.data.datasets import DATASETS, DatasetInfo
 from prism_jax.data.label_store import MANIFEST, LabelReader
+from prism_jax.data.lazy import Images
 from prism_jax.data.sets import dd_ranking, fkd, folder, npz, parquet
 from prism_jax.data.sets.classes import wnids
 from prism_jax.data.sets.content import Content
@@ -56,6 +58,7 @@ WRITERS: dict[str, Callable[[str, Content], None]] = {
     "fkd": fkd.write,
     "npz": npz.write,
 }
+ONE_BY_ONE = ("folder", "parquet", "fkd")  # formats whose images are files: not all in memory
 WITHOUT_MEANS = ("folder", "fkd")  # formats that hold no mean soft labels: none are worked out
 
 
@@ -69,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(given: argparse.Namespace) -> None:
+    if given.format == "fkd":  # the views of the labels are drawn anew
+        parallel.find_devices()
     export(given.workdir, given.to, control=given.control, form=given.format, licence=given.licence)
 
 
@@ -108,13 +113,15 @@ def export(
       UserError: the target is there, the run is not finished, or its images or labels are damaged.
     """
     root, to = epath.Path(root), epath.Path(to)
+    if workdir.is_store(to):
+        raise UserError(f"--to={to} is in an object store; name a folder here, and copy it there")
     if to.exists():
         raise UserError(f"--to={to} is there already; delete it, or name another folder")
-    if not (root / "config.json").exists():
-        raise UserError(f"--workdir={root} is no working directory of a run (no config.json)")
-    ran = workdir.read_json(root / "config.json")
+    ran = workdir.read_run(root)
     made = root / "recover" if control is None else root / "controls" / control
     images, labels, provenance = _images(root, made, ran, control)
+    if form not in ONE_BY_ONE:
+        images = images[:]
     reader, how = _labels(root, ran, provenance, control)
     classes = class_table(
         DATASETS.get(ran["experiment"]["dataset"]["name"]),
@@ -124,7 +131,8 @@ def export(
 
     def shown(record: SoftLabels) -> tuple[View, Mix]:
         assert reader is not None  # it gave the record
-        return drawn(record, images.shape[1:3], reader.manifest["view"])
+        height, width = images.shape[1:3]
+        return drawn(record, (height, width), reader.manifest["view"])
 
     content = Content(
         images,
@@ -136,7 +144,7 @@ def export(
         reader=reader,
         drawn=shown,
         provenance=provenance | {"soft_labels": how, **ran},
-        accuracies=_accuracies(root),
+        **_accuracies(root),
         licence=licence,
     )
     temporary = to.parent / f".{to.name}.tmp"
@@ -166,17 +174,18 @@ def _copy_images(made: epath.Path, to: epath.Path, content: Content) -> None:
         image_set.image_path(made / "images", *divmod(index, content.ipc)).copy(target)
 
 
-def _accuracies(root: epath.Path) -> dict[str, dict[str, str]]:
-    """Top-1 of every set and student in words; empty where the run has no summary."""
-    if not (root / "summary.json").exists():
+def _accuracies(root: epath.Path) -> dict[str, Any]:
+    """Top-1 of every set and student in words, and its spread; empty where there is no summary."""
+    if not (root / workdir.SUMMARY).exists():
         return {}
-    found = workdir.read_json(root / "summary.json")
+    found = workdir.read_json(root / workdir.SUMMARY)
     students = words.students(found)
-    return {
+    by_set = {
         row.label: dict(zip(students, map(words.accuracy, row.entries), strict=True))
         for row in words.accuracy_rows(found)
         if any(row.entries)
     }
+    return {"accuracies": by_set, "spread": words.spread_note(found)}
 
 
 def class_table(
@@ -210,8 +219,8 @@ def class_table(
 
 def _images(
     root: epath.Path, folder: epath.Path, ran: dict[str, Any], control: str | None
-) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """The images, their labels, and what is known of them."""
+) -> tuple[Images, np.ndarray, dict[str, Any]]:
+    """The images, read when they are indexed, their labels, and what is known of them."""
     manifest = root / "recover" / "manifest.json"
     if not manifest.exists():
         raise UserError(
@@ -225,7 +234,8 @@ def _images(
             f"{root} has no images of the control {control}; make them with\n"
             f"    {command(root, ran, 'squeeze,recover,relabel', control)}"
         )
-    images, labels = image_set.read_images(folder / "images", classes, ipc)
+    images = image_set.lazy_images(folder / "images", classes, ipc)
+    labels = np.repeat(np.arange(classes, dtype=np.int32), ipc)
     digest = image_set.digest(images)
     if control is None and digest != recovered["digest"]:
         raise UserError(
@@ -254,6 +264,8 @@ def _labels(
     settings = ran["experiment"]["relabel"]
     if settings["mode"] == "online":  # what may be there is of other settings
         return None, {"what": "none, relabel.mode=online stores none"}
+    if ran["experiment"]["validate"]["loss"] == "ce":
+        return None, {"what": "none, students learn from the classes (validate.loss=ce)"}
     if not (folder / MANIFEST).exists():
         raise UserError(
             f"{folder} has no finished soft labels; finish them with\n"
@@ -290,8 +302,11 @@ def mean_soft_labels(reader: LabelReader) -> np.ndarray:
 
 
 def command(root: epath.Path, ran: dict[str, Any], stages: str, control: str | None = None) -> str:
-    """The command that ran a workdir, for these stages of it."""
-    flags = joined(shlex.split(ran["provenance"]["command"])[3:])
+    """The command that ran a workdir, for these stages of it; a comparison's is the whole one."""
+    ran_by = shlex.split(ran["provenance"]["command"])
+    if "prism_jax.main" not in ran_by[:3]:
+        return shlex.join(ran_by)
+    flags = joined(ran_by[3:])
     replaced = ("--workdir=", "--stages=", "--from=")
     flags = [flag for flag in flags if not flag.startswith(replaced)]
     if control and control not in ran["experiment"]["validate"]["controls"]:

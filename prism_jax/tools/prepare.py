@@ -26,6 +26,7 @@ from etils import epath
 
 from prism_jax import progress
 from prism_jax.data import workdir
+from prism_jax.data.label_store import writing
 from prism_jax.data.sources import tfds as tfds_source
 from prism_jax.errors import UserError
 from prism_jax.paths import at_home
@@ -99,7 +100,8 @@ def convert_shard(shard: Shard) -> None:
     temporary = shard.target.with_name(f".{shard.target.name}.tmp")
     count = 0
     # One record a group, as TFDS writes them: a record is read without its neighbours.
-    with contextlib.closing(ArrayRecordWriter(os.fspath(temporary), "group_size:1")) as writer:
+    local = os.fspath(temporary)
+    with writing(local), contextlib.closing(ArrayRecordWriter(local, "group_size:1")) as writer:
         for record in read_tfrecord(shard.source):
             writer.write(record)
             count += 1

@@ -1,27 +1,29 @@
 """Compare finished runs in Markdown: python -m prism_jax.tools.results WORKDIR [WORKDIR ...]
 
-Runs that differ in their seeds alone become one row with mean and spread.
+Runs that differ in their seeds alone become one row with mean and spread. A set that not all of
+them have trained on is left out, and named.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
 from prism_jax.analysis import summary, tables
+from prism_jax.analysis.words import row_label
 from prism_jax.data import workdir
 from prism_jax.errors import UserError
 from prism_jax.paths import at_home
+from prism_jax.tools import cli
 
-HELP = """\
-usage: python -m prism_jax.tools.results WORKDIR [WORKDIR ...]
-
-Prints the tables of the README for finished runs. Runs that differ in their seeds alone
-become one row with mean and spread.
-"""
+# What decides no result: where things are, and how they are read.
+PLACES = ("path", "threads", "workers", "cache_gigabytes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,34 +32,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit status.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(HELP, end="")
-        return 0
-    try:
-        print(compared([at_home(folder) for folder in argv]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser = cli.Parser(
+        prog="python -m prism_jax.tools.results",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", type=at_home, nargs="+", metavar="WORKDIR")
+    return cli.run(lambda given: print(compared(given.runs)), parser, argv)
 
 
 def compared(folders: Sequence[str]) -> str:
     """The Markdown tables of runs.
 
     Raises:
-      UserError: a folder without a summary, or with a damaged one.
+      UserError: a folder without a summary or with a damaged one, or one that is named twice.
     """
-    alike: dict[str, list[dict]] = {}
+    if len({os.path.realpath(folder) for folder in folders}) < len(folders):
+        raise UserError(f"a working directory is named twice: {', '.join(folders)}")
+    alike: dict[str, dict[str, dict]] = {}
     for folder in folders:
-        path = epath.Path(folder) / "summary.json"
+        path = epath.Path(folder) / workdir.SUMMARY
         if not path.exists():
             raise UserError(f"{folder} holds no summary.json; run its config to the end first")
         found = workdir.read_json(path)
-        summary.validate(found)
-        alike.setdefault(json.dumps(summary.what_is_equal(found)), []).append(found)
-    merged = [summary.merge(runs) for runs in alike.values()]
-    return tables.markdown(merged) + "\n" + tables.markdown_teachers(merged)
+        try:
+            summary.validate(found)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        alike.setdefault(_what_is_equal(folder, found), {})[folder] = found
+    notes = [note for runs in alike.values() for note in _left_out(runs)]
+    merged = [summary.merge(list(runs.values())) for runs in alike.values()]
+    configs = [found["config"] for found in merged]
+    for found, runs in zip(merged, alike.values(), strict=True):
+        if configs.count(found["config"]) > 1:  # other settings of one config
+            found["config"] = f"{found['config']}, {next(iter(runs))}"
+    text = [tables.markdown(merged), *notes, tables.markdown_teachers(merged)]
+    return "\n".join(text)
+
+
+def _what_is_equal(folder: str, found: Mapping[str, Any]) -> str:
+    """All settings but seeds and places, where they are there; else what the summary says."""
+    if not (epath.Path(folder) / "config.json").exists():
+        return json.dumps(summary.what_is_equal(found))
+    fields = workdir.read_run(folder)["experiment"]
+    del fields["seed"], fields["validate"]["seeds"]
+    for name in PLACES:
+        fields["dataset"].pop(name, None)
+    return json.dumps([summary.what_is_equal(found), fields], sort_keys=True)
+
+
+def _left_out(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Sets that some runs of a row have, and others not."""
+    have = {folder: set(run.get("controls", {})) for folder, run in runs.items()}
+    notes = []
+    for name in sorted(set.union(*have.values()) - set.intersection(*have.values())):
+        lacking = ", ".join(folder for folder, sets in have.items() if name not in sets)
+        notes.append(f"Left out: {row_label(name)}, which {lacking} did not train on.\n")
+    return notes
 
 
 if __name__ == "__main__":

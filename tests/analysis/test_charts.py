@@ -71,3 +71,11 @@ def test_reliabilities_of_any_number_of_students():
     one = picture(charts.reliabilities({"resnet18": sets}, ["real"]))
     five = picture(charts.reliabilities({f"s{i}": sets for i in range(5)}, ["real"]))
     assert five.shape[0] > 1.5 * one.shape[0]
+
+
+def test_no_two_of_many_runs_look_alike():
+    names = [*map(str, range(14)), *"abcde"]
+    styles = charts._styles(names, list("abcde"))
+    for markers in ("marker", "linestyle"):  # lines have no markers where there are many classes
+        looks = {(styles[name]["color"], styles[name][markers]) for name in names}
+        assert len(looks) == len(names)

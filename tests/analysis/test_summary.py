@@ -7,8 +7,10 @@ import math
 
 import pytest
 
+from configs.digits import config as digits
 from prism_jax.analysis import summary as summaries
 from prism_jax.analysis import tables, words
+from prism_jax.config import resolve, to_dict
 from prism_jax.errors import UserError
 from prism_jax.tools import results
 
@@ -305,3 +307,51 @@ def test_runs_of_one_name_are_merged_where_only_seeds_differ(summary, change, al
     assert (summaries.what_is_equal(summary) == summaries.what_is_equal(other)) == alike
     text = results.compared([str(tmp_path / name) for name in ("one", "other")])
     assert ("over 2 runs" in text) == alike
+
+
+def _write(folder, summary, experiment=None):
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps(summary))
+    if experiment:
+        ran = {"experiment": experiment, "provenance": {}}
+        (folder / "config.json").write_text(json.dumps(ran))
+    return str(folder)
+
+
+def test_runs_whose_settings_differ_have_rows_of_their_own(summary, tmp_path):
+    """The summary does not say how many iterations there were, nor who labelled."""
+    for students in (summary["validate"], *summary["controls"].values()):
+        for entry in students.values():
+            entry.setdefault("top1_per_seed", [entry["top1"]])
+    other = json.loads(json.dumps(summary))
+    other["validate"]["convnet"]["top1"] = other["validate"]["convnet"]["top1_per_seed"][0] = 0.5
+    experiment = to_dict(resolve(digits(10)))
+    seeds = json.loads(json.dumps(experiment))
+    seeds["seed"], seeds["validate"]["seeds"], seeds["dataset"]["path"] = 7, [8], "elsewhere"
+    fewer = json.loads(json.dumps(experiment))
+    fewer["recover"]["iterations"] = 7
+    one = _write(tmp_path / "one", summary, experiment)
+    alike = results.compared([one, _write(tmp_path / "seeds", other, seeds)])
+    assert "over 2 runs" in alike
+    apart = results.compared([one, _write(tmp_path / "fewer", other, fewer)])
+    assert "over 2 runs" not in apart
+    assert f"{summary['config']}, {tmp_path / 'fewer'}" in apart
+    with pytest.raises(UserError, match="named twice"):
+        results.compared([one, f"{one}/"])
+    assert results.main([str(tmp_path)]) == 2
+
+
+def test_a_set_that_not_all_runs_have_is_named(summary, tmp_path):
+    for students in (summary["validate"], *summary["controls"].values()):
+        for entry in students.values():
+            entry.setdefault("top1_per_seed", [entry["top1"]])
+    other = json.loads(json.dumps(summary))
+    del other["controls"]["full_real"]
+    folders = [_write(tmp_path / name, s) for name, s in (("one", summary), ("two", other))]
+    text = results.compared(folders)
+    assert f"Left out: full real training set, which {folders[1]} did not train on." in text
+
+
+def test_classes_without_test_images_crowd_nobody_out(summary):
+    summary["validate"] = {"a": {"per_class": [k / 25 if k < 12 else None for k in range(25)]}}
+    assert [row.name for row in words.class_rows(summary)] == [f"class {k}" for k in range(12)]

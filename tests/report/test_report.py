@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -21,6 +22,7 @@ from configs.digits import config as digits
 from prism_jax.analysis.words import SYNTHETIC
 from prism_jax.config import resolve
 from prism_jax.data import image_set, workdir
+from prism_jax.data.weights import RECORD
 from prism_jax.report import __main__ as command
 from prism_jax.report import accuracy, costs, features, gathered, measures, pictures
 from prism_jax.report.finished import Run, open_runs
@@ -139,7 +141,61 @@ def test_what_cannot_be_used_is_one_message(reference, finished, tmp_path):
     assert "dataset.num_classes=4" in refused(reference, finished, to)
     (finished / "summary.json").unlink()
     assert "is not finished: it has no summary.json" in refused(finished, to)
+    (finished / "config.json").write_text('{"model_type": "resnet"}')
+    assert "its config.json is of something else" in refused(finished, to)
     assert not (tmp_path / "page.html").exists()
+
+
+def test_other_real_images_than_the_runs_are_refused(reference, finished, tmp_path):
+    """Positions would name other images, and nothing on the page would show it."""
+    to = f"--to={tmp_path / 'page.html'}"
+    recover, student = finished / "recover", finished / "validate" / "outside" / "0"
+    for folder, key, said in (
+        (recover, "data", "the images that recover began with of"),
+        (student, "test", "the test images of"),
+    ):
+        fields = workdir.read_fingerprint(folder)
+        workdir.write_fingerprint(folder, {**fields, key: {**fields[key], "digest": "other"}})
+        assert said in refused(finished, to) and "name the run's with --data" in refused(
+            finished, to
+        )
+        if folder == recover:
+            workdir.write_fingerprint(folder, fields)
+    assert "were tested on different images" in refused(reference, finished, to)
+
+
+def test_a_student_that_is_still_training_is_not_measured(finished):
+    (run,) = open_runs([str(finished)])
+    assert run.student(SYNTHETIC, "outside", 0) is not None
+    (finished / "validate" / "outside" / "0" / RECORD).unlink()
+    assert run.student(SYNTHETIC, "outside", 0) is None
+
+
+def test_labels_that_are_elsewhere_have_no_size(opened):
+    def size(**changed):
+        config = opened.config
+        for section, fields in changed.items():
+            now = dataclasses.replace(getattr(config, section), **fields)
+            config = dataclasses.replace(config, **{section: now})
+        context = SimpleNamespace(config=config, root=opened.root)
+        return dataclasses.replace(opened, context=context).label_bytes
+
+    assert size() == opened.summary["relabel"]["bytes"]
+    assert size(relabel={"labels_from": "there"}) is None
+    # What is stored is of the settings before.
+    assert size(relabel={"mode": "online"}) == size(validate={"loss": "ce"}) == 0
+    assert costs.Bytes(10, None, 100).share is None
+
+
+def test_figures_of_an_earlier_page_are_gone(reference, tmp_path):
+    beside = tmp_path / "page_figures"
+    beside.mkdir()
+    for name in ("losses_7.png", "mine.txt"):
+        (beside / name).write_text("old")
+    command.write([str(reference)], workdir.epath.Path(tmp_path / "page.html"),
+                  SimpleNamespace(**FLAGS))  # fmt: skip
+    assert (beside / "mine.txt").exists() and (beside / "losses_0.png").exists()
+    assert not (beside / "losses_7.png").exists()
 
 
 def test_real_images_are_drawn_evenly():
@@ -209,6 +265,12 @@ def test_scores_of_runs_by_hand():
     assert values[4:6] == pytest.approx([0.2006, -0.1565], abs=1e-4)
     gain = (np.exp(0.5 * 0.05 - 0.5 * 0.04) - np.exp(-1)) / (np.e - np.exp(-1))
     assert values[6] == pytest.approx(gain)
+
+    # A twin that others label says nothing of views.
+    labelled = {**plain, "teachers": ("mobilenet_v2",)}
+    runs[1] = stated("plain", "a", {"synthetic": 0.30, "random_real": 0.34}, **labelled)
+    ((*_, score, _),) = accuracy.scores(Gathered(runs, Options(), [], [])).rows
+    assert score.value is None
 
     # Without that control there is no score of labels, without a twin none of views.
     del runs[0].summary["controls"]["synthetic_hard"]

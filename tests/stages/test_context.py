@@ -7,17 +7,20 @@ import json
 import shlex
 
 import pytest
+from etils import epath
 from helpers.command import TINY, call
 from helpers.images import encoded, write_tree
 
 from configs import tiny
 from prism_jax import plan
 from prism_jax.config import Network, resolve
+from prism_jax.data import workdir
 from prism_jax.data.sources import open_source
 from prism_jax.errors import UserError
 from prism_jax.stages import analyse, fingerprints
 from prism_jax.stages import squeeze as squeezing
 from prism_jax.stages.context import Context
+from prism_jax.stages.coordination import StopSignal, Work
 from prism_jax.tools.teachers.arguments import parser
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*classes of imagenet:UserWarning")
@@ -208,3 +211,36 @@ def test_weights_far_below_what_they_are_known_for_are_warned_of(tmp_path, capsy
     assert ("known for 69.8 %" in capsys.readouterr().out) == warned
     squeezing._warn(context(root, network=Network("resnet18"), num_classes=3), "big", top1)
     assert not capsys.readouterr().out  # nothing is known of what was trained here
+
+
+def test_the_summary_of_other_settings_goes_before_work_begins(tmp_path):
+    """An export or a page of a run that was stopped would show them as the new ones' accuracy."""
+    experiment = resolve(tiny.get_config())
+    more = dataclasses.replace(experiment, seed=1)
+    summary = tmp_path / workdir.SUMMARY
+
+    def begin(config):
+        work = Work(epath.Path(tmp_path), config, StopSignal(), {"machine": {}})
+        try:
+            work.acquire()
+        finally:
+            work.lock.release()
+
+    begin(experiment)
+    summary.write_text("{}")
+    begin(experiment)
+    assert summary.exists()
+    begin(more)
+    assert not summary.exists()
+    # A teacher of the same settings but other weights: what it made is made anew.
+    summary.write_text("{}")
+    folder = epath.Path(tmp_path / "relabel")
+    workdir.write_fingerprint(folder, {"teachers": "a"})
+    work = Work(epath.Path(tmp_path), more, StopSignal(), {"machine": {}})
+    try:
+        work.begin(folder, {"teachers": "a"})
+        assert summary.exists()
+        work.begin(folder, {"teachers": "b"})
+        assert not summary.exists()
+    finally:
+        work.lock.release()

@@ -15,6 +15,7 @@ from prism_jax.core import pixels
 from prism_jax.data import image_set, workdir
 from prism_jax.data.datasets import DATASETS
 from prism_jax.data.label_store import LabelReader
+from prism_jax.data.lazy import LazyImages
 from prism_jax.tools import export
 
 __all__ = ["finished", "reference"]  # fixtures
@@ -238,6 +239,48 @@ def test_a_run_without_stored_labels_is_exported_without_them(finished, tmp_path
     assert status == 0 and "soft labels: none, relabel.mode=online stores none" in out
     with np.load(tmp_path / "set" / "set.npz") as npz:
         assert "soft_labels" not in npz and "images" in npz
+
+
+def test_a_run_of_hard_labels_is_exported_without_soft_ones(finished, tmp_path, capsys):
+    ran = workdir.read_json(finished / "config.json")
+    ran["experiment"]["validate"]["loss"] = "ce"
+    workdir.write_json(finished / "config.json", ran)
+    shutil.rmtree(finished / "relabel")
+    status, out, err = run(capsys, f"--workdir={finished}", f"--to={tmp_path / 'set'}")
+    assert status == 0 and "students learn from the classes (validate.loss=ce)" in out
+
+
+def test_a_bucket_is_no_target(reference, capsys):
+    """Writers of formats know files alone: half of the set would be in a folder named gs:."""
+    err = refused(capsys, f"--workdir={reference}", "--to=gs://bucket/set")
+    assert "--to=gs://bucket/set is in an object store; name a folder here" in err
+
+
+def test_the_command_of_a_comparison_s_cell_is_the_comparison(reference):
+    ran = workdir.read_json(reference / "config.json")
+    ran["provenance"]["command"] = "python -m prism_jax.compare --config=configs/compare/digits.py"
+    assert export.command(reference, ran, "relabel", "real_herding") == (
+        "python -m prism_jax.compare --config=configs/compare/digits.py"
+    )
+
+
+@pytest.mark.parametrize("form", ["folder", "fkd"])
+def test_images_that_are_files_are_read_one_after_the_other(reference, tmp_path, capsys, form):
+    """A set of ImageNet's size is not held in memory."""
+    most = []
+    read = LazyImages.__getitem__
+
+    def counted(images, index):
+        found = read(images, index)
+        most.append(found.size // 64)
+        return found
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LazyImages, "__getitem__", counted)
+        patched.setattr(image_set, "chunks", lambda count: (slice(i, i + 1) for i in range(count)))
+        arguments = (f"--workdir={reference}", f"--to={tmp_path / form}", f"--format={form}")
+        assert run(capsys, *arguments)[0] == 0
+    assert set(most) == {1}
 
 
 def test_labels_of_other_settings_are_not_given_away(finished, tmp_path, capsys):

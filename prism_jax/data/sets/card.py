@@ -70,9 +70,10 @@ def _accuracies(content: Content) -> list[str]:
         f"| {name} | {' | '.join(row.get(student, '–') for student in students)} |"
         for name, row in content.accuracies.items()
     ]
+    alone = "" if len(content.accuracies) > 1 else " No control was trained beside it."
     return [
-        "Top-1 in per cent on real test images, of students trained on the set and on its "
-        "controls: as many real images with soft and with hard labels, and the full real set.\n",
+        f"Top-1 in per cent on real test images, of students trained on the set and on its "
+        f"controls: {content.spread}.{alone}\n",
         f"| trained on | {' | '.join(students)} |",
         "|:--|" + "--:|" * len(students),
         *rows,

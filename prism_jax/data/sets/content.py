@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from prism_jax.data.label_store import LabelReader
+from prism_jax.data.lazy import Images
 from prism_jax.types import Mix, SoftLabels, View
 
 
@@ -15,7 +16,7 @@ class Content(NamedTuple):
     """A set to be given away.
 
     Attributes:
-      images_NHWC: uint8, class-major.
+      images_NHWC: uint8, class-major; of a format that stores them one by one, read when indexed.
       labels_N: int32.
       classes: folder, index and name of every class, in label order.
       ipc: images of each class.
@@ -27,10 +28,11 @@ class Content(NamedTuple):
       provenance: what made it, as JSON values.
       accuracies: top-1 by set (the synthetic one and its controls) and student, from the run's
         summary; empty where it has none.
+      spread: what their deviation is over.
       licence: of the set, in a word that Hugging Face knows.
     """
 
-    images_NHWC: np.ndarray
+    images_NHWC: Images
     labels_N: np.ndarray
     classes: Sequence[Mapping[str, Any]]
     ipc: int
@@ -40,6 +42,7 @@ class Content(NamedTuple):
     drawn: Callable[[SoftLabels], tuple[View, Mix]]
     provenance: Mapping[str, Any]
     accuracies: Mapping[str, Mapping[str, str]] = {}
+    spread: str = ""
     licence: str = "unknown"
 
     def file_of(self, index: int) -> str:

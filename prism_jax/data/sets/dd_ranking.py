@@ -36,7 +36,7 @@ def write(folder: str, content: Content) -> None:
     """
     os.makedirs(folder, exist_ok=True)
     space = normalisation_of(content)
-    images: np.ndarray = content.images_NHWC.astype(np.float32) / np.float32(255)
+    images: np.ndarray = content.images_NHWC[:].astype(np.float32) / np.float32(255)
     images = (images - np.array(space.mean, np.float32)) / np.array(space.std, np.float32)
     labels: np.ndarray = content.labels_N.astype(np.int64)
     if content.soft_NK is not None:

@@ -127,11 +127,11 @@ def _unused_table(path: str) -> str:
 
 def write_images(folder: str, content: Content) -> None:
     """One folder per class, in label order."""
-    for i, image in enumerate(content.images_NHWC):
+    for i in range(len(content.images_NHWC)):
         path = os.path.join(folder, content.file_of(i))
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "wb") as file:
-            file.write(png(image))
+            file.write(png(content.images_NHWC[i]))
 
 
 def png(image_HWC: np.ndarray) -> bytes:

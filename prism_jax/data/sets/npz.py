@@ -82,7 +82,7 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
 def write(folder: str, content: Content) -> None:
     """``set.npz`` alone."""
     os.makedirs(folder, exist_ok=True)
-    arrays: dict[str, Any] = {"images": content.images_NHWC, "labels": content.labels_N}
+    arrays: dict[str, Any] = {"images": content.images_NHWC[:], "labels": content.labels_N}
     if content.soft_NK is not None:
         arrays["soft_labels"] = content.soft_NK
     if content.weights_N is not None:

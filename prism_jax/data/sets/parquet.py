@@ -121,7 +121,7 @@ def write(folder: str, content: Content) -> None:
     pa = needed("pyarrow", "writing parquet files")
     pq = needed("pyarrow.parquet", "writing parquet files")
     names = [entry["name"] for entry in content.classes]
-    encoded = [png(image) for image in content.images_NHWC]
+    encoded = [png(content.images_NHWC[i]) for i in range(len(content.images_NHWC))]
     paths = [content.file_of(i).replace("/", "_") for i in range(len(encoded))]
     columns = {
         "image": pa.array(
