@@ -25,7 +25,7 @@ RESULTS := $(foreach c,$(RESULTS_CONFIGS),$(foreach s,$(RESULTS_SEEDS),runs/resu
 help:
 	@echo "make demo      distil scikit-learn's digits on the CPU: PRISM, then SRe2L beside it"
 	@echo "make results   the runs behind the README's tables (resumable)"
-	@echo "make results-cifar10 DATA=FOLDER   a comparison of configs/compare/, from its data"
+	@echo "make results-cifar10 DATA=FOLDER|FILE.npz   a comparison of configs/compare/, from its data"
 	@echo "make test      the fast tests"
 	@echo "make test-accelerators  what GPUs' and TPUs' compilers make of the programs; no device"
 	@echo "make test-all  every test"
@@ -48,7 +48,7 @@ results: $(VENV)/.installed
 
 results-%: $(VENV)/.installed
 	$(BIN)/python -m prism_jax.compare --config=configs/compare/$*.py \
-	  $(if $(DATA),--config.dataset.path=$(DATA))
+	  $(if $(filter %.npz,$(DATA)),--config.dataset.source=npz) $(if $(DATA),--config.dataset.path=$(DATA))
 
 test: $(VENV)/.installed-test
 	$(PYTEST)
