@@ -6,7 +6,7 @@ DIR holds train/<class>/<image> and test/<class>/<image>, with images of any kin
 many classes there are, and whether the images are grey, is found there; the normalisation is
 measured once. Teachers are trained here, at 64 pixels. Other useful flags:
 
-    --config.dataset.name=my_birds       what reports call the set (and the run, runs/my_birds)
+    --config.dataset.name=my_birds       what reports call the set
     --config.dataset.source=tar          one .tar file; npz: arrays
     --config.dataset.image_size=128
     --config.recover.ipc=1               images per class; recover.short_classes=repeat where a

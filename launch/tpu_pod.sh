@@ -3,7 +3,7 @@
 #
 #   TPU_NAME=prism TPU_ZONE=europe-west4-a TPU_TYPE=v5litepod-64 \
 #     launch/tpu_pod.sh --config=configs/imagenet_ipc10.py --workdir=gs://bucket/runs/ipc10
-#   DRY_RUN=1 ... launch/tpu_pod.sh --config=...      print the gcloud commands, start nothing
+#   DRY_RUN=1 ... launch/tpu_pod.sh --config=... --workdir=...     print the gcloud commands, start nothing
 #
 # TPU_NAME, TPU_ZONE       the slice (required)
 # TPU_TYPE                 accelerator type; needed where the slice is to be made

@@ -47,8 +47,8 @@ Flags:
     --plan               print what would be done and what it would cost, then stop
     --target=MACHINE     with --plan: on another machine (h100, h100x8, v5e:4x4, ...), by its
                          compiler; no such device is needed
-    --distributed=MODE   auto (default): join the processes that SLURM, Open MPI, Kubernetes or a
-                         TPU pod started; off: this process alone; on: let JAX find out
+    --distributed=MODE   auto (default): join the processes that SLURM or Open MPI started; off:
+                         this process alone; on: let JAX find out, as on a TPU slice
     --coordinator=HOST:PORT --processes=N --process=I
                          join N processes by hand, the same command on each; I from 0
     --help               this text

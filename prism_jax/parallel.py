@@ -602,7 +602,7 @@ def told(key: str) -> str | None:
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" in str(error):
             return None
-        raise UserError(
+        raise Unreachable(
             f"process 0 is gone ({str(error).splitlines()[0]}); what was finished is kept. Run "
             f"the same command again on every process."
         ) from error
