@@ -76,13 +76,16 @@ def check(context: Context) -> None:
 def _squeeze(context: Context) -> None:
     generates = generator.wanted(context)
     if generates and not generator.is_done(context):  # first: what is read may not be whole
-        generator.run(context)
+        size = context.config.generate.fit.batch_size
+        with parallel.enough_memory(f"Lower generate.fit.batch_size (now {size})."):
+            generator.run(context)
     if squeeze.pending(context):
         squeeze.run(context)
     if not statistics.is_done(context):
         statistics.run(context)
     if generates and not generator.is_measured(context):
-        generator.measure(context)
+        with parallel.enough_memory(_fewer_at_once(context)):
+            generator.measure(context)
     if guiding.wanted(context) and not guiding.is_done(context):
         guiding.run(context)
 
@@ -91,7 +94,12 @@ def _recover(context: Context) -> None:
     if not recover.is_done(context):
         squeeze.check(context)
         recover.run(context)
-    anchoring.run_controls(context)
+    with parallel.enough_memory(_fewer_at_once(context)):
+        anchoring.run_controls(context)
+
+
+def _fewer_at_once(context: Context) -> str:
+    return f"Lower generate.batch_size (now {context.config.generate.batch_size})."
 
 
 def _relabel(context: Context) -> None:

@@ -340,6 +340,14 @@ def _measured_images(e: Experiment) -> dict[str, str]:
         "recover takes": f"about {hours_of(images * each / devices / 3600)} on {devices} device(s):"
         f" {each:.3g} s an image, {decoded:.2g} s of it decoding; measured with {size} at once"
     }
+    needed = anchoring.needed(context)
+    apart = {
+        "encoding real images": "latents" in needed,
+        "refining": bool(e.generate.refine.steps),
+        "the images of controls": bool(anchoring.controls_of(context)),
+    }
+    if left := [name for name, there in apart.items() if there]:
+        rows["recover takes"] += f". Not in it: {', '.join(left)} (--target counts them)"
     if peak := recover_bytes(e):
         available = _memory(device)
         rows["memory"] = f"about {size_of(peak)} a device in recover, {batch} images at once"

@@ -323,9 +323,13 @@ def _generate(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
         done, _ = _compile(e, target, "recover", known)
         steps = [samplers.evaluations(sampling_of(h, SCHEDULES[g.generator]))
                  for h in (dataclasses.replace(g, strength=1.0, mode_weight=0.0), g)]  # fmt: skip
-        times = images / batch.size / target.devices * steps[0] / steps[1]
-        each = f"a batch of {batch.size} images for as many steps as recover's"
-        found["images without anchors take"] = _stage(target, done, times, each)
+        if steps[1]:
+            times = images / batch.size / target.devices * steps[0] / steps[1]
+            each = f"a batch of {batch.size} images for as many steps as recover's"
+            found["images without anchors take"] = _stage(target, done, times, each)
+        else:
+            said = "not counted: recover's program, at strength 0, has no steps to scale by"
+            found["images without anchors"] = Stage(None, said)
     return found
 
 

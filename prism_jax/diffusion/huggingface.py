@@ -160,6 +160,15 @@ def planned(path: str, part: str) -> nn.Module:
     return form(path, part) if told else PARTS[part].published()
 
 
+def sample_size(path: str, part: str) -> int | None:
+    """The side of the latents that a denoiser was trained on; None where nothing says it."""
+    file = epath.Path(path)
+    if file.is_file():
+        return None
+    side = _config(_folder(file, part), part).get("sample_size")
+    return side if isinstance(side, int) else None
+
+
 def schedule(path: str, otherwise: noise.Schedule) -> noise.Schedule:
     """The noise that a pipeline's denoiser was trained with; ``otherwise`` where it does not say.
 

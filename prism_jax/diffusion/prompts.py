@@ -167,9 +167,14 @@ def _padding(folder: epath.Path) -> str:
     """The padding token: the end mark, in Stable Diffusion 2 "!", which is token 0."""
     for name in PADDING:
         if (folder / name).is_file():
-            token = json.loads((folder / name).read_text()).get("pad_token")
-            if token:
-                return token if isinstance(token, str) else token["content"]
+            try:
+                token = json.loads((folder / name).read_text("utf-8")).get("pad_token")
+                if token:
+                    return token if isinstance(token, str) else token["content"]
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{folder / name} is damaged ({error!r}); download it again"
+                ) from error
     return END
 
 

@@ -23,12 +23,13 @@ class Quality(NamedTuple):
 
     Attributes:
       recognised: the share that the judge takes for their class.
-      distance: their median distance to the nearest training image, over that of test images.
+      distance: their median distance to the nearest training image, over that of test images; None
+        where at least half of the test images are training images.
       near: the share nearer to one than the nearest 1 % of test images are.
     """
 
     recognised: float
-    distance: float
+    distance: float | None
     near: float
 
     @property
@@ -37,7 +38,9 @@ class Quality(NamedTuple):
         found = []
         if self.recognised < RECOGNISED:
             found.append(f"recognised {self.recognised:.1%}, at least {RECOGNISED:.0%} wanted")
-        if not DISTANCE[0] <= self.distance <= DISTANCE[1]:
+        if self.distance is None:
+            found.append("distance unknown, for half of the test images are training images")
+        elif not DISTANCE[0] <= self.distance <= DISTANCE[1]:
             found.append(f"distance {self.distance:.2f}, {DISTANCE[0]} to {DISTANCE[1]} wanted")
         if self.near >= NEAR:
             found.append(f"near a training image {self.near:.1%}, under {NEAR:.0%} wanted")
@@ -69,9 +72,10 @@ def quality(
     if not np.isfinite(images).all():
         raise UserError("generated images are not finite; their quality cannot be measured")
     of_images, of_test = nearest(images, train), nearest(test, train)
+    usual = np.median(of_test)
     return Quality(
         float(np.mean(np.asarray(predicted_N) == np.asarray(labels_N))),
-        float(np.median(of_images) / np.median(of_test)),
+        float(np.median(of_images) / usual) if usual else None,
         float(np.mean(of_images < np.quantile(of_test, NEAREST))),
     )
 

@@ -25,7 +25,7 @@ from prism_jax import parallel, progress
 from prism_jax.config import GENERATED_CONTROLS, Generate, batch_layout
 from prism_jax.config.generation import clustering_of
 from prism_jax.data import weights, workdir
-from prism_jax.data.lazy import OneByOne
+from prism_jax.data.lazy import Images, LazyImages, OneByOne
 from prism_jax.data.pipeline import read_images
 from prism_jax.data.weights import RECORD, sha256
 from prism_jax.diffusion import anchors, generate, pixels, select
@@ -137,8 +137,8 @@ def run_controls(context: Context) -> None:
         run(context, [*(before if left != ["no_anchors"] else []), *left])
 
 
-def control_images(context: Context, name: str) -> np.ndarray:
-    """A control's images, class-major.
+def control_images(context: Context, name: str) -> Images:
+    """A control's images, class-major; more than memory may hold are read when they are indexed.
 
     Raises:
       UserError: they are not there, or damaged.
@@ -148,8 +148,14 @@ def control_images(context: Context, name: str) -> np.ndarray:
             f"the images of the control {name} are not in {folder(context, name)}; run the "
             f"recover stage first (--stages=recover,...)"
         )
-    classes = range(context.config.dataset.num_classes)
-    return np.concatenate([read(context, name, cls)["images"] for cls in classes])
+    classes, ipc = context.config.dataset.num_classes, context.config.recover.ipc
+
+    def read_at(positions_N: np.ndarray) -> np.ndarray:
+        of_class = {cls: read(context, name, cls)["images"] for cls in {*(positions_N // ipc)}}
+        return np.stack([of_class[at // ipc][at % ipc] for at in positions_N])
+
+    shape = read(context, name, 0)["images"].shape[1:]
+    return context.inputs.hold(LazyImages(read_at, (classes * ipc, *shape)))
 
 
 def read(context: Context, name: str, cls: int) -> Tensors:

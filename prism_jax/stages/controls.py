@@ -52,7 +52,11 @@ def labelled_set(context: Context, name: str) -> LabelledSet:
     if name in GENERATED_CONTROLS:
         made = fingerprints.generated_control(context, name)
         read_made = functools.partial(anchoring.control_images, context, name)
-        return LabelledSet(name, root, read_made, classes, made, soft)
+        weights = None
+        if config.generate.weighted and name != "no_anchors":  # an anchor's image counts as it does
+            made |= {"weighted": True}
+            weights = recover.weights(context)
+        return LabelledSet(name, root, read_made, classes, made, soft, weights)
     if name in SELECTED_CONTROLS:
         fields |= fingerprints.selected_control(context, name)
 

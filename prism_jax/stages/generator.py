@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -180,6 +181,11 @@ def _check_forms(context: Context) -> None:
         texts: Any = huggingface.form(
             fingerprints.part_path(context, "text_encoder"), "text_encoder"
         )
+        if texts.width != denoiser.context:
+            raise UserError(
+                f"the text encoder in {g.directory} gives states of {texts.width} numbers, and its "
+                f"U-Net reads {denoiser.context}: they are of different models; download them again"
+            )
         said = prompts.of_classes(context.inputs.spoken_names, g.template)
         prompts.tokenise(str(g.directory), [*said, g.negative], texts.length)
     size = g.image_size or context.config.dataset.image_size
@@ -192,13 +198,25 @@ def _check_forms(context: Context) -> None:
             returned = jax.eval_shape(denoiser.predict, params, noisy, *told).shape[-1]
     except UserError as error:
         raise UserError(f"generate.image_size is {size}: {error}") from None
-    if g.variance == "learned" and returned != 2 * shape[-1]:
+    _check_channels(g, returned, shape[-1])
+    trained = huggingface.sample_size(fingerprints.part_path(context, part), part)
+    if trained not in (None, shape[0]):
+        warnings.warn(
+            f"the denoiser in {g.directory} was trained on latents of {trained} x {trained}, and "
+            f"generate.image_size={size} gives it {shape[0]} x {shape[1]}",
+            stacklevel=2,
+        )
+
+
+def _check_channels(g: Generate, returned: int, channels: int) -> None:
+    """Refuse a variance that is not returned, and more guided channels than there are."""
+    if g.variance == "learned" and returned != 2 * channels:
         raise UserError(
             f"generate.variance is 'learned', but the denoiser in {g.directory} returns {returned} "
-            f"channels for latents of {shape[-1]}: it learned none; allowed for it: small, large"
+            f"channels for latents of {channels}: it learned none; allowed for it: small, large"
         )
-    if (g.guided_channels or 0) > shape[-1]:
-        raise UserError(_too_many(g, shape[-1]))
+    if (g.guided_channels or 0) > channels:
+        raise UserError(_too_many(g, channels))
 
 
 def missing(context: Context) -> list[str]:
@@ -350,18 +368,18 @@ def _assembled(
     weights = Weights(params, denoised, told)
     shape = latent_shape(codec, params, size, 3)
     generator = Generator(codec, denoiser, condition)
-    _check_whole(generator, weights, shape)
+    _check_channels(g, _check_whole(generator, weights, shape), shape[-1])
     refining = refining_of(g, schedule)
     return Opened(generator, weights, sampling, refining, labels_K, shape, size)
 
 
 def _imagenet_labels(context: Context, classes: int) -> np.ndarray:
     """What a DiT of ImageNet's classes calls the data set's."""
-    known = context.inputs.open("train").imagenet_indices
-    wanted = context.config.dataset.num_classes
+    source = context.inputs.open("train")
+    known, wanted = source.imagenet_indices, context.config.dataset.num_classes
     if classes == 1000 and known is not None:  # first: all of them may be in another order
         return np.array(known, np.int32)
-    if classes == wanted:
+    if classes == wanted and (classes != 1000 or source.class_names is None):
         return np.arange(wanted, dtype=np.int32)
     raise UserError(
         f"the transformer knows {classes} classes and the data has {wanted}, and which of them "
@@ -369,8 +387,8 @@ def _imagenet_labels(context: Context, classes: int) -> np.ndarray:
     )
 
 
-def _check_whole(generator: Generator, weights: Weights, shape: tuple[int, int, int]) -> None:
-    """Refuse latents that the denoiser does not read, by shapes alone."""
+def _check_whole(generator: Generator, weights: Weights, shape: tuple[int, int, int]) -> int:
+    """Refuse latents that the denoiser does not read, by shapes alone; the channels it returns."""
     noisy, label = jax.ShapeDtypeStruct((1, *shape), np.float32), np.zeros(1, np.int32)
 
     def once(weights: Weights, noisy: Array) -> Array:
@@ -378,7 +396,7 @@ def _check_whole(generator: Generator, weights: Weights, shape: tuple[int, int, 
         return generator.denoiser.predict(weights.denoiser, noisy, jnp.zeros(1), condition)
 
     with _reading(shape):
-        jax.eval_shape(once, weights, noisy)
+        return jax.eval_shape(once, weights, noisy).shape[-1]
 
 
 @contextlib.contextmanager
@@ -570,9 +588,10 @@ def measure(context: Context) -> None:
         found, config = _measured(context), context.config
         record = {"of": workdir.digest(fingerprints.quality(context)), "judge": config.judge}
         workdir.write_record(folder(context) / QUALITY, {**record, **found._asdict()})
+        distance = "unknown" if found.distance is None else f"{found.distance:.2f}"
         context.say(
             f"generator: recognised {found.recognised:.1%} (by {config.judge}), distance "
-            f"{found.distance:.2f}, near {found.near:.1%}"
+            f"{distance}, near {found.near:.1%}"
         )
         if found.faults:
             context.say(

@@ -83,9 +83,9 @@ class Inputs:
         return source
 
     @_kept
-    def _stored(self, split: str) -> ImageSource:
+    def _whole(self, split: str) -> ImageSource:
         dataset = self.config.dataset
-        source = open_source(
+        return open_source(
             name=dataset.name,
             source=dataset.source,
             path=dataset.path,
@@ -94,6 +94,10 @@ class Inputs:
             damaged=dataset.damaged,
             threads=dataset.threads,
         )
+
+    @_kept
+    def _stored(self, split: str) -> ImageSource:
+        dataset, source = self.config.dataset, self._whole(split)
         if source.num_classes != dataset.num_classes:
             if dataset.num_classes > source.num_classes:
                 raise UserError(
@@ -120,7 +124,8 @@ class Inputs:
         """What people call the classes, in the order of the labels.
 
         Raises:
-          UserError: it is not known, or the file that says it has another number of lines.
+          UserError: it is not known, or the file that says it has neither a line for each class of
+            the data nor, where the data knows which these are, ImageNet's thousand.
         """
         path, wanted = self.config.generate.class_names, self.config.dataset.num_classes
         if path is None:
@@ -135,13 +140,24 @@ class Inputs:
         file = epath.Path(path)
         if not file.is_file():
             raise UserError(f"there is no file {path}, which generate.class_names gives")
-        names = file.read_text("utf-8").splitlines()
-        if len(names) < wanted or not all(name.strip() for name in names[:wanted]):
+        try:
+            lines = file.read_text("utf-8-sig").rstrip().splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is no text in UTF-8 ({error}); write it as such") from error
+        names, stored = [line.strip() for line in lines], wanted
+        try:
+            indices = self.open("train").imagenet_indices
+            stored = self._whole("train").num_classes
+        except UserError:  # who wants the images says so
+            indices, stored = None, max(wanted, len(names))
+        if indices is not None and len(names) == 1000:
+            names = [names[index] for index in indices]
+        if len(names) not in (wanted, stored) or not all(names[:wanted]):
             raise UserError(
-                f"{path} has {sum(bool(n.strip()) for n in names)} names for {wanted} classes; "
-                f"write a line a class, in the order of the labels"
+                f"{path} has {sum(map(bool, names))} names for {wanted} classes; write a line a "
+                f"class, in the order of the labels"
             )
-        return [name.strip() for name in names[:wanted]]
+        return names[:wanted]
 
     @functools.cached_property
     def start(self) -> ImageSource:

@@ -239,6 +239,9 @@ def test_images_without_anchors_take_all_steps(monkeypatch):
     stages = forecast.stages(resolve(c), H100, {})
     # 51 evaluations of PNDM's 50 steps in place of 36.
     assert stages["images without anchors take"].hours == pytest.approx(0.001 * 1250 * 51 / 36)
+    c.generate.strength = 0.0  # no step of recover's to scale by
+    stages = forecast.stages(resolve(c), H100, {})
+    assert stages["images without anchors"].hours is None
 
 
 def generating(monkeypatch, target, beside=0):

@@ -105,6 +105,9 @@ REFUSED = {
     "size": ({"generate__image_size": 32}, "leave it unset"),
     "warm-up": ({"generate__fit__warmup": 3500}, "shorter than the steps"),
     "nothing to fit": ({"generate__fit__learning_rate": 0.0}, "generate.fit.learning_rate is 0.0"),
+    "anchors for nothing": (
+        {"generate__strength": 1.0}, "images do not depend on anchors, and generate.anchors is",
+    ),
     "control of optimised": (
         {"recover__maker": "optimise", "recover__iterations": 9, "recover__pool": ("resnet18",),
          "recover__slots_per_batch": None, "validate__controls": ("medoids",)},

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -75,3 +77,19 @@ def test_classes_are_called_what_they_are(what):
     name, names, expected, first = SPOKEN[what]
     found = datasets.spoken(names, datasets.dataset_info(name))
     assert (found and found[:first]) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["n01440764", "n03028079"], None),
+        (["0", "1", "10"], None),
+        (["great_tit", "wren"], ["great tit", "wren"]),
+        (["n01440764", "wren"], ["n01440764", "wren"]),  # one of them is a name
+    ],
+)
+def test_folders_of_one_s_own_are_names_only_where_they_are_words(names, expected):
+    """A prompt "a photo of a n01440764" says nothing to anybody."""
+    fields = {"name": "birds", "num_classes": len(names), "class_names": tuple(names)}
+    info = dataclasses.replace(datasets.dataset_info("cifar10"), **fields)
+    assert datasets.spoken(names, info) == expected

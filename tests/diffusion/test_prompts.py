@@ -162,3 +162,12 @@ def test_the_condition_of_a_text():
     found = condition.of_labels(params, jnp.array([2, 0, 2]))
     np.testing.assert_array_equal(found, params["texts"][np.array([2, 0, 2])])
     np.testing.assert_array_equal(condition.null(params, 3), np.full((3, 2, 2), -1.0))
+
+
+@needs_tokenizers
+@pytest.mark.parametrize("written", ["<html>", "[1]", '{"pad_token": {"id": 3}}'])
+def test_a_damaged_file_beside_the_tokenizer_is_named(tmp_path, written):
+    write_tokenizer(tmp_path / "tokenizer", None)
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(written)
+    with pytest.raises(UserError, match="tokenizer_config.json is damaged .* download it again"):
+        prompts.tokenise(str(tmp_path), NAMES, 10)

@@ -59,6 +59,12 @@ def test_blurred_images_fail_by_distance():
     assert any("distance" in fault for fault in of(np.full((400, 2, 2, 1), 999.0)).faults)
 
 
+def test_test_images_that_are_training_images_leave_the_distance_unknown():
+    """A ratio to nothing: the run would end, after all training, with a number no JSON holds."""
+    found = quality(rows(2), np.zeros(400), np.zeros(400), train=rows(0), test=rows(0))
+    assert found.distance is None and "half of the test images are training" in found.faults[0]
+
+
 def test_refused():
     with pytest.raises(UserError, match="not finite"):
         of(np.full((2, 2, 2, 1), np.nan))

@@ -21,7 +21,8 @@ from prism_jax.data import weights, workdir
 from prism_jax.data.datasets import dataset_info
 from prism_jax.data.sources import open_sklearn
 from prism_jax.diffusion import patches
-from prism_jax.stages import anchoring, fingerprints, generator, judging
+from prism_jax.errors import UserError
+from prism_jax.stages import anchoring, controls, fingerprints, generator, judging
 from prism_jax.stages.context import Context
 from prism_jax.stages.inputs import first_classes
 
@@ -154,6 +155,14 @@ def test_weights_are_the_shares_of_clusters(reference, tmp_path):
     assert np.abs(expected - 1).max() > 0.05
     assert "weights" not in workdir.read_record(reference / "recover" / "manifest.json")
     np.testing.assert_array_equal(images(tmp_path / "w"), images(reference))
+    # What an anchor weighs, its real image and its decoded latent weigh too; without one, nothing.
+    c = tiny_d4m.get_config()
+    c.generate.weighted, c.validate.controls = True, ("medoids", "decoded_anchors", "no_anchors")
+    for name, weigh in (("medoids", True), ("decoded_anchors", True), ("no_anchors", False)):
+        found = controls.labelled_set(Context(resolve(c), tmp_path / "w"), name)
+        assert (found.weights_N is not None) == weigh
+        if weigh:
+            np.testing.assert_allclose(found.weights_N.reshape(4, 2), expected)
 
 
 def test_the_judge_chooses_among_candidates(reference, tmp_path):
@@ -232,7 +241,7 @@ def test_modes_draw_images_to_their_anchors(reference, tmp_path):
 
     ok(tmp_path / "anchors", "--config.generate.strength=0.0", f"--from={reference}")
     free = ("--config.generate.sampler=ddpm", "--config.generate.strength=1.0")
-    ok(tmp_path / "free", *free, f"--from={reference}")
+    ok(tmp_path / "free", *free, "--config.generate.anchors=none", f"--from={reference}")
     ok(tmp_path / "drawn", *free, "--config.generate.mode_weight=0.5", f"--from={reference}")
     assert distance(tmp_path / "drawn") < 0.9 * distance(tmp_path / "free")
 
@@ -451,6 +460,25 @@ def test_a_transformer_knows_imagenet_in_its_own_order(known, expected, tmp_path
     run = context_of(tmp_path)
     dataset = dataclasses.replace(run.config.dataset, num_classes=1000)
     run.config = dataclasses.replace(run.config, dataset=dataset)
-    source = SimpleNamespace(imagenet_indices=known)
+    source = SimpleNamespace(imagenet_indices=known, class_names=None)
     monkeypatch.setattr(run.inputs, "open", lambda split: source)
     np.testing.assert_array_equal(generator._imagenet_labels(run, 1000), expected)
+    if known is None:  # folders with names of nobody's order
+        source.class_names = [f"class {k}" for k in range(1000)]
+        with pytest.raises(UserError, match="which of them they are is not known"):
+            generator._imagenet_labels(run, 1000)
+
+
+def test_controls_of_many_images_are_read_class_by_class(made):
+    ok(made, CONTROLS)
+    c = tiny_d4m.get_config()
+    c.validate.controls = ("medoids",)
+    held = anchoring.control_images(Context(resolve(c), made), "medoids")
+    c.dataset.cache_gigabytes = 0.0
+    lazy = anchoring.control_images(Context(resolve(c), made), "medoids")
+    assert isinstance(held, np.ndarray) and not isinstance(lazy, np.ndarray)
+    np.testing.assert_array_equal(lazy[:], held)
+    np.testing.assert_array_equal(lazy[[5, 0, 3]], held[[5, 0, 3]])
+    np.testing.assert_array_equal(
+        held.reshape(4, 2, 8, 8, 1)[2], kept(made, "medoids", 2)["images"]
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import shutil
 import types
 
 import jax
@@ -59,9 +60,11 @@ DIFFUSION = ("--config.generate.generator=stable_diffusion", "--config.generate.
 
 
 @pytest.fixture
-def told(monkeypatch, tmp_path):
+def told(command, monkeypatch, tmp_path):
     """The texts that were encoded, in place of a tokenizer and an encoder that fits."""
     texts: list[str] = []
+    config = tmp_path / "networks" / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_size": 12}))
     (tmp_path / "networks" / "tokenizer").mkdir(parents=True)
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / "networks" / "tokenizer" / name).write_text("{}")
@@ -103,6 +106,13 @@ def test_a_transformer_of_classes(command, tmp_path):
     before = snapshot(tmp_path / "run")
     ok(*command, *DIT)
     assert snapshot(tmp_path / "run") == before
+    # The generator is there; what is asked of it now is still looked at.
+    status, _, err = call(*command, *DIT, f"--workdir={tmp_path / 'run'}",
+                          "--config.generate.guided_channels=5")  # fmt: skip
+    assert status == 2 and "Traceback" not in err
+    shutil.rmtree(tmp_path / "run" / "recover")
+    status, _, err = call(*command, *DIT, "--config.generate.guided_channels=5")
+    assert status == 2 and "guided_channels is 5, and the latents have 4" in err
 
 
 def test_a_denoiser_of_prompts(command, tmp_path, told):
@@ -129,6 +139,7 @@ def test_a_generator_by_shapes_is_the_one_that_is_read(command, tmp_path, told, 
                 value = ast.literal_eval(value)
             c[section][field] = value
     context = Context(resolve(c), str(tmp_path / "run"))
+    parity.write(parity.BY_NAME[CASES["text_encoder"]], tmp_path / "networks" / "text_encoder")
     for part in ("vae", "unet", "transformer", "text_encoder"):
         assert huggingface.form(str(tmp_path / "networks"), part) == (
             huggingface.load(str(tmp_path / "networks"), part).module
@@ -149,6 +160,10 @@ def test_what_is_not_there_is_told_with_what_to_download(command, tmp_path, told
     names = (*flags, f"--config.generate.class_names={tmp_path / 'names.txt'}")
     (tmp_path / "names.txt").write_text("one\ntwo\n")
     assert "has 2 names for 10 classes" in refused(root, *names)
+    (tmp_path / "names.txt").write_text("\n".join(f"name {k}" for k in range(1000)))
+    assert "has 1000 names for 10 classes" in refused(root, *names)  # whose would they be?
+    (tmp_path / "names.txt").write_bytes("\n".join(CLASSES).encode() + b"\xe9\n")
+    assert "is no text in UTF-8" in refused(root, *names)
     (tmp_path / "networks" / "vae" / "config.json").unlink()
     message = refused(root, *names)
     assert (
@@ -171,6 +186,11 @@ def test_what_parts_say_is_refused_before_anything_is_made(command, tmp_path, to
     assert "it learned none" in refused(root, *ddpm, "--config.generate.variance=learned")
     odd = refused(root, *command, *DIT, "--config.generate.image_size=18")
     assert "generate.image_size is 18: latents of 9 x 9 do not divide into patches" in odd
+    text = networks / "text_encoder" / "config.json"
+    said = text.read_text()
+    text.write_text(json.dumps({**json.loads(said), "hidden_size": 24}))
+    assert "gives states of 24 numbers, and its U-Net reads 12" in refused(root, *ddpm)
+    text.write_text(said)
     (networks / "tokenizer" / "vocab.json").unlink()
     assert "there is no tokenizer at" in refused(root, *command, *DIFFUSION, names)
     assert "needs one {}" in refused(root, *ddpm, "--config.generate.template=a")

@@ -166,6 +166,12 @@ def _anchors(e: Experiment) -> Iterator[str]:
                 )
         if g.weighted:
             yield "generate.weighted weighs by anchors, and generate.anchors is 'none'"
+    elif g.strength == 1 and not g.mode_weight:
+        yield (
+            f"generate.strength is 1 and generate.mode_weight 0, at which images do not depend on "
+            f"anchors, and generate.anchors is {g.anchors!r}; set it to 'none' (and "
+            f"generate.weighted to False), or use less strength"
+        )
     if g.mode_window and not g.mode_weight:
         yield f"generate.mode_window is {g.mode_window}, but generate.mode_weight is 0; set both"
     if g.weighted and g.candidates > 1:
