@@ -302,3 +302,29 @@ def test_our_warnings_are_one_line_each_and_others_name_their_place():
     theirs = form("theirs", UserWarning, "elsewhere.py", 7)
     assert said == ["warning: ours\n", theirs, "", theirs] and "elsewhere.py:7" in theirs
     assert warnings.formatwarning is form
+
+
+def test_the_commit_is_that_of_the_checkout_with_a_mark_for_changes(tmp_path_factory, monkeypatch):
+    checkout = tmp_path_factory.mktemp("checkout")
+
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        done = subprocess.run(
+            ["git", "-C", checkout, *who, *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    package = checkout / "prism_jax"
+    package.mkdir()
+    (package / "environment.py").write_text("one\n")
+    monkeypatch.setattr(prepared, "__file__", str(package / "environment.py"))
+    assert prepared.commit() is None
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message=first")
+    head = git("rev-parse", "HEAD")[:12]
+    assert prepared.commit() == head
+    (checkout / "notes.txt").write_text("not tracked\n")
+    assert prepared.commit() == head
+    (package / "environment.py").write_text("two\n")
+    assert prepared.commit() == f"{head}+"

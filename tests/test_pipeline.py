@@ -6,6 +6,7 @@ the finished run was made by a process of its own on one.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from prism_jax.config import resolve
 from prism_jax.data import workdir
 from prism_jax.data.metrics import read_lines
 from prism_jax.data.weights import WEIGHTS, unpack_variables
+from prism_jax.stages import validate
 from prism_jax.stages.context import Context
 from prism_jax.types import Normalisation
 
@@ -642,3 +644,18 @@ def test_half_of_a_control_s_images_are_completed(finished, reference):
         path.unlink()
     ok(finished)
     assert_same(finished, reference)
+
+
+def test_the_full_real_set_has_as_many_steps_and_at_least_a_teacher_s_epochs():
+    """Four classes of two images in batches of four, six epochs: twelve steps."""
+    e = resolve(tiny.get_config())
+
+    def epochs(images: int, **squeeze) -> int:
+        config = dataclasses.replace(e, squeeze=dataclasses.replace(e.squeeze, **squeeze))
+        return validate.epochs_of_size(config, images)
+
+    assert (e.validate.epochs, e.validate.batch_size, e.squeeze.batch_size) == (6, 4, 96)
+    assert epochs(8) == 6  # a set of the synthetic size
+    assert epochs(20, epochs=1) == 3  # 12 steps of 5 a pass
+    assert epochs(400, epochs=1) == 1 and epochs(400, epochs=7) == 7
+    assert epochs(400, epochs=1, least_steps=50) == 10  # 5 steps a pass of a teacher's batches

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.command import TINY, call, reference
+from PIL import Image
 
 from prism_jax import parallel, pipeline
 from prism_jax.config import resolve, units
@@ -243,14 +244,39 @@ def test_rded_is_its_mosaics_and_runs_no_iteration(reference, tmp_path, monkeypa
     np.testing.assert_array_equal(images_of(context), expected)
 
 
-def test_jpeg_is_what_pillow_leaves(reference, tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
-    rough, fine = (image_set.through_jpeg(images, quality) for quality in (75, 95))
-    assert rough.shape == images.shape and rough.dtype == np.uint8
-    off = [np.abs(x.astype(int) - images).mean() for x in (rough, fine)]
-    assert off[0] > off[1] > 0
-    grey = image_set.through_jpeg(images[..., :1], 75)
-    assert grey.shape == (2, 8, 8, 1) and np.abs(grey.astype(int) - images[..., :1]).mean() < 20
+def test_jpeg_is_what_pillow_leaves(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+
+    def by_pillow(image, quality, **more):
+        Image.fromarray(image).save(tmp_path / "a.jpg", quality=quality, **more)
+        return np.array(Image.open(tmp_path / "a.jpg"))
+
+    for quality in (75, 95):
+        found = image_set.through_jpeg(images, quality)
+        expected = np.stack([by_pillow(image, quality) for image in images])
+        np.testing.assert_array_equal(found, expected)
+        full = np.stack([by_pillow(image, quality, subsampling=0) for image in images])
+        assert not np.array_equal(found, full)
+    grey = np.stack([by_pillow(image, 75) for image in images[..., 0]])
+    np.testing.assert_array_equal(image_set.through_jpeg(images[..., :1], 75)[..., 0], grey)
+
+
+def test_pixels_are_written_as_the_released_code_writes_them(reference, tmp_path):
+    """Levels cut off in place of rounded, and what JPEG leaves; of the same run."""
+    found = {}
+    for name, flags in {
+        "plain": (), "truncated": ("--config.recover.rounding=truncate",),
+        "jpeg": ("--config.recover.jpeg_quality=75",),
+    }.items():  # fmt: skip
+        root = tmp_path / name
+        ok = call(TINY, f"--workdir={root}", "--stages=recover", f"--from={reference}", *flags)
+        assert ok[0] == 0, ok[2]
+        found[name] = image_set.read_images(root / "recover" / "images", 4, 2)[0].astype(int)
+    lower = found["plain"] - found["truncated"]  # half of the levels are rounded up
+    assert set(np.unique(lower)) == {0, 1} and 0.2 < lower.mean() < 0.8
+    expected = image_set.through_jpeg(found["plain"].astype(np.uint8), 75)
+    np.testing.assert_array_equal(found["jpeg"], expected)
+    assert not np.array_equal(found["jpeg"], found["plain"])
 
 
 # --- statistics of the real images --------------------------------------------------------------

@@ -133,6 +133,30 @@ def test_wrong_steps_do_not_pass(optimiser):
         assert difference(found, twin) > 1e-3, name
 
 
+@pytest.mark.usefixtures("fast_programs")
+def test_an_image_of_weight_two_trains_as_two():
+    """One step on five images that count differently, and on those that stand so often."""
+    counts = np.array([2, 0, 1, 1, 1])
+    pixels, labels = BATCHES[0]
+    recipe = TrainRecipe("train/view", PLAIN, loss="ce", epochs=EPOCHS, optimiser="sgd",
+                         learning_rate=RATE, weight_decay=0.0, schedule="cosine")  # fmt: skip
+    trainer = Trainer(NoNorm(CLASSES), recipe, GREY, view_seed=0, seed=0)
+
+    def after(images, labels, weights_B=None):
+        batch = TrainBatch(0, 0, images, labels, weights_B=weights_B)
+        state, loss = trainer.step(trainer.start(SHAPE), batch)
+        return np.array([float(loss)]), jax.device_get(state.params["head"])
+
+    repeated = np.repeat(np.arange(5), counts)
+    wanted = after(pixels[repeated], labels[repeated])
+    assert difference(after(pixels, labels, counts.astype(np.float32)), wanted) < 1e-6
+    assert difference(after(pixels, labels), wanted) > 1e-3
+    (batch,) = hard_batches(pixels, labels, batch_size=5, epochs=1, seed=0, name="order",
+                            weights_N=np.arange(5, dtype=np.float32))  # fmt: skip
+    at = [int(w) for w in batch.weights_B]
+    assert sorted(at) == list(range(5)) and (batch.images_uint8_BHWC == pixels[at]).all()
+
+
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.5, "nesterov": True}, {"decay": "all"}])
 def test_adamw_and_sgd_are_pytorchs(options):
     torch = pytest.importorskip("torch", reason="compares with torch.optim")

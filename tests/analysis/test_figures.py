@@ -99,10 +99,14 @@ def test_recover_curves_show_who_supervised(whose):
 
 
 def test_terms_that_are_zero_or_unknown_are_left_out():
-    lines = losses(1)
-    for line in lines:
-        line["bn"] = {"a": 0.0, "b": None}
-    figures.recover_curves(lines, primary="a")
+    def drawn(a, b):
+        lines = losses(1)
+        for line in lines:
+            line["bn"] = {"a": a, "b": b}
+        return figures.recover_curves(lines, primary="a")
+
+    assert drawn(0.0, None) == drawn(None, None)
+    assert drawn(1e-3, None) != drawn(None, None)
 
 
 @pytest.mark.parametrize("students", [["a"], ["a", "b"], ["a", "b", "c", "d"]])

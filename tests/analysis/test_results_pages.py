@@ -19,13 +19,19 @@ PAGES = sorted(path.name.removesuffix("_records.json") for path in RESULTS.glob(
 Rows = list[dict[str, str]]
 
 
+ACCURACY = re.compile(r"\d\d?\.\d( ± \d\d?\.\d)?|–")
+
+
 def tables(text: str) -> list[Rows]:
-    """The Markdown tables that have accuracies with deviations: a row's cells by their column."""
+    """The Markdown tables of accuracies: a row's cells by their column.
+
+    Of one seed they have no deviation; a table that has anything else is none of them.
+    """
     found = []
     for block in re.findall(r"(?:^\|.*\n)+", text + "\n", re.MULTILINE):
         lines = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in block.split("\n")]
         header, _, *rows = filter(None, lines)
-        if any("±" in cell for row in rows for cell in row):
+        if all(ACCURACY.fullmatch(cell) for row in rows for cell in row[1:]):
             found.append([dict(zip(header[1:], row[1:], strict=True)) for row in rows])
     return found
 
@@ -53,7 +59,7 @@ def test_the_page_says_what_its_records_do(name, tmp_path):
     computed = (tmp_path / "table.md").read_text()
     assert astray(page, computed) == []
     # The twin: one digit of one cell.
-    number = re.search(r"\d\d\.\d(?= ±)", page)
+    number = re.search(r"(?<=\| )\d\d\.\d(?=[ *|])", page)
     assert number
     other = f"{float(number[0]) + 0.1:.1f}"
     wrong = page[: number.start()] + other + page[number.end() :]

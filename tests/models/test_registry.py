@@ -134,8 +134,9 @@ def test_scaled_networks_on_their_smallest_images(name, stem):
     expected = jax.tree.structure(variables.get("batch_stats", {}))
     assert jax.tree.structure(told.get("bn_statistics", {})) == expected
     (embedding,) = jax.tree.leaves(told["features"])
-    head = [leaf for leaf in jax.tree.leaves(variables["params"]) if leaf.shape[-1:] == (7,)]
-    assert embedding.ndim == 2 and embedding.shape[1] in {leaf.shape[0] for leaf in head}
+    leaves = jax.tree.leaves(variables["params"])
+    heads = {leaf.shape[0] for leaf in leaves if leaf.ndim == 2 and leaf.shape[1] == 7}
+    assert embedding.ndim == 2 and embedding.shape[1] in heads and embedding.shape[1] != 7
 
 
 def test_depth_and_width_at_one_change_nothing():

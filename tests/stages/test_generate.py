@@ -172,10 +172,21 @@ def test_the_judge_chooses_among_candidates(reference, tmp_path):
     assert not (tmp_path / "c" / "generate" / "latents").exists()
     every = images(tmp_path / "all").reshape(4, 4, 8, 8).astype(int)
     taken = images(tmp_path / "c").reshape(4, 2, 8, 8)
+    run_of, wrong = Context(resolve(tiny_d4m.get_config()), tmp_path / "c"), 0
     for cls in range(4):
         path = tmp_path / "c" / "generate" / "candidates" / f"{cls:05d}.json"
         chosen = json.loads(path.read_text())["chosen"]
         assert np.abs(taken[cls] - every[cls][chosen]).max() <= 1  # another batch may round so
+        said = judging.logits_of(run_of, "first", every[cls].astype(np.uint8)[..., None])
+        odds = np.exp(said) / np.exp(said).sum(1, keepdims=True)
+
+        def is_best(of: int, odds=odds, chosen=chosen) -> bool:
+            """To the rounding of another batch, by which sure ones may change places."""
+            return np.allclose(odds[chosen, of], np.sort(odds[:, of])[::-1][:2], atol=1e-3)
+
+        assert is_best(cls)
+        wrong += not is_best((cls + 1) % 4)
+    assert wrong  # another class's odds choose others
     assert any(np.abs(taken[c] - every[c][:2]).max() > 20 for c in range(4))
 
 

@@ -144,12 +144,15 @@ def test_the_energy_is_added_to_the_teachers_and_named_among_the_terms():
 def test_alone_no_teacher_counts_nor_is_read():
     pool = colour_pool()
     recipe = synthesis.Recipe(roll=2, alpha_ce=0.0, alpha_bn=0.0, clip=1.0)
-    broken = dataclasses.replace(
-        pool, variables=tuple(jax.tree.map(lambda x: x * np.nan, v) for v in pool.variables)
+    other = dataclasses.replace(
+        pool, variables=tuple(jax.tree.map(lambda x: x * 1.5, v) for v in pool.variables)
     )
-    gradient, terms, *_ = step_of(broken, recipe, guide())
-    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
-    assert terms.loss == terms.others["clip"] and np.isnan(terms.ce_T).all()
+    gradient, terms, *_ = step_of(other, recipe, guide(), 1)
+    assert np.abs(gradient).max() > 0 and terms.loss == terms.others["clip"]
+    assert np.isnan(terms.ce_T).all()  # unread: what is read of these weights is finite
+    np.testing.assert_array_equal(gradient, step_of(pool, recipe, guide(), 1)[0])
+    ends = step_of(other, recipe, guide(), 0)[1]
+    assert np.isfinite(ends.ce_T).all()
 
 
 @pytest.mark.usefixtures("fast_programs")
@@ -197,6 +200,26 @@ def test_guided_images_are_the_same_on_any_device():
         return run.fetch(run(SEED, lanes)[-1][0]).images_BHWC
 
     np.testing.assert_array_equal(images(1), images(2))
+
+
+def test_the_noise_of_a_view_is_what_teachers_and_terms_see():
+    """A linear guide's gradient, of which NumPy knows what it is of noisy images."""
+    pool, recipe = colour_pool(), synthesis.Recipe(
+        roll=2, alpha_ce=0.0, alpha_bn=0.0, clip=1.0, view_noise=0.3
+    )  # fmt: skip
+    with_it, terms, start, view = step_of(pool, recipe, guide())
+    with jax.enable_x64(True):
+        viewed, pull_back = jax.vjp(lambda x: views.apply_view(x, view), jnp.asarray(start))
+        unit = make_unit(2, 1, BUDGET, LABELS)
+        added = synthesis.noise_of(recipe, COLOUR, rng.root(SEED), unit, np.int32(3), viewed)
+        found = {}
+        for name, seen in (("noisy", viewed + added), ("as it is", viewed)):
+            value, by_view = numpy_says(guide(), np.asarray(seen), LABELS, COLOUR)
+            found[name] = value, np.asarray(pull_back(jnp.asarray(by_view))[0])
+    value, gradient = found["noisy"]
+    np.testing.assert_allclose(terms.loss, value, rtol=1e-6)
+    np.testing.assert_allclose(with_it, gradient, atol=1e-6)
+    assert np.abs(with_it - found["as it is"][1]).max() > 1e-3
 
 
 @pytest.mark.usefixtures("fast_programs")

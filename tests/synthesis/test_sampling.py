@@ -277,3 +277,37 @@ def test_a_teacher_without_batch_norm_counts_in_the_mean_only_if_asked(with_alex
         np.testing.assert_allclose(draw.statistic_weights_T, expected, rtol=1e-6)
         seen.add(tuple(drawn.tolist()))
     assert len(seen) == 4  # every subset came
+
+
+def test_the_statistics_have_a_primary_of_their_own():
+    """Logits by the first, statistics by the third alone, or by it and some others."""
+    pool = small_pool(3)
+    unit = make_unit(0, 0, 20)
+
+    def drawn(**fields):
+        recipe = synthesis.Recipe(statistic_primary=2, **fields)
+        draws = [
+            synthesis.draw_teachers(recipe, pool.teachers, rng.root(seed), unit, np.int32(0))
+            for seed in range(8)
+        ]
+        return tuple(np.stack(found) for found in zip(*draws, strict=True))
+
+    logits, statistics = drawn(statistics_by="fixed")
+    assert (logits == [1, 0, 0]).all() and (statistics == [0, 0, 1]).all()
+    logits, statistics = drawn()
+    assert (logits == [1, 0, 0]).all() and (statistics[:, 2] > 0).all()
+    assert (statistics[:, 0] == 0).any()  # the primary of the logits is one of the others here
+
+
+def test_a_centred_roll_is_one_of_twice_the_range_shifted_back():
+    unit, key, seen = make_unit(1, 2, 20), rng.root(3), set()
+    for step in map(np.int32, range(20)):
+        centred = synthesis.view_of(
+            synthesis.Recipe(roll=2, roll_centred=True), key, unit, step, (8, 8)
+        )
+        twice = synthesis.view_of(synthesis.Recipe(roll=4), key, unit, step, (8, 8))
+        np.testing.assert_array_equal(np.asarray(centred.roll) + 2, twice.roll)
+        rest = (centred._replace(roll=0), twice._replace(roll=0))
+        jax.tree.map(np.testing.assert_array_equal, *rest)
+        seen |= {*np.asarray(centred.roll).tolist()}
+    assert seen == {-2, -1, 0, 1, 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from prism_jax.data.sources import ArraySource
 from prism_jax.errors import UserError
 from prism_jax.synthesis import start as initialise
 from prism_jax.synthesis.selection import Features, difficulty_groups
-from prism_jax.synthesis.start import INITIALISERS, Box, Patches, Start
+from prism_jax.synthesis.start import INITIALISERS, Box, Patches, Start, random_positions
 from prism_jax.teachers import describe
 
 SIZE, CLASSES, PER_CLASS, IPC = 8, 3, 24, 4
@@ -282,3 +283,24 @@ def test_only_scoring_initialisers_need_a_scorer():
             assert needs
         else:
             assert not needs
+
+
+def test_random_real_images_are_of_their_class_unrepeated_and_of_the_seed():
+    """The control that every accuracy stands beside."""
+    labels = np.array([2, 0, 1, 1, 0, 2, 2, 0, 1, 0, 2, 1, 0, 2, 1] * 4)
+    source = SimpleNamespace(labels_N=labels, class_names=None)
+    classes, slots = (x.ravel() for x in np.mgrid[:3, :10])
+    found = np.array(random_positions(source, classes, slots, seed=0))
+    assert (labels[found] == classes).all()
+    assert len(set(found.tolist())) == len(found)
+    other = np.array(random_positions(source, classes, slots, seed=1))
+    assert (labels[other] == classes).all() and len(set(found) & set(other)) < len(found)
+    # Shuffled: the first of a class are not the first that are stored.
+    first = np.concatenate([np.flatnonzero(labels == k)[:10] for k in range(3)])
+    assert set(found.tolist()) != set(first.tolist())
+    # Whichever are asked for, in whatever order, they are the same.
+    some = [7, 25, 3]
+    again = random_positions(source, classes[some], slots[some], seed=0)
+    assert again == found[some].tolist()
+    with pytest.raises(UserError, match="class"):
+        random_positions(source, np.array([1]), np.array([labels.tolist().count(1)]), seed=0)
