@@ -177,7 +177,9 @@ def test_the_judge_chooses_among_candidates(reference, tmp_path):
         path = tmp_path / "c" / "generate" / "candidates" / f"{cls:05d}.json"
         chosen = json.loads(path.read_text())["chosen"]
         assert np.abs(taken[cls] - every[cls][chosen]).max() <= 1  # another batch may round so
-        said = judging.logits_of(run_of, "first", every[cls].astype(np.uint8)[..., None])
+        said = judging.logits_of(
+            run_of, run_of.config.judge, every[cls].astype(np.uint8)[..., None]
+        )
         odds = np.exp(said) / np.exp(said).sum(1, keepdims=True)
 
         def surest(of: int, odds=odds) -> list[int]:
