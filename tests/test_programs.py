@@ -188,5 +188,9 @@ def test_a_generator_s_training_and_its_images_from_shapes():
 def test_statistics_of_a_teacher_with_a_normalisation_of_its_own():
     """A published network beside others, whose convolutions' inputs are matched as well."""
     c = gvbsm.get_config("digits")
-    c.networks.resnet18.mean, c.networks.resnet18.std = (0.4,), (0.3,)
-    assert "recover" in names_of(c)
+    with parallel.described(jax.local_devices()[:1]):
+        found = {p.name: p for p in programs.programs_of(resolve(c), "statistics")}
+        plain = {name: p.lower().as_text() for name, p in found.items() if "/resnet18" in name}
+        c.networks.resnet18.mean, c.networks.resnet18.std = (0.4,), (0.3,)
+        own = {p.name: p for p in programs.programs_of(resolve(c), "statistics")}
+        assert plain and all(own[name].lower().as_text() != text for name, text in plain.items())
