@@ -200,6 +200,39 @@ def test_kept_images_change_nothing_and_come_again(whole, reference, tmp_path, m
     assert (first != last[::2]).any()
 
 
+def test_images_are_kept_before_the_checkpoint_that_goes_on_behind_them(
+    reference, tmp_path, monkeypatch
+):
+    """Killed between the two, whichever comes first: a run that goes on has them all."""
+    kept = ("keep_at=(3,)", "steps_per_dispatch=5", "checkpoint_seconds=0.001")
+    context, called = context_of(tmp_path / "run", "fadrm", *kept), []
+    prepare(context, reference)
+
+    def dying_at_the_second(name):
+        inner = getattr(optimise, name)
+
+        def call_or_die(*arguments):
+            if arguments[-1].done == 3:
+                called.append(name)
+                if len(called) == 2:
+                    raise MemoryError("killed")
+            return inner(*arguments)
+
+        return call_or_die
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        for name in ("_keep", "_save"):
+            patch.setattr(optimise, name, dying_at_the_second(name))
+        recover.run(context)
+    assert len(set(called)) == 2
+    context.work.lock.release()
+    again = context_of(tmp_path / "run", "fadrm", *kept)
+    recover.run(again)
+    again.work.lock.release()
+    images = image_set.read_images(optimise.kept_folder(recover.folder(again), 3), 4, 1)[0]
+    assert (images != images_of(again)[::2]).any()
+
+
 # --- what single methods do -------------------------------------------------------------------
 
 

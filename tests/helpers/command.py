@@ -115,7 +115,8 @@ def results(root: pathlib.Path) -> dict[str, object]:
         reader = label_store.LabelReader(folder)
         records = [(r.index_B.tobytes(), r.logits_BK.tobytes()) for r in reader.read()]
         found[str(folder.relative_to(root))] = records
-    for path in sorted(root.glob("**/record.json")):
+    units = root.glob("recover/units/*.json")
+    for path in sorted([*root.glob("**/record.json"), *units]):
         record = json.loads(path.read_text())
         found[str(path.relative_to(root))] = {
             k: v for k, v in record.items() if k not in ("seconds", "checksum")
