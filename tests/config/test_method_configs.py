@@ -224,13 +224,10 @@ STATED = {
     ("psm", "tiny_imagenet", "ipc1"): {"validate.epochs": 1000},
     ("psm", "tiny_imagenet"): {"validate.epochs": 300},
     ("prism_plus", "cifar10"): {
-        "recover.initialise": "real_balanced", "recover.batch_size": 100,
-        "recover.iterations": 200, "recover.alpha_bn": 0.1, "relabel.ensemble": "mean",
-        "recover.logits_by": None, "recover.granularity": "per_iteration",
+        "recover.initialise": "real_confident", "recover.learning_rate": 0.01,
+        "recover.iterations": 250, "relabel.ensemble": "mean", "recover.logits_by": None,
+        "recover.total_variation": 0.002,
     },
-    ("prism_plus", "cifar10", "ipc50"): {"recover.batch_size": 500},
-    ("prism_plus", "imagenet", "ipc50"): {"recover.batch_size": 500},
-    ("prism_plus", "imagenet", "ipc1"): {"recover.batch_size": 100},
     ("d4m", "imagenet"): {
         "generate.generator": "stable_diffusion", "generate.image_size": 512,
         "generate.view": "squashed", "generate.sampler": "pndm", "generate.steps": 50,
