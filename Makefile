@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile --
 COMPILERS := .venv-compilers
 TEST_ACCELERATORS := $(COMPILERS)/bin/python -m pytest -q -n 2 tests/accelerators
 
-# The runs behind the tables of the README: three seeds of everything but the teachers, which
+# The runs behind docs/results/digits_demo.md: three seeds of everything but the teachers, which
 # every run adopts from the demo's. A run that stopped continues; a finished one is only read.
 TEACHERS := runs/digits_ipc10
 RESULTS_SEEDS := 0 1 2
@@ -24,7 +24,7 @@ RESULTS := $(foreach c,$(RESULTS_CONFIGS),$(foreach s,$(RESULTS_SEEDS),runs/resu
 
 help:
 	@echo "make demo      distil scikit-learn's digits on the CPU: PRISM, then SRe2L beside it"
-	@echo "make results   the runs behind the README's tables (resumable)"
+	@echo "make results   the runs behind docs/results/digits_demo.md (resumable)"
 	@echo "make results-cifar10 DATA=FOLDER|FILE.npz   a comparison of configs/compare/, from its data"
 	@echo "make test      the fast tests"
 	@echo "make test-accelerators  what GPUs' and TPUs' compilers make of the programs; no device"

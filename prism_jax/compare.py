@@ -222,13 +222,13 @@ def _compare(
 def cells(config: Any) -> list[Cell]:
     """All cells, in the order in which they are worked on: early tables are comparable.
 
-    Protocol by protocol and seed by seed, everything; the controls first. A row that is None is
-    left out; those of ``one_protocol`` go through all protocols but their own.
+    Protocol by protocol and seed by seed, everything; the controls first. A row or protocol that is
+    None is left out; those of ``one_protocol`` go through all protocols but their own.
     """
     rows = [row for row in config.rows if config.rows[row] is not None]
     shared_only = (config.controls, *config.get("one_protocol", ()))
     found = []
-    for protocol in config.protocols:
+    for protocol in (name for name in config.protocols if config.protocols[name] is not None):
         for seed in config.seeds:
             for ipc in config.ipcs:
                 for row in sorted(rows, key=lambda row: row != config.controls):

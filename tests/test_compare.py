@@ -364,6 +364,11 @@ def test_what_some_row_needs_is_said_before_any_work(tmp_path):
     # A row that is left out needs nothing.
     status, out, err = run(*ONE, "--config.rows.gvbsm=None", "--plan", f"--workdir={tmp_path}")
     assert status == 0 and "prism/ipc2" in out and "gvbsm" not in out, err
+    names = [name for name in ("own", "single") if f"/{name}" in out]
+    assert names, out
+    left_out = f"--config.protocols.{names[0]}=None"
+    status, out, err = run(TINY, left_out, "--plan", f"--workdir={tmp_path}")
+    assert status == 0 and f"/{names[0]}\n" not in out, err
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):

@@ -43,7 +43,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.rows.sre2l_real = method("sre2l", *real)
     c.rows.sre2l_noise = method("sre2l", *noise)
     for percent in (30, 70, 100):
-        c.rows[f"d4m_{percent}"] = method("d4m", f"generate.strength={percent / 100}")
+        free = ("generate.anchors=none",) * (percent == 100)  # at which nothing of them is left
+        c.rows[f"d4m_{percent}"] = method("d4m", f"generate.strength={percent / 100}", *free)
     c.without = ("without",)  # rows whose runs have other images in the place of the canaries
 
     c.shared = (

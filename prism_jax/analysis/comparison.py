@@ -8,7 +8,7 @@ import dataclasses
 import io
 import statistics
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
@@ -236,21 +236,20 @@ MARKERS = "osD^v"  # one for every time that the colours come again
 
 @styled
 def accuracy_over_cost(entries: Sequence[Entry], cost: str = "seconds") -> Figure:
-    """Accuracy over a cost of ``expenses.COSTS``: a panel per protocol and IPC.
+    """Accuracy over a cost of ``expenses.COSTS``: a panel per protocol, IPC and student.
 
-    The first student's, with the standard deviation over seeds; a method whose cost is not known
-    is a hollow mark at the left edge, controls are lines.
+    With the standard deviation over seeds; a method whose cost is not known is a hollow mark at the
+    left edge, controls are lines.
     """
-    panels = list(dict.fromkeys((e.protocol, e.ipc) for e in entries))
+    panels = list(dict.fromkeys((e.protocol, e.ipc, s) for e in entries for s in e.sets[SYNTHETIC]))
     figure = Figure(figsize=(5.2 * min(len(panels), 3), 4.2 * -(-len(panels) // 3)))
     figure.set_layout_engine("constrained")
     axes = figure.subplots(-(-len(panels) // 3), min(len(panels), 3), squeeze=False).ravel()
     rows, handles = list(dict.fromkeys(e.row for e in entries)), {}
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    for axis, (protocol, ipc) in zip(axes, panels, strict=False):
+    for axis, (protocol, ipc, student) in zip(axes, panels, strict=False):
         mine = [e for e in entries if (e.protocol, e.ipc) == (protocol, ipc)]
-        student = next(iter(mine[0].sets[SYNTHETIC]))
         axis.set_title(f"{protocol}, IPC {ipc}, {student}")
         chosen = expenses.cost_of(cost, mine, SYNTHETIC)
         axis.set_xlabel(chosen.words)
@@ -279,20 +278,34 @@ def accuracy_over_cost(entries: Sequence[Entry], cost: str = "seconds") -> Figur
             if not known:
                 axis.set_xlabel(f"{chosen.words} (hollow: not known)")
             handles[row] = points
+        levels: dict[str, float] = {}
         for name in (*CONTROLS, *SELECTED_CONTROLS, *GENERATED_CONTROLS):
             values = [e.sets.get(name, {}).get(student, {}).get("top1") for e in mine]
             if protocol != OWN and (level := mean(values)) is not None:
-                axis.axhline(100 * level, color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
-                axis.annotate(
-                    row_label(name), (1, 100 * level), xycoords=("axes fraction", "data"),
-                    ha="right", va="bottom", fontsize=8, color=QUIET,
-                )  # fmt: skip
+                levels[name] = 100 * level
+                axis.axhline(100 * level, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        low, high = axis.get_ylim()
+        for name, level in apart(levels, (high - low) / 25).items():
+            axis.annotate(
+                row_label(name), (1, level), xycoords=("axes fraction", "data"), ha="right",
+                va="center", fontsize=7, color=QUIET, zorder=1.5,  # over lines, under marks
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+            )  # fmt: skip
     figure.legend(
         [handles[row] for row in rows if row in handles],
         [row_label(row) for row in rows if row in handles],
         loc="outside right upper", fontsize=9, frameon=False,
     )  # fmt: skip
     return figure
+
+
+def apart(levels: Mapping[str, float], least: float) -> dict[str, float]:
+    """Where words beside levels stand so that none covers another: in their order, upwards."""
+    found: dict[str, float] = {}
+    for name, level in sorted(levels.items(), key=lambda item: item[1]):
+        below = [other + least for other in found.values()][-1:]
+        found[name] = max([level, *below])
+    return found
 
 
 def _top1_per_seed(entry: Entry, student: str) -> list[float]:

@@ -71,3 +71,10 @@ def test_images_that_begin_with_another_rows_count_what_made_those():
 @pytest.mark.parametrize("cost", expenses.COSTS)
 def test_every_cost_can_be_the_axis(cost):
     assert comparison.accuracy_over_cost([entry(MADE)], cost).startswith(b"\x89PNG")
+
+
+def test_words_beside_lines_stand_apart_in_their_order():
+    levels = {"c": 3.0, "a": 1.0, "b": 1.1, "d": 3.2, "e": 9.0}
+    found = comparison.apart(levels, 0.5)
+    assert list(found) == ["a", "b", "c", "d", "e"]
+    assert list(found.values()) == [1.0, 1.5, 3.0, 3.5, 9.0]
