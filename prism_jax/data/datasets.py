@@ -200,9 +200,8 @@ def spoken(names: Sequence[str] | None, info: DatasetInfo) -> list[str] | None:
       The data set's names where the source's are WordNet IDs, numbers or spellings of these, else
       the source's own; None: nobody knows.
     """
-    official = (
-        info.class_names if info.name in DATASETS else None
-    )  # of others: their folders' names
+    # Of a set that no table lists, the names are its folders' own.
+    official = info.class_names if info.name in DATASETS else None
     if names is None:
         return None if official is None else [name.replace("_", " ") for name in official]
     known: dict[str, str] = {}

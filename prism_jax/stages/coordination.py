@@ -190,16 +190,16 @@ class Work:
     def _check_common(self, token: str) -> None:
         """Look once for the main process' lock: work put elsewhere would be waited for for ever."""
         until = time.monotonic() + self.SECONDS_UNTIL_SEEN
-        while not self._common:
-            self._common = self.lock.is_of(token)
-            if not self._common and time.monotonic() > until:
+        while not (self._common or self.lock.is_of(token)):
+            if time.monotonic() > until:
                 raise UserError(
                     f"{parallel.name()} on {socket.gethostname()} does not see the lock of process "
                     f"0 in {self._root}: the processes of a run need one --workdir that all see, a "
                     f"common file system or a bucket"
                 )
             self._stop.check()
-            time.sleep(0.0 if self._common else 0.2)
+            time.sleep(0.2)
+        self._common = True
 
     def agree(self, what: str, digest: Callable[[], str]) -> None:
         """Compare what every process reads, before any makes something of it.

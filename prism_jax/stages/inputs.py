@@ -150,7 +150,7 @@ class Inputs:
             stored = self._whole("train").num_classes
         except UserError:  # who wants the images says so
             indices, stored = None, max(wanted, len(names))
-        if indices is not None and len(names) == 1000:
+        if indices is not None and len(names) == 1000 != wanted:  # ImageNet's own order
             names = [names[index] for index in indices]
         if len(names) not in (wanted, stored) or not all(names[:wanted]):
             raise UserError(

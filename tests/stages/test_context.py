@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+from types import SimpleNamespace
 
 import pytest
 from etils import epath
@@ -244,3 +245,30 @@ def test_the_summary_of_other_settings_goes_before_work_begins(tmp_path):
         assert not summary.exists()
     finally:
         work.lock.release()
+
+
+@pytest.mark.parametrize(
+    ("lines", "indices", "stored", "expected"),
+    [
+        (1000, (5, 2, 7, 9), 4, [5, 2, 7, 9]),  # ImageNet's, of which these four are here
+        (4, (5, 2, 7, 9), 4, [0, 1, 2, 3]),  # in the order of the labels
+        (20, None, 20, [0, 1, 2, 3]),  # the first four of a set of twenty
+        (1000, None, 4, None),
+        (3, None, 4, None),
+    ],
+)
+def test_names_are_those_of_the_classes_that_are_there(
+    tmp_path, monkeypatch, lines, indices, stored, expected
+):
+    (tmp_path / "names.txt").write_text("\n".join(f"name {k}" for k in range(lines)) + "\n\n")
+    c = tiny.get_config()
+    c.generate.class_names = str(tmp_path / "names.txt")
+    inputs = Context(resolve(c), tmp_path / "run").inputs
+    source = SimpleNamespace(imagenet_indices=indices, num_classes=stored)
+    monkeypatch.setattr(inputs, "open", lambda split: source)
+    monkeypatch.setattr(inputs, "_whole", lambda split: source)
+    if expected is None:
+        with pytest.raises(UserError, match=f"has {lines} names for 4 classes"):
+            inputs.spoken_names  # noqa: B018
+    else:
+        assert inputs.spoken_names == [f"name {k}" for k in expected]
