@@ -18,8 +18,9 @@ Arguments after the colon:
 `single` is one protocol: the labels of resnet44 (crops from 0.25, CutMix, 300 epochs), one
 training. Methods take this pool in place of their own, and their recipes for CIFAR. No set is
 optimised for more than ITERATIONS, an eighth of what prism, delt, cvdd and gvbsm have elsewhere, a
-quarter of edc's, fadrm's and psm's: with half of it PRISM's sets were as good on held-out images
-(28.7 and 41.1 % for the two students, 28.8 and 41.1 % with all; one seed). DELT's groups are five,
+quarter of edc's, fadrm's and psm's, half of sre2l's and dwa's: with half of it PRISM's sets were as
+good on held-out images (28.7 and 41.1 % for the two students, 28.8 and 41.1 % with all; one seed;
+the others' were not tried). DELT's groups are five,
 of which one joins every fifth of it. CDA has no recipe for CIFAR: it is SRe2L's with its crops down
 to 0.08 and flips. CV-DD's teachers vote alike, for images and labels: its priors are
 those of other networks. FADRM's is PSM's without groups. The full real set is trained for as

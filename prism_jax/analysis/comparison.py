@@ -6,6 +6,7 @@ import collections
 import csv
 import dataclasses
 import io
+import math
 import statistics
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -301,10 +302,10 @@ def accuracy_over_cost(entries: Sequence[Entry], cost: str = "seconds") -> Figur
 
 def apart(levels: Mapping[str, float], least: float) -> dict[str, float]:
     """Where words beside levels stand so that none covers another: in their order, upwards."""
-    found: dict[str, float] = {}
+    found, free = {}, -math.inf
     for name, level in sorted(levels.items(), key=lambda item: item[1]):
-        below = [other + least for other in found.values()][-1:]
-        found[name] = max([level, *below])
+        found[name] = max(level, free)
+        free = found[name] + least
     return found
 
 
