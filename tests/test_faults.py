@@ -199,9 +199,16 @@ def test_a_loss_that_is_not_finite_stops_the_unit_and_is_named(finished, value):
     assert (finished / "recover/units/g00000_b00000.json").exists()
 
 
-def test_a_training_that_diverges_is_named(tmp_path):
-    err = fails(tmp_path / "run", "--config.squeeze.learning_rate=1e30", "--stages=squeeze")
+@pytest.mark.parametrize("seconds", [60.0, 1e-6], ids=["at_the_epoch", "at_a_checkpoint"])
+def test_a_training_that_diverges_is_named(tmp_path, seconds):
+    """Where an epoch ends, or within one where a checkpoint is due: it is not written."""
+    err = fails(
+        tmp_path / "run", "--config.squeeze.learning_rate=1e30", "--stages=squeeze",
+        f"--config.validate.checkpoint_seconds={seconds}",
+    )  # fmt: skip
     assert "squeeze first: the training loss is " in err and "lower the learning rate" in err
+    found = [path.name for path in (tmp_path / "run/squeeze").rglob("*") if "tmp" in path.name]
+    assert not found
 
 
 def test_a_teacher_whose_running_variance_is_zero(finished):

@@ -91,7 +91,19 @@ def train(
     def elapsed() -> float:
         return seconds + time.monotonic() - started
 
+    def mean_loss(step: int) -> float:
+        """Of the epoch that ends at a step, or of its part so far."""
+        mean = float(np.mean(np.array(jax.device_get(losses), np.float32)))
+        if not np.isfinite(mean):
+            raise UserError(
+                f"{title}: the training loss is {mean} in epoch {(step - 1) // per_epoch} (step "
+                f"{step - len(losses)} to {step - 1}); lower the learning rate"
+            )
+        return mean
+
     def save(step: int) -> None:
+        if losses:
+            mean_loss(step)  # what is saved goes on
         so_far = [float(loss) for loss in jax.device_get(losses)]
         meta = {"best_top1": best, "seconds": elapsed(), "losses": so_far}
         meta["averaged"] = trainer.recipe.ema is not None  # for whoever imports the network
@@ -107,19 +119,14 @@ def train(
             shown: dict[str, Any] = {}
             if done % per_epoch == 0:
                 epoch = done // per_epoch
-                mean_loss = float(np.mean(np.array(jax.device_get(losses), np.float32)))
+                mean = mean_loss(done)
                 losses = []
-                if not np.isfinite(mean_loss):
-                    raise UserError(
-                        f"{title}: the training loss is {mean_loss} in epoch {epoch - 1} (step "
-                        f"{done - per_epoch} to {done - 1}); lower the learning rate"
-                    )
                 if epoch % eval_every == 0 or epoch == epochs:
                     result = trainer.test(state, images, labels)
                     best = max(best, result.top1)
-                    tested = {"loss": mean_loss, "top1": result.top1, "top5": result.top5}
+                    tested = {"loss": mean, "top1": result.top1, "top5": result.top5}
                     writer.write(done, epoch=epoch, **tested)
-                    shown = {"loss": mean_loss, "top1": result.top1}
+                    shown = {"loss": mean, "top1": result.top1}
             bar.advance(1, **shown)
             if context.stop.requested or (checkpoints.due and done < total):
                 save(done)

@@ -322,13 +322,17 @@ def _finished(context: Context, engine, recipe, pool, lane: Lane, report) -> Mad
 
 
 def terms(found: synthesis.Terms, names: tuple[str, ...]) -> dict[str, Any]:
-    """One iteration's unweighted terms: per teacher (None: it was not read), or one number."""
+    """One iteration's unweighted terms: per teacher, or one number.
+
+    None: a teacher was not read, or does not supervise and its term is not finite.
+    """
 
     def by_name(values: Array) -> dict[str, float | None] | float:
         if not np.ndim(values):
             return float(values)
         return {
-            name: None if np.isnan(v) else float(v) for name, v in zip(names, values, strict=True)
+            name: float(v) if np.isfinite(v) else None
+            for name, v in zip(names, values, strict=True)
         }
 
     values = {"ce": found.ce_T, "bn": found.bn_T, **found.others}
