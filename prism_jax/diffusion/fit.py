@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -211,10 +211,20 @@ def fit(
         state, loss = step(np.uint32(seed), state, latents_NHWC[index], labels_N[index])
         losses = (*losses, loss)
         if number % LOOKED == 0 or number == fitting.steps:
-            mean, losses = float(np.mean(np.array(jax.device_get(losses), np.float32))), ()
-            if not math.isfinite(mean):
-                raise UserError(
-                    f"the generator's loss is {mean} up to step {number}; lower "
-                    f"generate.fit.learning_rate={fitting.learning_rate:g}, in another workdir"
-                )
+            mean, losses = mean_loss(fitting, number, losses), ()
         yield Progress(state, losses, mean)
+
+
+def mean_loss(fitting: Fitting, number: int, losses: Sequence[Array | float]) -> float:
+    """Of the last steps up to a number.
+
+    Raises:
+      UserError: it is not finite.
+    """
+    mean = float(np.mean(np.array(jax.device_get(losses), np.float32)))
+    if not math.isfinite(mean):
+        raise UserError(
+            f"the generator's loss is {mean} up to step {number}; lower "
+            f"generate.fit.learning_rate={fitting.learning_rate:g}, in another workdir"
+        )
+    return mean

@@ -537,6 +537,8 @@ def _fit(
 
     def save(number: int) -> None:
         writer.flush()
+        if now.losses:
+            fit.mean_loss(fitting, number, now.losses)  # what is saved goes on
         found = [float(loss) for loss in jax.device_get(now.losses)]
         meta = {"losses": found, "mean": None if np.isnan(now.mean) else now.mean}
         meta["seconds"] = seconds + time.monotonic() - began
