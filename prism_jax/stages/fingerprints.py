@@ -108,6 +108,23 @@ def pool(context: Context, names: Sequence[str]) -> dict[str, str]:
     return {name: workdir.digest(teacher(context, name)) for name in names}
 
 
+def _outputs(context: Context, names: Sequence[str], data: Any) -> dict[str, Any]:
+    """Which outputs of imported heads are the classes, where only the training images say so.
+
+    Args:
+      data: the images that a fingerprint knows already; those of training say it themselves.
+    """
+    if data == context.inputs.fields(context.inputs.open("train")):
+        return {}
+    found = {
+        name: indices
+        for name in names
+        if context.config.network(name).class_indices is None
+        and (indices := context.networks.class_indices(name)) is not None
+    }
+    return {"outputs": workdir.digest(found)} if found else {}
+
+
 def statistics(context: Context, name: str) -> dict[str, dict[str, Any]]:
     """What those statistics of real images are made of that recover matches, by kind."""
     squeeze, kinds = context.config.squeeze, statistic_kinds(context.config, name)
@@ -350,8 +367,13 @@ def recover(context: Context) -> dict[str, Any]:
         "data": context.inputs.fields(context.inputs.start),
         "teachers": pool(context, settings.pool),
     }
-    if span > 1:
+    optimised = settings.maker == "optimise" and settings.iterations > 0
+    if span > 1 and optimised:
         fields["devices_per_batch"] = span
+    if optimised:
+        fields |= _outputs(context, settings.pool, fields["data"])
+    if settings.initialise == "folder" and settings.inject_from == "retrieved":
+        fields["retrieved"] = context.inputs.fields(context.inputs.open("train"))
     if (layout := batch_layout(context.config)).uneven:
         fields["blocks"] = layout.blocks
     if settings.initialise in ASKING or settings.inject_from == "retrieved":
@@ -382,8 +404,12 @@ def relabel(context: Context, labelled: LabelledSet) -> dict[str, Any]:
     together = settings.teacher_mode == "train" and _spares(
         labelled, settings.batch_size, accumulate=parts, bn_group=settings.bn_group
     )
+    data = labelled.fields.get("data")
+    if data is None and (own := own_normalisation(context.config.dataset)):
+        fields["normalisation"] = dataclasses.asdict(own)
     return {
         **fields,
+        **_outputs(context, settings.teachers, data),
         "teachers": pool(context, settings.teachers),
         **({"parts": parts} if parts > 1 else {}),
         **({"groups": TOGETHER} if together else {}),

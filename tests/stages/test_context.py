@@ -272,3 +272,54 @@ def test_names_are_those_of_the_classes_that_are_there(
             inputs.spoken_names  # noqa: B018
     else:
         assert inputs.spoken_names == [f"name {k}" for k in expected]
+
+
+def test_what_only_the_training_images_say_is_in_what_is_made_of_a_set_of_others(tmp_path):
+    """Which outputs of an imported head are the classes, and which images are put in between."""
+    (tmp_path / "big.safetensors").write_bytes(b"of somebody else")
+    network = Network("resnet18", head_classes=1000, checkpoint=str(tmp_path / "big.safetensors"))
+    first, second = (
+        write_tree(tmp_path / name, classes=(wnid, "n15075141"))
+        for name, wnid in (("a", "n01443537"), ("b", "n02102040"))
+    )
+    given = write_tree(tmp_path / "set", splits=("",), classes=("00000", "00001"))
+
+    def fields(root, **recover):
+        run = context(root, network=network)
+        changed = {
+            "initialise": "folder", "initialise_from": str(given), "ipc": 3, "pool": ("big",),
+            "primary": "big", "iterations": 0, **recover,
+        }  # fmt: skip
+        experiment = dataclasses.replace(
+            run.config,
+            recover=dataclasses.replace(run.config.recover, **changed),
+            relabel=dataclasses.replace(run.config.relabel, teachers=("big",)),
+        )
+        run = Context(experiment, root / "run")
+        made = fingerprints.recover(run)
+        labelled = SimpleNamespace(fields=made, labels_N=[0] * 6, name="synthetic")
+        return made, fingerprints.relabel(run, labelled)
+
+    copied, labels = zip(fields(first), fields(second), strict=True)
+    assert copied[0] == copied[1] and "outputs" not in copied[0]  # no head is read for them
+    assert labels[0]["outputs"] != labels[1]["outputs"]
+    steps = {"iterations": 8, "phase_sizes": (8, 16), "inject": 0.5}
+    optimised = [fields(root, **steps)[0] for root in (first, second)]
+    assert optimised[0]["outputs"] != optimised[1]["outputs"]
+    retrieved = [fields(r, **steps, inject_from="retrieved")[0] for r in (first, second)]
+    assert retrieved[0]["retrieved"] != retrieved[1]["retrieved"]
+    # Where recover begins with the training images, these say it.
+    plain = fields(first, initialise="real_random", initialise_from=None)
+    assert "outputs" not in plain[0] and "outputs" not in plain[1]
+
+
+def test_devices_that_share_a_batch_are_in_what_is_optimised_alone(tmp_path):
+    def fields(devices, **recover):
+        experiment = resolve(tiny.get_config())
+        shared = dataclasses.replace(experiment.parallel, recover_devices=devices)
+        changed = dataclasses.replace(experiment.recover, **recover)
+        run = dataclasses.replace(experiment, parallel=shared, recover=changed)
+        return fingerprints.recover(Context(run, tmp_path / "run"))
+
+    assert fields(2)["devices_per_batch"] == 2 and "devices_per_batch" not in fields(1)
+    assert fields(2, iterations=0) == fields(1, iterations=0)
