@@ -373,12 +373,13 @@ class Analyse:
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """How work is shared by devices; changes no bit of recover and relabel, but for one field.
+    """How work is shared by devices; changes no bit of recover and relabel, but for two fields.
 
     ``recover_devices`` share one image batch, with the statistics of the whole of it: for batches
     that one device does not hold. More than one give other bits, and enter recover's fingerprint.
     A network is trained on ``train_devices`` of them, unset on as many as share its batches.
-    ``matmul_precision`` says what a GPU or TPU makes of float32 in convolutions and products.
+    ``matmul_precision`` says what a GPU or TPU makes of float32 in convolutions and products; other
+    than "high" it enters every fingerprint.
     """
 
     map: Literal["shard_map", "pmap"]

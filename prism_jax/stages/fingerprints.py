@@ -56,14 +56,25 @@ TOGETHER = "of two images at least"  # BatchNorm groups, where equal ones would 
 # Raised when a change of code changes the bits that the same settings give, so that a workdir
 # begun before it is not continued after it.
 BITS_VERSION = 2
+USUAL_PRECISION = "high"  # what work was made with whose fingerprint does not say
 
 
-def section(name: str, values: Any) -> dict[str, Any]:
-    """A section's fields that decide bits, as JSON values, and the code's version."""
-    fields = json.loads(json.dumps(dataclasses.asdict(values)))
+def section(context: Context, name: str) -> dict[str, Any]:
+    """A section's fields that decide bits, as JSON values, and what makes bits of them."""
+    fields = json.loads(json.dumps(dataclasses.asdict(getattr(context.config, name))))
     kept = {k: v for k, v in fields.items() if k not in NEUTRAL.get(name, ())}
     kept = _without_later(name, kept)
-    return {**kept, **(_border(fields) if name != "recover" else {}), "bits_version": BITS_VERSION}
+    return {**kept, **(_border(fields) if name != "recover" else {}), **_bits(context)}
+
+
+def _bits(context: Context) -> dict[str, Any]:
+    """The code's version, and what float32 becomes on a GPU or TPU.
+
+    The setting, and not what the platform at hand makes of it: others read what was made there.
+    """
+    precision = context.config.parallel.matmul_precision
+    unusual = {"matmul_precision": precision} if precision != USUAL_PRECISION else {}
+    return {"bits_version": BITS_VERSION, **unusual}
 
 
 def _border(fields: dict[str, Any]) -> dict[str, str]:
@@ -95,7 +106,7 @@ def teacher(context: Context, name: str) -> dict[str, Any]:
     else:
         if network.start_from:
             fields["network"]["start_from"] = _weights_digest(network.start_from)
-        fields["squeeze"] = section("squeeze", context.config.squeeze)
+        fields["squeeze"] = section(context, "squeeze")
         fields["squeeze"]["seed"] = context.config.squeeze.seed
         if own_normalisation(network):  # training took the data set's before
             fields["squeeze"]["normalisation"] = "the network's"
@@ -138,7 +149,7 @@ def statistics(context: Context, name: str) -> dict[str, dict[str, Any]]:
         "patch": context.config.recover.statistic_patch,
         "teacher": workdir.digest(teacher(context, name)),
         "data": context.inputs.fields(context.inputs.open("train")),
-        "bits_version": BITS_VERSION,
+        **_bits(context),
     }
     found = {kind: {"kind": kind, **fields} for kind in kinds}
     if "class" in found:
@@ -182,7 +193,7 @@ def image_facts(context: Context, name: str, kind: str) -> dict[str, Any]:
         "kind": kind,
         "teacher": workdir.digest(teacher(context, name)),
         "data": context.inputs.fields(context.inputs.open("train")),
-        "bits_version": BITS_VERSION,
+        **_bits(context),
     }
 
 
@@ -203,7 +214,7 @@ OF_ANCHORS = ("strength", "mode_weight", "mode_window", "weighted", "candidates"
 
 def _generate(context: Context, names: Sequence[str]) -> dict[str, Any]:
     fields = json.loads(json.dumps(dataclasses.asdict(context.config.generate)))
-    return {**{name: fields[name] for name in names}, "bits_version": BITS_VERSION}
+    return {**{name: fields[name] for name in names}, **_bits(context)}
 
 
 def generator(context: Context) -> dict[str, Any]:
@@ -335,7 +346,7 @@ def selected_control(context: Context, name: str) -> dict[str, Any]:
         "seed": context.config.seed,
         "classes": context.config.dataset.num_classes,
         "teacher": pool(context, [recover.scorer or recover.primary]),
-        "bits_version": BITS_VERSION,
+        **_bits(context),
     }
 
 
@@ -362,7 +373,7 @@ def recover(context: Context) -> dict[str, Any]:
     """What the synthetic images are made of."""
     settings, span = context.config.recover, context.config.parallel.recover_devices
     fields: dict[str, Any] = {
-        "recover": section("recover", settings),
+        "recover": section(context, "recover"),
         "seed": context.config.seed,
         "data": context.inputs.fields(context.inputs.start),
         "teachers": pool(context, settings.pool),
@@ -395,7 +406,7 @@ def relabel(context: Context, labelled: LabelledSet) -> dict[str, Any]:
     """What soft labels are made of."""
     parts, settings = context.config.label_parts, context.config.relabel
     fields = {
-        "relabel": section("relabel", settings),
+        "relabel": section(context, "relabel"),
         "seed": context.config.seed,
         "images": workdir.digest(labelled.fields),
     }
@@ -419,7 +430,7 @@ def relabel(context: Context, labelled: LabelledSet) -> dict[str, Any]:
 def validate(context: Context, labelled: LabelledSet, student: str, seed: int) -> dict[str, Any]:
     """What a trained student is made of."""
     fields: dict[str, Any] = {
-        "validate": section("validate", context.config.validate),
+        "validate": section(context, "validate"),
         "network": _network(context.config.network(student).untrained()),
         "student_seed": seed,
         "seed": context.config.seed,

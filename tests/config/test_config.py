@@ -7,6 +7,7 @@ import importlib
 import json
 import pathlib
 import re
+from types import SimpleNamespace
 
 import pytest
 from ml_collections import ConfigDict
@@ -376,26 +377,35 @@ def test_budgets():
     assert [budget_of(e, slot) for slot in range(10)] == mod8
 
 
-def test_a_later_field_enters_a_fingerprint_only_where_it_means_something_new():
+def recover_fields(**recover):
     e = resolve(digits(10))
-    fields = fingerprints.section("recover", e.recover)
-    assert "short_classes" not in fields
-    other = dataclasses.replace(e.recover, short_classes="repeat")
-    assert fingerprints.section("recover", other) == {**fields, "short_classes": "repeat"}
+    e = dataclasses.replace(e, recover=dataclasses.replace(e.recover, **recover))
+    return fingerprints.section(SimpleNamespace(config=e), "recover")
+
+
+def test_a_later_field_enters_a_fingerprint_only_where_it_means_something_new():
+    fields = recover_fields()
     for name, value in {
-        "targets": "groups", "inject_from": "retrieved", "inject_simplicity": 0.2,
+        "short_classes": "repeat", "targets": "groups", "inject_from": "retrieved",
+        "inject_simplicity": 0.2,
     }.items():  # fmt: skip
         assert name not in fields
-        other = dataclasses.replace(e.recover, **{name: value})
-        assert fingerprints.section("recover", other) == {**fields, name: value}
+        assert recover_fields(**{name: value}) == {**fields, name: value}
+
+
+def test_what_float32_becomes_enters_every_fingerprint_where_it_is_not_the_usual():
+    e = resolve(digits(10))
+    usual = fingerprints.section(SimpleNamespace(config=e), "validate")
+    other = dataclasses.replace(e.parallel, matmul_precision="highest")
+    context = SimpleNamespace(config=dataclasses.replace(e, parallel=other))
+    found = {"matmul_precision": "highest"}
+    for name in ("squeeze", "relabel", "validate"):
+        assert fingerprints.section(context, name).items() >= found.items()
+    assert fingerprints.section(context, "validate") == usual | found
 
 
 def test_fields_that_change_no_bits_enter_no_fingerprint():
-    e = resolve(digits(10))
-
-    def fields(**recover):
-        return fingerprints.section("recover", dataclasses.replace(e.recover, **recover))
-
+    fields = recover_fields
     assert fields(steps_per_dispatch=1, checkpoint_seconds=1.0, initialise_from="x") == fields()
     assert fields(keep_at=(1, 2)) == fields()
     for other in ({"iterations": 1}, {"pool": ("resnet18",)}, {"granularity": "per_batch"}):
