@@ -29,6 +29,7 @@ from prism_jax.stages import (
 )
 from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.stages.makers import start
+from prism_jax.stages.relabel import Labels
 
 
 def run(context: Context, stages: Sequence[str] = STAGES) -> None:
@@ -124,11 +125,18 @@ def _validate(context: Context) -> None:
     if not missing():
         return
     squeeze.check(context)  # labels may be made while students train
-    labels = {}
-    for labelled in found:  # what cannot be read is refused before anything is written
-        if labelled.soft and validate.pending(context, labelled):
+    labels: dict[str, Labels] = {}
+
+    def labels_of(labelled: LabelledSet) -> Labels | None:
+        """Opened once: for what is pending, and what others see pending and deal out."""
+        if labelled.soft and labelled.name not in labels:
             with relabel.setting_aside(context, labelled):
                 labels[labelled.name] = relabel.open_labels(context, labelled)
+        return labels.get(labelled.name)
+
+    for labelled in found:  # what cannot be read is refused before anything is written
+        if validate.pending(context, labelled):
+            labels_of(labelled)
     pairs, augment = validate.students(context), relabel.augment_of(context.config)
     mine = context.work.deal(
         "validate", [(s.name, *pair) for s in found for pair in pairs], missing
@@ -136,7 +144,7 @@ def _validate(context: Context) -> None:
     for labelled in found:
         if todo := [pair for pair in pairs if (labelled.name, *pair) in mine]:
             with relabel.setting_aside(context, labelled):
-                validate.run(context, labelled, labels.get(labelled.name), augment, todo)
+                validate.run(context, labelled, labels_of(labelled), augment, todo)
     context.work.wait(lambda: not missing())
 
 

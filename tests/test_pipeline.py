@@ -13,6 +13,8 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,7 +23,7 @@ from helpers.command import TINY, assert_same, call, finished, reference, result
 from PIL import Image
 
 from configs import tiny
-from prism_jax import training
+from prism_jax import pipeline, training
 from prism_jax.config import resolve
 from prism_jax.data import workdir
 from prism_jax.data.metrics import read_lines
@@ -282,6 +284,25 @@ def test_seconds_of_labels_go_on_where_the_run_does(finished):
     status, _, err = call(*arguments)
     assert status == 0, err
     assert workdir.read_json(timing)["seconds"] < 100
+
+
+def test_what_another_process_deals_out_is_trained_on_its_labels(monkeypatch):
+    """Of a set whose students this process, by what it sees of a shared disk, takes for done."""
+    sets = [SimpleNamespace(name=name, soft=name != "full_real") for name in ("a", "full_real")]
+    student, trained = [("first", 0)], {}
+    monkeypatch.setattr(pipeline, "sets", lambda context: sets)
+    monkeypatch.setattr(pipeline.squeeze, "check", lambda context: None)
+    monkeypatch.setattr(pipeline.relabel, "augment_of", lambda config: None)
+    monkeypatch.setattr(pipeline.relabel, "setting_aside", lambda context, of: nullcontext())
+    monkeypatch.setattr(pipeline.relabel, "open_labels", lambda context, of: f"those of {of.name}")
+    monkeypatch.setattr(pipeline.validate, "students", lambda context: student)
+    monkeypatch.setattr(pipeline.validate, "pending", lambda c, of: [] if of.soft else student)
+    monkeypatch.setattr(
+        pipeline.validate, "run", lambda c, of, labels, *_: trained.update({of.name: labels})
+    )
+    work = SimpleNamespace(deal=lambda what, all_of, missing: all_of, wait=lambda done: None)
+    pipeline.RUNNERS["validate"](SimpleNamespace(work=work, config=None))
+    assert trained == {"a": "those of a", "full_real": None}
 
 
 def test_labels_of_changed_images_are_refused(finished):

@@ -70,6 +70,7 @@ def run(
       augment: the views and mixes; for soft labels, those they were made with.
       todo: which (student, seed).
     """
+    assert (labels is not None) == labelled.soft, labelled.name
     validate = context.config.validate
     for student, seed in todo:
         with enough_memory(
