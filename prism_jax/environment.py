@@ -144,6 +144,9 @@ def commit() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
+    # Below a folder of somebody else's repository the package belongs to none.
+    if git("ls-files", "--error-unmatch", "prism_jax/environment.py") is None:
+        return None
     head = git("rev-parse", "--short=12", "HEAD")
     if head and git("status", "--porcelain", "--untracked-files=no"):
         head += "+"

@@ -320,6 +320,10 @@ def test_the_commit_is_that_of_the_checkout_with_a_mark_for_changes(tmp_path_fac
     monkeypatch.setattr(prepared, "__file__", str(package / "environment.py"))
     assert prepared.commit() is None
     git("init", "--quiet")
+    (checkout / "theirs.txt").write_text("a project that has it installed below\n")
+    git("add", "theirs.txt")
+    git("commit", "--quiet", "--message=theirs")
+    assert prepared.commit() is None
     git("add", ".")
     git("commit", "--quiet", "--message=first")
     head = git("rev-parse", "HEAD")[:12]
