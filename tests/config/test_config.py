@@ -154,7 +154,7 @@ REFUSED = {
     "the head of what is trained": (
         {"networks__resnet18": base.network(
             architecture="resnet18", start_from="b.pth", head_classes=1000)},
-        "networks.resnet18.head_classes", "has the dataset's classes",
+        "networks.resnet18.head_classes", "with the dataset's classes",
     ),
     "a space of nothing": ({"recover__initialise_mean": (0.5,)}, "recover.initialise_std is None"),
     "half a space": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from ml_collections import ConfigDict
 
+from configs import base
 from configs.digits import config as digits
 from prism_jax.config import resolve
 from prism_jax.errors import UserError
@@ -222,3 +223,52 @@ def test_a_seed_is_32_bits_of_a_key(field, value):
     c.update_from_flattened_dict({field: (0, value) if field.endswith("seeds") else value})
     with pytest.raises(UserError, match=f"{field} is {value}; it must be zero or positive, and"):
         resolve(c)
+
+
+# --- a head with more outputs than there are classes ------------------------------------------
+
+
+def with_head(**fields) -> ConfigDict:
+    c = digits(10)
+    c.networks.resnet18 = base.network(architecture="resnet18", stem="small", **fields)
+    return c
+
+
+IMPORTED = {"checkpoint": "weights.pth", "head_classes": 12}
+HEADS = {
+    "a head of what is trained": ({"head_classes": 12}, "head_classes cuts the head"),
+    "as many outputs": ({"head_classes": 10}, "head_classes cuts the head"),
+    "outputs of what is trained": (
+        {"class_indices": tuple(range(10))}, "networks.resnet18.class_indices cuts the head",
+    ),
+    "further, too": ({"start_from": "a.pth", "head_classes": 12}, "head_classes cuts the head"),
+    "too small": ({**IMPORTED, "head_classes": 9}, "head_classes is 9", "num_classes=10"),
+    "too few": ({**IMPORTED, "class_indices": (3, 1, 2)}, "has 3 numbers", "10 different outputs"),
+    "too many": ({**IMPORTED, "class_indices": tuple(range(11))}, "has 11 numbers"),
+    "twice": ({**IMPORTED, "class_indices": (*range(9), 8)}, "has 8 more than once"),
+    "negative": ({**IMPORTED, "class_indices": (*range(9), -1)}, "-1, which is no output"),
+    "beyond": ({**IMPORTED, "class_indices": (*range(9), 12)}, "12, which is no", "from 0 to 11"),
+    "beyond the classes": (
+        {"checkpoint": "weights.pth", "class_indices": (*range(9), 10)}, "10, which is no output",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_outputs_are_those_of_imported_weights_one_for_each_class(name):
+    """A head that is trained on ten labels and read at other outputs knows nothing."""
+    fields, *said = HEADS[name]
+    with pytest.raises(UserError) as caught:
+        resolve(with_head(**fields))
+    message = str(caught.value)
+    assert all(part in message for part in said), message
+    assert "\n" not in message
+
+
+def test_outputs_in_any_order_are_allowed():
+    chosen = (11, 0, 1, 2, 3, 4, 5, 6, 7, 8)
+    found = resolve(with_head(**IMPORTED, class_indices=chosen)).network("resnet18")
+    assert found.class_indices == chosen
+    order = tuple(reversed(range(10)))  # a permuted head of as many
+    resolve(with_head(checkpoint="weights.pth", class_indices=order))
+    resolve(with_head(**IMPORTED))  # which of them, the data may say
