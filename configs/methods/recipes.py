@@ -327,6 +327,13 @@ def rded_students(c: ConfigDict, at: At) -> None:
         c.validate.accumulate = 1
 
 
+def rded_views(c: ConfigDict, at: At) -> int:
+    """How RDED's images are seen, one of so many patches a side: shuffled, and cropped to one."""
+    factor = 2 if at.dataset == "imagenet" else 1
+    c.relabel.crop_min, c.relabel.patch_shuffle = 1 / factor, factor
+    return factor
+
+
 def batch_specific_labels(c: ConfigDict, at: At, *, zeta: dict[int, float]) -> None:
     """The labels and students of CV-DD and FADRM (BSSL).
 

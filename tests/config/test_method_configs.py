@@ -259,8 +259,11 @@ STATED = {
         "generate.sampler": "ddpm", "generate.guidance": 2.7, "generate.candidates": 4,
         "generate.judge": "resnet18", "generate.anchors": "none", "generate.strength": 1.0,
         "validate.schedule": "half_cosine", "generate.refine": Refine(100, 6e-4, 10.0, (1, 11)),
+        "relabel.crop_min": 0.5, "relabel.patch_shuffle": 2,
     },
-    ("cao2", "digits"): {"generate.candidates": 2},
+    ("cao2", "digits"): {
+        "generate.candidates": 2, "relabel.crop_min": 1.0, "relabel.patch_shuffle": 1,
+    },
     ("prism", "imagenet"): {
         "recover.learning_rate": 0.05, "recover.initialise": "real", "recover.iterations": 4000,
         "relabel.crop_min": 0.25, "validate.loss": "mse_gt", "validate.ce_weight": 0.1,
