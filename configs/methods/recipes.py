@@ -6,7 +6,8 @@ The argument after the colon names a data set and what else may be wanted, separ
 
   imagenet, tiny_imagenet, cifar100, cifar10, digits   the data set (default: imagenet)
   ipc1, ipc10, ipc50, ...                              images per class (default: ipc10)
-  official    what the released code does where it is mended here, see the config's docstring
+  official    what the released code does where it is mended here, see the config's docstring;
+              refused where there is no such thing
   imagenette  ImageNet's recipe on ten of its classes, with its networks
   smoke       ImageNet with 10 classes, 20 iterations, 2 epochs: runs on your paths in minutes
   quick       digits with a fifth of the iterations
@@ -83,11 +84,17 @@ class At(NamedTuple):
         return "official" in self.words
 
 
-def begin(method: str, arg: str, *, datasets: tuple[str, ...]) -> tuple[ConfigDict, At]:
+def begin(
+    method: str, arg: str, *, datasets: tuple[str, ...], not_official: str = ""
+) -> tuple[ConfigDict, At]:
     """SRe2L's recipe on the data set of an argument.
 
+    Args:
+      not_official: why the word ``official`` changes nothing, where that is so.
+
     Raises:
-      ValueError: an unknown word, or a data set for which the method has no recipe.
+      ValueError: an unknown word, one that means nothing here, or a data set for which the method
+        has no recipe.
     """
     words = {word for word in arg.split(",") if word}
     named = [word for word in words if word in DATASETS] or ["imagenet"]
@@ -106,6 +113,8 @@ def begin(method: str, arg: str, *, datasets: tuple[str, ...]) -> tuple[ConfigDi
             f"{method} has no recipe for {at.dataset}; its papers and code give "
             f"{', '.join(datasets)}, and there is one for digits"
         )
+    if at.official and not_official:
+        raise ValueError(f"argument {arg!r}; leave out official: {not_official}")
     c = base.get_config()
     c.preset = c.recover.method = method
     c.recover.ipc = at.ipc
@@ -295,6 +304,11 @@ def dit(c: ConfigDict, at: At, *, guidance: float) -> None:
     g = c.generate
     g.sampler, g.steps, g.strength = "ddpm", 50, 1.0
     if at.dataset == "digits":
+        if at.official:
+            raise ValueError(
+                f"argument digits with official; leave out official: what {at.method} has of the "
+                f"released code is of DiT-XL/2, and the digits have a transformer of their own"
+            )
         return
     g.generator, g.directory = "dit_released", "data/DiT-XL-2-256"
     g.image_size, g.guidance, g.variance = 256, guidance, "learned"
