@@ -183,7 +183,13 @@ STATED = {
     ("edc", "cifar100"): {
         "squeeze.epochs": 50, "squeeze.learning_rate": 0.05, "squeeze.weight_decay": 0.0,
         "squeeze.batch_size": 64, "recover.batch_size": 100, "validate.momentum": 0.875,
+        "recover.initialise": "mosaic", "recover.patch_factor": 1, "recover.scorer": "resnet18",
+        "recover.patch_images": 300, "recover.patch_choice": "confident", "recover.flatness": 0.0,
     },
+    ("edc", "tiny_imagenet"): {
+        "recover.initialise": "mosaic", "recover.patch_factor": 1, "recover.scorer": "resnet18",
+    },
+    ("edc", "cifar10"): {"recover.initialise": "real_random"},
     ("edc", "imagenet"): {
         "recover.class_share": 0.5, "recover.ema": 0.8, "recover.alpha_bn": 0.1,
         "recover.iterations": 1000, "recover.crop_min": 0.5, "recover.roll": 0,
