@@ -348,13 +348,13 @@ def rded_views(c: ConfigDict, at: At) -> int:
     return factor
 
 
-def batch_specific_labels(c: ConfigDict, at: At, *, zeta: dict[int, float]) -> None:
+def batch_specific_labels(c: ConfigDict, at: At, *, zeta: float) -> None:
     """The labels and students of CV-DD and FADRM (BSSL).
 
     Batches of 16 in two halves, each of which is one BatchNorm group of teachers and student.
 
     Args:
-      zeta: of the learning rate's cosine, by IPC.
+      zeta: of the learning rate's cosine.
     """
     size = 10 if at.dataset == "digits" else 16
     c.relabel.batch_size = c.validate.batch_size = size
@@ -365,6 +365,6 @@ def batch_specific_labels(c: ConfigDict, at: At, *, zeta: dict[int, float]) -> N
     c.validate.loss, c.validate.temperature = "kl", 20.0
     c.validate.optimiser, c.validate.learning_rate, c.validate.weight_decay = "adamw", 1e-3, 0.01
     c.validate.warmup_epochs, c.validate.decay = 0, "kernels"
-    c.validate.schedule, c.validate.zeta = "cosine", zeta.get(at.ipc, 1.0)
+    c.validate.schedule, c.validate.zeta = "cosine", zeta
     if at.dataset != "digits":
         c.relabel.epochs = c.validate.epochs = 300
