@@ -249,6 +249,7 @@ STATED = {
         "recover.targets": "groups", "recover.initialise": "real_group_hardest",
         "relabel.ensemble": "mean", "relabel.bn_group": 8, "validate.epochs": 300,
     },
+    ("psm", "imagenet", "imagenette"): {"recover.initialise": "real_group_easiest"},
     ("psm", "imagenet", "ipc1"): {"recover.count_no_bn": False, "recover.targets": "groups"},
     ("psm", "cifar10"): {
         "recover.phase_sizes": (32, 32, 32, 32), "validate.epochs": 1000, "relabel.epochs": 1000,
