@@ -236,6 +236,8 @@ def finish(c: ConfigDict, at: At) -> ConfigDict:
             known = others or SMALL_NETWORKS
             fields = known.get(name, {"architecture": name, "stem": "small"})
         c.networks[name] = base.network(**fields)
+    if r.initialise.startswith("mosaic"):  # of more images than a method looks at: of all of those
+        r.patch_images = max(r.patch_images, r.ipc * r.patch_factor**2)
     if "imagenette" in at.words:
         _imagenette(c)
     return _smoke(c) if "smoke" in at.words else c

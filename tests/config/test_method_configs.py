@@ -81,6 +81,13 @@ def test_every_recipe_resolves_and_plans_with_every_word(name, capsys):
             assert e.name in said and f"{e.recover.ipc * e.dataset.num_classes:,} (" in said
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_recipe_resolves_at_ipcs_that_no_paper_has(name):
+    """What the user did not give is not what is wrong with it."""
+    for dataset, ipc in itertools.product(recipes_of(name), (3, 7, 30, 64, 110, 400)):
+        assert experiment(name, dataset, f"ipc{ipc}").recover.ipc == ipc
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(synthesis.METHODS))
 def test_the_real_command_plans_every_method(name):
@@ -178,6 +185,9 @@ STATED = {
     ("gvbsm", "tiny_imagenet", "ipc50"): {
         "recover.batch_size": 100, "recover.slots_per_batch": 5, "recover.densification": 1.0,
         "squeeze.schedule": "cosine", "validate.accumulate": 2,
+    },
+    ("gvbsm", "tiny_imagenet", "ipc30"): {
+        "recover.batch_size": 99, "recover.slots_per_batch": 3, "recover.densification": 1.0,
     },
     ("gvbsm", "tiny_imagenet"): {"recover.slots_per_batch": 1, "recover.densification": 0.0},
     ("edc", "cifar100"): {
