@@ -32,7 +32,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.recover.iterations = 0
     c.recover.pool = ()
     c.recover.batch_order = "class_major"
-    c.recover.batch_size = None
+    # A unit is a class, where a hundred of them would be thousands of large images at once.
+    many = at.dataset == "imagenet" and at.ipc >= 50
+    c.recover.batch_size = at.ipc if many else None
     c.recover.initialise = "mosaic"
     c.recover.scorer = "resnet18"
     c.recover.patch_factor = factor = recipes.rded_views(c, at)

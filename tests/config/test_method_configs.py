@@ -209,6 +209,7 @@ STATED = {
     },
     ("rded", "imagenet"): {
         "recover.iterations": 0, "recover.patch_factor": 2, "recover.patch_images": 300,
+        "recover.batch_size": None,
         "recover.patch_crops": 5, "recover.patch_choice": "confident", "relabel.crop_min": 0.5,
         "relabel.patch_shuffle": 2, "validate.schedule": "half_cosine",
         "validate.batch_size": 100, "relabel.mode": "online",
@@ -244,7 +245,8 @@ STATED = {
     ("fadrm", "cifar100", "ipc1"): {
         "validate.zeta": 2.0, "validate.learning_rate": 5e-4, "validate.epochs": 1000,
     },
-    ("rded", "imagenet", "ipc100"): {"recover.patch_images": 600},
+    ("rded", "imagenet", "ipc50"): {"recover.batch_size": 50, "recover.patch_images": 300},
+    ("rded", "imagenet", "ipc100"): {"recover.batch_size": 100, "recover.patch_images": 600},
     ("prism_official", "imagenet", "ipc1"): {
         "recover.granularity": "per_slot", "validate.accumulate": 2, "recover.jpeg_quality": 75,
     },
