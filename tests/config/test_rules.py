@@ -51,6 +51,8 @@ REFUSED = {
     "two kinds of phases": (
         {"budget": "early_late", "phase_sizes": (16, 16), **CLASS_MAJOR}, "cannot be combined",
     ),
+    "a size of nothing": ({"phase_sizes": (0, 16)}, "(0, 16); its sizes must be positive"),
+    "a negative size": ({"phase_sizes": (-8, 16)}, "(-8, 16); its sizes must be positive"),
     "last size": ({"phase_sizes": (16, 14)}, "ends at 14", "dataset.image_size=16"),
     "phases": ({"phase_sizes": (16,) * 9, "iterations": 8}, "more than recover.iterations=8"),
     "patches of a size": (

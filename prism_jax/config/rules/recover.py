@@ -216,7 +216,9 @@ def _course(e: Experiment, layout: Layout | None) -> Iterator[str]:
             )
         if r.iterations < r.rounds:
             yield f"recover.rounds is {r.rounds}, more than recover.iterations={r.iterations}"
-    if r.phase_sizes:
+    if r.phase_sizes and min(r.phase_sizes) < 1:
+        yield f"recover.phase_sizes is {r.phase_sizes}; its sizes must be positive"
+    elif r.phase_sizes:
         if r.budget == "early_late":
             yield "recover.budget='early_late' and recover.phase_sizes cannot be combined"
         if r.phase_sizes[-1] != e.dataset.image_size:
