@@ -9,6 +9,8 @@ from configs import base
 from configs.digits import config as digits
 from prism_jax.config import resolve
 from prism_jax.errors import UserError
+from prism_jax.labelling import LabelRecipe
+from prism_jax.synthesis import Recipe
 
 
 def with_recover(**fields) -> ConfigDict:
@@ -43,6 +45,21 @@ REFUSED = {
     "swapped": ({"class_patch_swapped": True, "class_share": 0.5}, "'patch' in recover.match"),
     "share": ({"class_share": 1.5}, "recover.class_share is 1.5; it must be in [0, 1]"),
     "two crops": ({"crop_pad": 2, "crop_curriculum": "cosine"}, "unset one of them"),
+    "crops of what is shifted": (
+        {"crop_pad": 2, "crop_min": 0.5}, "recover.crop_min is 0.5", "set recover.crop_min=1.0",
+    ),
+    "a fall of nothing": ({"crop_milestone": 0.5}, "crop_curriculum is 'constant'", "leave it at"),
+    "a centred nothing": ({"roll": 0, "roll_centred": True}, "recover.roll=0 rolls nothing"),
+    "others of nobody": (
+        {"statistics_by": "fixed", "subset_others": 2}, "subset_others is 2", "nobody draws",
+    ),
+    "one half of nobody": (
+        {"method": "gvbsm", "subset_probability": 1.0}, "subset_probability is 1.0", "draws",
+    ),
+    "heat of nobody": ({"prior_temperature": 2.0}, "prior_temperature is 2.0", "leave it at"),
+    "heat of equals": ({"method": "cvdd", "prior_temperature": 2.0}, "no recover.priors vote"),
+    "steps nowhere": ({"schedule": "multistep"}, "recover.schedule is 'multistep'", "half_cosine"),
+    "flat without logits": ({"flatness": 1.0, "alpha_ce": 0.0}, "recover.alpha_ce is 0"),
     "curriculum": ({"crop_curriculum": "sine"}, "recover.crop_curriculum is 'sine'"),
     "early-late apart": ({"budget": "early_late"}, "holds 1 of recover.ipc=10"),
     "rounds": (
@@ -167,6 +184,11 @@ ALLOWED = {
     },
     "selected, asked of another": {"initialise": "real_balanced", "scorer": "convnet"},
     "rded": {"method": "rded", "iterations": 0, "initialise": "mosaic", "pool": ()},
+    "shifted": {"crop_pad": 2, "crop_min": 1.0},
+    "shifted, as a recipe has it": {"crop_pad": 2, "crop_min": 0.08},
+    "heat": {"method": "cvdd", "priors": (4.0, 3.0, 2.0, 1.0), "prior_temperature": 2.0},
+    "falling": {"crop_curriculum": "cosine", "crop_milestone": 0.5},
+    "so many others": {"subset_probability": 1.0, "subset_others": 2},
     "no alignment": {"alpha_bn": 0.0, "match": ("bn",)},
     "pyramid of phases": {"method": "fadrm", "phase_sizes": (14, 16), **PYRAMID},
     "guided alone": {**CLIP, **PYRAMID, "alpha_ce": 0.0, "alpha_bn": 0.0, "view_noise": 0.1},
@@ -177,6 +199,13 @@ ALLOWED = {
 def test_what_has_a_meaning_is_allowed(name):
     experiment = resolve(with_recover(**ALLOWED[name]))
     assert experiment.recover.method == ALLOWED[name].get("method", "prism")
+
+
+def test_a_value_that_may_stay_where_nothing_reads_it_is_the_default():
+    own = base.get_config()
+    names = ("subset_others", "subset_probability", "prior_temperature", "crop_milestone")
+    assert all(own.recover[name] == getattr(Recipe, name) for name in names)
+    assert own.relabel.prior_temperature == LabelRecipe.prior_temperature
 
 
 def test_alexnet_has_statistics_where_convolutions_are_matched():
