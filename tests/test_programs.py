@@ -149,6 +149,7 @@ def test_what_does_not_divide_is_a_program_of_its_own():
 def test_the_head_of_published_weights_is_cut_without_the_data():
     config = digits_ipc10.get_config()
     config.networks.resnet18.head_classes = 1000
+    config.networks.resnet18.checkpoint = "weights.pth"  # nobody reads it
     shapes = programs.shapes_of(resolve(config)).networks
     assert shapes.class_indices("resnet18") == tuple(range(10))
     assert shapes.pool(["resnet18"]).teachers[0].class_indices == tuple(range(10))

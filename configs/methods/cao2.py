@@ -9,7 +9,8 @@ under RDED's protocol: 46.1 / 60.0 %.
 DiT-XL/2 samples four times as many images as are wanted (twice for ten classes) with DDPM in 50
 steps and guidance 2.7; of those that ResNet-18 recognises the most confident are taken. A hundred
 steps of Adam then move each latent until the transformer, told the class, predicts better what
-noise was added to it, at the times of steps 11 to 1. Labels and students are RDED's.
+noise was added to it, at the times of steps 11 to 1. Labels and students are RDED's, for
+shuffled quarters of the images, too.
 
 :official guides three of a latent's four channels, as the transformer's released code does. Not
 brought back, for the paper says otherwise: while latents are refined, the released transformer is
@@ -35,4 +36,5 @@ def get_config(arg: str = "") -> ConfigDict:
     g.judge = "resnet18"
     g.refine.steps = 20 if "quick" in at.words else 100
     recipes.rded_students(c, at)
+    recipes.rded_views(c, at)
     return recipes.finish(c, at)

@@ -39,10 +39,11 @@ PRIORS = {
 }
 # At IPC 1 the code names the pairs of the CIFAR sets; elsewhere they are the best two.
 FIRST_PAIRS = {"cifar10": (3, 4), "cifar100": (2, 3)}
-ZETA = {
-    "imagenet": {1: 2.0, 10: 2.0},
-    "tiny_imagenet": {1: 2.0, 50: 2.0},
-    "cifar100": {10: 2.0},
+# Of the learning rate's cosine: at most IPCs, and where it is another.
+ZETA: dict[str, tuple[float, dict[int, float]]] = {
+    "imagenet": (2.0, {50: 1.0}),
+    "tiny_imagenet": (2.0, {10: 1.0}),
+    "cifar100": (1.0, {10: 2.0}),
 }
 
 
@@ -64,7 +65,8 @@ def get_config(arg: str = "") -> ConfigDict:
         c.recover.pool = tuple(SMALL_POOL[i] for i in pair)
         c.recover.primary = c.recover.pool[0]
         c.recover.priors = tuple(PRIORS[at.dataset][i] for i in pair)
-    recipes.batch_specific_labels(c, at, zeta=ZETA.get(at.dataset, {}))
+    zeta, others = ZETA.get(at.dataset, (1.0, {}))
+    recipes.batch_specific_labels(c, at, zeta=others.get(at.ipc, zeta))
     if at.official:
         recipes.as_released(c)
     return with_whole_networks(recipes.finish(c, at), at)

@@ -17,7 +17,12 @@ from configs.methods import recipes
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    c, at = recipes.begin("ddoq", arg, datasets=("imagenet",))
+    c, at = recipes.begin(
+        "ddoq",
+        arg,
+        datasets=("imagenet",),
+        not_official="what is D4M's has all its defects mended, and the rest has none",
+    )
     recipes.generated(c, at)
     recipes.stable_diffusion(c, at)
     c.generate.weighted = True

@@ -25,10 +25,12 @@ Mended here, and how to bring it back:
   CIFAR-10 has CIFAR-100's normalisation               --config.dataset.mean and .std
   small sets' teachers are those of epoch 0 (CIFAR-10) or 40 (of 50); CIFAR's statistics take up a
   verifier's images too; the shuffle of labelled patches changes nothing: not brought back
-"Flatness" is in the code of the small sets and in no script: --config.recover.flatness=0.25 (what
-its function defaults to). The small sets' initial images are not flipped, and RandAugment of their
-labels is left out. CIFAR-10 beyond IPC 1 has no script; its 2000 iterations and batches of 50 are
-CIFAR-100's (the script's batch of 10 is the whole set).
+"Flatness" is in the code of the small sets and in no script: --config.recover.flatness=1.0 (the
+weight by which it is multiplied, unless told). CIFAR-100 and Tiny-ImageNet start from RDED's
+patches, one to an image, which the resnet18 of the pool chooses, CIFAR-10 from random real images;
+none are flipped, and RandAugment of the small sets' labels is left out. CIFAR-10 beyond IPC 1 has
+no script; its 2000 iterations and batches of 50 are CIFAR-100's (the script's batch of 10 is the
+whole set).
 """
 
 from ml_collections import ConfigDict
@@ -64,6 +66,9 @@ def get_config(arg: str = "") -> ConfigDict:
         c.relabel.teachers = c.recover.pool
     if small:
         gvbsm.teachers(c, at)
+        if at.dataset != "cifar10":
+            c.recover.initialise, c.recover.scorer = "mosaic", "resnet18"
+            c.recover.patch_factor = 1
         if at.dataset in recipes.CIFAR:
             c.recover.pool = (*c.recover.pool, *MORE)
         if at.dataset == "cifar10":

@@ -67,7 +67,8 @@ def residuals(c: ConfigDict, at: recipes.At) -> None:
     c.recover.inject = 0.5
     c.relabel.teachers = c.recover.pool
     c.relabel.ensemble = "mean"
-    recipes.batch_specific_labels(c, at, zeta={} if at.dataset == "digits" else {1: 2.0, 10: 2.0})
+    zeta = 2.0 if at.dataset != "digits" and at.ipc in (1, 10) else 1.0
+    recipes.batch_specific_labels(c, at, zeta=zeta)
     if at.dataset == "cifar100":
         c.relabel.epochs = c.validate.epochs = 1000
         if at.ipc == 1:

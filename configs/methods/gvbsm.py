@@ -38,8 +38,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c, at = recipes.begin("gvbsm", arg, datasets=recipes.DATASETS)
     statistics(c, at)
     if at.dataset == "tiny_imagenet" and at.ipc % 10 == 0:
-        c.recover.slots_per_batch = at.ipc // 10  # its images come in ten blocks of slots
-        c.recover.batch_size = 100
+        c.recover.slots_per_batch = slots = at.ipc // 10  # its images come in ten blocks of slots
+        c.recover.batch_size = slots * max(1, 100 // slots)  # 100, in whole classes
     together = c.recover.slots_per_batch or at.ipc
     c.recover.densification = 1.0 if together > 1 else 0.0  # one image has nothing to spread
     c.relabel.teachers = c.recover.pool

@@ -31,7 +31,12 @@ from configs.methods import recipes
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    c, at = recipes.begin("prism", arg, datasets=recipes.DATASETS)
+    c, at = recipes.begin(
+        "prism",
+        arg,
+        datasets=recipes.DATASETS,
+        not_official="what the released code does is configs/methods/prism_official.py",
+    )
     return recipes.finish(prism(c, at), at)
 
 

@@ -22,7 +22,12 @@ from configs.methods import prism, recipes
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    c, at = recipes.begin("prism", arg, datasets=("imagenet",))
+    c, at = recipes.begin(
+        "prism",
+        arg,
+        datasets=("imagenet",),
+        not_official="this is what the released code does",
+    )
     c = base.official(prism.prism(c, at))
     at = at._replace(method="prism_official")
     return recipes.finish(c, at)

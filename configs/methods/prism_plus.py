@@ -22,7 +22,12 @@ from configs.methods import prism, recipes
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    c, at = recipes.begin("prism", arg, datasets=recipes.DATASETS)
+    c, at = recipes.begin(
+        "prism",
+        arg,
+        datasets=recipes.DATASETS,
+        not_official="this combination is ours, and no released code has it",
+    )
     c = prism.prism(c, at)
     c.recover.initialise = "real_confident"
     c.recover.learning_rate /= 5

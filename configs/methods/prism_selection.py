@@ -23,7 +23,12 @@ POOL = ("resnet18", "resnet34", "shufflenet_v2_x1_0", "mnasnet1_0", "efficientne
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    c, at = recipes.begin("prism", arg, datasets=("imagenet",))
+    c, at = recipes.begin(
+        "prism",
+        arg,
+        datasets=("imagenet",),
+        not_official="the code of this study is not released",
+    )
     c = prism.prism(c, at)
     if at.dataset == "imagenet":
         c.recover.pool = POOL

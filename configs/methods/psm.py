@@ -42,7 +42,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.recover.pool = fadrm.pool(at)
     fadrm.residuals(c, at)
     c.recover.targets = "groups"
-    c.recover.initialise = "real_group_hardest"
+    front = "easiest" if "imagenette" in at.words else "hardest"
+    c.recover.initialise = f"real_group_{front}"
     c.recover.scorer = None
     if at.dataset in recipes.CIFAR or (at.dataset, at.ipc) == ("tiny_imagenet", 1):
         c.relabel.epochs = c.validate.epochs = 1000

@@ -29,22 +29,21 @@ from configs.methods import recipes
 
 def get_config(arg: str = "") -> ConfigDict:
     c, at = recipes.begin("rded", arg, datasets=recipes.DATASETS)
-    factor = 2 if at.dataset == "imagenet" else 1
     c.recover.iterations = 0
     c.recover.pool = ()
     c.recover.batch_order = "class_major"
-    c.recover.batch_size = None
+    # A unit is a class, where a hundred of them would be thousands of large images at once.
+    many = at.dataset == "imagenet" and at.ipc >= 50
+    c.recover.batch_size = at.ipc if many else None
     c.recover.initialise = "mosaic"
     c.recover.scorer = "resnet18"
-    c.recover.patch_factor = factor
+    c.recover.patch_factor = factor = recipes.rded_views(c, at)
     if at.dataset == "digits":
         c.recover.patch_images = 100
     elif factor**2 * at.ipc > c.recover.patch_images:
         c.recover.patch_images = 600  # as the code does where no script says otherwise
     recipes.rded_students(c, at)
     c.relabel.mode = "online"
-    c.relabel.crop_min = 1 / factor
-    c.relabel.patch_shuffle = factor
     if at.official:
         c.recover.jpeg_quality = 75
     return recipes.finish(c, at)

@@ -6,7 +6,8 @@ The argument after the colon names a data set and what else may be wanted, separ
 
   imagenet, tiny_imagenet, cifar100, cifar10, digits   the data set (default: imagenet)
   ipc1, ipc10, ipc50, ...                              images per class (default: ipc10)
-  official    what the released code does where it is mended here, see the config's docstring
+  official    what the released code does where it is mended here, see the config's docstring;
+              refused where there is no such thing
   imagenette  ImageNet's recipe on ten of its classes, with its networks
   smoke       ImageNet with 10 classes, 20 iterations, 2 epochs: runs on your paths in minutes
   quick       digits with a fifth of the iterations
@@ -83,11 +84,17 @@ class At(NamedTuple):
         return "official" in self.words
 
 
-def begin(method: str, arg: str, *, datasets: tuple[str, ...]) -> tuple[ConfigDict, At]:
+def begin(
+    method: str, arg: str, *, datasets: tuple[str, ...], not_official: str = ""
+) -> tuple[ConfigDict, At]:
     """SRe2L's recipe on the data set of an argument.
 
+    Args:
+      not_official: why the word ``official`` changes nothing, where that is so.
+
     Raises:
-      ValueError: an unknown word, or a data set for which the method has no recipe.
+      ValueError: an unknown word, one that means nothing here, or a data set for which the method
+        has no recipe.
     """
     words = {word for word in arg.split(",") if word}
     named = [word for word in words if word in DATASETS] or ["imagenet"]
@@ -106,6 +113,8 @@ def begin(method: str, arg: str, *, datasets: tuple[str, ...]) -> tuple[ConfigDi
             f"{method} has no recipe for {at.dataset}; its papers and code give "
             f"{', '.join(datasets)}, and there is one for digits"
         )
+    if at.official and not_official:
+        raise ValueError(f"argument {arg!r}; leave out official: {not_official}")
     c = base.get_config()
     c.preset = c.recover.method = method
     c.recover.ipc = at.ipc
@@ -227,6 +236,8 @@ def finish(c: ConfigDict, at: At) -> ConfigDict:
             known = others or SMALL_NETWORKS
             fields = known.get(name, {"architecture": name, "stem": "small"})
         c.networks[name] = base.network(**fields)
+    if r.initialise.startswith("mosaic"):  # of more images than a method looks at: of all of those
+        r.patch_images = max(r.patch_images, r.ipc * r.patch_factor**2)
     if "imagenette" in at.words:
         _imagenette(c)
     return _smoke(c) if "smoke" in at.words else c
@@ -295,6 +306,11 @@ def dit(c: ConfigDict, at: At, *, guidance: float) -> None:
     g = c.generate
     g.sampler, g.steps, g.strength = "ddpm", 50, 1.0
     if at.dataset == "digits":
+        if at.official:
+            raise ValueError(
+                f"argument digits with official; leave out official: what {at.method} has of the "
+                f"released code is of DiT-XL/2, and the digits have a transformer of their own"
+            )
         return
     g.generator, g.directory = "dit_released", "data/DiT-XL-2-256"
     g.image_size, g.guidance, g.variance = 256, guidance, "learned"
@@ -327,13 +343,20 @@ def rded_students(c: ConfigDict, at: At) -> None:
         c.validate.accumulate = 1
 
 
-def batch_specific_labels(c: ConfigDict, at: At, *, zeta: dict[int, float]) -> None:
+def rded_views(c: ConfigDict, at: At) -> int:
+    """How RDED's images are seen, one of so many patches a side: shuffled, and cropped to one."""
+    factor = 2 if at.dataset == "imagenet" else 1
+    c.relabel.crop_min, c.relabel.patch_shuffle = 1 / factor, factor
+    return factor
+
+
+def batch_specific_labels(c: ConfigDict, at: At, *, zeta: float) -> None:
     """The labels and students of CV-DD and FADRM (BSSL).
 
     Batches of 16 in two halves, each of which is one BatchNorm group of teachers and student.
 
     Args:
-      zeta: of the learning rate's cosine, by IPC.
+      zeta: of the learning rate's cosine.
     """
     size = 10 if at.dataset == "digits" else 16
     c.relabel.batch_size = c.validate.batch_size = size
@@ -344,6 +367,6 @@ def batch_specific_labels(c: ConfigDict, at: At, *, zeta: dict[int, float]) -> N
     c.validate.loss, c.validate.temperature = "kl", 20.0
     c.validate.optimiser, c.validate.learning_rate, c.validate.weight_decay = "adamw", 1e-3, 0.01
     c.validate.warmup_epochs, c.validate.decay = 0, "kernels"
-    c.validate.schedule, c.validate.zeta = "cosine", zeta.get(at.ipc, 1.0)
+    c.validate.schedule, c.validate.zeta = "cosine", zeta
     if at.dataset != "digits":
         c.relabel.epochs = c.validate.epochs = 300

@@ -64,7 +64,7 @@ def synthesis_step(
     key, step = rng.root(seed), state.step
     view = view_of(recipe, key, unit, step, state.images_BHWC.shape[1:3])
     draw = draw_teachers(recipe, teachers, key, unit, step)
-    if recipe.alignment_scale != "none":
+    if recipe.alpha_bn and recipe.alignment_scale != "none":
         scale_T = alignment_scales(recipe, teachers, variables)
         draw = draw._replace(statistic_weights_T=draw.statistic_weights_T * scale_T)
     viewed_BHWC, pull_back = jax.vjp(lambda x: views.apply_view(x, view), state.images_BHWC)
@@ -207,7 +207,7 @@ def initial_state(pool: TeacherPool, recipe: Recipe, images_BHWC: AnyArray) -> S
     """The state before the first iteration, for float32 images in the normalised space."""
     images_BHWC = jnp.asarray(images_BHWC)
     remembered: list[statistics.Memory | None] = [None] * len(pool)
-    if recipe.ema:
+    if recipe.ema and recipe.alpha_bn:  # else nothing is matched, nor were targets measured
         remembered = [
             statistics.Memory.blank(
                 statistic_targets(recipe, teacher, variables), from_zero=recipe.ema_from_zero

@@ -114,6 +114,7 @@ def test_shifted_views_with_black_borders_compile(target, program):
     config = tiny.get_config()
     config.recover.targets = "groups"
     config.squeeze.crop_pad = config.relabel.crop_pad = 1
+    config.relabel.crop_min = 1.0
     check(compiled(resolve(config), target, program))
 
 

@@ -125,6 +125,18 @@ REFUSED = {
     "too many priors": (
         {"relabel__ensemble": "committee", "relabel__priors": (50.0, 40.0)}, "(50.0, 40.0)",
     ),
+    "priors of nobody": (
+        {"relabel__priors": (50.0,)}, "relabel.priors is (50.0,)", "relabel.priors=None",
+    ),
+    "heat of nobody": (
+        {"relabel__prior_temperature": 5.0}, "relabel.prior_temperature is 5.0", "nobody votes",
+    ),
+    "crops of what is shifted": (
+        {"relabel__crop_pad": 2}, "relabel.crop_min is 0.25", "set relabel.crop_min=1.0",
+    ),
+    "steps nowhere": (
+        {"squeeze__schedule": "multistep"}, "squeeze.schedule is 'multistep'", "constant, cos2",
+    ),
     "group of nobody": ({"relabel__bn_group": 8}, "relabel.bn_group is 8", "is 'eval'"),
     "precision": ({"relabel__precision": "int4"}, "relabel.precision", "float16, float32, int8"),
     "all of ten": ({"relabel__top_k": 10}, "relabel.top_k is 10", "smaller", "unset to keep all"),
@@ -155,7 +167,7 @@ REFUSED = {
     "the head of what is trained": (
         {"networks__resnet18": base.network(
             architecture="resnet18", start_from="b.pth", head_classes=1000)},
-        "networks.resnet18.head_classes", "has the dataset's classes",
+        "networks.resnet18.head_classes", "with the dataset's classes",
     ),
     "a space of nothing": ({"recover__initialise_mean": (0.5,)}, "recover.initialise_std is None"),
     "half a space": (

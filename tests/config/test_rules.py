@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 from ml_collections import ConfigDict
 
+from configs import base
 from configs.digits import config as digits
 from prism_jax.config import resolve
 from prism_jax.errors import UserError
+from prism_jax.labelling import LabelRecipe
+from prism_jax.synthesis import Recipe
 
 
 def with_recover(**fields) -> ConfigDict:
@@ -42,6 +45,21 @@ REFUSED = {
     "swapped": ({"class_patch_swapped": True, "class_share": 0.5}, "'patch' in recover.match"),
     "share": ({"class_share": 1.5}, "recover.class_share is 1.5; it must be in [0, 1]"),
     "two crops": ({"crop_pad": 2, "crop_curriculum": "cosine"}, "unset one of them"),
+    "crops of what is shifted": (
+        {"crop_pad": 2, "crop_min": 0.5}, "recover.crop_min is 0.5", "set recover.crop_min=1.0",
+    ),
+    "a fall of nothing": ({"crop_milestone": 0.5}, "crop_curriculum is 'constant'", "leave it at"),
+    "a centred nothing": ({"roll": 0, "roll_centred": True}, "recover.roll=0 rolls nothing"),
+    "others of nobody": (
+        {"statistics_by": "fixed", "subset_others": 2}, "subset_others is 2", "nobody draws",
+    ),
+    "one half of nobody": (
+        {"method": "gvbsm", "subset_probability": 1.0}, "subset_probability is 1.0", "draws",
+    ),
+    "heat of nobody": ({"prior_temperature": 2.0}, "prior_temperature is 2.0", "leave it at"),
+    "heat of equals": ({"method": "cvdd", "prior_temperature": 2.0}, "no recover.priors vote"),
+    "steps nowhere": ({"schedule": "multistep"}, "recover.schedule is 'multistep'", "half_cosine"),
+    "flat without logits": ({"flatness": 1.0, "alpha_ce": 0.0}, "recover.alpha_ce is 0"),
     "curriculum": ({"crop_curriculum": "sine"}, "recover.crop_curriculum is 'sine'"),
     "early-late apart": ({"budget": "early_late"}, "holds 1 of recover.ipc=10"),
     "rounds": (
@@ -50,6 +68,8 @@ REFUSED = {
     "two kinds of phases": (
         {"budget": "early_late", "phase_sizes": (16, 16), **CLASS_MAJOR}, "cannot be combined",
     ),
+    "a size of nothing": ({"phase_sizes": (0, 16)}, "(0, 16); its sizes must be positive"),
+    "a negative size": ({"phase_sizes": (-8, 16)}, "(-8, 16); its sizes must be positive"),
     "last size": ({"phase_sizes": (16, 14)}, "ends at 14", "dataset.image_size=16"),
     "phases": ({"phase_sizes": (16,) * 9, "iterations": 8}, "more than recover.iterations=8"),
     "patches of a size": (
@@ -164,6 +184,11 @@ ALLOWED = {
     },
     "selected, asked of another": {"initialise": "real_balanced", "scorer": "convnet"},
     "rded": {"method": "rded", "iterations": 0, "initialise": "mosaic", "pool": ()},
+    "shifted": {"crop_pad": 2, "crop_min": 1.0},
+    "shifted, as a recipe has it": {"crop_pad": 2, "crop_min": 0.08},
+    "heat": {"method": "cvdd", "priors": (4.0, 3.0, 2.0, 1.0), "prior_temperature": 2.0},
+    "falling": {"crop_curriculum": "cosine", "crop_milestone": 0.5},
+    "so many others": {"subset_probability": 1.0, "subset_others": 2},
     "no alignment": {"alpha_bn": 0.0, "match": ("bn",)},
     "pyramid of phases": {"method": "fadrm", "phase_sizes": (14, 16), **PYRAMID},
     "guided alone": {**CLIP, **PYRAMID, "alpha_ce": 0.0, "alpha_bn": 0.0, "view_noise": 0.1},
@@ -174,6 +199,13 @@ ALLOWED = {
 def test_what_has_a_meaning_is_allowed(name):
     experiment = resolve(with_recover(**ALLOWED[name]))
     assert experiment.recover.method == ALLOWED[name].get("method", "prism")
+
+
+def test_a_value_that_may_stay_where_nothing_reads_it_is_the_default():
+    own = base.get_config()
+    names = ("subset_others", "subset_probability", "prior_temperature", "crop_milestone")
+    assert all(own.recover[name] == getattr(Recipe, name) for name in names)
+    assert own.relabel.prior_temperature == LabelRecipe.prior_temperature
 
 
 def test_alexnet_has_statistics_where_convolutions_are_matched():
@@ -222,3 +254,52 @@ def test_a_seed_is_32_bits_of_a_key(field, value):
     c.update_from_flattened_dict({field: (0, value) if field.endswith("seeds") else value})
     with pytest.raises(UserError, match=f"{field} is {value}; it must be zero or positive, and"):
         resolve(c)
+
+
+# --- a head with more outputs than there are classes ------------------------------------------
+
+
+def with_head(**fields) -> ConfigDict:
+    c = digits(10)
+    c.networks.resnet18 = base.network(architecture="resnet18", stem="small", **fields)
+    return c
+
+
+IMPORTED = {"checkpoint": "weights.pth", "head_classes": 12}
+HEADS = {
+    "a head of what is trained": ({"head_classes": 12}, "head_classes cuts the head"),
+    "as many outputs": ({"head_classes": 10}, "head_classes cuts the head"),
+    "outputs of what is trained": (
+        {"class_indices": tuple(range(10))}, "networks.resnet18.class_indices cuts the head",
+    ),
+    "further, too": ({"start_from": "a.pth", "head_classes": 12}, "head_classes cuts the head"),
+    "too small": ({**IMPORTED, "head_classes": 9}, "head_classes is 9", "num_classes=10"),
+    "too few": ({**IMPORTED, "class_indices": (3, 1, 2)}, "has 3 numbers", "10 different outputs"),
+    "too many": ({**IMPORTED, "class_indices": tuple(range(11))}, "has 11 numbers"),
+    "twice": ({**IMPORTED, "class_indices": (*range(9), 8)}, "has 8 more than once"),
+    "negative": ({**IMPORTED, "class_indices": (*range(9), -1)}, "-1, which is no output"),
+    "beyond": ({**IMPORTED, "class_indices": (*range(9), 12)}, "12, which is no", "from 0 to 11"),
+    "beyond the classes": (
+        {"checkpoint": "weights.pth", "class_indices": (*range(9), 10)}, "10, which is no output",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_outputs_are_those_of_imported_weights_one_for_each_class(name):
+    """A head that is trained on ten labels and read at other outputs knows nothing."""
+    fields, *said = HEADS[name]
+    with pytest.raises(UserError) as caught:
+        resolve(with_head(**fields))
+    message = str(caught.value)
+    assert all(part in message for part in said), message
+    assert "\n" not in message
+
+
+def test_outputs_in_any_order_are_allowed():
+    chosen = (11, 0, 1, 2, 3, 4, 5, 6, 7, 8)
+    found = resolve(with_head(**IMPORTED, class_indices=chosen)).network("resnet18")
+    assert found.class_indices == chosen
+    order = tuple(reversed(range(10)))  # a permuted head of as many
+    resolve(with_head(checkpoint="weights.pth", class_indices=order))
+    resolve(with_head(**IMPORTED))  # which of them, the data may say

@@ -243,6 +243,38 @@ def test_loss_and_pixel_gradient_of_every_method(name):
         assert disagreement(ours, np.array(wrong)) > 1e-4, twin
 
 
+# What is remembered, measured or scaled for the alignment, in the methods that do.
+ALIGNED = ("gvbsm", "edc", "all at once, at one scale")
+
+
+@pytest.mark.parametrize("name", ALIGNED)
+def test_without_alignment_nothing_of_the_real_images_is_asked_for(name):
+    """Squeeze measures no statistics then: the memory of them has nothing to be like."""
+    recipe = synthesis.Recipe(**{**CASES[name][0], "alpha_bn": 0.0, "flatness": 0.0})
+    bare = tuple({k: v[k] for k in ("params", "batch_stats")} for v in pool().variables)
+    unmeasured = dataclasses.replace(pool(), variables=bare)
+    idle = {
+        "ema": 0.0,
+        "match": ("bn",),
+        "alignment_scale": "none",
+        "class_share": 0.0,
+        "drop": 0.0,
+    }
+    states = []
+    with jax.enable_x64(True):
+        unit = make_unit(3, 1, BUDGET, LABELS)
+        images = np.random.default_rng(0).standard_normal((len(LABELS), *SHAPE)) * 0.5
+        for asked in (recipe, dataclasses.replace(recipe, **idle)):
+            state = synthesis.initial_state(unmeasured, asked, images)
+            step = functools.partial(
+                synthesis.synthesis_step, asked, unmeasured.teachers, unmeasured.normalisation
+            )
+            after, terms = jax.jit(step)(bare, np.uint32(SEED), unit, state)
+            assert np.isfinite(terms.loss)
+            states.append(np.asarray(after.images_BHWC))
+    np.testing.assert_array_equal(*states)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_golden_numbers_are_torch_s(torch, name):
     golden, live = json.loads(GOLDEN.read_text())[name], golden_of(torch, name)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from prism_jax.config.sections import Experiment
+from prism_jax.core import schedules
 
 
 def positive(e: Experiment, section: str, *names: str) -> Iterator[str]:
@@ -79,6 +80,26 @@ def literals_of(name: str, group: Any) -> Iterator[str]:
     for field, hint in typing.get_type_hints(type(group)).items():
         if get_origin(hint) is Literal:
             yield from one_of(f"{name}.{field}", getattr(group, field), get_args(hint))
+
+
+# Smallest crops beside a shift, which reads none: 1, and 0.08, with which recipes that shift began
+# (it is in the fingerprints of their work).
+UNREAD_CROPS = (1.0, 0.08)
+
+
+def without_milestones() -> tuple[str, ...]:
+    """Schedules for a section that states no milestones, without which "multistep" is constant."""
+    return tuple(s for s in schedules.SCHEDULES if "milestones" not in schedules.values_of(s))
+
+
+def shifted(e: Experiment, section: str) -> Iterator[str]:
+    """No smallest crop where images are shifted."""
+    group = getattr(e, section)
+    if group.crop_pad is not None and group.crop_min not in UNREAD_CROPS:
+        yield (
+            f"{section}.crop_min is {group.crop_min}, but {section}.crop_pad={group.crop_pad} "
+            f"shifts images and crops none; set {section}.crop_min=1.0, or unset {section}.crop_pad"
+        )
 
 
 def repeated(values: Sequence[Any]) -> list[Any]:

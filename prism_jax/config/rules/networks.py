@@ -31,6 +31,7 @@ def violations(e: Experiment) -> Iterator[str]:
         yield from _readable(e, where, name)
     for name, network in e.networks.items():
         yield from _weights(name, network)
+        yield from _outputs(name, network, e.dataset.num_classes)
         yield from normalisation(f"networks.{name}.", network.mean, network.std)
         for field in ("width", "depth"):
             value = getattr(network, field)
@@ -57,12 +58,40 @@ def _weights(name: str, network: Network) -> Iterator[str]:
         yield (
             f"networks.{name}.weights_key needs networks.{name}.checkpoint or .start_from, the file"
         )
-    for field in ("head_classes", "class_indices"):
-        if network.start_from and getattr(network, field) is not None:
-            yield (
-                f"networks.{name}.{field} cuts the head of an imported network; that of one that "
-                f"is trained further has the dataset's classes. Leave it out"
-            )
+
+
+def _outputs(name: str, network: Network, classes: int) -> Iterator[str]:
+    """Which outputs of a larger head are the classes: of imported weights alone."""
+    cut = [f for f in ("head_classes", "class_indices") if getattr(network, f) is not None]
+    if cut and not network.checkpoint:
+        yield from (
+            f"networks.{name}.{field} cuts the head of an imported network, and without "
+            f"networks.{name}.checkpoint it is trained here, with the dataset's classes. Leave it "
+            f"out"
+            for field in cut
+        )
+        return
+    head = classes if network.head_classes is None else network.head_classes
+    if head < classes:
+        yield (
+            f"networks.{name}.head_classes is {head}; a head of fewer outputs than "
+            f"dataset.num_classes={classes} cannot tell the classes apart"
+        )
+        return
+    indices = network.class_indices
+    if indices is None or not classes > 0:
+        return
+    outside = [index for index in indices if not 0 <= index < head]
+    if len(indices) != classes or repeated(indices) or outside:
+        wrong = [f"{len(indices)} numbers"] if len(indices) != classes else []
+        wrong += [f"{i} more than once" for i in repeated(indices)]
+        wrong += [f"{i}, which is no output" for i in outside]
+        yield (
+            f"networks.{name}.class_indices has {', '.join(wrong[:3])}; it must be "
+            f"{classes} different outputs, one per class in the order of the labels "
+            f"(dataset.num_classes={classes}), each from 0 to {head - 1} "
+            f"(how many outputs there are: networks.{name}.head_classes)"
+        )
 
 
 def _readable(e: Experiment, where: str, name: str) -> Iterator[str]:

@@ -6,13 +6,21 @@ from collections.abc import Iterator
 
 from prism_jax.config.generation import CLIP_FOLDER
 from prism_jax.config.layout import Layout, batch_layout
-from prism_jax.config.rules.common import normalisation, not_negative, one_of, positive, share
+from prism_jax.config.rules.common import (
+    normalisation,
+    not_negative,
+    one_of,
+    positive,
+    share,
+    shifted,
+    without_milestones,
+)
 from prism_jax.config.sections import SELECTED_CONTROLS, Experiment
 from prism_jax.core import priors, schedules
 from prism_jax.data.sets.floats import WHITENING, WHITENINGS
 from prism_jax.errors import UserError
 from prism_jax.models import ARCHITECTURES
-from prism_jax.synthesis import KINDS, METHODS, PARAMETRISATIONS, sampling
+from prism_jax.synthesis import KINDS, METHODS, PARAMETRISATIONS, Recipe, sampling
 from prism_jax.synthesis.selection import GROUPED
 from prism_jax.synthesis.start import ASKING, INITIALISERS, Patches, needed_images
 
@@ -23,7 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "statistics_by": tuple(sampling.SAMPLERS),
     "committee": tuple(sampling.COMMITTEES),
     "budget": tuple(schedules.BUDGETS),
-    "schedule": tuple(schedules.SCHEDULES),
+    "schedule": without_milestones(),
     "crop_curriculum": ("constant", *schedules.CURRICULA),
     "initialise": tuple(INITIALISERS),
     "match": tuple(KINDS),
@@ -49,6 +57,7 @@ def violations(e: Experiment) -> Iterator[str]:
         yield why
     if e.recover.method in METHODS:
         yield from _supervision(e)
+        yield from _unread(e)
         yield from _statistics(e)
         yield from _groups(e, layout)
         yield from _course(e, layout)
@@ -141,6 +150,28 @@ def _supervision(e: Experiment) -> Iterator[str]:
         yield "recover.round_robin_restarts is True, but nobody takes turns; unset it"
 
 
+def _unread(e: Experiment) -> Iterator[str]:
+    """Numbers that somebody stated and nothing reads."""
+    r, samplers = e.recover, supervised_by(e)
+    subset = "subset" in samplers, "nobody draws a subset (recover.logits_by, statistics_by)"
+    votes = "committee" in samplers and r.priors is not None, "no recover.priors vote"
+    falls = r.crop_curriculum != "constant", "recover.crop_curriculum is 'constant'"
+    for name, (read, why) in {
+        "subset_others": subset,
+        "subset_probability": subset,
+        "prior_temperature": votes,
+        "crop_milestone": falls,
+    }.items():
+        value, idle = getattr(r, name), getattr(Recipe, name)
+        if not read and value != idle:
+            yield (
+                f"recover.{name} is {value}, which counts for nothing: {why}; leave it at "
+                f"recover.{name}={idle}, or change that"
+            )
+    if r.roll_centred and not r.roll:
+        yield "recover.roll_centred is True, but recover.roll=0 rolls nothing; unset it"
+
+
 def _statistics(e: Experiment) -> Iterator[str]:
     r, convolutions = e.recover, _convolutions(e)
     if not r.match:
@@ -203,6 +234,7 @@ def _groups(e: Experiment, layout: Layout | None) -> Iterator[str]:
 def _course(e: Experiment, layout: Layout | None) -> Iterator[str]:
     """Views, and phases of other sizes or of more and more images."""
     r = e.recover
+    yield from shifted(e, "recover")
     if r.crop_pad is not None and r.crop_curriculum != "constant":
         yield (
             f"recover.crop_pad shifts images, and recover.crop_curriculum={r.crop_curriculum!r} "
@@ -216,7 +248,9 @@ def _course(e: Experiment, layout: Layout | None) -> Iterator[str]:
             )
         if r.iterations < r.rounds:
             yield f"recover.rounds is {r.rounds}, more than recover.iterations={r.iterations}"
-    if r.phase_sizes:
+    if r.phase_sizes and min(r.phase_sizes) < 1:
+        yield f"recover.phase_sizes is {r.phase_sizes}; its sizes must be positive"
+    elif r.phase_sizes:
         if r.budget == "early_late":
             yield "recover.budget='early_late' and recover.phase_sizes cannot be combined"
         if r.phase_sizes[-1] != e.dataset.image_size:
@@ -254,6 +288,11 @@ def _terms(e: Experiment, layout: Layout | None) -> Iterator[str]:
             yield "recover.densification and recover.budget='early_late' cannot be combined"
     if r.flatness and phases:
         yield "recover.flatness averages images over iterations; phases change their shape"
+    if r.flatness and not r.alpha_ce:
+        yield (
+            f"recover.flatness is {r.flatness}, of logits whose weight recover.alpha_ce is 0: it "
+            f"counts for nothing; set it to 0, or give them a weight"
+        )
     perturbs = bool(r.perturb_rho)
     if perturbs != bool(r.perturb_steps):
         yield (

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prism_jax.config.rules.common import not_negative, one_of, positive, share
+from prism_jax.config.rules.common import not_negative, one_of, positive, share, shifted
 from prism_jax.config.sections import Experiment
 from prism_jax.core import ensemble
+from prism_jax.labelling import LabelRecipe
 
 
 def violations(e: Experiment) -> Iterator[str]:
@@ -17,6 +18,7 @@ def violations(e: Experiment) -> Iterator[str]:
     )
     yield from not_negative(e, "relabel", "crop_pad")
     yield from share(e, "relabel", "crop_min", low="(")
+    yield from shifted(e, "relabel")
     if r.patch_shuffle < 1 or e.dataset.image_size % r.patch_shuffle:
         yield (
             f"relabel.patch_shuffle is {r.patch_shuffle}; it must divide "
@@ -42,6 +44,13 @@ def violations(e: Experiment) -> Iterator[str]:
             f"be {len(r.teachers)} numbers, one per teacher of relabel.teachers: the "
             f"accuracy in percent that each reaches alone"
         )
+    if r.ensemble != "committee":
+        for name, idle in (("priors", None), ("prior_temperature", LabelRecipe.prior_temperature)):
+            if (value := getattr(r, name)) != idle:
+                yield (
+                    f"relabel.{name} is {value}, but relabel.ensemble is {r.ensemble!r}, in which "
+                    f"nobody votes; set it to 'committee', or relabel.{name}={idle}"
+                )
     if r.bn_group is not None and r.teacher_mode == "eval":
         yield (
             f"relabel.bn_group is {r.bn_group}, which has no part where relabel.teacher_mode is "

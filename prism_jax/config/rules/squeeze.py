@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prism_jax import training
-from prism_jax.config.rules.common import not_negative, one_of, positive, seed, share
+from prism_jax.config.rules.common import (
+    not_negative,
+    one_of,
+    positive,
+    seed,
+    share,
+    without_milestones,
+)
 from prism_jax.config.sections import Experiment
-from prism_jax.core import schedules
 
 
 def violations(e: Experiment) -> Iterator[str]:
@@ -25,4 +31,4 @@ def violations(e: Experiment) -> Iterator[str]:
             f"time, which has no variance; make it two or more"
         )
     yield from one_of("squeeze.optimiser", e.squeeze.optimiser, training.OPTIMISERS)
-    yield from one_of("squeeze.schedule", e.squeeze.schedule, schedules.SCHEDULES)
+    yield from one_of("squeeze.schedule", e.squeeze.schedule, without_milestones())
