@@ -24,7 +24,8 @@ with images of any kind that Pillow reads (.jpg, .png, .webp, .bmp, .tif, .gif, 
 
 # ImageNet's validation images as published: in one folder, numbered.
 _NUMBERED = re.compile(r"ILSVRC2012_val_([0-9]{8})\.JPEG")
-_IN_SPLIT = re.compile(r"(?:.*?/)?(train|val|validation|test)/(.+)", re.DOTALL)
+# The first folder of such a name is the split: a class may be called train, too.
+_IN_SPLIT = re.compile(r"(?:.*?/)??(train|val|validation|test)/(.+)", re.DOTALL)
 _TINY_TABLE = "val_annotations.txt"
 _NEARLY = {  # what people call splits that are not found by that name
     "train": ("train", "training", "trainset", "train_images"),
@@ -85,10 +86,7 @@ def open_tar(info: DatasetInfo, path: str | None, split: str, size: int) -> Imag
     path = existing(path, expected, os.path.isfile)
     state = file_state(path)
     stored, unreadable = tars.index(*state)
-    trees: dict[str, dict[str, str]] = {}
-    for member in (*stored, *unreadable):
-        if match := _IN_SPLIT.fullmatch(member):
-            trees.setdefault(match[1], {})[match[2]] = member
+    trees, twice = _trees((*stored, *unreadable))
     found = next((name for name in names if name in trees), None)
     if found is None:
         raise UserError(_no_split(info, path, split, _holding([*stored, *unreadable]), expected))
@@ -105,6 +103,11 @@ def open_tar(info: DatasetInfo, path: str | None, split: str, size: int) -> Imag
                 others[kinds.HIDDEN].append(folder)
         elif kind and (kind in (kinds.NO_FILE, kinds.AROUND) or not kinds.is_named_as_one(name)):
             others[kind].append(name)
+        elif member in twice and not kinds.is_hidden(name.rpartition("/")[2]):
+            raise UserError(
+                f"{path} holds {found}/{name} twice, as {twice[member]} and as {member}; pack one "
+                f"of the folders around {found}/ alone: {expected}"
+            )
         else:
             tree[name] = member
 
@@ -129,6 +132,21 @@ def open_tar(info: DatasetInfo, path: str | None, split: str, size: int) -> Imag
         sizes=lambda: [-1 if isinstance(at, str) else at[1] for at in places],
         stamp=lambda: repr(state),
     )
+
+
+def _trees(members: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """The members of each split by their names in it, and others under the same names, by these."""
+    trees: dict[str, dict[str, str]] = {}
+    twice: dict[str, str] = {}
+    for member in members:
+        if match := _IN_SPLIT.fullmatch(member):
+            tree = trees.setdefault(match[1], {})
+            before = tree.get(match[2])
+            tree[match[2]] = member
+            # "./train/" is "train/": there the later one replaces the other, as on a disk.
+            if before and os.path.normpath(f"/{before}") != os.path.normpath(f"/{member}"):
+                twice[member] = before
+    return trees, twice
 
 
 def split_names(info: DatasetInfo, split: str) -> tuple[str, ...]:

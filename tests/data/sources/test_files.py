@@ -88,6 +88,51 @@ def test_numeric_class_folders_sort_as_numbers_with_a_warning(tmp_path):
         assert class_order({"n2", "n10"}) == ["n10", "n2"]
 
 
+@pytest.mark.parametrize(
+    ("classes", "suffix"),
+    [
+        (("train", "tray"), ".png"),  # CIFAR-100 has a class called train
+        (("test", "train", "val", "validation"), ".png"),
+        (("a/val", "b"), ".png"),
+        (("a", "b/train/test"), "/x/val/0.png"),
+    ],
+)
+@pytest.mark.parametrize("around", ["", "./", "set/", "deep/set/"])
+def test_folders_called_as_splits_are_read_alike_in_a_folder_and_in_a_tar(
+    tmp_path, classes, suffix, around
+):
+    root = write_tree(tmp_path / "tree", classes=classes, suffix=suffix)
+    (root / "train" / classes[0] / "notes.txt").write_text("no image")
+    with tarfile.open(tmp_path / "tree.tar", "w") as tar:
+        for split in ("train", "val"):
+            tar.add(root / split, arcname=f"{around}{split}")
+    for split in ("train", "test"):
+        folder, packed = (
+            open_imagenet(root, split=split),
+            open_imagenet(tmp_path / "tree.tar", "tar", split),
+        )
+        assert folder.class_names == packed.class_names == tuple(c.split("/")[0] for c in classes)
+        np.testing.assert_array_equal(folder.labels_N, packed.labels_N)
+        assert len(folder) == 3 * len(classes)
+        assert folder.left_out == packed.left_out == (split == "train")
+        assert folder.describe() == packed.describe()
+
+
+@pytest.mark.parametrize("again", ["set/", "./set/"])
+def test_a_split_below_two_folders_of_a_tar_is_refused(tmp_path, again):
+    """Whichever comes later replaced the other; in an archive that was added to, it should."""
+    root, other = write_tree(tmp_path / "a"), write_tree(tmp_path / "b", classes=("n02", "n01"))
+    with tarfile.open(tmp_path / "both.tar", "w") as tar:
+        tar.add(root, arcname="set"), tar.add(other, arcname=again)
+    wanted = open_imagenet(other).describe()
+    assert open_imagenet(tmp_path / "both.tar", "tar").describe() == wanted
+    with tarfile.open(tmp_path / "both.tar", "a") as tar:
+        tar.add(root, arcname="masks")
+    said = r"holds train/n01/img_0.png twice, as .*set/train/n01/img_0.png and as masks/train/n01/"
+    with pytest.raises(UserError, match=said):
+        open_imagenet(tmp_path / "both.tar", "tar")
+
+
 def test_one_tar_file_per_split(tmp_path):
     for split in ("train", "val"):
         write_tar(write_tree(tmp_path / split, splits=[split]), tmp_path / f"data_{split}.tar")
