@@ -79,8 +79,9 @@ def open_tar(info: DatasetInfo, path: str | None, split: str, size: int) -> Imag
         "dataset.source=tar needs dataset.path to be an uncompressed .tar file, or a name with "
         f"{{split}} in it for one file per split (data_{{split}}.tar), that holds{_tree(info)}"
     )
-    names = split_names(info, split)
+    names, train = split_names(info, split), None
     if path and "{split}" in path:
+        train = path.replace("{split}", "train")
         paths = [path.replace("{split}", name) for name in names]
         path = next((p for p in paths if os.path.isfile(p)), path)
     path = existing(path, expected, os.path.isfile)
@@ -90,11 +91,12 @@ def open_tar(info: DatasetInfo, path: str | None, split: str, size: int) -> Imag
     found = next((name for name in names if name in trees), None)
     if found is None:
         raise UserError(_no_split(info, path, split, _holding([*stored, *unreadable]), expected))
-    classes = {
-        name.split("/")[0]
-        for name in trees.get("train", ())
-        if "/" in name and not kinds.is_hidden(name)
-    }
+    # Labels are positions among the classes of the training split, in whichever file that is.
+    training = trees.get("train", {})
+    if train and train != path and os.path.isfile(train):
+        of_train, _ = _trees(name for some in tars.index(*file_state(train)) for name in some)
+        training = of_train.get("train", training)
+    classes = {name.split("/")[0] for name in training if "/" in name and not kinds.is_hidden(name)}
     tree, others = {}, kinds.Others(list)
     for name, member in trees[found].items():
         kind = unreadable.get(member)

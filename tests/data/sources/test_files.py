@@ -142,6 +142,28 @@ def test_one_tar_file_per_split(tmp_path):
         open_imagenet(tmp_path / "data_train.tar", "tar", "test")
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar", "a tar per split"])
+def test_both_splits_need_the_same_classes(tmp_path, kind):
+    """Counted by itself, the dog of {dog, zebra} was tested as the cat of {cat, dog}."""
+    write_tree(tmp_path / "tree", splits=["train"], classes=("cat", "dog"))
+    write_tree(tmp_path / "tree", splits=["val"], classes=("dog", "zebra"))
+    path = tmp_path / "tree"
+    if kind == "tar":
+        path = write_tar(path, tmp_path / "tree.tar")
+    elif kind == "a tar per split":
+        for split in ("train", "val"):
+            with tarfile.open(tmp_path / f"data_{split}.tar", "w") as tar:
+                tar.add(path / split, arcname=split)
+        path = tmp_path / "data_{split}.tar"
+    source = "folder" if kind == "folder" else "tar"
+    with pytest.raises(UserError, match="zebra is a class that the training split does not have"):
+        open_imagenet(path, source, "test")
+    assert open_imagenet(path, source).class_names == ("cat", "dog")
+    if kind == "a tar per split":  # a test split alone has its own classes
+        (tmp_path / "data_train.tar").unlink()
+        assert open_imagenet(path, source, "test").class_names == ("dog", "zebra")
+
+
 def test_damaged_images_are_named(tmp_path):
     root = write_tree(tmp_path / "tree")
     path = root / "train" / "n02" / "img_1.png"
