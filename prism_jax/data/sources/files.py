@@ -369,12 +369,15 @@ def _classified(paths: list[str], opened: Callable[[str], BinaryIO]) -> dict[str
     """The class of each file of a split that has one.
 
     The class is the first folder, but for two published sets whose validation images lie in one
-    folder: Tiny ImageNet's has a table, and ImageNet's are numbered.
+    folder: Tiny ImageNet's has a table, and ImageNet's are numbered. Many move the former into
+    class folders and leave the table where it is.
     """
     if _TINY_TABLE in paths:
         with opened(_TINY_TABLE) as file:
             rows = [line.split("\t") for line in file.read().decode().splitlines()]
-        return {f"images/{row[0]}": row[1] for row in rows if len(row) > 1}
+        told = {f"images/{row[0]}": row[1] for row in rows if len(row) > 1}
+        if not told.keys().isdisjoint(paths):
+            return told
     numbers = {path: int(match[1]) for path in paths if (match := _NUMBERED.fullmatch(path))}
     known = imagenet_validation_wnids()
     if numbers and max(numbers.values()) <= len(known):

@@ -378,8 +378,11 @@ def test_imagenets_numbered_validation_images_find_their_classes(tmp_path, kind)
     assert open_val().describe() == described
 
 
-def test_tiny_imagenets_table_tells_the_classes(tmp_path):
-    root = write_tree(tmp_path, splits=["train"], classes=("n01443537/images", "n02056570/images"))
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_tiny_imagenets_table_tells_the_classes(tmp_path, kind):
+    root = write_tree(
+        tmp_path / "tree", splits=["train"], classes=("n01443537/images", "n02056570/images")
+    )
     (root / "train" / "n01443537" / "n01443537_boxes.txt").write_text("no image")
     (root / "val" / "images").mkdir(parents=True)
     for i in range(3):
@@ -390,16 +393,24 @@ def test_tiny_imagenets_table_tells_the_classes(tmp_path):
     table.write_text("\n".join([*lines, "val_2.JPEG\tn02056570\t0\t0\t1\t1"]) + "\n")
 
     def read():
+        path = root if kind == "folder" else write_tar(root, tmp_path / "tree.tar")
         source = open_source(
-            name="tiny_imagenet", source="folder", path=root, split="test", image_size=8
+            name="tiny_imagenet", source=kind, path=path, split="test", image_size=8
         )
-        return read_all(source)
+        return *read_all(source), source.describe()
 
     with pytest.warns(UserWarning, match="2 of the 200 classes"):
-        images, labels = read()
+        images, labels, described = read()
     np.testing.assert_array_equal(labels, [0, 1, 1])
     wanted = [random_pixels(8, 8, 3, seed=50 + i) for i in (1, 0, 2)]
     np.testing.assert_array_equal(images, wanted)
+    # It is the same set where the images were moved into class folders, and the table left.
+    for i, cls in enumerate(("n02056570", "n01443537", "n02056570")):
+        (root / "val" / cls).mkdir(exist_ok=True)
+        image = root / "val" / "images" / f"val_{i}.JPEG"
+        image.rename(root / "val" / cls / image.name)
+    with pytest.warns(UserWarning, match="2 of the 200 classes"):
+        assert read()[2] == described
 
 
 def test_test_images_without_labels_are_not_taken_for_a_test_split(tmp_path):
