@@ -158,11 +158,20 @@ def read_run(root: epath.PathLike) -> dict[str, Any]:
 
 
 def remove(folder: epath.PathLike) -> None:
-    """Delete a folder: it vanishes at once, so that no part of it is taken for the whole."""
+    """Delete a folder: it vanishes at once, so that no part of it is taken for the whole.
+
+    A link to a folder stays and leads to an empty one: what is made again lies behind it, on the
+    larger disk where somebody wants it.
+    """
     folder = epath.Path(folder)
     if is_store(folder):
         (folder / FINGERPRINT).unlink(missing_ok=True)
         folder.rmtree()
+        return
+    if os.path.islink(folder):
+        (folder / FINGERPRINT).unlink(missing_ok=True)
+        for path in map(folder.joinpath, os.listdir(folder)):
+            path.unlink() if os.path.islink(path) or not path.is_dir() else path.rmtree()
         return
     doomed = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.tmp"
     folder.rename(doomed)
@@ -317,12 +326,15 @@ def fits(folder: epath.Path, fields: dict[str, Any]) -> bool:
 
 
 def sweep(root: epath.PathLike) -> None:
-    """Delete the half-written files and folders that a killed run left behind."""
+    """Delete the half-written files and folders that a killed run left behind.
+
+    What a link leads to is left alone: it may be another's.
+    """
     if is_store(root):
         return
     for path in epath.Path(root).iterdir():
         left_behind = path.name.startswith(".") and path.name.endswith(".tmp")
-        if path.is_dir():
+        if path.is_dir() and not os.path.islink(path):
             path.rmtree() if left_behind else sweep(path)
         elif left_behind:
             path.unlink(missing_ok=True)

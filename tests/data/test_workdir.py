@@ -120,6 +120,30 @@ def test_a_folder_that_is_removed_vanishes_at_once(tmp_path, monkeypatch):
     assert not (tmp_path / "folder").exists()
 
 
+def test_what_a_link_leads_to_is_deleted_and_the_link_stays(tmp_path):
+    """As of a stage on a larger disk; a link inside is a name, and what it leads to another's."""
+    for name in ("large/deep/shard", "large/fingerprint.json", "others/image"):
+        workdir.write_bytes(tmp_path / name, b"")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "relabel").symlink_to(tmp_path / "large")
+    (tmp_path / "large" / "real").symlink_to(tmp_path / "others")
+    workdir.remove(tmp_path / "run" / "relabel")
+    assert names(tmp_path / "run") == ["relabel"] and names(tmp_path / "large") == []
+    assert names(tmp_path / "others") == ["image"]
+    workdir.write_fingerprint(epath.Path(tmp_path / "run" / "relabel"), {})
+    assert names(tmp_path / "large") == ["fingerprint.json"]
+
+
+def test_a_sweep_follows_no_link(tmp_path):
+    workdir.write_bytes(tmp_path / "others" / ".half.12ab.tmp", b"")
+    (tmp_path / "run" / "deep").mkdir(parents=True)
+    for name in ("relabel", ".relabel.12ab.tmp", "deep/.gone.12ab.tmp"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / ("nowhere" if "gone" in name else "others"))
+    workdir.sweep(tmp_path / "run")
+    assert names(tmp_path / "run") == ["deep", "relabel"] and names(tmp_path / "run" / "deep") == []
+    assert names(tmp_path / "others") == [".half.12ab.tmp"]
+
+
 # --- the lock -------------------------------------------------------------------------------
 
 
