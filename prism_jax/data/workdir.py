@@ -378,6 +378,7 @@ class Lock:
         Raises:
           UserError: another living process holds it.
         """
+        taken_over = False
         while not self.held:
             holder = self._holder()
             if holder is None:
@@ -394,8 +395,32 @@ class Lock:
                     f"{self.SILENCE / 60:.0f} minutes), use another --workdir, or, if you know "
                     f"that it is gone, delete {self._path}."
                 )
-            self._path.unlink(missing_ok=True)
+            taken_over |= self._take_away(holder)
+        if taken_over:  # not before it is held: another run may write there by now
             sweep(self._path.parent)
+
+    def _take_away(self, holder: dict[str, Any]) -> bool:
+        """Remove the lock of a holder that is gone; returns whether it was still that one's.
+
+        Another run may have taken it over since: a lock is looked at when nobody else can remove
+        it any more, and put back where it is another's.
+        """
+        if self._holder() != holder:
+            return False
+        if is_store(self._path):  # it has no rename
+            self._path.unlink(missing_ok=True)
+            return True
+        away = self._path.parent / f".lock.{secrets.token_hex(4)}.away"  # which no sweep deletes
+        try:
+            os.rename(self._path, away)
+        except FileNotFoundError:
+            return False
+        try:
+            if (same := read_json(away)) != holder:
+                self._place(away.read_bytes())
+            return same == holder
+        finally:
+            away.unlink()
 
     def _lives(self, holder: dict[str, Any]) -> bool:
         """Watch a holder that cannot be seen until it shows life, or is silent for long."""
@@ -419,8 +444,12 @@ class Lock:
             time.sleep(self.SETTLE)
             return _is_me(self._holder() or {})
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        return self._place(to_json(with_checksum(_me())).encode())
+
+    def _place(self, data: bytes) -> bool:
+        """Write the file, whole and only if there is none; returns whether there was none."""
         temporary = self._path.parent / f".lock.{secrets.token_hex(4)}.tmp"
-        temporary.write_bytes(to_json(with_checksum(_me())).encode())
+        temporary.write_bytes(data)
         try:
             os.link(temporary, self._path)
         except (FileExistsError, FileNotFoundError):  # the latter: swept by the one that is faster
@@ -448,12 +477,14 @@ class Lock:
             return None
 
     def release(self) -> None:
-        """Give the lock back; harmless when it is not held."""
+        """Give the lock back; harmless when it is not held, or was taken over."""
         if self._beating is not None:
             self._released.set()
             self._beating.join()  # its last write comes before the removal
             self._beating = None
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(UserError):  # what cannot be read is not known to be ours
+                if _is_me(self._holder() or {}):
+                    self._path.unlink(missing_ok=True)
 
     @classmethod
     def _is_gone(cls, holder: dict[str, Any]) -> bool:

@@ -273,6 +273,49 @@ def test_a_dead_lock_is_taken_over_and_what_it_left_is_swept(tmp_path, sleeper):
     lock.release()
 
 
+@pytest.mark.parametrize("at", ["judgement", "removal"])
+def test_a_lock_that_another_run_took_over_meanwhile_is_respected(
+    tmp_path, monkeypatch, sleeper, at
+):
+    """Two that find the same dead lock: the slower one held up while the faster takes it over."""
+    hold(tmp_path, 2**22 + 1)  # no process has such a number
+    judge, rename = workdir.Lock._is_gone, os.rename
+
+    def taken_over():
+        if json.loads((tmp_path / ".lock").read_text())["pid"] != sleeper.pid:
+            hold(tmp_path, sleeper.pid, token="the faster one's")
+            (tmp_path / ".half.12ab.tmp").write_bytes(b"the faster one writes")
+
+    def judged(holder):
+        gone = judge(holder)
+        if at == "judgement":
+            taken_over()
+        return gone
+
+    def renamed(source, target):
+        if at == "removal":
+            taken_over()
+        rename(source, target)
+
+    monkeypatch.setattr(workdir.Lock, "_is_gone", staticmethod(judged))
+    monkeypatch.setattr(os, "rename", renamed)
+    lock = workdir.Lock(epath.Path(tmp_path))
+    with pytest.raises(UserError, match=f"in use by process {sleeper.pid} on "):
+        lock.acquire()
+    assert not lock.held
+    assert json.loads((tmp_path / ".lock").read_text())["token"] == "the faster one's"
+    assert names(tmp_path) == [".half.12ab.tmp", ".lock"]
+
+
+def test_only_ones_own_lock_is_given_back(tmp_path, sleeper):
+    lock = workdir.Lock(epath.Path(tmp_path))
+    lock.acquire()
+    hold(tmp_path, sleeper.pid)  # this machine slept
+    lock.release()
+    assert not lock.held
+    assert json.loads((tmp_path / ".lock").read_text())["pid"] == sleeper.pid
+
+
 def test_of_many_processes_one_gets_the_lock(tmp_path):
     code = (
         "import sys, time; from etils import epath; from prism_jax.data import workdir\n"
