@@ -454,8 +454,20 @@ class Lock:
             os.link(temporary, self._path)
         except (FileExistsError, FileNotFoundError):  # the latter: swept by the one that is faster
             return False
+        except OSError:  # a file system without links, as buckets and shares are mounted
+            return self._place_at_once(data)
         finally:
             temporary.unlink(missing_ok=True)
+        return True
+
+    def _place_at_once(self, data: bytes) -> bool:
+        """The same where a file cannot have two names: for a moment it is there and empty."""
+        try:
+            file = open(self._path, "xb", buffering=0)
+        except FileExistsError:
+            return False
+        with file:
+            file.write(data)
         return True
 
     def _beat(self) -> None:

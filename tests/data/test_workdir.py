@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -305,6 +306,29 @@ def test_a_lock_that_another_run_took_over_meanwhile_is_respected(
     assert not lock.held
     assert json.loads((tmp_path / ".lock").read_text())["token"] == "the faster one's"
     assert names(tmp_path) == [".half.12ab.tmp", ".lock"]
+
+
+@pytest.mark.parametrize("code", ["ENOTSUP", "ENOSYS", "EPERM"])
+def test_a_file_system_without_links_has_locks(tmp_path, monkeypatch, sleeper, code):
+    """As buckets and shares are mounted: gcsfuse, Drive, CIFS."""
+    asked = []
+
+    def refuse(source, target):
+        asked.append(target)
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    monkeypatch.setattr(os, "link", refuse)
+    hold(tmp_path, 2**22 + 1)
+    lock, other = (workdir.Lock(epath.Path(tmp_path)) for _ in range(2))
+    lock.acquire()
+    assert workdir.read_record(tmp_path / ".lock")["pid"] == os.getpid() and asked
+    assert not other._create()  # of two at once the second makes none
+    lock.release()
+    assert names(tmp_path) == []
+    hold(tmp_path, sleeper.pid)
+    with pytest.raises(UserError, match=f"in use by process {sleeper.pid} on "):
+        other.acquire()
+    assert names(tmp_path) == [".lock"]
 
 
 def test_only_ones_own_lock_is_given_back(tmp_path, sleeper):
