@@ -363,6 +363,31 @@ def test_parquet_without_rows_and_of_arrays(tmp_path):
             read()
 
 
+def test_parquet_is_written_in_groups_that_can_be_read_back(tmp_path, monkeypatch):
+    """All in one, a set of more than 2 GiB could not."""
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow.parquet as pq
+
+    from prism_jax.data.sets import parquet
+    from prism_jax.data.sets.content import Content
+
+    monkeypatch.setattr(parquet, "card", lambda *_, **__: "")
+    classes = [{"folder": name, "index": i, "name": name} for i, name in enumerate(CLASSES)]
+    pixels = np.random.default_rng(1).integers(0, 256, (210, SIZE, SIZE, 3), np.uint8)
+    labels = np.repeat(np.arange(3, dtype=np.int32), 70)
+    soft = np.eye(3, dtype=np.float32)[labels]
+    parquet.write(
+        str(tmp_path), Content(pixels, labels, classes, 70, soft, soft[:, 0] + 1, None, None, {})
+    )
+    (file,) = (tmp_path / "data").iterdir()
+    written = pq.ParquetFile(file).metadata
+    rows = [written.row_group(i).num_rows for i in range(written.num_row_groups)]
+    assert rows == [100, 100, 10]
+    found = opened(tmp_path, ipc=70)
+    np.testing.assert_array_equal(read_all(found, threads=2)[0], pixels)
+    assert found.labels_N.tolist() == labels.tolist()
+
+
 def test_parquet_of_another_split_is_not_read(tmp_path):
     """Wherever in its name the word stands; two sets in one folder are asked about."""
     write_parquet(tmp_path / "mnist_train.parquet", SHUFFLED, label=LABELS[SHUFFLED],
