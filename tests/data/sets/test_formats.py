@@ -241,6 +241,52 @@ def test_a_table_that_leads_elsewhere_or_says_nothing(tmp_path):
         opened(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+@pytest.mark.parametrize("where", ["", "train/"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"label,count\n0,5000\n1,5000\n",
+        b'{"label": 0, "count": 5000}\n[1, 2]\n"text"\n',
+        b"Stra\xdfe;label\n",
+        b"",
+        b"\0\0\0",
+        b'{"label": ',
+    ],
+)
+def test_a_table_of_something_else_leaves_the_folders_readable(tmp_path, where, name, content):
+    write_tree(tmp_path, tree(where))
+    (tmp_path / where / name).write_bytes(content)
+    assert_same(tmp_path)
+    images, _ = read_all(assert_same(tmp_path), threads=1)
+    # Twin: the same images without their folders are no set.
+    alone = tmp_path / "alone"
+    write_tree(alone, {f"{where}{i}.png": png(x) for i, x in enumerate(images)})
+    (alone / where / name).write_bytes(content)
+    with pytest.raises(UserError):
+        opened(alone)
+
+
+@pytest.mark.parametrize("row", ['{"label": 0}', '"b_cat"', "{"])
+def test_a_table_that_is_damaged_in_a_row_is_refused(tmp_path, row):
+    write_tree(tmp_path, tree())
+    rows = [json.dumps({"file_name": name, "label": name.split("/")[0]}) for name in tree()]
+    (tmp_path / "metadata.jsonl").write_text("\n".join([*rows, row]))
+    with pytest.raises(UserError, match="metadata.jsonl is no table of images"):
+        opened(tmp_path)
+
+
+def test_a_line_of_json_ends_at_a_line_feed_alone(tmp_path):
+    write_tree(tmp_path, tree())
+    rows = [
+        {"file_name": name, "label": name.split("/")[0], "text": "a\u2028b\u0085c"}
+        for name in tree()
+    ]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "metadata.jsonl").write_bytes(text.encode())
+    assert_same(tmp_path)
+
+
 def test_an_image_that_tables_name_twice_is_refused(tmp_path):
     """A table in both forms would fill a set with the same images twice."""
     write_tree(tmp_path, tree())
