@@ -273,7 +273,7 @@ def _forget(path: epath.Path) -> None:
         return
     folder, lock = _downloads()
     with lock:
-        for copy in folder.glob(f"{digest(os.fspath(path))}-*"):
+        for copy in matching(folder, f"{digest(os.fspath(path))}-*"):
             copy.unlink()
 
 

@@ -6,7 +6,9 @@ are converted once by ``python -m prism_jax.tools.prepare``.
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterable
@@ -179,7 +181,7 @@ def find(info: DatasetInfo, path: str | None) -> Found:
 
 def prepared_folders(path: epath.PathLike) -> dict[epath.Path, dict[str, Any]]:
     """The folders with a prepared set at most three levels below, and what each says of itself."""
-    root = epath.Path(path)
+    root = epath.Path(glob.escape(os.fspath(path)))  # its own name is no pattern
     found = {}
     for pattern in (INFO, f"*/{INFO}", f"*/*/{INFO}", f"*/*/*/{INFO}"):
         for file in root.glob(pattern):

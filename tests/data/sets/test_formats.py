@@ -567,11 +567,12 @@ def test_npz(tmp_path):
     soft = np.eye(3, dtype=np.float32)[order[LABELS]] * 8
     names = np.array([CLASSES[1], CLASSES[2], CLASSES[0]])
     path = tmp_path / "set.npz"
-    np.savez(
-        path, images=PIXELS, labels=order[LABELS], class_names=names, soft_labels=soft,
-        weights=WEIGHTS,
-    )  # fmt: skip
-    found = assert_same(path)
+    for stored in (np.char.encode(names, "utf-8"), names):  # in bytes, or as text
+        np.savez(
+            path, images=PIXELS, labels=order[LABELS], class_names=stored, soft_labels=soft,
+            weights=WEIGHTS,
+        )  # fmt: skip
+        found = assert_same(path)
     assert found.soft_NK.argmax(1).tolist() == LABELS.tolist()  # its columns are ours
     np.testing.assert_allclose(found.weights_N, WEIGHTS / WEIGHTS.mean())
     np.savez(path, images=FLOATS, labels=LABELS[:, None])  # a column, as Keras has it

@@ -67,6 +67,13 @@ def test_labels_are_read_once_and_kept_while_the_files_are_the_same(
     assert len(passes) == 2
 
 
+@pytest.mark.parametrize("around", ["[0:2]", "a*b?", "größe 数据"])
+def test_any_name_of_a_data_dir(tmp_path, data_dir, around):
+    shutil.copytree(data_dir, tmp_path / around)
+    assert opened(tmp_path / around).describe() == opened(data_dir).describe()
+    assert read_all(opened(tmp_path / around))[0].shape == (12, 32, 32, 3)
+
+
 def test_the_newest_version_is_taken_and_another_builder_is_refused(tmp_path):
     prepare(tmp_path, version="3.0.2"), prepare(tmp_path, version="3.0.10")
     assert opened(tmp_path).describe()["name"] == "cifar10/3.0.10"
