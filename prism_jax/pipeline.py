@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -106,7 +107,7 @@ def _fewer_at_once(context: Context) -> str:
 def _relabel(context: Context) -> None:
     for labelled in sets(context):
         if labelled.name == "synthetic" and (labelled.soft or validate.pending(context, labelled)):
-            imported.say_top1(context, labelled)
+            imported.say_top1(context, labelled, functools.partial(fingerprints.pool, context))
         if not labelled.soft:
             continue
         if labelled.name != "synthetic":

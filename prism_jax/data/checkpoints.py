@@ -28,7 +28,8 @@ class Checkpoints:
 
     Saving is asynchronous: the state is copied before :meth:`save` returns. An unfinished save
     leaves no checkpoint. A damaged one is named, set aside, and passed over for the one before:
-    each carries a digest of its content. A whole one of other work is refused.
+    each carries a digest of its content. A whole one of other work is refused. One that could not
+    be read is not damaged: that error is raised, and nothing is touched.
     """
 
     def __init__(
@@ -94,19 +95,18 @@ class Checkpoints:
 
         Raises:
           UserError: it is whole, but of other work; the differences are named.
+          OSError, MemoryError: it could not be read now.
         """
         if not self._folder.exists():
             return None
-        from prism_jax.data import orbax_files
-
         manager = self._open()
         for step in sorted(manager.all_steps(), reverse=True):
             wanted, structure = jax.tree_util.tree_flatten_with_path(
                 like(step) if callable(like) else like
             )
             try:
-                leaves, meta = _checked(manager.restore(step, args=orbax_files.Restore()))
-            except Exception:  # Orbax and msgpack raise many kinds; each means: not this one.
+                leaves, meta = _read(self._folder / str(step))
+            except Damaged:
                 aside = workdir.set_aside(self._folder / str(step))
                 manager.reload()
                 progress.say(
@@ -168,6 +168,7 @@ def read_newest(
 
     Raises:
       UserError: it holds some, and all are damaged.
+      OSError, MemoryError: the newest could not be read now.
     """
     from prism_jax.data import orbax_files
 
@@ -176,12 +177,37 @@ def read_newest(
     for step in sorted(steps, key=lambda f: int(f.name), reverse=True):
         if (step / "default" / orbax_files.FILE).is_file():
             try:
-                return int(step.name), *_checked(orbax_files.read(step / "default"))
-            except Exception:  # msgpack raises many kinds; each means: not this one.
+                return int(step.name), *_read(step)
+            except Damaged:
                 damaged.append(str(step))
     if damaged:
         raise UserError(f"no checkpoint in {folder} is whole; damaged: {', '.join(damaged)}")
     return None
+
+
+class Damaged(Exception):
+    """A checkpoint is not what was saved."""
+
+
+def _read(step: epath.Path) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """A checkpoint's leaves and meta.
+
+    Raises:
+      Damaged: its file is not there, or not what was saved.
+      OSError, MemoryError: it could not be read, or not be held; that says nothing about it.
+    """
+    from prism_jax.data import orbax_files
+
+    try:
+        data = orbax_files.read(step / "default")
+    except FileNotFoundError as error:
+        raise Damaged from error
+    try:
+        return _checked(orbax_files.parsed(data))
+    except MemoryError:
+        raise
+    except Exception as error:  # msgpack raises many kinds; each means: not this one.
+        raise Damaged from error
 
 
 def _checked(content: dict[str, Any]) -> tuple[list[np.ndarray], dict[str, Any]]:

@@ -35,6 +35,8 @@ class ImageSet:
       real: its images; see ``data.sets.classes`` for how the set's classes become its labels.
       ipc: images of each class, the first ones.
       image_size: side in pixels.
+      whole: the training images with what is held out of ``real``, of which a whitening was
+        computed; None: nothing is.
       stated, classes: what a person says of the set, see ``Stated`` and ``class_map``.
 
     Attributes:
@@ -55,11 +57,12 @@ class ImageSet:
         *,
         ipc: int,
         image_size: int,
+        whole: ImageSource | None = None,
         stated: Stated = NOTHING_STATED,
         classes: tuple[str, ...] | None = None,
     ):
         root = str(root)
-        self._found = found = sets.open_set(root, stated, real)
+        self._found = found = sets.open_set(root, stated, whole or real)
         self._info, self._size, self.notes = info, image_size, found.notes
         self.num_classes = num_classes = real.num_classes
         self.class_names, self.imagenet_indices = real.class_names, real.imagenet_indices

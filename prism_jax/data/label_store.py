@@ -203,7 +203,7 @@ def write_manifest(
       view: what else decided the labels: ensemble, crop, flip, mix, seed.
     """
     paths = [shard_path(root, shard) for shard in range(plan.num_shards)]
-    sizes = {path.name: path.stat().length for path in paths}
+    sizes = {path.name: workdir.size(path) for path in paths}
     manifest = {
         "format": FORMAT,
         "row": plan.row.descr,
@@ -220,7 +220,7 @@ def write_manifest(
 def size_bytes(root: epath.PathLike) -> int:
     """Bytes of all shards and of the manifest on disk."""
     shards = workdir.matching(epath.Path(root), "labels-*.array_record")
-    return sum(path.stat().length for path in (*shards, epath.Path(root) / MANIFEST))
+    return sum(workdir.size(path) for path in (*shards, epath.Path(root) / MANIFEST))
 
 
 def rounded(record: SoftLabels, coding: codec.Coding) -> SoftLabels:
@@ -274,7 +274,7 @@ class LabelReader:
         for path in self._paths:
             if not path.exists():
                 raise DamagedFile(path, "is missing")
-            if (found := path.stat().length) != sizes.get(path.name):
+            if (found := workdir.size(path)) != sizes.get(path.name):
                 raise DamagedFile(
                     path, f"is damaged: it has {found} bytes, not {sizes.get(path.name)}"
                 )

@@ -40,7 +40,7 @@ class Handler(ocp.AsyncCheckpointHandler):
             (directory / FILE).write_bytes(serialization.msgpack_serialize(data))
 
     def restore(self, directory: epath.Path, args: Any = None) -> dict[str, Any]:
-        return read(directory)
+        return parsed(read(directory))
 
     def close(self) -> None:
         self._writer.shutdown()
@@ -56,12 +56,17 @@ class Save(ocp.args.CheckpointArgs):
 @ocp.args.register_with_handler(Handler, for_restore=True)
 @dataclasses.dataclass
 class Restore(ocp.args.CheckpointArgs):
-    pass
+    """Orbax wants one of every handler; ``checkpoints`` reads files itself."""
 
 
-def read(directory: epath.Path) -> dict[str, Any]:
-    """What a handler saved in a directory: "leaves" by their names, and "meta" in JSON."""
-    return serialization.msgpack_restore((directory / FILE).read_bytes())
+def read(directory: epath.Path) -> bytes:
+    """The file that a handler saved in a directory."""
+    return (directory / FILE).read_bytes()
+
+
+def parsed(data: bytes) -> dict[str, Any]:
+    """What is in a file: "leaves" by their names, and "meta" in JSON."""
+    return serialization.msgpack_restore(data)
 
 
 def digest(leaves: Sequence[np.ndarray], meta: dict[str, Any]) -> str:

@@ -158,15 +158,29 @@ def read_run(root: epath.PathLike) -> dict[str, Any]:
 
 
 def remove(folder: epath.PathLike) -> None:
-    """Delete a folder: it vanishes at once, so that no part of it is taken for the whole."""
+    """Delete a folder: it vanishes at once, so that no part of it is taken for the whole.
+
+    A link to a folder stays and leads to an empty one: what is made again lies behind it, on the
+    larger disk where somebody wants it.
+    """
     folder = epath.Path(folder)
     if is_store(folder):
         (folder / FINGERPRINT).unlink(missing_ok=True)
         folder.rmtree()
         return
+    if os.path.islink(folder):
+        (folder / FINGERPRINT).unlink(missing_ok=True)
+        for path in map(folder.joinpath, os.listdir(folder)):
+            path.unlink() if os.path.islink(path) or not path.is_dir() else path.rmtree()
+        return
     doomed = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.tmp"
     folder.rename(doomed)
     doomed.rmtree()
+
+
+def size(path: epath.PathLike) -> int:
+    """Bytes of a file. ``epath`` asks for its owner's name too, which a container may not know."""
+    return epath.Path(path).stat().length if is_store(path) else os.stat(path).st_size
 
 
 def set_aside(path: epath.PathLike) -> epath.Path:
@@ -259,7 +273,7 @@ def _forget(path: epath.Path) -> None:
         return
     folder, lock = _downloads()
     with lock:
-        for copy in folder.glob(f"{digest(os.fspath(path))}-*"):
+        for copy in matching(folder, f"{digest(os.fspath(path))}-*"):
             copy.unlink()
 
 
@@ -312,12 +326,15 @@ def fits(folder: epath.Path, fields: dict[str, Any]) -> bool:
 
 
 def sweep(root: epath.PathLike) -> None:
-    """Delete the half-written files and folders that a killed run left behind."""
+    """Delete the half-written files and folders that a killed run left behind.
+
+    What a link leads to is left alone: it may be another's.
+    """
     if is_store(root):
         return
     for path in epath.Path(root).iterdir():
         left_behind = path.name.startswith(".") and path.name.endswith(".tmp")
-        if path.is_dir():
+        if path.is_dir() and not os.path.islink(path):
             path.rmtree() if left_behind else sweep(path)
         elif left_behind:
             path.unlink(missing_ok=True)
@@ -361,6 +378,7 @@ class Lock:
         Raises:
           UserError: another living process holds it.
         """
+        taken_over = False
         while not self.held:
             holder = self._holder()
             if holder is None:
@@ -377,8 +395,32 @@ class Lock:
                     f"{self.SILENCE / 60:.0f} minutes), use another --workdir, or, if you know "
                     f"that it is gone, delete {self._path}."
                 )
-            self._path.unlink(missing_ok=True)
+            taken_over |= self._take_away(holder)
+        if taken_over:  # not before it is held: another run may write there by now
             sweep(self._path.parent)
+
+    def _take_away(self, holder: dict[str, Any]) -> bool:
+        """Remove the lock of a holder that is gone; returns whether it was still that one's.
+
+        Another run may have taken it over since: a lock is looked at when nobody else can remove
+        it any more, and put back where it is another's.
+        """
+        if self._holder() != holder:
+            return False
+        if is_store(self._path):  # it has no rename
+            self._path.unlink(missing_ok=True)
+            return True
+        away = self._path.parent / f".lock.{secrets.token_hex(4)}.away"  # which no sweep deletes
+        try:
+            os.rename(self._path, away)
+        except FileNotFoundError:
+            return False
+        try:
+            if (same := read_json(away)) != holder:
+                self._place(away.read_bytes())
+            return same == holder
+        finally:
+            away.unlink()
 
     def _lives(self, holder: dict[str, Any]) -> bool:
         """Watch a holder that cannot be seen until it shows life, or is silent for long."""
@@ -402,14 +444,30 @@ class Lock:
             time.sleep(self.SETTLE)
             return _is_me(self._holder() or {})
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        return self._place(to_json(with_checksum(_me())).encode())
+
+    def _place(self, data: bytes) -> bool:
+        """Write the file, whole and only if there is none; returns whether there was none."""
         temporary = self._path.parent / f".lock.{secrets.token_hex(4)}.tmp"
-        temporary.write_bytes(to_json(with_checksum(_me())).encode())
+        temporary.write_bytes(data)
         try:
             os.link(temporary, self._path)
         except (FileExistsError, FileNotFoundError):  # the latter: swept by the one that is faster
             return False
+        except OSError:  # a file system without links, as buckets and shares are mounted
+            return self._place_at_once(data)
         finally:
             temporary.unlink(missing_ok=True)
+        return True
+
+    def _place_at_once(self, data: bytes) -> bool:
+        """The same where a file cannot have two names: for a moment it is there and empty."""
+        try:
+            file = open(self._path, "xb", buffering=0)
+        except FileExistsError:
+            return False
+        with file:
+            file.write(data)
         return True
 
     def _beat(self) -> None:
@@ -431,12 +489,14 @@ class Lock:
             return None
 
     def release(self) -> None:
-        """Give the lock back; harmless when it is not held."""
+        """Give the lock back; harmless when it is not held, or was taken over."""
         if self._beating is not None:
             self._released.set()
             self._beating.join()  # its last write comes before the removal
             self._beating = None
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(UserError):  # what cannot be read is not known to be ours
+                if _is_me(self._holder() or {}):
+                    self._path.unlink(missing_ok=True)
 
     @classmethod
     def _is_gone(cls, holder: dict[str, Any]) -> bool:

@@ -142,7 +142,7 @@ class Work:
             progress.say(f"{folder} was made from other settings; it is made again")
             self._outdate()
             workdir.remove(folder)
-        elif folder.exists():
+        elif folder.exists() and (workdir.names(folder) or not folder.is_dir()):
             aside = workdir.set_aside(folder)
             progress.say(
                 f"warning: {folder} has no {workdir.FINGERPRINT}; it is set aside as {aside}"

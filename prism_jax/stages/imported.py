@@ -5,6 +5,8 @@ recover/imported.json   what the label teachers say of an imported set
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from prism_jax import parallel
@@ -118,20 +120,33 @@ def digest_of_labels(context: Context) -> str:
     return context.once("digest of given labels", lambda: fkd.digest(where))
 
 
-def say_top1(context: Context, labelled: LabelledSet) -> None:
+def say_top1(
+    context: Context, labelled: LabelledSet, pool: Callable[[Sequence[str]], dict[str, str]]
+) -> None:
     """Say how many of an imported set's images the label teachers find to be what they are called.
 
-    Images whose classes were mixed up are seen at once: none is. Said once in a workdir.
+    Images whose classes were mixed up are seen at once: none is. Said once in a workdir, and again
+    of another set or of other teachers.
+
+    Args:
+      pool: teachers by the digest of what they are made of.
     """
     source, path = context.inputs.start, context.root / "recover" / RECORD
-    if not isinstance(source, ImageSet) or path.exists() or not parallel.is_main():
+    if not isinstance(source, ImageSet) or not parallel.is_main():
         return
+    teachers = context.config.relabel.teachers
+    of = workdir.digest({"set": source.describe(), "teachers": pool(teachers)})
+    if path.exists():
+        before = workdir.read_json(path)
+        # Older ones do not say what they are of: then the teachers' names have to do.
+        if before["of"] == of if "of" in before else before["top1"].keys() == set(teachers):
+            return
     from prism_jax.analysis.class_order import find_order, looks_trained  # scipy takes long
 
     labels, classes = labelled.labels_N, context.config.dataset.num_classes
     official = context.inputs.info.class_names
     found: dict[str, float] = {}
-    for name in context.config.relabel.teachers:
+    for name in teachers:
         logits_NK = logits_of(context, name, labelled.images_uint8_NHWC)
         right_N = logits_NK.argmax(1) == labels
         found[name] = float(right_N.mean())
@@ -162,4 +177,4 @@ def say_top1(context: Context, labelled: LabelledSet) -> None:
                 "(recover.initialise_mean, _std, _whitening), images that this teacher cannot read"
             )
     context.work.acquire()
-    workdir.write_json(path, {"format": source.describe()["split"], "top1": found})
+    workdir.write_json(path, {"format": source.describe()["split"], "top1": found, "of": of})

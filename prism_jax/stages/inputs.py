@@ -172,6 +172,7 @@ class Inputs:
             self.open("train"),
             ipc=recover.ipc,
             image_size=self.config.dataset.image_size,
+            whole=self._stored("train"),
             stated=Stated(
                 recover.initialise_mean, recover.initialise_std, recover.initialise_whitening
             ),

@@ -190,7 +190,7 @@ def _shards(split: Any, out: epath.Path) -> list[Shard]:
 
 
 def _check_room(shards: Sequence[Shard], out: epath.Path) -> None:
-    needed = sum(s.source.stat().length for s in shards if not s.target.exists())
+    needed = sum(workdir.size(s.source) for s in shards if not s.target.exists())
     there = next(folder for folder in (out, *out.parents) if folder.exists())
     free = shutil.disk_usage(there).free
     if needed > free:

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
-from prism_jax.data.checkpoints import Checkpoints
+from prism_jax.data import orbax_files
+from prism_jax.data.checkpoints import Checkpoints, read_newest
 from prism_jax.errors import UserError
 
 
@@ -154,6 +156,40 @@ def test_every_flipped_bit_is_noticed(folder, tmp_path, capsys):
         content(twin, 6).write_bytes(data)
         step, state, meta = restore(twin)
         assert step == 3 and same(state, state_of(3)) and meta["seconds"] == 3 / 7
+
+
+class Unavailable(Exception):
+    """As an object store's client raises it: no OSError."""
+
+
+@pytest.mark.parametrize(
+    ("where", "failure"),
+    [("read", kind) for kind in (TimeoutError, PermissionError, MemoryError, Unavailable)]
+    + [("parsed", MemoryError)],
+)
+def test_one_that_could_not_be_read_is_not_damaged(folder, monkeypatch, where, failure):
+    """A network's pause or a full memory would cost the hours that the checkpoints hold."""
+    whole, failures = getattr(orbax_files, where), []
+
+    def once(given):
+        if failures:
+            raise failures.pop()
+        return whole(given)
+
+    monkeypatch.setattr(orbax_files, where, once)
+    for again in (lambda: restore(folder), lambda: read_newest(epath.Path(folder))):
+        failures.append(failure("for now"))
+        with pytest.raises(failure):
+            again()
+        assert sorted(p.name for p in folder.iterdir()) == ["3", "6"]
+        assert again()[0] == 6
+
+
+def test_one_without_its_file_is_damaged(folder, capsys):
+    content(folder, 6).unlink()
+    assert read_newest(epath.Path(folder))[0] == 3
+    assert restore(folder)[0] == 3
+    assert sorted(p.name for p in folder.iterdir()) == ["3", "6.set-aside-1"]
 
 
 def test_an_unfinished_save_is_no_checkpoint(folder):

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import grp
+import pwd
 import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 
 from prism_jax.core.codec import PRECISIONS
 from prism_jax.data import label_store, workdir
@@ -111,6 +114,18 @@ def test_manifest_says_what_was_labelled_and_what_it_costs(pristine):
     assert manifest["view"] == {"flip": True, "seed": 0}
     with pytest.raises(UserError, match="belong to images with digest abc"):
         LabelReader(pristine, images="abd")
+
+
+def test_a_process_whose_user_and_group_have_no_name_writes_and_reads(tmp_path, monkeypatch):
+    """As in a container that runs under any number; epath's stat asks for both names."""
+    for module, ask in ((pwd, "getpwuid"), (grp, "getgrgid")):
+        monkeypatch.setattr(module, ask, {}.__getitem__)
+    write_store(tmp_path)
+    with pytest.raises(KeyError):
+        epath.Path(tmp_path / "manifest.json").stat()
+    sizes = [path.stat().st_size for path in tmp_path.iterdir()]
+    assert size_bytes(tmp_path) == sum(sizes) and len(sizes) == 4
+    assert same(LabelReader(tmp_path)[4], record(1, 1))
 
 
 def test_a_stopped_relabel_continues_at_the_missing_shards(pristine, tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -118,6 +119,30 @@ def test_a_folder_that_is_removed_vanishes_at_once(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         workdir.remove(tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
+
+
+def test_what_a_link_leads_to_is_deleted_and_the_link_stays(tmp_path):
+    """As of a stage on a larger disk; a link inside is a name, and what it leads to another's."""
+    for name in ("large/deep/shard", "large/fingerprint.json", "others/image"):
+        workdir.write_bytes(tmp_path / name, b"")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "relabel").symlink_to(tmp_path / "large")
+    (tmp_path / "large" / "real").symlink_to(tmp_path / "others")
+    workdir.remove(tmp_path / "run" / "relabel")
+    assert names(tmp_path / "run") == ["relabel"] and names(tmp_path / "large") == []
+    assert names(tmp_path / "others") == ["image"]
+    workdir.write_fingerprint(epath.Path(tmp_path / "run" / "relabel"), {})
+    assert names(tmp_path / "large") == ["fingerprint.json"]
+
+
+def test_a_sweep_follows_no_link(tmp_path):
+    workdir.write_bytes(tmp_path / "others" / ".half.12ab.tmp", b"")
+    (tmp_path / "run" / "deep").mkdir(parents=True)
+    for name in ("relabel", ".relabel.12ab.tmp", "deep/.gone.12ab.tmp"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / ("nowhere" if "gone" in name else "others"))
+    workdir.sweep(tmp_path / "run")
+    assert names(tmp_path / "run") == ["deep", "relabel"] and names(tmp_path / "run" / "deep") == []
+    assert names(tmp_path / "others") == [".half.12ab.tmp"]
 
 
 # --- the lock -------------------------------------------------------------------------------
@@ -247,6 +272,72 @@ def test_a_dead_lock_is_taken_over_and_what_it_left_is_swept(tmp_path, sleeper):
     assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
     assert names(tmp_path) == [".lock", "deep"] and names(tmp_path / "deep") == [".kept"]
     lock.release()
+
+
+@pytest.mark.parametrize("at", ["judgement", "removal"])
+def test_a_lock_that_another_run_took_over_meanwhile_is_respected(
+    tmp_path, monkeypatch, sleeper, at
+):
+    """Two that find the same dead lock: the slower one held up while the faster takes it over."""
+    hold(tmp_path, 2**22 + 1)  # no process has such a number
+    judge, rename = workdir.Lock._is_gone, os.rename
+
+    def taken_over():
+        if json.loads((tmp_path / ".lock").read_text())["pid"] != sleeper.pid:
+            hold(tmp_path, sleeper.pid, token="the faster one's")
+            (tmp_path / ".half.12ab.tmp").write_bytes(b"the faster one writes")
+
+    def judged(holder):
+        gone = judge(holder)
+        if at == "judgement":
+            taken_over()
+        return gone
+
+    def renamed(source, target):
+        if at == "removal":
+            taken_over()
+        rename(source, target)
+
+    monkeypatch.setattr(workdir.Lock, "_is_gone", staticmethod(judged))
+    monkeypatch.setattr(os, "rename", renamed)
+    lock = workdir.Lock(epath.Path(tmp_path))
+    with pytest.raises(UserError, match=f"in use by process {sleeper.pid} on "):
+        lock.acquire()
+    assert not lock.held
+    assert json.loads((tmp_path / ".lock").read_text())["token"] == "the faster one's"
+    assert names(tmp_path) == [".half.12ab.tmp", ".lock"]
+
+
+@pytest.mark.parametrize("code", ["ENOTSUP", "ENOSYS", "EPERM"])
+def test_a_file_system_without_links_has_locks(tmp_path, monkeypatch, sleeper, code):
+    """As buckets and shares are mounted: gcsfuse, Drive, CIFS."""
+    asked = []
+
+    def refuse(source, target):
+        asked.append(target)
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    monkeypatch.setattr(os, "link", refuse)
+    hold(tmp_path, 2**22 + 1)
+    lock, other = (workdir.Lock(epath.Path(tmp_path)) for _ in range(2))
+    lock.acquire()
+    assert workdir.read_record(tmp_path / ".lock")["pid"] == os.getpid() and asked
+    assert not other._create()  # of two at once the second makes none
+    lock.release()
+    assert names(tmp_path) == []
+    hold(tmp_path, sleeper.pid)
+    with pytest.raises(UserError, match=f"in use by process {sleeper.pid} on "):
+        other.acquire()
+    assert names(tmp_path) == [".lock"]
+
+
+def test_only_ones_own_lock_is_given_back(tmp_path, sleeper):
+    lock = workdir.Lock(epath.Path(tmp_path))
+    lock.acquire()
+    hold(tmp_path, sleeper.pid)  # this machine slept
+    lock.release()
+    assert not lock.held
+    assert json.loads((tmp_path / ".lock").read_text())["pid"] == sleeper.pid
 
 
 def test_of_many_processes_one_gets_the_lock(tmp_path):

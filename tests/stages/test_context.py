@@ -214,6 +214,22 @@ def test_weights_far_below_what_they_are_known_for_are_warned_of(tmp_path, capsy
     assert not capsys.readouterr().out  # nothing is known of what was trained here
 
 
+def test_a_stage_may_lie_behind_a_link_on_a_larger_disk(tmp_path, capsys):
+    root, folder = epath.Path(tmp_path / "run"), epath.Path(tmp_path / "run" / "relabel")
+    work = Work(root, SimpleNamespace(), StopSignal(), {})
+    work.acquire = lambda: None
+    (tmp_path / "large").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "relabel").symlink_to(tmp_path / "large")
+    for teachers in ("a", "b"):  # made behind it, and made again
+        work.begin(folder, {"teachers": teachers})
+        (folder / f"labels of {teachers}").write_bytes(b"")
+        there = sorted(path.name for path in (tmp_path / "large").iterdir())
+        assert there == ["fingerprint.json", f"labels of {teachers}"]
+    assert "made from other settings" in capsys.readouterr().out
+    assert [path.name for path in root.iterdir()] == ["relabel"]
+
+
 def test_the_summary_of_other_settings_goes_before_work_begins(tmp_path):
     """An export or a page of a run that was stopped would show them as the new ones' accuracy."""
     experiment = resolve(tiny.get_config())

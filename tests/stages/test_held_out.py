@@ -12,6 +12,9 @@ from helpers.command import TINY, call
 from configs import tiny
 from prism_jax.config import resolve
 from prism_jax.data import answers
+from prism_jax.data.sets import floats
+from prism_jax.data.sets.base import Stated
+from prism_jax.data.sources import read_all
 from prism_jax.errors import UserError
 from prism_jax.stages import analyse, fingerprints
 from prism_jax.stages.context import Context
@@ -43,6 +46,30 @@ def test_parts_are_disjoint_stratified_and_whole(tmp_path):
     # By the seed: the same again, another one with another.
     again, other = (context(tmp_path, held_out=0.25, held_out_seed=seed) for seed in (0, 1))
     assert images(again, HELD_OUT) == out != images(other, HELD_OUT)
+
+
+def test_a_whitening_is_undone_by_all_training_images(tmp_path):
+    """Whoever whitened the set held none of them out."""
+    experiment = resolve(tiny.get_config())
+    random, classes = np.random.default_rng(0), experiment.dataset.num_classes
+    size, ipc = experiment.dataset.image_size, experiment.recover.ipc
+    whitened = random.normal(0, 0.1, (classes * ipc, size, size, 1)).astype(np.float32)
+    np.savez(tmp_path / "set.npz", images=whitened, labels=np.repeat(np.arange(classes), ipc))
+    recover = dataclasses.replace(
+        experiment.recover,
+        initialise="folder",
+        initialise_from=str(tmp_path / "set.npz"),
+        initialise_whitening="zca",
+    )
+    whole, run = context(tmp_path), context(tmp_path, held_out=0.25)
+    run.inputs.config = dataclasses.replace(run.config, recover=recover)
+    by_all, by_what_is_left = (
+        floats.to_pixels("x", whitened, Stated(whitening="zca"), of.inputs.open("train"))
+        for of in (whole, run)
+    )
+    found, _ = read_all(run.inputs.start)
+    np.testing.assert_array_equal(found, by_all)
+    assert (found != by_what_is_left).any()
 
 
 def test_it_enters_what_everything_is_made_of_and_nothing_without_it(tmp_path):

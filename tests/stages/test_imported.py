@@ -50,6 +50,10 @@ def run(tmp_path, monkeypatch):
     return make
 
 
+def say_top1(context, labelled, made_of="settings"):
+    imported.say_top1(context, labelled, lambda names: {name: made_of for name in names})
+
+
 def certain(classes):
     return 9.0 * np.eye(CLASSES, dtype=np.float32)[classes]
 
@@ -58,20 +62,38 @@ def test_the_teachers_top1_is_said_once(run, tmp_path):
     seen = LABELS.copy()
     seen[::8] = (seen[::8] + 1) % CLASSES  # one of eight is wrong
     context, labelled = run(certain(seen))
-    imported.say_top1(context, labelled)
+    say_top1(context, labelled)
     (said,) = context.said
     assert "first finds 87.5% of the imported images to be of their class (chance is 10.0%)" in said
     assert json.loads((tmp_path / "recover" / "imported.json").read_text())["top1"] == {
         "first": 0.875
     }
-    imported.say_top1(context, labelled)
+    say_top1(context, labelled)
     assert len(context.said) == 1
+
+
+def test_it_is_said_again_of_other_teachers_and_of_another_set(run, tmp_path):
+    record = tmp_path / "recover" / "imported.json"
+
+    def said(made_of="settings", teachers=("first",), **arrays):
+        context, labelled = run(certain(LABELS), **arrays)
+        context.config.relabel.teachers = teachers
+        say_top1(context, labelled, made_of)
+        return len(context.said)
+
+    assert [said(), said()] == [1, 0]
+    assert [said("others"), said("others")] == [1, 0]  # a teacher of the same name
+    assert [said(teachers=("first", "second")), said(teachers=("first", "second"))] == [2, 0]
+    assert [said(weights=np.arange(80.0)), said(weights=np.arange(80.0))] == [1, 0]
+    # What an older version wrote does not say of what: a finished run is left as it is.
+    record.write_text(json.dumps({"format": "npz", "top1": {"first": 0.875}}))
+    assert said() == 0 and said(teachers=("second",)) == 1
 
 
 def test_permuted_labels_are_seen_at_once(run):
     order = np.array([3, 7, 1, 0, 9, 2, 8, 4, 6, 5])
     context, labelled = run(certain(order[LABELS]))
-    imported.say_top1(context, labelled)
+    say_top1(context, labelled)
     first, warning = context.said
     assert "first finds 0.0%" in first
     for part in ("in another order it would be 100.0%", "0 look like 3", "initialise_classes"):
@@ -81,7 +103,7 @@ def test_permuted_labels_are_seen_at_once(run):
 def test_a_teacher_that_knows_none_of_them_is_warned_of(run):
     random = np.random.default_rng(0).normal(size=(len(LABELS), CLASSES)).astype(np.float32)
     context, labelled = run(random)
-    imported.say_top1(context, labelled)
+    say_top1(context, labelled)
     assert "Likely causes, in order: classes in another order" in context.said[1]
 
 

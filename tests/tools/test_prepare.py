@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import grp
 import json
+import pwd
 import struct
 
 import numpy as np
 import pytest
+from etils import epath
 from helpers.prepared import prepare
 
 from prism_jax.data.sources import open_source, read_all
@@ -171,6 +174,14 @@ def test_mistakes_are_told(old, tmp_path, capsys, arguments, words):
     given = [a.format(old=old[0], new=tmp_path / "new") for a in arguments]
     status, said = run(capsys, *given)
     assert status == 2 and words in said, said
+
+
+def test_the_files_of_a_user_without_a_name_are_measured(old, tmp_path, monkeypatch):
+    _, folder, _, _ = old
+    for module, ask in ((pwd, "getpwuid"), (grp, "getgrgid")):
+        monkeypatch.setattr(module, ask, {}.__getitem__)
+    shards = [tool.Shard(p, tmp_path / p.name, 1) for p in map(epath.Path, folder.iterdir())]
+    tool._check_room(shards, epath.Path(tmp_path))
 
 
 def test_no_room_is_said_before_anything_is_written(old, tmp_path, capsys, monkeypatch):

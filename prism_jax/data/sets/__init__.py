@@ -47,7 +47,7 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
     Args:
       path: a file or folder.
       stated: what its files do not say.
-      real: the real training images.
+      real: all real training images, of which a whitening is undone.
 
     Raises:
       UserError: there is nothing, nothing that is a set, or several sets.

@@ -21,6 +21,7 @@ from prism_jax.data.sets.base import (
 from prism_jax.data.sets.content import Content
 from prism_jax.data.sets.floats import to_pixels
 from prism_jax.data.sources import ImageSource
+from prism_jax.data.sources.arrays import as_text
 from prism_jax.errors import UserError
 
 NAME = "set.npz"
@@ -45,6 +46,7 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
+        names = as_text(arrays["class_names"]) if "class_names" in arrays else None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}); {_NEEDED}") from error
     if missing := {"images", "labels"} - arrays.keys():
@@ -58,8 +60,8 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
             f"{len(pixels)} images; {_NEEDED}"
         )
     classes, numbered, labels_N = by_position(labels.tolist())
-    if "class_names" in arrays:
-        classes, labels_N = tuple(map(str, arrays["class_names"])), labels.astype(np.int64)
+    if names is not None:
+        classes, labels_N = names, labels.astype(np.int64)
         if labels_N.min() < 0 or labels_N.max() >= len(classes):
             raise UserError(
                 f"{path}: labels run from {labels_N.min()} to {labels_N.max()}, and it names "

@@ -28,17 +28,20 @@ FILE, LABELS = "file_name", ("label", "labels", "class", "class_name")
 
 
 def sniff(path: str) -> bool:
-    """Whether there is a table that says the labels; one of captions alone says none."""
-    return any(column(rows, LABELS) for _, rows in _tables(path))
+    """Whether there is a table that says the labels; one of captions alone says none.
+
+    A damaged one counts where it speaks of files: it is refused when it is opened.
+    """
+    return any(map(_has_labels, _files(path)))
 
 
 def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
     """The images that the tables name, in their order."""
     del stated, real
     files, rows = [], []
-    for root, table in _tables(path):
-        for row in table:
-            files.append(inside(root, str(row[FILE])))
+    for file in _files(path):
+        for row in _read(file):
+            files.append(inside(os.path.dirname(file), str(row[FILE])))
             rows.append(row)
     if len(set(files)) < len(files):
         twice = next(file for file in files if files.count(file) > 1)
@@ -81,30 +84,44 @@ def column(rows: Any, names: tuple[str, ...]) -> str | None:
     return next((name for name in names if name in have), None)
 
 
-def _tables(path: str) -> list[tuple[str, list[dict[str, Any]]]]:
-    """The tables with their folders: of the folder itself, or of ``train`` in it."""
-    if not os.path.isdir(path):
-        return []
+def _files(path: str) -> list[str]:
+    """The tables of a folder itself, or of ``train`` in it."""
     for root in (path, os.path.join(path, "train")):
         found = [os.path.join(root, name) for name in TABLES]
         if there := [file for file in found if os.path.isfile(file)]:
-            return [(root, _read(file)) for file in there]
+            return there
     return []
 
 
-def _read(file: str) -> list[dict[str, Any]]:
+def _has_labels(file: str) -> bool:
     try:
-        with open(file, encoding="utf-8-sig", newline="") as opened:
-            text = opened.read()
+        return column(_read(file), LABELS) is not None
+    except UserError:
+        return True
+
+
+def _read(file: str) -> list[dict[str, Any]]:
+    """The rows of a table of images; none of a table of something else.
+
+    Raises:
+      UserError: it is damaged, or names files in some rows alone.
+    """
+    with open(file, "rb") as opened:
+        data = opened.read()
+    if FILE.encode() not in data:
+        return []
+    try:
+        text = data.decode("utf-8-sig")
         if file.endswith(".csv"):
-            rows = list(csv.DictReader(io.StringIO(text)))
-        else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        if not all(isinstance(row, dict) and row.get(FILE) for row in rows):
+            rows: list[Any] = list(csv.DictReader(io.StringIO(text)))
+        else:  # text in JSON may hold what else ends a line in Unicode
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        named = [isinstance(row, dict) and bool(row.get(FILE)) for row in rows]
+        if any(named) and not all(named):
             raise ValueError(f"a row without {FILE}")
     except (ValueError, csv.Error) as error:
         raise UserError(f"{file} is no table of images ({error}); repair or fetch it") from error
-    return rows
+    return rows if any(named) else []
 
 
 def _number(label: Any) -> int | str:

@@ -156,6 +156,15 @@ def open_sklearn(info: DatasetInfo, path: str | None, split: str, size: int) -> 
     )
 
 
+def as_text(names: np.ndarray) -> tuple[str, ...]:
+    """Names of classes as an array has them: text, or bytes in UTF-8.
+
+    Raises:
+      ValueError: the bytes are none.
+    """
+    return tuple(n.decode() if isinstance(n, bytes) else str(n) for n in names.tolist())
+
+
 def npz_name(there: Sequence[str], split: str, part: str) -> str:
     """What an .npz file calls the images or labels of a split: our name or Keras'."""
     keras = f"{'x' if part == 'images' else 'y'}_{split}"
@@ -181,7 +190,7 @@ def open_npz(info: DatasetInfo, path: str | None, split: str, size: int) -> Imag
         with np.load(path, allow_pickle=False) as archive:
             there = ", ".join(archive.files)
             names = archive["class_names"] if "class_names" in archive else None
-            class_names = None if names is None else tuple(map(str, names))
+            class_names = None if names is None else as_text(names)
             labels = archive[npz_name(archive.files, split, "labels")]
             if f"{split}_jpeg" in archive:
                 encoded, offsets = archive[f"{split}_jpeg"], archive[f"{split}_offsets"]

@@ -24,7 +24,8 @@ with images of any kind that Pillow reads (.jpg, .png, .webp, .bmp, .tif, .gif, 
 
 # ImageNet's validation images as published: in one folder, numbered.
 _NUMBERED = re.compile(r"ILSVRC2012_val_([0-9]{8})\.JPEG")
-_IN_SPLIT = re.compile(r"(?:.*?/)?(train|val|validation|test)/(.+)", re.DOTALL)
+# The first folder of such a name is the split: a class may be called train, too.
+_IN_SPLIT = re.compile(r"(?:.*?/)??(train|val|validation|test)/(.+)", re.DOTALL)
 _TINY_TABLE = "val_annotations.txt"
 _NEARLY = {  # what people call splits that are not found by that name
     "train": ("train", "training", "trainset", "train_images"),
@@ -78,25 +79,24 @@ def open_tar(info: DatasetInfo, path: str | None, split: str, size: int) -> Imag
         "dataset.source=tar needs dataset.path to be an uncompressed .tar file, or a name with "
         f"{{split}} in it for one file per split (data_{{split}}.tar), that holds{_tree(info)}"
     )
-    names = split_names(info, split)
+    names, train = split_names(info, split), None
     if path and "{split}" in path:
+        train = path.replace("{split}", "train")
         paths = [path.replace("{split}", name) for name in names]
         path = next((p for p in paths if os.path.isfile(p)), path)
     path = existing(path, expected, os.path.isfile)
     state = file_state(path)
     stored, unreadable = tars.index(*state)
-    trees: dict[str, dict[str, str]] = {}
-    for member in (*stored, *unreadable):
-        if match := _IN_SPLIT.fullmatch(member):
-            trees.setdefault(match[1], {})[match[2]] = member
+    trees, twice = _trees((*stored, *unreadable))
     found = next((name for name in names if name in trees), None)
     if found is None:
         raise UserError(_no_split(info, path, split, _holding([*stored, *unreadable]), expected))
-    classes = {
-        name.split("/")[0]
-        for name in trees.get("train", ())
-        if "/" in name and not kinds.is_hidden(name)
-    }
+    # Labels are positions among the classes of the training split, in whichever file that is.
+    training = trees.get("train", {})
+    if train and train != path and os.path.isfile(train):
+        of_train, _ = _trees(name for some in tars.index(*file_state(train)) for name in some)
+        training = of_train.get("train", training)
+    classes = {name.split("/")[0] for name in training if "/" in name and not kinds.is_hidden(name)}
     tree, others = {}, kinds.Others(list)
     for name, member in trees[found].items():
         kind = unreadable.get(member)
@@ -105,6 +105,11 @@ def open_tar(info: DatasetInfo, path: str | None, split: str, size: int) -> Imag
                 others[kinds.HIDDEN].append(folder)
         elif kind and (kind in (kinds.NO_FILE, kinds.AROUND) or not kinds.is_named_as_one(name)):
             others[kind].append(name)
+        elif member in twice and not kinds.is_hidden(name.rpartition("/")[2]):
+            raise UserError(
+                f"{path} holds {found}/{name} twice, as {twice[member]} and as {member}; pack one "
+                f"of the folders around {found}/ alone: {expected}"
+            )
         else:
             tree[name] = member
 
@@ -129,6 +134,21 @@ def open_tar(info: DatasetInfo, path: str | None, split: str, size: int) -> Imag
         sizes=lambda: [-1 if isinstance(at, str) else at[1] for at in places],
         stamp=lambda: repr(state),
     )
+
+
+def _trees(members: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """The members of each split by their names in it, and others under the same names, by these."""
+    trees: dict[str, dict[str, str]] = {}
+    twice: dict[str, str] = {}
+    for member in members:
+        if match := _IN_SPLIT.fullmatch(member):
+            tree = trees.setdefault(match[1], {})
+            before = tree.get(match[2])
+            tree[match[2]] = member
+            # "./train/" is "train/": there the later one replaces the other, as on a disk.
+            if before and os.path.normpath(f"/{before}") != os.path.normpath(f"/{member}"):
+                twice[member] = before
+    return trees, twice
 
 
 def split_names(info: DatasetInfo, split: str) -> tuple[str, ...]:
@@ -349,12 +369,15 @@ def _classified(paths: list[str], opened: Callable[[str], BinaryIO]) -> dict[str
     """The class of each file of a split that has one.
 
     The class is the first folder, but for two published sets whose validation images lie in one
-    folder: Tiny ImageNet's has a table, and ImageNet's are numbered.
+    folder: Tiny ImageNet's has a table, and ImageNet's are numbered. Many move the former into
+    class folders and leave the table where it is.
     """
     if _TINY_TABLE in paths:
         with opened(_TINY_TABLE) as file:
             rows = [line.split("\t") for line in file.read().decode().splitlines()]
-        return {f"images/{row[0]}": row[1] for row in rows if len(row) > 1}
+        told = {f"images/{row[0]}": row[1] for row in rows if len(row) > 1}
+        if not told.keys().isdisjoint(paths):
+            return told
     numbers = {path: int(match[1]) for path in paths if (match := _NUMBERED.fullmatch(path))}
     known = imagenet_validation_wnids()
     if numbers and max(numbers.values()) <= len(known):

@@ -6,8 +6,11 @@ are converted once by ``python -m prism_jax.tools.prepare``.
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import re
+import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -17,7 +20,7 @@ from etils import epath
 
 from prism_jax import progress
 from prism_jax.core.pixels import IMAGENET
-from prism_jax.data.datasets import TFDS, DatasetInfo, imagenet_positions
+from prism_jax.data.datasets import DATASETS, TFDS, DatasetInfo, imagenet_positions
 from prism_jax.data.sources.arrays import check_labels
 from prism_jax.data.sources.base import ImageSource, cached, existing, file_state
 from prism_jax.data.sources.decoding import UNREADABLE_LABEL, EncodedSource
@@ -131,10 +134,12 @@ class Found(NamedTuple):
 def find(info: DatasetInfo, path: str | None) -> Found:
     """The prepared set of a data set, below a data_dir or in the folder itself.
 
-    Of several versions the newest that can be read is taken.
+    Of several versions the newest that can be read is taken. A set of our table may be there in
+    another configuration, which is warned of.
 
     Raises:
-      UserError: there is none, or only one that cannot be read at random, or several kinds.
+      UserError: there is none, or none of the configuration that is named, or only one that cannot
+        be read at random, or several kinds.
     """
     if info.tfds_name is None:
         raise UserError(f"{info.name} is not in TensorFlow Datasets; choose another dataset.source")
@@ -148,7 +153,14 @@ def find(info: DatasetInfo, path: str | None) -> Found:
     if not of_builder:
         there = ", ".join(sorted({str(meta.get("name")) for meta in folders.values()}))
         raise UserError(f"{path} holds {there}, not {name}; {told}")
-    of_config = {f: m for f, m in of_builder.items() if m.get("configName", "") == config}
+    of_config = {f: m for f, m in of_builder.items() if kind(m) == config}
+    if config and not of_config:
+        kinds = sorted({"/".join(filter(None, (name, kind(m)))) for m in of_builder.values()})
+        holds = f"{path} holds {', '.join(kinds)}, not {info.tfds_name}"
+        if info.name not in DATASETS:
+            raise UserError(f"{holds}; set dataset.name to {TFDS}{kinds[0]} to read that; {told}")
+        # The same images, stored at another size.
+        warnings.warn(f"{holds}; it is read as {info.name}", stacklevel=2)
     readable = {f: m for f, m in (of_config or of_builder).items() if ARRAY_RECORD in formats(m)}
     if not readable:
         folder = newest(of_config or of_builder)
@@ -158,7 +170,7 @@ def find(info: DatasetInfo, path: str | None) -> Found:
             + command(info, f"--from={folder}", "--to=<data_dir for the result>")
             + "\nand set dataset.path to that data_dir"
         )
-    configs = sorted({meta.get("configName", "") for meta in readable.values()})
+    configs = sorted({kind(meta) for meta in readable.values()})
     if len(configs) > 1:
         raise UserError(
             f"{path} holds {name} in several kinds ({', '.join(configs)}); set dataset.path to the "
@@ -169,7 +181,7 @@ def find(info: DatasetInfo, path: str | None) -> Found:
 
 def prepared_folders(path: epath.PathLike) -> dict[epath.Path, dict[str, Any]]:
     """The folders with a prepared set at most three levels below, and what each says of itself."""
-    root = epath.Path(path)
+    root = epath.Path(glob.escape(os.fspath(path)))  # its own name is no pattern
     found = {}
     for pattern in (INFO, f"*/{INFO}", f"*/*/{INFO}", f"*/*/*/{INFO}"):
         for file in root.glob(pattern):
@@ -183,6 +195,11 @@ def prepared_folders(path: epath.PathLike) -> dict[epath.Path, dict[str, Any]]:
 def formats(meta: dict[str, Any]) -> list[str]:
     """The formats in which a prepared set is stored; old ones do not say, and are TFRecord."""
     return [meta.get("fileFormat") or TFRECORD, *meta.get("alternativeFileFormats", ())]
+
+
+def kind(meta: dict[str, Any]) -> str:
+    """The configuration in which a set is prepared, "" where its builder has none."""
+    return meta.get("configName", "")
 
 
 def command(info: DatasetInfo, *arguments: str) -> str:

@@ -241,6 +241,52 @@ def test_a_table_that_leads_elsewhere_or_says_nothing(tmp_path):
         opened(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+@pytest.mark.parametrize("where", ["", "train/"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"label,count\n0,5000\n1,5000\n",
+        b'{"label": 0, "count": 5000}\n[1, 2]\n"text"\n',
+        b"Stra\xdfe;label\n",
+        b"",
+        b"\0\0\0",
+        b'{"label": ',
+    ],
+)
+def test_a_table_of_something_else_leaves_the_folders_readable(tmp_path, where, name, content):
+    write_tree(tmp_path, tree(where))
+    (tmp_path / where / name).write_bytes(content)
+    assert_same(tmp_path)
+    images, _ = read_all(assert_same(tmp_path), threads=1)
+    # Twin: the same images without their folders are no set.
+    alone = tmp_path / "alone"
+    write_tree(alone, {f"{where}{i}.png": png(x) for i, x in enumerate(images)})
+    (alone / where / name).write_bytes(content)
+    with pytest.raises(UserError):
+        opened(alone)
+
+
+@pytest.mark.parametrize("row", ['{"label": 0}', '"b_cat"', "{"])
+def test_a_table_that_is_damaged_in_a_row_is_refused(tmp_path, row):
+    write_tree(tmp_path, tree())
+    rows = [json.dumps({"file_name": name, "label": name.split("/")[0]}) for name in tree()]
+    (tmp_path / "metadata.jsonl").write_text("\n".join([*rows, row]))
+    with pytest.raises(UserError, match="metadata.jsonl is no table of images"):
+        opened(tmp_path)
+
+
+def test_a_line_of_json_ends_at_a_line_feed_alone(tmp_path):
+    write_tree(tmp_path, tree())
+    rows = [
+        {"file_name": name, "label": name.split("/")[0], "text": "a\u2028b\u0085c"}
+        for name in tree()
+    ]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "metadata.jsonl").write_bytes(text.encode())
+    assert_same(tmp_path)
+
+
 def test_an_image_that_tables_name_twice_is_refused(tmp_path):
     """A table in both forms would fill a set with the same images twice."""
     write_tree(tmp_path, tree())
@@ -361,6 +407,31 @@ def test_parquet_without_rows_and_of_arrays(tmp_path):
     for read in (lambda: found.image(3), found.describe):
         with pytest.raises(UserError, match=r"row \d cannot be read \(its image is a list, not"):
             read()
+
+
+def test_parquet_is_written_in_groups_that_can_be_read_back(tmp_path, monkeypatch):
+    """All in one, a set of more than 2 GiB could not."""
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow.parquet as pq
+
+    from prism_jax.data.sets import parquet
+    from prism_jax.data.sets.content import Content
+
+    monkeypatch.setattr(parquet, "card", lambda *_, **__: "")
+    classes = [{"folder": name, "index": i, "name": name} for i, name in enumerate(CLASSES)]
+    pixels = np.random.default_rng(1).integers(0, 256, (210, SIZE, SIZE, 3), np.uint8)
+    labels = np.repeat(np.arange(3, dtype=np.int32), 70)
+    soft = np.eye(3, dtype=np.float32)[labels]
+    parquet.write(
+        str(tmp_path), Content(pixels, labels, classes, 70, soft, soft[:, 0] + 1, None, None, {})
+    )
+    (file,) = (tmp_path / "data").iterdir()
+    written = pq.ParquetFile(file).metadata
+    rows = [written.row_group(i).num_rows for i in range(written.num_row_groups)]
+    assert rows == [100, 100, 10]
+    found = opened(tmp_path, ipc=70)
+    np.testing.assert_array_equal(read_all(found, threads=2)[0], pixels)
+    assert found.labels_N.tolist() == labels.tolist()
 
 
 def test_parquet_of_another_split_is_not_read(tmp_path):
@@ -496,11 +567,12 @@ def test_npz(tmp_path):
     soft = np.eye(3, dtype=np.float32)[order[LABELS]] * 8
     names = np.array([CLASSES[1], CLASSES[2], CLASSES[0]])
     path = tmp_path / "set.npz"
-    np.savez(
-        path, images=PIXELS, labels=order[LABELS], class_names=names, soft_labels=soft,
-        weights=WEIGHTS,
-    )  # fmt: skip
-    found = assert_same(path)
+    for stored in (np.char.encode(names, "utf-8"), names):  # in bytes, or as text
+        np.savez(
+            path, images=PIXELS, labels=order[LABELS], class_names=stored, soft_labels=soft,
+            weights=WEIGHTS,
+        )  # fmt: skip
+        found = assert_same(path)
     assert found.soft_NK.argmax(1).tolist() == LABELS.tolist()  # its columns are ours
     np.testing.assert_allclose(found.weights_N, WEIGHTS / WEIGHTS.mean())
     np.savez(path, images=FLOATS, labels=LABELS[:, None])  # a column, as Keras has it

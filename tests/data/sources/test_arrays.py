@@ -172,6 +172,18 @@ def test_npz_of_encoded_files(tmp_path):
         open_source(**options)
 
 
+def test_class_names_in_bytes_are_text(tmp_path):
+    path, names = tmp_path / "set.npz", ("Haus", "Bär", "猫")
+    arrays = {"train_images": random_pixels(3, 8, 8), "train_labels": np.arange(3)}
+    options = {"name": "own", "source": "npz", "path": path, "image_size": 8, "split": "train"}
+    for stored in (np.array(names), np.char.encode(names, "utf-8")):
+        np.savez(path, class_names=stored, **arrays)
+        assert open_source(**options).class_names == names
+    np.savez(path, class_names=np.char.encode(names[:2], "latin-1"), **arrays)
+    with pytest.raises(UserError, match="set.npz cannot be read .*utf-8"):
+        open_source(**options)
+
+
 def test_classes_in_another_order_are_warned_of(tmp_path):
     path, names = tmp_path / "set.npz", DATASETS["cifar10"].class_names
     arrays = {"train_images": random_pixels(2, 8, 8, 3), "train_labels": np.arange(2)}

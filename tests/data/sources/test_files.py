@@ -88,6 +88,51 @@ def test_numeric_class_folders_sort_as_numbers_with_a_warning(tmp_path):
         assert class_order({"n2", "n10"}) == ["n10", "n2"]
 
 
+@pytest.mark.parametrize(
+    ("classes", "suffix"),
+    [
+        (("train", "tray"), ".png"),  # CIFAR-100 has a class called train
+        (("test", "train", "val", "validation"), ".png"),
+        (("a/val", "b"), ".png"),
+        (("a", "b/train/test"), "/x/val/0.png"),
+    ],
+)
+@pytest.mark.parametrize("around", ["", "./", "set/", "deep/set/"])
+def test_folders_called_as_splits_are_read_alike_in_a_folder_and_in_a_tar(
+    tmp_path, classes, suffix, around
+):
+    root = write_tree(tmp_path / "tree", classes=classes, suffix=suffix)
+    (root / "train" / classes[0] / "notes.txt").write_text("no image")
+    with tarfile.open(tmp_path / "tree.tar", "w") as tar:
+        for split in ("train", "val"):
+            tar.add(root / split, arcname=f"{around}{split}")
+    for split in ("train", "test"):
+        folder, packed = (
+            open_imagenet(root, split=split),
+            open_imagenet(tmp_path / "tree.tar", "tar", split),
+        )
+        assert folder.class_names == packed.class_names == tuple(c.split("/")[0] for c in classes)
+        np.testing.assert_array_equal(folder.labels_N, packed.labels_N)
+        assert len(folder) == 3 * len(classes)
+        assert folder.left_out == packed.left_out == (split == "train")
+        assert folder.describe() == packed.describe()
+
+
+@pytest.mark.parametrize("again", ["set/", "./set/"])
+def test_a_split_below_two_folders_of_a_tar_is_refused(tmp_path, again):
+    """Whichever comes later replaced the other; in an archive that was added to, it should."""
+    root, other = write_tree(tmp_path / "a"), write_tree(tmp_path / "b", classes=("n02", "n01"))
+    with tarfile.open(tmp_path / "both.tar", "w") as tar:
+        tar.add(root, arcname="set"), tar.add(other, arcname=again)
+    wanted = open_imagenet(other).describe()
+    assert open_imagenet(tmp_path / "both.tar", "tar").describe() == wanted
+    with tarfile.open(tmp_path / "both.tar", "a") as tar:
+        tar.add(root, arcname="masks")
+    said = r"holds train/n01/img_0.png twice, as .*set/train/n01/img_0.png and as masks/train/n01/"
+    with pytest.raises(UserError, match=said):
+        open_imagenet(tmp_path / "both.tar", "tar")
+
+
 def test_one_tar_file_per_split(tmp_path):
     for split in ("train", "val"):
         write_tar(write_tree(tmp_path / split, splits=[split]), tmp_path / f"data_{split}.tar")
@@ -95,6 +140,28 @@ def test_one_tar_file_per_split(tmp_path):
     assert len(open_imagenet(path, "tar")) == len(open_imagenet(path, "tar", "test")) == 6
     with pytest.raises(UserError, match="no folder val"):
         open_imagenet(tmp_path / "data_train.tar", "tar", "test")
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "a tar per split"])
+def test_both_splits_need_the_same_classes(tmp_path, kind):
+    """Counted by itself, the dog of {dog, zebra} was tested as the cat of {cat, dog}."""
+    write_tree(tmp_path / "tree", splits=["train"], classes=("cat", "dog"))
+    write_tree(tmp_path / "tree", splits=["val"], classes=("dog", "zebra"))
+    path = tmp_path / "tree"
+    if kind == "tar":
+        path = write_tar(path, tmp_path / "tree.tar")
+    elif kind == "a tar per split":
+        for split in ("train", "val"):
+            with tarfile.open(tmp_path / f"data_{split}.tar", "w") as tar:
+                tar.add(path / split, arcname=split)
+        path = tmp_path / "data_{split}.tar"
+    source = "folder" if kind == "folder" else "tar"
+    with pytest.raises(UserError, match="zebra is a class that the training split does not have"):
+        open_imagenet(path, source, "test")
+    assert open_imagenet(path, source).class_names == ("cat", "dog")
+    if kind == "a tar per split":  # a test split alone has its own classes
+        (tmp_path / "data_train.tar").unlink()
+        assert open_imagenet(path, source, "test").class_names == ("dog", "zebra")
 
 
 def test_damaged_images_are_named(tmp_path):
@@ -311,8 +378,11 @@ def test_imagenets_numbered_validation_images_find_their_classes(tmp_path, kind)
     assert open_val().describe() == described
 
 
-def test_tiny_imagenets_table_tells_the_classes(tmp_path):
-    root = write_tree(tmp_path, splits=["train"], classes=("n01443537/images", "n02056570/images"))
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_tiny_imagenets_table_tells_the_classes(tmp_path, kind):
+    root = write_tree(
+        tmp_path / "tree", splits=["train"], classes=("n01443537/images", "n02056570/images")
+    )
     (root / "train" / "n01443537" / "n01443537_boxes.txt").write_text("no image")
     (root / "val" / "images").mkdir(parents=True)
     for i in range(3):
@@ -323,16 +393,24 @@ def test_tiny_imagenets_table_tells_the_classes(tmp_path):
     table.write_text("\n".join([*lines, "val_2.JPEG\tn02056570\t0\t0\t1\t1"]) + "\n")
 
     def read():
+        path = root if kind == "folder" else write_tar(root, tmp_path / "tree.tar")
         source = open_source(
-            name="tiny_imagenet", source="folder", path=root, split="test", image_size=8
+            name="tiny_imagenet", source=kind, path=path, split="test", image_size=8
         )
-        return read_all(source)
+        return *read_all(source), source.describe()
 
     with pytest.warns(UserWarning, match="2 of the 200 classes"):
-        images, labels = read()
+        images, labels, described = read()
     np.testing.assert_array_equal(labels, [0, 1, 1])
     wanted = [random_pixels(8, 8, 3, seed=50 + i) for i in (1, 0, 2)]
     np.testing.assert_array_equal(images, wanted)
+    # It is the same set where the images were moved into class folders, and the table left.
+    for i, cls in enumerate(("n02056570", "n01443537", "n02056570")):
+        (root / "val" / cls).mkdir(exist_ok=True)
+        image = root / "val" / "images" / f"val_{i}.JPEG"
+        image.rename(root / "val" / cls / image.name)
+    with pytest.warns(UserWarning, match="2 of the 200 classes"):
+        assert read()[2] == described
 
 
 def test_test_images_without_labels_are_not_taken_for_a_test_split(tmp_path):

@@ -67,11 +67,48 @@ def test_labels_are_read_once_and_kept_while_the_files_are_the_same(
     assert len(passes) == 2
 
 
+@pytest.mark.parametrize("around", ["[0:2]", "a*b?", "größe 数据"])
+def test_any_name_of_a_data_dir(tmp_path, data_dir, around):
+    shutil.copytree(data_dir, tmp_path / around)
+    assert opened(tmp_path / around).describe() == opened(data_dir).describe()
+    assert read_all(opened(tmp_path / around))[0].shape == (12, 32, 32, 3)
+
+
 def test_the_newest_version_is_taken_and_another_builder_is_refused(tmp_path):
     prepare(tmp_path, version="3.0.2"), prepare(tmp_path, version="3.0.10")
     assert opened(tmp_path).describe()["name"] == "cifar10/3.0.10"
     with pytest.raises(UserError, match="holds cifar10, not cifar100"):
         opened(tmp_path, name="cifar100")
+
+
+def prepare_kind(root, builder, kind, **options):
+    """A set prepared in one of its configurations, as it says of itself."""
+    folder = prepare(root / kind, builder, "1.0.0", **options)
+    info = folder / "dataset_info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"configName": kind}))
+
+
+def test_another_configuration_than_the_one_named_is_refused(tmp_path):
+    prepare_kind(tmp_path, "Cmaterdb", "bangla")
+    prepare_kind(tmp_path, "Cmaterdb", "telugu", classes=8)
+    for kind, classes in (("bangla", 10), ("telugu", 8)):
+        assert info_of(f"tfds:cmaterdb/{kind}", tmp_path).num_classes == classes
+    said = (
+        r"holds cmaterdb/bangla, cmaterdb/telugu, not cmaterdb/devanagari; set dataset.name to "
+        r"tfds:cmaterdb/bangla (.|\n)*prepare --dataset=cmaterdb/devanagari"
+    )
+    for path in (tmp_path, tmp_path / "bangla"):
+        with pytest.raises(UserError, match=said if path == tmp_path else "not cmaterdb/devan"):
+            info_of("tfds:cmaterdb/devanagari", path)
+    assert info_of("tfds:cmaterdb", tmp_path / "telugu").num_classes == 8  # nothing is named
+    with pytest.raises(UserError, match="in several kinds"):
+        info_of("tfds:cmaterdb", tmp_path)
+
+
+def test_a_set_of_the_table_may_be_there_at_another_size(tmp_path):
+    prepare_kind(tmp_path, "Imagenette", "160px-v2")
+    with pytest.warns(UserWarning, match="holds imagenette/160px-v2, not imagenette/320px-v2;"):
+        assert len(opened(tmp_path, name="imagenette", split="train")) == 12
 
 
 def test_any_builder_says_what_it_is(tmp_path):
