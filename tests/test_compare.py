@@ -170,7 +170,7 @@ def test_a_cell_whose_record_is_of_an_older_version_is_recorded_anew(finished, t
     right = record["right"]["synthetic"]["test"]["outside"]
     assert found["right"]["synthetic"]["test"]["outside"] == [None, right[1]]
     table = (copy / "table.md").read_text()
-    assert "1 or 2 seed(s)" in table.split("#### short, IPC 2, outside")[1]
+    assert "1 seed(s) of images, 1 or 2 student(s)" in table.split("#### short, IPC 2, outside")[1]
 
 
 def test_nothing_is_added_to_cells_of_other_images_or_weights(finished, tmp_path):
@@ -223,7 +223,8 @@ def test_the_tables_hold_every_method_and_its_controls(finished):
     seconds = [float(line[f"{stage}_seconds"]) for stage in ("squeeze", "recover", "validate")]
     assert min(seconds) > 0 and float(line["bytes"]) == 8 * 64 + float(line["label_bytes"])
     certain = table.split("### How certain")[1]
-    assert "#### short, IPC 2, outside" in certain and "2 seed(s)" in certain
+    assert "#### short, IPC 2, outside" in certain
+    assert "1 seed(s) of images, 2 student(s)" in certain
     answers = list(csv.DictReader(io.StringIO((root / "differences.csv").read_text())))
     [found] = [x for x in answers if (x["method"], x["protocol"], x["set"], x["why"])
                == ("prism", "own", "synthetic", "")]  # fmt: skip

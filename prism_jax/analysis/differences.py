@@ -183,6 +183,14 @@ def markdown(found: Sequence[Table], choices: Choices, imported: Sequence[str] =
         f"with replacement, {how.resamples:,} times. ~ marks a difference whose interval holds "
         f"zero. With few seeds an interval knows little of how much they differ, with one nothing.",
     ]  # fmt: skip
+    accuracies = [line.accuracy for table in found for line in table.lines]
+    if any(a.students > a.seeds > 1 for a in accuracies):
+        lines[-1] += " A seed of images is drawn with all of its students."
+    if any(a.students > a.seeds == 1 for a in accuracies):
+        lines[-1] += (
+            " Where all students are on the images of one seed, they are drawn, and an interval "
+            "says nothing of images of another seed."
+        )
     if imported and any(table.chosen_by == HELD_OUT for table in found):
         lines[-1] += (
             f" {', '.join(imported)} were not trained here, and may have seen the held-out images."
@@ -193,7 +201,10 @@ def markdown(found: Sequence[Table], choices: Choices, imported: Sequence[str] =
             f"it is measured by real images with the same ones, and not by other methods."
         )
     for table in found:
-        seeds = sorted({line.accuracy.seeds for line in table.lines})
+        seeds, students = (
+            sorted({getattr(line.accuracy, of) for line in table.lines})
+            for of in ("seeds", "students")
+        )
         by = "the held-out images" if table.chosen_by == HELD_OUT else "these test images"
         held = table.chosen_by == HELD_OUT
         heads = ["", "top-1", *(["held out"] if held else [])]
@@ -201,14 +212,19 @@ def markdown(found: Sequence[Table], choices: Choices, imported: Sequence[str] =
         heads += [f"- {label} ({why})" if label else f"- {why}" for why, label in against]
         lines += [
             "", f"#### {table.column.protocol}, IPC {table.column.ipc}, {table.column.student}", "",
-            f"{' or '.join(map(str, seeds))} seed(s), {table.lines[0].accuracy.images:,} test "
-            f"images; who is best is chosen by {by}.", "",
+            f"{' or '.join(map(str, seeds))} seed(s) of images, "
+            f"{' or '.join(map(str, students))} student(s), {table.lines[0].accuracy.images:,} "
+            f"test images; who is best is chosen by {by}.", "",
             row(heads), row([":--", *["--:"] * (len(heads) - 1)]),
         ]  # fmt: skip
         for line in table.lines:
-            few = f" ({line.accuracy.seeds} of {seeds[-1]} seeds)"
+            few = ""
+            if line.accuracy.seeds < seeds[-1]:
+                few = f" ({line.accuracy.seeds} of {seeds[-1]} seeds)"
+            elif line.accuracy.students < students[-1]:
+                few = f" ({line.accuracy.students} of {students[-1]} students)"
             cells = [
-                line.tested.label + (few if line.accuracy.seeds < seeds[-1] else ""),
+                line.tested.label + few,
                 points(line.accuracy, signed=False),
             ]
             if held:
@@ -224,7 +240,7 @@ def row(cells: Sequence[str]) -> str:
 
 FIELDS = (
     "protocol", "ipc", "student", "method", "set", "against", "why", "chosen_by", "value", "low",
-    "high", "holds_zero", "seeds", "images",
+    "high", "holds_zero", "seeds", "students", "images",
 )  # fmt: skip
 
 

@@ -88,7 +88,8 @@ def test_each_set_is_measured_by_the_reference_the_best_and_the_best_selection()
     assert d4m.differences[SELECTED].holds_zero  # one image, which is not drawn in a third
     text = differences.markdown([found], Choices(HOW))
     assert "| d4m | 75.0 [" in text and "| ~ +0.5 [+0.0, +1.5] |" in text
-    assert "2 seed(s), 200 test images; who is best is chosen by these test images." in text
+    assert "2 seed(s) of images, 2 student(s), 200 test images; who is best is" in text
+    assert "is chosen by these test images." in text
     # A row that selects is no method, whatever its accuracy.
     assert table(CELLS, selected_real=("d4m",)).against == {BEST: "prism", SELECTED: "d4m"}
     assert table(CELLS, reference="d4m/medoids").against[REFERENCE].startswith("real images")
@@ -152,6 +153,22 @@ def test_who_is_best_is_said_by_the_seeds_that_all_have():
     assert "brackets" not in comparison.markdown(entries)
 
 
+def test_students_and_the_seeds_of_their_images_are_told_apart():
+    several = [entry("a", s, {"synthetic": 150}) for s in range(2)]
+    for e in several:
+        e.right["synthetic"]["test"]["net"] *= 3
+    fewer = entry("b", 0, {"synthetic": 140})
+    text = differences.markdown([table([*several, fewer])], Choices(HOW))
+    assert "1 or 2 seed(s) of images, 1 or 6 student(s)" in text
+    assert "drawn with all of its students" in text and "one seed, they are drawn" not in text
+    assert "| b (1 of 2 seeds) |" in text
+    of_one = differences.markdown([table(several[:1])], Choices(HOW))
+    assert "1 seed(s) of images, 3 student(s)" in of_one
+    assert "says nothing of images of another seed" in of_one and "all of its" not in of_one
+    text = differences.markdown([table([several[0], fewer])], Choices(HOW))
+    assert "| b (1 of 3 students) |" in text
+
+
 def test_every_interval_is_a_line_of_the_csv():
     found = table(CELLS, reference="prism", selected_real=("medoids",))
     lines = list(csv.DictReader(io.StringIO(differences.table_csv([found]))))
@@ -160,7 +177,8 @@ def test_every_interval_is_a_line_of_the_csv():
         x for x in lines if (x["method"], x["set"], x["why"]) == ("d4m", "synthetic", SELECTED)
     ]
     assert line["against"] == "real images nearest to the anchors"
-    assert (line["seeds"], line["images"], line["holds_zero"]) == ("2", "200", "True")
+    assert (line["seeds"], line["students"], line["images"]) == ("2", "2", "200")
+    assert line["holds_zero"] == "True"
     assert line["chosen_by"] == "test" and float(line["value"]) == pytest.approx(0.005)
 
 
