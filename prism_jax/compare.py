@@ -122,7 +122,10 @@ def _from_records(path: str, folder: str | None, cost: str) -> int:
     file = file / RECORDS if file.is_dir() else file
     if not file.is_file():
         raise UserError(f"there is no {file}; --records takes the {RECORDS} of a comparison")
-    entries, choices = cells.from_records(workdir.read_record(file))
+    try:
+        entries, choices = cells.from_records(workdir.read_record(file))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
     found = comparison.documents(entries, choices, cost=cost)
     for name, content in found.items() if folder else ():
         workdir.write_bytes(pathlib.Path(folder or "") / name, content)

@@ -202,3 +202,17 @@ def test_tables_come_back_from_their_records():
     record["schema"] = 2
     with pytest.raises(UserError, match="schema 2"):
         cells.from_records(record)
+
+
+def test_what_is_no_record_of_a_comparison_is_refused():
+    """A summary has a schema too."""
+    with pytest.raises(UserError, match="which would say choices and cells"):
+        cells.from_records({"schema": 1, "config": "digits"})
+
+
+def test_squeeze_of_older_records_was_one_number():
+    new = {"networks": {"squeeze": 40.0}, "seconds": {"recover": 5.0, "relabel": 2.0}, "bytes": {}}
+    old = {"seconds": {"squeeze": 40.0, "recover": 5.0, "relabel": 2.0}, "bytes": {}}
+    written = dataclasses.replace(CELLS[0], costs={"synthetic": old, "medoids": new})
+    [found], _ = cells.from_records(cells.to_records([written], Choices(HOW)))
+    assert found.costs == {"synthetic": new, "medoids": new}
