@@ -136,10 +136,12 @@ def spread_note(summary: Mapping[str, Any]) -> str:
         return "one student seed, no spread"
     if (runs := summary.get("runs", 1)) > 1:
         each = "" if counts[-1] == runs else f", {counts[-1]} students of a kind in all"
-        return (
-            f"mean ± standard deviation over {summary['runs']} runs{each} (recover, labels, random "
-            f"real images and students vary, teachers are fixed)"
-        )
+        seeds = summary.get("image_seeds", runs)
+        of = f" of {seeds} seed(s) of images" if seeds < runs else ""
+        vary = "recover, labels, random real images and students vary, teachers are fixed"
+        if seeds == 1:
+            vary = "students alone vary"
+        return f"mean ± standard deviation over {runs} runs{of}{each} ({vary})"
     number = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return f"mean ± standard deviation over {number} student seeds of one synthetic set"
 
