@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from prism_jax.cells import CELLS, Cell, Cells, digest_of, until_stopped
 from prism_jax.errors import UserError
+from prism_jax.paths import at_home
 
 HELP = """\
 prism_jax: compare methods
@@ -118,7 +119,7 @@ def _from_records(path: str, folder: str | None, cost: str) -> int:
     from prism_jax.data import workdir
 
     _check_cost(cost)
-    file = pathlib.Path(path)
+    file, folder = pathlib.Path(at_home(path)), folder and at_home(folder)
     file = file / RECORDS if file.is_dir() else file
     if not file.is_file():
         raise UserError(f"there is no {file}; --records takes the {RECORDS} of a comparison")
