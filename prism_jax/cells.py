@@ -10,7 +10,7 @@ import dataclasses
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prism_jax.errors import UserError
@@ -43,6 +43,7 @@ class Cells(abc.ABC):
     COMMAND: str
 
     def __init__(self, root: pathlib.Path, experiments: dict[Cell, Any]):
+        check_environment(experiments)
         self.root, self.experiments = root, experiments
 
     @abc.abstractmethod
@@ -196,6 +197,55 @@ class Cells(abc.ABC):
             workdir.write_record(root / "cell.json", record)
         finally:
             context.work.lock.release()
+
+
+def check_fields(config: Any, kind: str, wanted: Sequence[str], there: Sequence[str] = ()) -> None:
+    """Refuse a config of something else, and one in which something is unset, by what it lacks.
+
+    Args:
+      kind: whose config it must be, and the folder of ``configs/`` that holds such.
+      wanted: fields that must have a value, "group.field" within a group.
+      there: fields that may be None.
+
+    Raises:
+      UserError: it has not got all of them.
+    """
+
+    def value(name: str) -> Any:
+        found = config
+        for key in name.split("."):
+            found = None if found is None else found.get(key)
+        return found
+
+    lacking = [name for name in wanted if value(name) is None]
+    lacking += [name for name in there if name not in config]
+    if lacking:
+        raise UserError(
+            f"the config has no {', '.join(lacking)}, so nothing to {kind}; --config takes a file "
+            f"of configs/{kind}/, and these fields need a value"
+        )
+
+
+# Of ``parallel``: what holds for a whole process, and so for all of its cells.
+OF_THE_PROCESS = ("deterministic", "matmul_precision")
+
+
+def check_environment(experiments: Mapping[Cell, Any]) -> None:
+    """Refuse cells that a process cannot all make as they ask.
+
+    Raises:
+      UserError: they ask for different settings of the process.
+    """
+    for field in OF_THE_PROCESS:
+        asked: dict[Any, Cell] = {}
+        for cell, experiment in experiments.items():
+            asked.setdefault(getattr(experiment.parallel, field), cell)
+        if len(asked) > 1:
+            told = " and ".join(f"{value!r} ({cell.name})" for value, cell in asked.items())
+            raise UserError(
+                f"parallel.{field} is {told}; one process makes all cells, and has one of these: "
+                f"state it in `shared`"
+            )
 
 
 def until_stopped(work: Callable[[Any], None], root: str) -> int:

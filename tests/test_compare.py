@@ -17,7 +17,9 @@ from helpers.command import call, snapshot
 from prism_jax import cells as runs
 from prism_jax import compare
 from prism_jax.analysis import comparison
-from prism_jax.analysis.cells import Entry
+from prism_jax.analysis.cells import Entry, to_records
+from prism_jax.analysis.differences import Choices
+from prism_jax.analysis.intervals import Resampling
 from prism_jax.config import resolve
 from prism_jax.data import workdir
 from prism_jax.errors import UserError
@@ -283,6 +285,65 @@ def test_starts_and_choices_that_there_are_not_are_refused(tmp_path, override, s
     status, _, err = run(DIFFUSION, f"--config.{override}", f"--workdir={tmp_path}")
     assert status == 2 and said in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--config=configs/digits_ipc10.py",), "has no ipcs, seeds, student_seeds, rows"),
+        (("--config=configs/audit/digits.py",), "nothing to compare; --config takes a file of"),
+        ((TINY, "--config.seeds=()"), "has no cells: rows prism, gvbsm, random_real"),
+        ((TINY, "--config.ipcs=()"), "short, ipcs (), seeds (0, 1); it needs one of each"),
+        ((TINY, "--config.protocols.own=None", "--config.protocols.short=None"), "protocols none"),
+        ((TINY, "--config.shared=None"), "has no shared, so nothing to compare"),
+        ((TINY, "--config.rows.prism=()"), "rows.prism is empty"),
+        ((TINY, f"--config.rows.gvbsm=('{TINY_IPC}','parallel.deterministic=False')"),
+         "is True (prism/ipc1/seed0/own) and False (gvbsm/ipc1/seed0/own)"),
+        ((TINY, "--config.protocols.short=('parallel.matmul_precision=highest',)"),
+         "'highest' (random_real/ipc1/seed0/short); one process makes all cells"),
+    ],
+)  # fmt: skip
+def test_what_is_no_comparison_is_one_message(tmp_path, arguments, said):
+    status, _, err = run(*arguments, f"--workdir={tmp_path}")
+    assert status == 2 and said in err and len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "unset",
+    ["starts", "more_controls", "more_controls.d4m", "reference", "selected_real", "controls"],
+)
+def test_what_a_comparison_may_have_may_be_unset(tmp_path, unset):
+    """Which leaves it out; what asks for it says so."""
+    plain = ("--config.starts.from_medoids=None", "--config.selected_real=()")
+    none = f"--config.{unset}=None"
+    status, out, err = run(DIFFUSION, *plain, none, "--plan", f"--workdir={tmp_path}")
+    assert status == 0 and out.count("to do ") == 4, err
+    status, _, err = run(DIFFUSION, "--config.more_controls=None", "--plan")
+    assert status == 2 and "the sets of d4m that it can start from are none" in err
+
+
+def test_what_all_cells_ask_of_the_process_is_not_refused(monkeypatch):
+    monkeypatch.chdir(ROOT.parent)
+    c = config("--config.shared=parallel.matmul_precision=highest")
+    experiments = {cell: compare.experiment_of(c, cell) for cell in compare.cells(c)}
+    assert {e.parallel.matmul_precision for e in experiments.values()} == {"highest"}
+    runs.check_environment(experiments)
+
+
+def test_records_and_where_tables_go_may_be_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    found = [entry("a", 0, 0.5)]
+    records = to_records(found, Choices(Resampling(resamples=100)))
+    workdir.write_record(tmp_path / "made" / "records.json", records)
+    status, _, err = call("--records=~/made", "--workdir=~/tables", main=compare.main)
+    assert status == 0 and (tmp_path / "tables" / "table.md").exists(), err
+    assert not (tmp_path / "~").exists()
+    # What has a checksum and a schema is not therefore a record of cells.
+    workdir.write_record(tmp_path / "summary.json", {"schema": 1, "config": "digits"})
+    status, _, err = call("--records=~/summary.json", main=compare.main)
+    assert status == 2 and f"{tmp_path}/summary.json: these are no records" in err
 
 
 @pytest.mark.slow
