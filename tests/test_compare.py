@@ -6,6 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import pathlib
 import shutil
@@ -13,6 +14,7 @@ import signal
 
 import pytest
 from helpers.command import call, snapshot
+from PIL import Image
 
 from prism_jax import cells as runs
 from prism_jax import compare
@@ -24,6 +26,8 @@ from prism_jax.config import resolve
 from prism_jax.data import workdir
 from prism_jax.errors import UserError
 from prism_jax.main import parse
+from prism_jax.stages import fingerprints, imported
+from prism_jax.stages.context import Context
 
 ROOT = pathlib.Path(__file__).resolve().parent
 TINY = f"--config={ROOT / 'configs' / 'tiny_compare.py'}"
@@ -198,6 +202,86 @@ def test_nothing_is_added_to_cells_of_other_images_or_weights(finished, tmp_path
     workdir.write_record(path, record)
     status, _, err = run(*more)
     assert status == 0, err
+
+
+def _recorded(root, experiment):
+    """A comparison whose one cell is finished, as far as its record says, and that record."""
+    cell = runs.Cell("prism", 2, 0, "own")
+    made = compare.Comparison(root, {cell: experiment}, {}, None, "seconds")
+    context = Context(experiment, str(made.folder(cell)))
+    record = {
+        "experiment": made.digest(cell),
+        "version": compare.RECORD_VERSION,
+        "read": runs.read_by(context, root),
+    }
+    made.folder(cell).mkdir(parents=True)
+    workdir.write_record(made.folder(cell) / "cell.json", record)
+    return made, made.folder(cell) / "cell.json", record
+
+
+def _forget(path, record, what):
+    """As an older cell's record is."""
+    read = {k: v for k, v in record["read"].items() if k != what}
+    workdir.write_record(path, {**record, "read": read})
+
+
+def test_nothing_is_added_to_cells_that_began_with_other_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT.parent)
+    start = tmp_path / "start"
+    for cls, i in itertools.product(range(4), range(2)):
+        (start / str(cls)).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 40 * cls + i).save(start / str(cls) / f"{i}.png")
+    at = f"recover.initialise_from={start}"
+    row = f"('{TINY_IPC}','recover.initialise=folder','{at}','recover.iterations=0')"
+    experiment = compare.experiment_of(
+        config(f"--config.rows.prism={row}"), runs.Cell("prism", 2, 0, "own")
+    )
+    made, path, record = _recorded(tmp_path / "run", experiment)
+    made._check_finished()
+    Image.effect_noise((8, 8), 90).save(start / "3" / "1.png")
+    with pytest.raises(
+        UserError, match=r"\(prism/ipc2/seed0/own\) were made from other initial im"
+    ):
+        made._check_finished()
+    _forget(path, record, "initial images")
+    shutil.rmtree(start)
+    made._check_finished()
+    # Images that another cell made are that one's: its digest is part of this one's.
+    there = str(tmp_path / "run" / "cells" / "d4m" / "images")
+    inside = dataclasses.replace(experiment.recover, initialise_from=there)
+    context = Context(dataclasses.replace(experiment, recover=inside), str(tmp_path))
+    assert "initial images" not in runs.read_by(context, tmp_path / "run")
+
+
+@pytest.mark.parametrize("what", ["generator", "CLIP", "labels"])
+def test_nothing_is_added_to_cells_of_other_networks_or_labels_of_others(
+    what, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(ROOT.parent)
+    e = compare.experiment_of(config(), runs.Cell("prism", 2, 0, "own"))
+    e = {
+        "generator": lambda: dataclasses.replace(
+            e,
+            recover=dataclasses.replace(e.recover, maker="generate"),
+            generate=dataclasses.replace(e.generate, directory="there"),
+        ),
+        "CLIP": lambda: dataclasses.replace(e, recover=dataclasses.replace(e.recover, clip=0.5)),
+        "labels": lambda: dataclasses.replace(
+            e, relabel=dataclasses.replace(e.relabel, labels_from="there")
+        ),
+    }[what]()
+    content = ["before"]
+    monkeypatch.setattr(fingerprints, "generator", lambda context: {"files": content[0]})
+    monkeypatch.setattr(fingerprints, "clip", lambda context: {"image_encoder": content[0]})
+    monkeypatch.setattr(imported, "digest_of_labels", lambda context: content[0])
+    made, path, record = _recorded(tmp_path / "run", e)
+    assert what in record["read"] and len(record["read"]) == 6
+    made._check_finished()
+    content[0] = "after"
+    with pytest.raises(UserError, match=f"were made from other {what} than"):
+        made._check_finished()
+    _forget(path, record, what)
+    made._check_finished()
 
 
 def test_the_tables_hold_every_method_and_its_controls(finished):
