@@ -237,6 +237,11 @@ def ipc(summary: Mapping[str, Any]) -> str:
 # --- numbers in words -----------------------------------------------------------------------
 
 
+def of_fewer(count: int, most: int) -> str:
+    """Behind a number: of how many seeds it is, where others are of more."""
+    return f" ({count} of {most})" if 0 < count < most else ""
+
+
 def percent(fraction: float | None, *, digits: int = 1, sign: str = "") -> str:
     """A fraction in per cent."""
     return UNKNOWN if fraction is None else f"{100 * fraction:.{digits}f}{sign}"

@@ -151,6 +151,28 @@ def test_who_is_best_is_said_by_the_seeds_that_all_have():
     assert "| b | 70.0 (1 of 2) |" in whole and "| a | 75.0 ± 0.0 |" in whole
     assert "up to 2 (in brackets: of fewer) seed(s)" in whole
     assert "brackets" not in comparison.markdown(entries)
+    tex = comparison.latex([*entries, entry("b", 0, {"synthetic": 140})])
+    assert "b & 70.0 (1 of 2)" in tex and r"a & 75.0 $\pm$ 0.0" in tex
+
+
+def test_who_is_best_is_not_chosen_over_different_seeds():
+    """Seed 9 is easier than the others: c is worse than a and b, and ahead of them."""
+    three = [*(entry("a", s, {"synthetic": 140}) for s in (0, 1)),
+             entry("b", 1, {"synthetic": 150}), entry("c", 9, {"synthetic": 190})]  # fmt: skip
+    found = table(three)
+    assert found.against == {BEST: "b"} and found.apart == ("c",)
+    text = differences.markdown([found], Choices(HOW))
+    assert "these test images, but not among c, for want of seeds in common." in text
+    # Of equally many those that share more seeds.
+    more = [*three, *(entry("c", s, {"synthetic": 100}) for s in (5, 6)),
+            *(entry("d", s, {"synthetic": 120}) for s in (5, 6))]  # fmt: skip
+    assert table(more).against == {BEST: "d"} and table(more).apart == ("a", "b")
+    # No two: nobody is best.
+    none = table([three[0], three[3]])
+    assert none.against == {} and none.apart == ("a", "c")
+    # One alone is the best of itself; and all that share a seed are compared.
+    assert table(three[3:]).against == {BEST: "c"}
+    assert "but not" not in differences.markdown([table(three[:3])], Choices(HOW))
 
 
 def test_students_and_the_seeds_of_their_images_are_told_apart():
