@@ -18,7 +18,7 @@ from helpers.command import call
 from prism_jax.analysis import audit, membership
 from prism_jax.audit import canaries, observing
 from prism_jax.audit.__main__ import main
-from prism_jax.audit.rows import of_row, of_run
+from prism_jax.audit.rows import check_config, of_row, of_run
 from prism_jax.audit.shadows import Shadows
 from prism_jax.data import workdir
 from prism_jax.errors import UserError
@@ -109,6 +109,7 @@ def test_the_runs_of_a_row_differ_in_seeds_and_images_alone(monkeypatch, tmp_pat
 def test_the_shipped_audits_can_be_used(name, monkeypatch):
     monkeypatch.chdir(ROOT.parent)
     config = parse([f"--config=configs/audit/{name}.py"], problems := [])[0]
+    check_config(config)
     experiments = {row: of_row(config, row) for row in config.rows}
     assert not problems and set(config.without) == {"without"}
     assert {e.recover.initialise for e in experiments.values()} == {"real", "noise"}

@@ -89,7 +89,9 @@ def test_every_cell_of_the_shipped_comparisons_can_be_used(name, monkeypatch):
     assert not problems
     assert len({runs.digest_of(e) for e in experiments.values()}) == len(cells)
     compare.choices_of(c)
-    # All share their teachers.
+    compare.check_config(c)
+    # All share their teachers, and the process.
+    runs.check_environment(experiments)
     assert len({e.squeeze for e in runs.with_all_teachers(experiments).values()}) == 1
 
 
