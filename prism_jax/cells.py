@@ -10,7 +10,7 @@ import dataclasses
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prism_jax.errors import UserError
@@ -43,6 +43,7 @@ class Cells(abc.ABC):
     COMMAND: str
 
     def __init__(self, root: pathlib.Path, experiments: dict[Cell, Any]):
+        check_environment(experiments)
         self.root, self.experiments = root, experiments
 
     @abc.abstractmethod
@@ -114,16 +115,17 @@ class Cells(abc.ABC):
         """
         from prism_jax.stages.context import Context
 
-        now: dict[str, dict[str, str]] = {}
+        now: dict[tuple[str, ...], dict[str, str]] = {}
         changed = {}
         for cell, experiment in self.experiments.items():
             before = (self.result(cell) or {}).get("read")
             if not before:
                 continue
-            reads = digest_of(_reading(experiment))
+            reads = digest_of(_reading(experiment)), *before
             if reads not in now:
-                now[reads] = read_by(Context(experiment, str(self.folder(cell))))
-            if differs := [what for what, of in now[reads].items() if before.get(what) != of]:
+                context = Context(experiment, str(self.folder(cell)))
+                now[reads] = read_by(context, self.root, before)
+            if differs := [what for what, of in now[reads].items() if before[what] != of]:
                 changed[cell.name] = differs
         if changed:
             names, whats = list(changed), dict.fromkeys(w for ws in changed.values() for w in ws)
@@ -192,10 +194,59 @@ class Cells(abc.ABC):
         try:
             pipeline.adopt(context, squeezed)
             made = self.make(cell, context, made_by)
-            record = {"experiment": self.digest(cell), "read": read_by(context), **made}
+            record = {"experiment": self.digest(cell), "read": read_by(context, self.root), **made}
             workdir.write_record(root / "cell.json", record)
         finally:
             context.work.lock.release()
+
+
+def check_fields(config: Any, kind: str, wanted: Sequence[str], there: Sequence[str] = ()) -> None:
+    """Refuse a config of something else, and one in which something is unset, by what it lacks.
+
+    Args:
+      kind: whose config it must be, and the folder of ``configs/`` that holds such.
+      wanted: fields that must have a value, "group.field" within a group.
+      there: fields that may be None.
+
+    Raises:
+      UserError: it has not got all of them.
+    """
+
+    def value(name: str) -> Any:
+        found = config
+        for key in name.split("."):
+            found = None if found is None else found.get(key)
+        return found
+
+    lacking = [name for name in wanted if value(name) is None]
+    lacking += [name for name in there if name not in config]
+    if lacking:
+        raise UserError(
+            f"the config has no {', '.join(lacking)}, so nothing to {kind}; --config takes a file "
+            f"of configs/{kind}/, and these fields need a value"
+        )
+
+
+# Of ``parallel``: what holds for a whole process, and so for all of its cells.
+OF_THE_PROCESS = ("deterministic", "matmul_precision")
+
+
+def check_environment(experiments: Mapping[Cell, Any]) -> None:
+    """Refuse cells that a process cannot all make as they ask.
+
+    Raises:
+      UserError: they ask for different settings of the process.
+    """
+    for field in OF_THE_PROCESS:
+        asked: dict[Any, Cell] = {}
+        for cell, experiment in experiments.items():
+            asked.setdefault(getattr(experiment.parallel, field), cell)
+        if len(asked) > 1:
+            told = " and ".join(f"{value!r} ({cell.name})" for value, cell in asked.items())
+            raise UserError(
+                f"parallel.{field} is {told}; one process makes all cells, and has one of these: "
+                f"state it in `shared`"
+            )
 
 
 def until_stopped(work: Callable[[Any], None], root: str) -> int:
@@ -252,23 +303,51 @@ def with_all_teachers(experiments: dict[Cell, Any]) -> dict[Cell, Any]:
 
 def _reading(experiment: Any) -> Any:
     """An experiment of which only counts what ``read_by`` depends on."""
+    kept: set[str] = set()
+    if experiment.recover.initialise == "folder" or experiment.recover.clip:
+        kept |= {"recover"}
+    if experiment.generate.directory:
+        kept |= {"recover", "generate"}
+    if experiment.relabel.labels_from:
+        kept |= {"recover", "relabel"}
+    sections = {"recover", "relabel", "validate", "analyse", "generate"}
     return dataclasses.replace(
-        experiment,
-        name="",
-        seed=0,
-        **{section: None for section in ("recover", "relabel", "validate", "analyse", "generate")},
+        experiment, name="", seed=0, **{section: None for section in sorted(sections - kept)}
     )
 
 
-def read_by(context: Any) -> dict[str, str]:
-    """Digests of what a run reads: its real images, and its networks' making or weights."""
-    from prism_jax.stages import fingerprints
+def read_by(
+    context: Any, root: pathlib.Path, known: Collection[str] | None = None
+) -> dict[str, str]:
+    """Digests of what a run reads: real images, its networks' making or weights, what others made.
 
+    Args:
+      root: the folder of all cells; images that one begins with and another made are not read.
+      known: of what alone they are wanted; None: of everything.
+    """
+    from prism_jax.data import workdir
+    from prism_jax.stages import fingerprints, imported
+
+    config, inputs = context.config, context.inputs
     images = fingerprints.real_images(context)
-    teachers = fingerprints.pool(context, context.config.squeeze.teachers)
-    return {f"{split} images": digest for split, digest in images.items()} | {
+    teachers = fingerprints.pool(context, config.squeeze.teachers)
+    found = {f"{split} images": digest for split, digest in images.items()} | {
         f"teacher {name}": digest for name, digest in teachers.items()
     }
+    more: dict[str, Callable[[], str]] = {}
+    if config.recover.initialise == "folder" and not (
+        pathlib.Path(config.recover.initialise_from).is_relative_to(root / CELLS)
+    ):
+        more["initial images"] = lambda: workdir.digest(inputs.fields(inputs.start))
+    if config.recover.maker == "generate" and config.generate.directory:
+        more["generator"] = lambda: workdir.digest(fingerprints.generator(context))
+    if config.recover.clip:
+        more["CLIP"] = lambda: workdir.digest(fingerprints.clip(context))
+    if config.relabel.labels_from:
+        more["labels"] = lambda: imported.digest_of_labels(context)
+    # What older cells did not record is not looked for: it may be gone.
+    found |= {what: of() for what, of in more.items() if known is None or what in known}
+    return {what: of for what, of in found.items() if known is None or what in known}
 
 
 def digest_of(experiment: Any, start: str | None = None) -> str:

@@ -16,8 +16,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from prism_jax.cells import CELLS, Cell, Cells, digest_of, until_stopped
+from prism_jax.cells import CELLS, Cell, Cells, check_fields, digest_of, until_stopped
 from prism_jax.errors import UserError
+from prism_jax.paths import at_home
 
 HELP = """\
 prism_jax: compare methods
@@ -78,11 +79,12 @@ def _main(argv: list[str]) -> int:
     target = parse_target(given, problems)
     if problems:
         raise UserError("; ".join(problems))
+    check_config(config)
     # The comparison's own config does not say how its cells use devices.
-    for cell in cells(config)[:1]:
-        prepare_environment(parsed(config, cell, problems), problems)
-        if problems:
-            raise UserError(f"{cell.name}: {'; '.join(problems)}")
+    cell = cells(config)[0]
+    prepare_environment(parsed(config, cell, problems), problems)
+    if problems:
+        raise UserError(f"{cell.name}: {'; '.join(problems)}")
     root = given.workdir or f"runs/{config.name}"
     return _compare(config, root, given.plan, cost, argv, target)
 
@@ -118,11 +120,14 @@ def _from_records(path: str, folder: str | None, cost: str) -> int:
     from prism_jax.data import workdir
 
     _check_cost(cost)
-    file = pathlib.Path(path)
+    file, folder = pathlib.Path(at_home(path)), folder and at_home(folder)
     file = file / RECORDS if file.is_dir() else file
     if not file.is_file():
         raise UserError(f"there is no {file}; --records takes the {RECORDS} of a comparison")
-    entries, choices = cells.from_records(workdir.read_record(file))
+    try:
+        entries, choices = cells.from_records(workdir.read_record(file))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
     found = comparison.documents(entries, choices, cost=cost)
     for name, content in found.items() if folder else ():
         workdir.write_bytes(pathlib.Path(folder or "") / name, content)
@@ -139,9 +144,10 @@ def choices_of(config: Any) -> Any:
     from prism_jax.analysis.differences import Choices
     from prism_jax.analysis.intervals import Resampling
 
-    reference, selected = config.get("reference"), tuple(config.get("selected_real", ()))
+    reference, selected = config.get("reference"), tuple(config.get("selected_real") or ())
     sets = {row: _more_controls(config, row) for row in config.rows}
-    for row, names in config.get("more_controls", {}).items():
+    for row in config.get("more_controls") or ():
+        names = _more_controls(config, row)
         others = [other for other in sets if other != row and not {*names}.isdisjoint(sets[other])]
         if row not in sets or others:
             why = f"{others[0]} has one of these too" if others else "there is no such row"
@@ -149,7 +155,8 @@ def choices_of(config: Any) -> Any:
                 f"more_controls gives {row} {', '.join(names)}, and {why}; the tables call a set "
                 f"by its name alone, so one row makes it"
             )
-    sets[config.controls] = tuple(config.get("control_sets", ()))
+    if config.controls is not None:
+        sets[config.controls] = _control_sets(config)
     known = {*sets, *(f"{row}/{name}" for row, names in sets.items() for name in names)}
     known |= {name for names in sets.values() for name in names}
     for field, name in [("reference", reference), *(("selected_real", s) for s in selected)]:
@@ -158,7 +165,7 @@ def choices_of(config: Any) -> Any:
     resamples = config.get("resamples", Resampling.resamples)
     if not isinstance(resamples, int) or resamples < 100:
         raise UserError(f"resamples is {resamples!r}; it must be a whole number, 100 at least")
-    return Choices(Resampling(resamples), reference, selected, (config.controls,))
+    return Choices(Resampling(resamples), reference, selected, (config.controls or "",))
 
 
 def _show_forecast(experiments: dict[Cell, Any], target: Any) -> None:
@@ -218,6 +225,27 @@ def _compare(
 
 # --- what is compared -----------------------------------------------------------------------
 
+WANTED = ("name", "ipcs", "seeds", "student_seeds", "rows", "protocols", "shared")
+
+
+def check_config(config: Any) -> None:
+    """Refuse what is no comparison's config, or has no cells.
+
+    Raises:
+      UserError: with what it lacks.
+    """
+    check_fields(config, "compare", WANTED, ("argument", "controls"))
+    if not cells(config):
+        rows, protocols = (
+            ", ".join(name for name in group if group[name] is not None) or "none"
+            for group in (config.rows, config.protocols)
+        )
+        raise UserError(
+            f"this comparison has no cells: rows {rows}, protocols {protocols}, ipcs "
+            f"{tuple(config.ipcs)}, seeds {tuple(config.seeds)}; it needs one of each, and under "
+            f"{OWN!r} a row beside the controls"
+        )
+
 
 def cells(config: Any) -> list[Cell]:
     """All cells, in the order in which they are worked on: early tables are comparable.
@@ -226,7 +254,7 @@ def cells(config: Any) -> list[Cell]:
     None is left out; those of ``one_protocol`` go through all protocols but their own.
     """
     rows = [row for row in config.rows if config.rows[row] is not None]
-    shared_only = (config.controls, *config.get("one_protocol", ()))
+    shared_only = (config.controls, *(config.get("one_protocol") or ()))
     found = []
     for protocol in (name for name in config.protocols if config.protocols[name] is not None):
         for seed in config.seeds:
@@ -257,16 +285,18 @@ def parsed(config: Any, cell: Cell, problems: list[str]) -> Any:
     """The fields of one cell's experiment, not yet checked."""
     from prism_jax.main import parse
 
+    if not config.rows[cell.row]:
+        raise UserError(f"rows.{cell.row} is empty; a row is a method's config, and overrides")
     file, *own = config.rows[cell.row]
     if start := start_of(config, cell):
         own += ["recover.initialise=folder", f"recover.initialise_from={start.images}"]
-    data = (f"dataset.{field}={value}" for field, value in config.get("dataset", {}).items())
+    data = (f"dataset.{field}={value}" for field, value in (config.get("dataset") or {}).items())
     overrides = [*data, *config.shared, *own, *config.protocols[cell.protocol]]
     first = cell.seed * config.student_seeds
     students = tuple(range(first, first + config.student_seeds))
     overrides += [f"seed={cell.seed}", f"validate.seeds={students}"]
     if cell.row == config.controls:
-        overrides.append(f"validate.controls={','.join(config.control_sets)}")
+        overrides.append(f"validate.controls={','.join(_control_sets(config)) or '()'}")
     elif cell.protocol != OWN:
         overrides.append(f"validate.controls={','.join(_more_controls(config, cell.row)) or '()'}")
     last = dict(override.partition("=")[::2] for override in overrides)  # a list would grow
@@ -280,7 +310,12 @@ def parsed(config: Any, cell: Cell, problems: list[str]) -> Any:
 
 def _more_controls(config: Any, row: str) -> tuple[str, ...]:
     """The sets that a row's protocols train on beside its images; of what it alone can make."""
-    return tuple(config.get("more_controls", {}).get(row, ()))
+    return tuple((config.get("more_controls") or {}).get(row) or ())
+
+
+def _control_sets(config: Any) -> tuple[str, ...]:
+    """The sets that the row of controls trains on beside its images."""
+    return tuple(config.get("control_sets") or ())
 
 
 class Start(NamedTuple):
@@ -304,7 +339,7 @@ def start_of(config: Any, cell: Cell) -> Start | None:
     """
     from prism_jax.config import SOFT_CONTROLS
 
-    named = config.get("starts", {}).get(cell.row)
+    named = (config.get("starts") or {}).get(cell.row)
     if named is None:
         return None
     row, _, control = named.partition("/")
@@ -314,7 +349,7 @@ def start_of(config: Any, cell: Cell) -> Start | None:
             f"{cell.name} starts from {row!r}; allowed: the rows before it under this protocol "
             f"({', '.join(rows[: rows.index(cell.row)])})"
         )
-    made = config.control_sets if row == config.controls else _more_controls(config, row)
+    made = _control_sets(config) if row == config.controls else _more_controls(config, row)
     kept = [name for name in made if name in SOFT_CONTROLS]
     if control and (cell.protocol == OWN or control not in kept):
         raise UserError(

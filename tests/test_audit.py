@@ -18,7 +18,7 @@ from helpers.command import call
 from prism_jax.analysis import audit, membership
 from prism_jax.audit import canaries, observing
 from prism_jax.audit.__main__ import main
-from prism_jax.audit.rows import of_row, of_run
+from prism_jax.audit.rows import check_config, of_row, of_run
 from prism_jax.audit.shadows import Shadows
 from prism_jax.data import workdir
 from prism_jax.errors import UserError
@@ -109,6 +109,7 @@ def test_the_runs_of_a_row_differ_in_seeds_and_images_alone(monkeypatch, tmp_pat
 def test_the_shipped_audits_can_be_used(name, monkeypatch):
     monkeypatch.chdir(ROOT.parent)
     config = parse([f"--config=configs/audit/{name}.py"], problems := [])[0]
+    check_config(config)
     experiments = {row: of_row(config, row) for row in config.rows}
     assert not problems and set(config.without) == {"without"}
     assert {e.recover.initialise for e in experiments.values()} == {"real", "noise"}
@@ -142,6 +143,32 @@ def test_what_cannot_be_audited_is_one_message(tmp_path):
     with contextlib.chdir(ROOT.parent):
         Shadows(tmp_path, parse([TINY], [])[0]).write_data()
     assert workdir.read_record(path) == record
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--config=configs/digits_ipc10.py",), "has no ipc, shadows, canaries, always, rows"),
+        (("--config=configs/compare/digits.py",), "nothing to audit; --config takes a file of"),
+        ((TINY, "--config.gradients.images=None"), "has no gradients.images, so nothing to audit"),
+        ((TINY, "--config.gradients.iterations=()"), "gradients.iterations is (); each must be"),
+        ((TINY, "--config.rows.prism=None"), "it must be a row: medoids"),
+        ((TINY, *(f"--config.rows.{row}=None" for row in ("prism", "medoids", "without"))),
+         "all of without, medoids, prism are left out"),
+        ((TINY, "--config.rows.prism=('tests/configs/tiny_ipc.py','parallel.deterministic=False')"),
+         "parallel.deterministic is True (without/ipc2/seed0/own) and False (prism/"),
+    ],
+)  # fmt: skip
+def test_what_is_no_audit_is_one_message(tmp_path, arguments, said):
+    status, _, err = run(*arguments, f"--workdir={tmp_path}")
+    assert status == 2 and said in err and len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("row", ["medoids", "without"])
+def test_a_row_that_is_none_is_left_out(tmp_path, row):
+    status, out, err = run(TINY, f"--config.rows.{row}=None", "--plan", f"--workdir={tmp_path}")
+    assert status == 0 and out.count("to do ") == 12 and f"{row}/" not in out, err
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import pathlib
 import shutil
@@ -13,15 +14,20 @@ import signal
 
 import pytest
 from helpers.command import call, snapshot
+from PIL import Image
 
 from prism_jax import cells as runs
 from prism_jax import compare
 from prism_jax.analysis import comparison
-from prism_jax.analysis.cells import Entry
+from prism_jax.analysis.cells import Entry, to_records
+from prism_jax.analysis.differences import Choices
+from prism_jax.analysis.intervals import Resampling
 from prism_jax.config import resolve
 from prism_jax.data import workdir
 from prism_jax.errors import UserError
 from prism_jax.main import parse
+from prism_jax.stages import fingerprints, imported
+from prism_jax.stages.context import Context
 
 ROOT = pathlib.Path(__file__).resolve().parent
 TINY = f"--config={ROOT / 'configs' / 'tiny_compare.py'}"
@@ -83,7 +89,9 @@ def test_every_cell_of_the_shipped_comparisons_can_be_used(name, monkeypatch):
     assert not problems
     assert len({runs.digest_of(e) for e in experiments.values()}) == len(cells)
     compare.choices_of(c)
-    # All share their teachers.
+    compare.check_config(c)
+    # All share their teachers, and the process.
+    runs.check_environment(experiments)
     assert len({e.squeeze for e in runs.with_all_teachers(experiments).values()}) == 1
 
 
@@ -170,7 +178,7 @@ def test_a_cell_whose_record_is_of_an_older_version_is_recorded_anew(finished, t
     right = record["right"]["synthetic"]["test"]["outside"]
     assert found["right"]["synthetic"]["test"]["outside"] == [None, right[1]]
     table = (copy / "table.md").read_text()
-    assert "1 or 2 seed(s)" in table.split("#### short, IPC 2, outside")[1]
+    assert "1 seed(s) of images, 1 or 2 student(s)" in table.split("#### short, IPC 2, outside")[1]
 
 
 def test_nothing_is_added_to_cells_of_other_images_or_weights(finished, tmp_path):
@@ -198,6 +206,86 @@ def test_nothing_is_added_to_cells_of_other_images_or_weights(finished, tmp_path
     assert status == 0, err
 
 
+def _recorded(root, experiment):
+    """A comparison whose one cell is finished, as far as its record says, and that record."""
+    cell = runs.Cell("prism", 2, 0, "own")
+    made = compare.Comparison(root, {cell: experiment}, {}, None, "seconds")
+    context = Context(experiment, str(made.folder(cell)))
+    record = {
+        "experiment": made.digest(cell),
+        "version": compare.RECORD_VERSION,
+        "read": runs.read_by(context, root),
+    }
+    made.folder(cell).mkdir(parents=True)
+    workdir.write_record(made.folder(cell) / "cell.json", record)
+    return made, made.folder(cell) / "cell.json", record
+
+
+def _forget(path, record, what):
+    """As an older cell's record is."""
+    read = {k: v for k, v in record["read"].items() if k != what}
+    workdir.write_record(path, {**record, "read": read})
+
+
+def test_nothing_is_added_to_cells_that_began_with_other_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT.parent)
+    start = tmp_path / "start"
+    for cls, i in itertools.product(range(4), range(2)):
+        (start / str(cls)).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 40 * cls + i).save(start / str(cls) / f"{i}.png")
+    at = f"recover.initialise_from={start}"
+    row = f"('{TINY_IPC}','recover.initialise=folder','{at}','recover.iterations=0')"
+    experiment = compare.experiment_of(
+        config(f"--config.rows.prism={row}"), runs.Cell("prism", 2, 0, "own")
+    )
+    made, path, record = _recorded(tmp_path / "run", experiment)
+    made._check_finished()
+    Image.effect_noise((8, 8), 90).save(start / "3" / "1.png")
+    with pytest.raises(
+        UserError, match=r"\(prism/ipc2/seed0/own\) were made from other initial im"
+    ):
+        made._check_finished()
+    _forget(path, record, "initial images")
+    shutil.rmtree(start)
+    made._check_finished()
+    # Images that another cell made are that one's: its digest is part of this one's.
+    there = str(tmp_path / "run" / "cells" / "d4m" / "images")
+    inside = dataclasses.replace(experiment.recover, initialise_from=there)
+    context = Context(dataclasses.replace(experiment, recover=inside), str(tmp_path))
+    assert "initial images" not in runs.read_by(context, tmp_path / "run")
+
+
+@pytest.mark.parametrize("what", ["generator", "CLIP", "labels"])
+def test_nothing_is_added_to_cells_of_other_networks_or_labels_of_others(
+    what, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(ROOT.parent)
+    e = compare.experiment_of(config(), runs.Cell("prism", 2, 0, "own"))
+    e = {
+        "generator": lambda: dataclasses.replace(
+            e,
+            recover=dataclasses.replace(e.recover, maker="generate"),
+            generate=dataclasses.replace(e.generate, directory="there"),
+        ),
+        "CLIP": lambda: dataclasses.replace(e, recover=dataclasses.replace(e.recover, clip=0.5)),
+        "labels": lambda: dataclasses.replace(
+            e, relabel=dataclasses.replace(e.relabel, labels_from="there")
+        ),
+    }[what]()
+    content = ["before"]
+    monkeypatch.setattr(fingerprints, "generator", lambda context: {"files": content[0]})
+    monkeypatch.setattr(fingerprints, "clip", lambda context: {"image_encoder": content[0]})
+    monkeypatch.setattr(imported, "digest_of_labels", lambda context: content[0])
+    made, path, record = _recorded(tmp_path / "run", e)
+    assert what in record["read"] and len(record["read"]) == 6
+    made._check_finished()
+    content[0] = "after"
+    with pytest.raises(UserError, match=f"were made from other {what} than"):
+        made._check_finished()
+    _forget(path, record, what)
+    made._check_finished()
+
+
 def test_the_tables_hold_every_method_and_its_controls(finished):
     root, out = finished
     table = (root / "table.md").read_text()
@@ -223,7 +311,8 @@ def test_the_tables_hold_every_method_and_its_controls(finished):
     seconds = [float(line[f"{stage}_seconds"]) for stage in ("squeeze", "recover", "validate")]
     assert min(seconds) > 0 and float(line["bytes"]) == 8 * 64 + float(line["label_bytes"])
     certain = table.split("### How certain")[1]
-    assert "#### short, IPC 2, outside" in certain and "2 seed(s)" in certain
+    assert "#### short, IPC 2, outside" in certain
+    assert "1 seed(s) of images, 2 student(s)" in certain
     answers = list(csv.DictReader(io.StringIO((root / "differences.csv").read_text())))
     [found] = [x for x in answers if (x["method"], x["protocol"], x["set"], x["why"])
                == ("prism", "own", "synthetic", "")]  # fmt: skip
@@ -282,6 +371,65 @@ def test_starts_and_choices_that_there_are_not_are_refused(tmp_path, override, s
     status, _, err = run(DIFFUSION, f"--config.{override}", f"--workdir={tmp_path}")
     assert status == 2 and said in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--config=configs/digits_ipc10.py",), "has no ipcs, seeds, student_seeds, rows"),
+        (("--config=configs/audit/digits.py",), "nothing to compare; --config takes a file of"),
+        ((TINY, "--config.seeds=()"), "has no cells: rows prism, gvbsm, random_real"),
+        ((TINY, "--config.ipcs=()"), "short, ipcs (), seeds (0, 1); it needs one of each"),
+        ((TINY, "--config.protocols.own=None", "--config.protocols.short=None"), "protocols none"),
+        ((TINY, "--config.shared=None"), "has no shared, so nothing to compare"),
+        ((TINY, "--config.rows.prism=()"), "rows.prism is empty"),
+        ((TINY, f"--config.rows.gvbsm=('{TINY_IPC}','parallel.deterministic=False')"),
+         "is True (prism/ipc1/seed0/own) and False (gvbsm/ipc1/seed0/own)"),
+        ((TINY, "--config.protocols.short=('parallel.matmul_precision=highest',)"),
+         "'highest' (random_real/ipc1/seed0/short); one process makes all cells"),
+    ],
+)  # fmt: skip
+def test_what_is_no_comparison_is_one_message(tmp_path, arguments, said):
+    status, _, err = run(*arguments, f"--workdir={tmp_path}")
+    assert status == 2 and said in err and len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "unset",
+    ["starts", "more_controls", "more_controls.d4m", "reference", "selected_real", "controls"],
+)
+def test_what_a_comparison_may_have_may_be_unset(tmp_path, unset):
+    """Which leaves it out; what asks for it says so."""
+    plain = ("--config.starts.from_medoids=None", "--config.selected_real=()")
+    none = f"--config.{unset}=None"
+    status, out, err = run(DIFFUSION, *plain, none, "--plan", f"--workdir={tmp_path}")
+    assert status == 0 and out.count("to do ") == 4, err
+    status, _, err = run(DIFFUSION, "--config.more_controls=None", "--plan")
+    assert status == 2 and "the sets of d4m that it can start from are none" in err
+
+
+def test_what_all_cells_ask_of_the_process_is_not_refused(monkeypatch):
+    monkeypatch.chdir(ROOT.parent)
+    c = config("--config.shared=parallel.matmul_precision=highest")
+    experiments = {cell: compare.experiment_of(c, cell) for cell in compare.cells(c)}
+    assert {e.parallel.matmul_precision for e in experiments.values()} == {"highest"}
+    runs.check_environment(experiments)
+
+
+def test_records_and_where_tables_go_may_be_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    found = [entry("a", 0, 0.5)]
+    records = to_records(found, Choices(Resampling(resamples=100)))
+    workdir.write_record(tmp_path / "made" / "records.json", records)
+    status, _, err = call("--records=~/made", "--workdir=~/tables", main=compare.main)
+    assert status == 0 and (tmp_path / "tables" / "table.md").exists(), err
+    assert not (tmp_path / "~").exists()
+    # What has a checksum and a schema is not therefore a record of cells.
+    workdir.write_record(tmp_path / "summary.json", {"schema": 1, "config": "digits"})
+    status, _, err = call("--records=~/summary.json", main=compare.main)
+    assert status == 2 and f"{tmp_path}/summary.json: these are no records" in err
 
 
 @pytest.mark.slow

@@ -78,12 +78,16 @@ def from_records(found: Mapping[str, Any]) -> tuple[list[Entry], Choices]:
     """Entries, and what they are measured by.
 
     Raises:
-      UserError: the records are of another version.
+      UserError: the records are of another version, or no comparison's.
     """
-    if found.get("schema") != 1:
+    if lacking := [key for key in ("schema", "choices", "cells") if key not in found]:
         raise UserError(
-            f"these records have schema {found.get('schema')!r}, and this version of prism_jax "
-            f"reads 1"
+            f"these are no records of a comparison, which would say {' and '.join(lacking)}; name "
+            f"the records.json that it wrote"
+        )
+    if found["schema"] != 1:
+        raise UserError(
+            f"these records have schema {found['schema']!r}, and this version of prism_jax reads 1"
         )
     said = found["choices"]
     choices = Choices(
@@ -92,7 +96,22 @@ def from_records(found: Mapping[str, Any]) -> tuple[list[Entry], Choices]:
         tuple(said["selected_real"]),
         tuple(said["controls"]),
     )
-    return [entry_of(cell) for cell in found["cells"]], choices
+    return [entry_of(_as_now(cell)) for cell in found["cells"]], choices
+
+
+def _as_now(cell: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A cell's record; squeeze was one number of a set before it was told by networks."""
+    costs = {}
+    for name, spent in cell.get("costs", {}).items():
+        if "networks" not in spent and "squeeze" in spent["seconds"]:
+            networks = {"squeeze": spent["seconds"]["squeeze"]}
+            spent = {
+                **spent,
+                "networks": networks,
+                "seconds": _without(spent["seconds"], "squeeze"),
+            }
+        costs[name] = spent
+    return {**cell, "costs": costs}
 
 
 def columns(entries: Sequence[Entry]) -> dict[Column, list[Tested]]:

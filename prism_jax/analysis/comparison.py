@@ -24,6 +24,7 @@ from prism_jax.analysis.words import (
     SYNTHETIC,
     UNKNOWN,
     number,
+    of_fewer,
     percent,
     row_label,
     seconds,
@@ -154,7 +155,7 @@ def _markdown_grid(grid: Grid) -> Iterator[str]:
 def _of_seeds(values: Sequence[float], grid: Grid, column: tuple[int, str]) -> str:
     """Mean and deviation, and of how many seeds where other rows have more."""
     most = max(len(results.get(column, ())) for results in grid.rows.values())
-    return spread(values) + (f" ({len(values)} of {most})" if 0 < len(values) < most else "")
+    return spread(values) + of_fewer(len(values), most)
 
 
 def _seeds(entries: Sequence[Entry]) -> str:
@@ -171,7 +172,7 @@ def _seeds(entries: Sequence[Entry]) -> str:
 
 
 def latex(entries: Sequence[Entry]) -> str:
-    """The accuracies as LaTeX tables (booktabs), one per protocol."""
+    """The accuracies as LaTeX tables (booktabs), one per protocol; in brackets: of fewer seeds."""
     tables = []
     for grid in grids(entries):
         ipcs = list(dict.fromkeys(ipc for ipc, _ in grid.columns))
@@ -188,7 +189,8 @@ def latex(entries: Sequence[Entry]) -> str:
             r"\midrule",
         ]
         for label, results in grid.rows.items():
-            cells = [spread(results.get(c, ())).replace(" ± ", r" $\pm$ ") for c in grid.columns]
+            cells = [_of_seeds(results.get(c, ()), grid, c) for c in grid.columns]
+            cells = [cell.replace(" ± ", r" $\pm$ ") for cell in cells]
             lines.append(" & ".join([_tex(label), *cells]) + r" \\")
         tables.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}"]))
     return "\n\n".join(tables) + "\n"

@@ -5,7 +5,8 @@ row that was chosen, from the best method and from the best selection of real im
 its interval (``analysis.intervals``). Where every method has labels and training of its own, each
 is measured by real images with the same ones: its own controls. Who is best is said by the images
 that were held out of training, where there are any, and else by the test images themselves, which
-flatters the best; by the seeds that all have.
+flatters the best; by the seeds that all have. Where all share none, it is said of those that share
+some: a seed may be easier than another.
 """
 
 from __future__ import annotations
@@ -93,13 +94,15 @@ class Line(NamedTuple):
 class Table(NamedTuple):
     """A column's sets, and what they are measured by: the label of each, by why.
 
-    None: each set has its own.
+    None: each set has its own. ``apart`` are the labels of those that share no seed with the ones
+    among which the best was chosen.
     """
 
     column: Column
     lines: list[Line]
     against: dict[str, str | None]
     chosen_by: str
+    apart: tuple[str, ...] = ()
 
 
 def tables(columns: Mapping[Column, Sequence[Tested]], choices: Choices) -> Iterator[Table]:
@@ -123,41 +126,80 @@ def tables(columns: Mapping[Column, Sequence[Tested]], choices: Choices) -> Iter
             lines.append(Line(s, drawn.accuracy(s.label), differing, held_out, by))
         whys = dict.fromkeys(why for line in lines for why in line.against)
         heads = {why: None if against is None else against[why] for why in whys}
-        yield Table(column, lines, heads, part)
+        among = [_candidates(known, choices)]
+        if own:
+            among = [_own_candidates(s, known, choices) for s in known]
+        apart = dict.fromkeys(
+            label for of in among for some in of.values() for label in _apart(some, part)
+        )
+        yield Table(column, lines, heads, part, tuple(apart))
 
 
-def _against(sets: Sequence[Tested], choices: Choices, part: str) -> dict[str, str]:
-    selected = [s for s in sets if s.is_one_of(choices.selected_real)]
+def _candidates(sets: Sequence[Tested], choices: Choices) -> dict[str, list[Tested]]:
+    """Among which the best is chosen, by why."""
     methods = [
         s
         for s in sets
         if s.name == SYNTHETIC and not s.is_one_of((*choices.controls, *choices.selected_real))
     ]
+    return {BEST: methods, SELECTED: [s for s in sets if s.is_one_of(choices.selected_real)]}
+
+
+def _against(sets: Sequence[Tested], choices: Choices, part: str) -> dict[str, str]:
     chosen = [s for s in sets if choices.reference and s.is_one_of([choices.reference])]
-    found = {REFERENCE: chosen[:1], BEST: _best(methods, part), SELECTED: _best(selected, part)}
+    candidates = _candidates(sets, choices).items()
+    found = {REFERENCE: chosen[:1]} | {why: _best(among, part) for why, among in candidates}
     return {why: some[0].label for why, some in found.items() if some}
+
+
+def _own_candidates(
+    of: Tested, sets: Sequence[Tested], choices: Choices
+) -> dict[str, list[Tested]]:
+    """Real images with the labels and the training of a method's images."""
+    if of.name != SYNTHETIC or of.is_one_of(choices.controls):
+        return {}
+    controls = [s for s in sets if s.row == of.row and s is not of]
+    return {
+        OWN_RANDOM: [s for s in controls if s.name == "random_real"],
+        OWN_SELECTED: [s for s in controls if s.is_one_of(choices.selected_real)],
+    }
 
 
 def _own_controls(
     of: Tested, sets: Sequence[Tested], choices: Choices, part: str
 ) -> dict[str, str]:
-    """Real images with the labels and the training of a method's images."""
-    if of.name != SYNTHETIC or of.is_one_of(choices.controls):
-        return {}
-    controls = [s for s in sets if s.row == of.row and s is not of]
-    found = {
-        OWN_RANDOM: [s for s in controls if s.name == "random_real"],
-        OWN_SELECTED: _best([s for s in controls if s.is_one_of(choices.selected_real)], part),
-    }
+    candidates = _own_candidates(of, sets, choices).items()
+    found = {why: _best(among, part) for why, among in candidates}
     return {why: some[0].label for why, some in found.items() if some}
 
 
 def _best(among: Sequence[Tested], part: str) -> list[Tested]:
     """The best of some sets, or none; by the seeds that all of them have."""
-    if not among:
+    comparable = _comparable(among, part)
+    if not comparable:
         return []
-    shared = set.intersection(*(set(s.right[part]) for s in among))
-    return [max(among, key=lambda s: s.top1(part, shared))]
+    shared = _shared(comparable, part)
+    return [max(comparable, key=lambda s: s.top1(part, shared))]
+
+
+def _shared(sets: Sequence[Tested], part: str) -> set[tuple[int, int]]:
+    return set.intersection(*(set(s.right[part]) for s in sets))
+
+
+def _comparable(among: Sequence[Tested], part: str) -> list[Tested]:
+    """The most of some sets that share a seed, and of equally many those that share most."""
+    if len(among) < 2 or _shared(among, part):
+        return list(among)
+    seeds = dict.fromkeys(seed for s in among for seed in s.right[part])
+    groups = [[s for s in among if seed in s.right[part]] for seed in seeds]
+    largest = max(groups, key=lambda sets: (len(sets), len(_shared(sets, part))))
+    return largest if len(largest) > 1 else []
+
+
+def _apart(among: Sequence[Tested], part: str) -> list[str]:
+    """The labels of those that are not compared."""
+    compared = {s.label for s in _comparable(among, part)}
+    return [s.label for s in among if s.label not in compared]
 
 
 def points(interval: Interval | None, *, signed: bool = True) -> str:
@@ -183,6 +225,14 @@ def markdown(found: Sequence[Table], choices: Choices, imported: Sequence[str] =
         f"with replacement, {how.resamples:,} times. ~ marks a difference whose interval holds "
         f"zero. With few seeds an interval knows little of how much they differ, with one nothing.",
     ]  # fmt: skip
+    accuracies = [line.accuracy for table in found for line in table.lines]
+    if any(a.students > a.seeds > 1 for a in accuracies):
+        lines[-1] += " A seed of images is drawn with all of its students."
+    if any(a.students > a.seeds == 1 for a in accuracies):
+        lines[-1] += (
+            " Where all students are on the images of one seed, they are drawn, and an interval "
+            "says nothing of images of another seed."
+        )
     if imported and any(table.chosen_by == HELD_OUT for table in found):
         lines[-1] += (
             f" {', '.join(imported)} were not trained here, and may have seen the held-out images."
@@ -193,7 +243,10 @@ def markdown(found: Sequence[Table], choices: Choices, imported: Sequence[str] =
             f"it is measured by real images with the same ones, and not by other methods."
         )
     for table in found:
-        seeds = sorted({line.accuracy.seeds for line in table.lines})
+        seeds, students = (
+            sorted({getattr(line.accuracy, of) for line in table.lines})
+            for of in ("seeds", "students")
+        )
         by = "the held-out images" if table.chosen_by == HELD_OUT else "these test images"
         held = table.chosen_by == HELD_OUT
         heads = ["", "top-1", *(["held out"] if held else [])]
@@ -201,20 +254,29 @@ def markdown(found: Sequence[Table], choices: Choices, imported: Sequence[str] =
         heads += [f"- {label} ({why})" if label else f"- {why}" for why, label in against]
         lines += [
             "", f"#### {table.column.protocol}, IPC {table.column.ipc}, {table.column.student}", "",
-            f"{' or '.join(map(str, seeds))} seed(s), {table.lines[0].accuracy.images:,} test "
-            f"images; who is best is chosen by {by}.", "",
+            f"{' or '.join(map(str, seeds))} seed(s) of images, "
+            f"{' or '.join(map(str, students))} student(s), {table.lines[0].accuracy.images:,} "
+            f"test images; who is best is chosen by {by}{_but(table.apart)}.", "",
             row(heads), row([":--", *["--:"] * (len(heads) - 1)]),
         ]  # fmt: skip
         for line in table.lines:
-            few = f" ({line.accuracy.seeds} of {seeds[-1]} seeds)"
+            few = ""
+            if line.accuracy.seeds < seeds[-1]:
+                few = f" ({line.accuracy.seeds} of {seeds[-1]} seeds)"
+            elif line.accuracy.students < students[-1]:
+                few = f" ({line.accuracy.students} of {students[-1]} students)"
             cells = [
-                line.tested.label + (few if line.accuracy.seeds < seeds[-1] else ""),
+                line.tested.label + few,
                 points(line.accuracy, signed=False),
             ]
             if held:
                 cells.append(UNKNOWN if line.held_out is None else percent(line.held_out))
             lines.append(row([*cells, *(points(line.differences.get(w)) for w in table.against)]))
     return "\n".join(lines) + "\n"
+
+
+def _but(apart: Sequence[str]) -> str:
+    return f", but not among {', '.join(apart)}, for want of seeds in common" if apart else ""
 
 
 def row(cells: Sequence[str]) -> str:
@@ -224,7 +286,7 @@ def row(cells: Sequence[str]) -> str:
 
 FIELDS = (
     "protocol", "ipc", "student", "method", "set", "against", "why", "chosen_by", "value", "low",
-    "high", "holds_zero", "seeds", "images",
+    "high", "holds_zero", "seeds", "students", "images",
 )  # fmt: skip
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from prism_jax.analysis.cells import Entry, label_of, mean, of
-from prism_jax.analysis.words import UNKNOWN, number, percent, seconds, size
+from prism_jax.analysis.words import UNKNOWN, number, of_fewer, percent, seconds, size
 
 STAGES = ("squeeze", "recover", "relabel")  # that make a set
 NOTE = (
@@ -84,7 +85,8 @@ def accuracies_and_costs(entries: Sequence[Entry]) -> dict[tuple[str, int], list
     for key in dict.fromkeys((e.protocol, e.ipc) for e in entries):
         mine = [e for e in entries if (e.protocol, e.ipc) == key and e.costs]
         students = list(dict.fromkeys(s for e in mine for found in e.sets.values() for s in found))
-        rows = []
+        rows, known = [], _known_seeds(mine)
+        most = {s: max(counts[s] for counts in known.values()) for s in students}
         for row, name in dict.fromkeys((e.row, name) for e in mine for name in e.sets):
             here = [e for e in mine if e.row == row and name in e.sets]
             stages = [stage_seconds(e, name, "") for e in here]
@@ -101,10 +103,21 @@ def accuracies_and_costs(entries: Sequence[Entry]) -> dict[tuple[str, int], list
                 top1 = mean(of(e.sets[name], student, "top1") for e in here)
                 took = mean(stage_seconds(e, name, student)["validate"] for e in here)
                 rate = UNKNOWN if top1 is None or not held else number(1e8 * top1 / held)
-                cells += [UNKNOWN if top1 is None else percent(top1), seconds(took), rate]
+                few = of_fewer(known[row, name][student], most[student])
+                cells += [UNKNOWN if top1 is None else percent(top1) + few, seconds(took), rate]
             rows.append([label_of(row, name, key[0]), *cells])
         if rows:
             heads = ["", *STAGES, "images + labels", "of the real"]
             heads += [h for s in students for h in (s, f"{s}: training", f"{s}: per MB")]
             tables[key] = [heads, *rows]
     return tables
+
+
+def _known_seeds(entries: Sequence[Entry]) -> dict[tuple[str, str], collections.Counter[str]]:
+    """Of how many seeds each student's accuracy is, by row and set."""
+    found: dict[tuple[str, str], collections.Counter[str]] = {}
+    for e in entries:
+        for name, by_student in e.sets.items():
+            counts = found.setdefault((e.row, name), collections.Counter())
+            counts.update({s: len(r.get("top1_per_seed", ())) for s, r in by_student.items()})
+    return found

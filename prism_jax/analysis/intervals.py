@@ -5,6 +5,11 @@ one is mostly hard for the other. So seeds and images are drawn again together f
 factors of a two-way layout with replacement and apart from each other (the pigeonhole bootstrap,
 Owen 2007, arXiv 0712.1111). An interval is between quantiles of what is drawn.
 
+Students are nested in the seeds of the images that they train on: five on one set are no five sets.
+A seed of images is drawn with all of its students, so that an interval says how images of another
+seed would do. Where all are of one seed of images, its students are drawn, and the interval is of
+students on that set alone.
+
 With few seeds the interval knows little of how much they differ: with one, nothing.
 """
 
@@ -12,8 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,8 +26,9 @@ from prism_jax import rng
 
 AT_ONCE = 250  # draws of images whose weights are in memory together
 
-# Whether each answer is right, bool (N,), by seed.
-Right = Mapping[Any, np.ndarray]
+Key = tuple[int, int]  # the seed of images, and which student on them
+# Whether each answer is right, bool (N,).
+Right = Mapping[Key, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +41,17 @@ class Resampling:
 
 
 class Interval(NamedTuple):
-    """A value and what it lies between, and how many seeds and images it is of."""
+    """A value and what it lies between, and what it is of.
+
+    Attributes:
+      seeds: of images; students: on all of them together; images: that they were tested on.
+    """
 
     value: float
     low: float
     high: float
     seeds: int
+    students: int
     images: int
 
     @property
@@ -70,26 +81,30 @@ class Drawn:
         return self._interval(self._keys[name], lambda counts: counts(name))
 
     def difference(self, name: str, other: str) -> Interval | None:
-        """Of two sets, over the seeds that both have; None where there is none."""
+        """Of two sets, over the seeds and students that both have; None where there is none."""
         keys = [key for key in self._keys[name] if (other, key) in self._at]
         return self._interval(keys, lambda counts: counts(name) - counts(other)) if keys else None
 
-    def _interval(self, keys: Sequence[Hashable], of: Callable[..., np.ndarray]) -> Interval:
+    def _interval(self, keys: Sequence[Key], of: Callable[..., np.ndarray]) -> Interval:
         def counts(table: np.ndarray) -> Callable[[str], np.ndarray]:
             return lambda name: table[[self._at[name, key] for key in keys]]
 
-        count = len(keys) * self._images
         right_S, drawn_SR = of(counts(self._right_P)), of(counts(self._drawn_PR))
-        drawn_R = (_draws_of_seeds(len(keys), self._how).T * drawn_SR).sum(0)
-        outside = (1 - self._how.level) / 2
+        seeds, cluster_S = np.unique([seed for seed, _ in keys], return_inverse=True)
+        if len(seeds) == 1:
+            cluster_S = np.arange(len(keys))
+        times_SR = _draws(cluster_S.max() + 1, self._how).T[cluster_S]
+        # Where seeds have as many students each, as many are drawn every time.
+        drawn_R = (times_SR * drawn_SR).sum(0) * (len(keys) / times_SR.sum(0))
+        outside, count = (1 - self._how.level) / 2, len(keys) * self._images
         low, high = np.quantile(drawn_R, [outside, 1 - outside])
         value, low, high = (float(x) / count for x in (right_S.sum(), low, high))
-        return Interval(value, low, high, len(keys), self._images)
+        return Interval(value, low, high, len(seeds), len(keys), self._images)
 
 
 @functools.cache
-def _draws_of_seeds(count: int, how: Resampling) -> np.ndarray:
-    """How often each of some seeds is drawn, (resamples, count)."""
+def _draws(count: int, how: Resampling) -> np.ndarray:
+    """How often each of some seeds, or of one seed's students, is drawn: (resamples, count)."""
     draw = rng.generator(how.seed, "intervals/seeds", count)
     return draw.multinomial(count, np.full(count, 1 / count), how.resamples)
 

@@ -68,14 +68,15 @@ def what_is_equal(run: Mapping[str, Any]) -> list[Any]:
     ]  # fmt: skip
 
 
-def merge(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def merge(runs: Sequence[Mapping[str, Any]], image_seeds: int | None = None) -> dict[str, Any]:
     """Combine runs that differ in their seeds into one summary.
 
     Accuracies of all runs' students are pooled, so their standard deviation spans what varies
     between runs; every other number is the mean over runs, None where a run lacks it.
 
     Args:
-      runs: at least one summary; of all ``what_is_equal`` is equal.
+      runs: at least one summary; of all ``what_is_equal`` is equal, and none is another's copy.
+      image_seeds: of how many seeds their images are, where that is known.
     """
     assert all(what_is_equal(run) == what_is_equal(runs[0]) for run in runs)
     if len(runs) == 1:
@@ -83,6 +84,8 @@ def merge(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     merged = _mean_of(list(runs))
     merged["runs"] = len(runs)
     merged["seeds"] = [seed for run in runs for seed in run["seeds"]]
+    if image_seeds is not None:
+        merged["image_seeds"] = image_seeds
     for key in ("validate", "controls"):
         if all(key in run for run in runs):
             merged[key] = _pool([run[key] for run in runs])
@@ -107,7 +110,8 @@ def _pool(entries: list[Any]) -> Any:
         keys = [key for key in entries[0] if all(key in entry for entry in entries)]
         return {key: _pool([entry[key] for entry in entries]) for key in keys}
     records = [{**entry, "top1": top1} for entry in entries for top1 in entry["top1_per_seed"]]
-    return over_seeds(records)
+    took = [entry.get("seconds") for entry in entries]  # each of all of its students
+    return over_seeds(records) | {"seconds": None if None in took else sum(took)}
 
 
 def validate(summary: Any) -> None:

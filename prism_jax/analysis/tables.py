@@ -72,21 +72,24 @@ def markdown(summaries: Sequence[Mapping[str, Any]]) -> str:
     """Compare runs in two Markdown tables: accuracies with their spread, and what they cost.
 
     A control that several runs share, with equal numbers, stands once; where the numbers differ,
-    its row names the config. The full real set comes last.
+    its row names the config; so do two synthetic sets of one method, always. The full real set
+    comes last.
     """
     names = list(dict.fromkeys(name for summary in summaries for name in students(summary)))
-    rows: dict[tuple[str, str], dict[tuple[str, ...], str]] = {}  # what -> cells -> config
-    for summary in summaries:
+    # what -> cells, and of a set that is no control which summary's -> config
+    rows: dict[tuple[str, str], dict[tuple[tuple[str, ...], int | None], str]] = {}
+    for at, summary in enumerate(summaries):
         for row in accuracy_rows(summary):
             entries = dict(zip(students(summary), row.entries, strict=True))
             cells = tuple(accuracy(entries.get(name)) for name in names)
             label = f"**{summary['method']}**" if row.name == SYNTHETIC else row.label
             shown = UNKNOWN if row.name == "full_real" else ipc(summary)
-            rows.setdefault((shown, label), {}).setdefault(cells, summary["config"])
+            key = cells, at if row.name == SYNTHETIC else None
+            rows.setdefault((shown, label), {}).setdefault(key, summary["config"])
     accuracies = [
         (shown, label if len(found) == 1 else f"{label} (`{config}`)", *cells)
         for (shown, label), found in sorted(rows.items(), key=lambda item: item[0][0] == UNKNOWN)
-        for cells, config in found.items()
+        for (cells, _), config in found.items()
     ]
     notes = list(dict.fromkeys(spread_note(summary) for summary in summaries))
     costs = [

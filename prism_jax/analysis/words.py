@@ -136,10 +136,12 @@ def spread_note(summary: Mapping[str, Any]) -> str:
         return "one student seed, no spread"
     if (runs := summary.get("runs", 1)) > 1:
         each = "" if counts[-1] == runs else f", {counts[-1]} students of a kind in all"
-        return (
-            f"mean ± standard deviation over {summary['runs']} runs{each} (recover, labels, random "
-            f"real images and students vary, teachers are fixed)"
-        )
+        seeds = summary.get("image_seeds", runs)
+        of = f" of {seeds} seed(s) of images" if seeds < runs else ""
+        vary = "recover, labels, random real images and students vary, teachers are fixed"
+        if seeds == 1:
+            vary = "students alone vary"
+        return f"mean ± standard deviation over {runs} runs{of}{each} ({vary})"
     number = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return f"mean ± standard deviation over {number} student seeds of one synthetic set"
 
@@ -233,6 +235,11 @@ def ipc(summary: Mapping[str, Any]) -> str:
 
 
 # --- numbers in words -----------------------------------------------------------------------
+
+
+def of_fewer(count: int, most: int) -> str:
+    """Behind a number: of how many seeds it is, where others are of more."""
+    return f" ({count} of {most})" if 0 < count < most else ""
 
 
 def percent(fraction: float | None, *, digits: int = 1, sign: str = "") -> str:

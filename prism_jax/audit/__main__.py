@@ -22,7 +22,7 @@ prism_jax: audit sets
 
 Flags:
     --config=FILE        a file of configs/audit/
-    --config.a=VALUE     override one field of it
+    --config.a=VALUE     override one field of it; --config.rows.ROW=None leaves a row out
     --workdir=DIR        where everything is written (default: runs/<name of the audit>)
     --plan               list the cells and which of them are finished, then stop
     --help               this text
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    from prism_jax.audit.rows import as_comparison, cell_of
+    from prism_jax.audit.rows import as_comparison, cell_of, check_config, rows_of
     from prism_jax.cells import until_stopped
     from prism_jax.compare import parsed
     from prism_jax.environment import prepare_environment
@@ -54,8 +54,9 @@ def _main(argv: list[str]) -> int:
     config, given = parse(argv, problems)
     if problems:
         raise UserError("; ".join(problems))
+    check_config(config)
     # The audit's own config does not say how its cells use devices.
-    cell = cell_of(config, next(iter(config.rows)))
+    cell = cell_of(config, rows_of(config)[0])
     prepare_environment(parsed(as_comparison(config), cell, problems), problems)
     if problems:
         raise UserError(f"{cell.row}: {'; '.join(problems)}")

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from prism_jax import pipeline, progress, synthesis
-from prism_jax.audit.rows import cell_of, of_run
+from prism_jax.audit.rows import cell_of, of_run, rows_of
 from prism_jax.audit.shadows import MEMBERS, Shadows
 from prism_jax.config import Experiment, unit_budget, units
 from prism_jax.config.rules.recover import supervised_by
@@ -85,10 +85,10 @@ def check(shadows: Shadows) -> None:
     Raises:
       UserError: no such row, or numbers out of range.
     """
-    settings, rows = shadows.config.gradients, shadows.config.rows
-    if settings.row not in rows or settings.row in shadows.config.without:
-        known = ", ".join(row for row in rows if row not in shadows.config.without)
-        raise UserError(f"gradients.row is {settings.row!r}; it must be a row: {known}")
+    settings = shadows.config.gradients
+    known = [row for row in rows_of(shadows.config) if row not in shadows.without]
+    if settings.row not in known:
+        raise UserError(f"gradients.row is {settings.row!r}; it must be a row: {', '.join(known)}")
     experiment = shadows.experiments[cell_of(shadows.config, settings.row)]
     budget = unit_budget(experiment, units(experiment)[0])
     if experiment.recover.maker != "optimise" or not budget or experiment.recover.phase_sizes:
@@ -105,7 +105,7 @@ def check(shadows: Shadows) -> None:
             f"recover.alpha_ce {recover.alpha_ce:g} (1), recover.alignment_scale "
             f"{recover.alignment_scale!r} (none); name a row that has these"
         )
-    if not 0 <= min(settings.iterations) <= max(settings.iterations) < budget:
+    if not settings.iterations or not all(0 <= i < budget for i in settings.iterations):
         raise UserError(
             f"gradients.iterations is {tuple(settings.iterations)}; each must be in [0, {budget})"
         )

@@ -8,9 +8,34 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from prism_jax import compare
-from prism_jax.cells import Cell
+from prism_jax.cells import Cell, check_fields
 from prism_jax.config.sections import Experiment, Path
 from prism_jax.errors import UserError
+
+# Of the study of gradients too.
+WANTED = (
+    "name", "ipc", "shadows", "canaries", "always", "seed", "rows", "shared", "gradients.row",
+    "gradients.images", "gradients.iterations", "gradients.alphas", "gradients.draws",
+)  # fmt: skip
+
+
+def check_config(config: Any) -> None:
+    """Refuse what is no audit's config, or has no rows.
+
+    Raises:
+      UserError: with what it lacks.
+    """
+    check_fields(config, "audit", WANTED, ("argument", "dataset", "without"))
+    if not rows_of(config):
+        raise UserError(
+            f"this audit has no rows: all of {', '.join(config.rows) or 'none'} are left out; it "
+            f"needs one at least"
+        )
+
+
+def rows_of(config: Any) -> list[str]:
+    """The rows but those that are None, which leaves them out."""
+    return [row for row in config.rows if config.rows[row] is not None]
 
 
 def as_comparison(config: Any) -> ConfigDict:

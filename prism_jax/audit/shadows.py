@@ -15,7 +15,7 @@ from prism_jax.analysis import audit, membership
 from prism_jax.audit import canaries
 from prism_jax.audit.canaries import Plan, Split
 from prism_jax.audit.observing import ATTACKS, observe
-from prism_jax.audit.rows import cell_of, of_row, of_run
+from prism_jax.audit.rows import cell_of, of_row, of_run, rows_of
 from prism_jax.cells import Cell, Cells, digest_of
 from prism_jax.config import STAGES, Experiment
 from prism_jax.data import workdir
@@ -32,9 +32,10 @@ class Shadows(Cells):
     def __init__(self, root: pathlib.Path, config: Any):
         """Refuse what cannot be audited; write nothing yet."""
         self.config = config
-        rows = {row: of_row(config, row) for row in config.rows}
+        rows = {row: of_row(config, row) for row in rows_of(config)}
         self.base = next(iter(rows.values()))
-        if unknown := set(config.without) - set(rows):
+        self.without = tuple(config.without or ())
+        if unknown := set(self.without) - set(config.rows):
             raise UserError(f"without names {', '.join(sorted(unknown))}; rows: {', '.join(rows)}")
         self.train, self.test = _split(self.base, "train"), _split(self.base, "test")
         self.plan: Plan = canaries.plan_of(
@@ -51,7 +52,7 @@ class Shadows(Cells):
         super().__init__(root, experiments)
 
     def _folder_of(self, cell: Cell) -> pathlib.Path:
-        kind = WITHOUT if cell.row in self.config.without else MEMBERS
+        kind = WITHOUT if cell.row in self.without else MEMBERS
         return self.root / "shadows" / f"{cell.seed:04d}" / kind
 
     def teachers(self, cell: Cell) -> pathlib.Path:
@@ -134,7 +135,7 @@ class Shadows(Cells):
     def _cells_by_row(self) -> dict[str, list[Cell]]:
         return {
             row: [cell_of(self.config, row, run) for run in range(self.config.shadows)]
-            for row in self.config.rows
+            for row in rows_of(self.config)
         }
 
     def write_tables(self, *, whole: bool = False) -> None:

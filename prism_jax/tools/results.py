@@ -1,12 +1,13 @@
 """Compare finished runs in Markdown: python -m prism_jax.tools.results WORKDIR [WORKDIR ...]
 
-Runs that differ in their seeds alone become one row with mean and spread. A set that not all of
-them have trained on is left out, and named.
+Runs that differ in their seeds alone become one row with mean and spread, which says whether images
+vary or students alone. A set that not all of them have trained on is left out, and named.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -45,7 +46,8 @@ def compared(folders: Sequence[str]) -> str:
     """The Markdown tables of runs.
 
     Raises:
-      UserError: a folder without a summary or with a damaged one, or one that is named twice.
+      UserError: a folder without a summary or with a damaged one, one that is named twice, or two
+        that have students of equal seeds on equal images.
     """
     if len({os.path.realpath(folder) for folder in folders}) < len(folders):
         raise UserError(f"a working directory is named twice: {', '.join(folders)}")
@@ -61,7 +63,7 @@ def compared(folders: Sequence[str]) -> str:
             raise UserError(f"{path}: {error}") from error
         alike.setdefault(_what_is_equal(folder, found), {})[folder] = found
     notes = [note for runs in alike.values() for note in _left_out(runs)]
-    merged = [summary.merge(list(runs.values())) for runs in alike.values()]
+    merged = [summary.merge(list(runs.values()), _image_seeds(runs)) for runs in alike.values()]
     configs = [found["config"] for found in merged]
     for found, runs in zip(merged, alike.values(), strict=True):
         if configs.count(found["config"]) > 1:  # other settings of one config
@@ -79,6 +81,35 @@ def _what_is_equal(folder: str, found: Mapping[str, Any]) -> str:
     for name in PLACES:
         fields["dataset"].pop(name, None)
     return json.dumps([summary.what_is_equal(found), fields], sort_keys=True)
+
+
+def _image_seeds(runs: Mapping[str, Mapping[str, Any]]) -> int | None:
+    """Of how many seeds the images of runs are that differ in nothing but seeds; None: not known.
+
+    Raises:
+      UserError: two of them have the same students on the same images.
+    """
+    seeds = {folder: _seed(folder) for folder in runs}
+    for one, other in itertools.combinations(runs, 2):
+        common = sorted(set(runs[one]["seeds"]) & set(runs[other]["seeds"]))
+        alike = seeds[one] == seeds[other]
+        if seeds[one] is None or seeds[other] is None:  # a summary alone
+            alike = runs[one].get("validate") == runs[other].get("validate") is not None
+        if common and alike:
+            raise UserError(
+                f"{one} and {other} have equal settings and seeds (students "
+                f"{', '.join(map(str, common))}), as a folder and its copy have: they are one "
+                f"result, not two; leave one out"
+            )
+    return None if None in seeds.values() else len(set(seeds.values()))
+
+
+def _seed(folder: str) -> int | None:
+    """Of a run's images and labels, where its config.json is there."""
+    if not (epath.Path(folder) / "config.json").exists():
+        return None
+    seed: int = workdir.read_run(folder)["experiment"]["seed"]
+    return seed
 
 
 def _left_out(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -88,7 +88,8 @@ def test_each_set_is_measured_by_the_reference_the_best_and_the_best_selection()
     assert d4m.differences[SELECTED].holds_zero  # one image, which is not drawn in a third
     text = differences.markdown([found], Choices(HOW))
     assert "| d4m | 75.0 [" in text and "| ~ +0.5 [+0.0, +1.5] |" in text
-    assert "2 seed(s), 200 test images; who is best is chosen by these test images." in text
+    assert "2 seed(s) of images, 2 student(s), 200 test images; who is best is" in text
+    assert "is chosen by these test images." in text
     # A row that selects is no method, whatever its accuracy.
     assert table(CELLS, selected_real=("d4m",)).against == {BEST: "prism", SELECTED: "d4m"}
     assert table(CELLS, reference="d4m/medoids").against[REFERENCE].startswith("real images")
@@ -150,6 +151,44 @@ def test_who_is_best_is_said_by_the_seeds_that_all_have():
     assert "| b | 70.0 (1 of 2) |" in whole and "| a | 75.0 ± 0.0 |" in whole
     assert "up to 2 (in brackets: of fewer) seed(s)" in whole
     assert "brackets" not in comparison.markdown(entries)
+    tex = comparison.latex([*entries, entry("b", 0, {"synthetic": 140})])
+    assert "b & 70.0 (1 of 2)" in tex and r"a & 75.0 $\pm$ 0.0" in tex
+
+
+def test_who_is_best_is_not_chosen_over_different_seeds():
+    """Seed 9 is easier than the others: c is worse than a and b, and ahead of them."""
+    three = [*(entry("a", s, {"synthetic": 140}) for s in (0, 1)),
+             entry("b", 1, {"synthetic": 150}), entry("c", 9, {"synthetic": 190})]  # fmt: skip
+    found = table(three)
+    assert found.against == {BEST: "b"} and found.apart == ("c",)
+    text = differences.markdown([found], Choices(HOW))
+    assert "these test images, but not among c, for want of seeds in common." in text
+    # Of equally many those that share more seeds.
+    more = [*three, *(entry("c", s, {"synthetic": 100}) for s in (5, 6)),
+            *(entry("d", s, {"synthetic": 120}) for s in (5, 6))]  # fmt: skip
+    assert table(more).against == {BEST: "d"} and table(more).apart == ("a", "b")
+    # No two: nobody is best.
+    none = table([three[0], three[3]])
+    assert none.against == {} and none.apart == ("a", "c")
+    # One alone is the best of itself; and all that share a seed are compared.
+    assert table(three[3:]).against == {BEST: "c"}
+    assert "but not" not in differences.markdown([table(three[:3])], Choices(HOW))
+
+
+def test_students_and_the_seeds_of_their_images_are_told_apart():
+    several = [entry("a", s, {"synthetic": 150}) for s in range(2)]
+    for e in several:
+        e.right["synthetic"]["test"]["net"] *= 3
+    fewer = entry("b", 0, {"synthetic": 140})
+    text = differences.markdown([table([*several, fewer])], Choices(HOW))
+    assert "1 or 2 seed(s) of images, 1 or 6 student(s)" in text
+    assert "drawn with all of its students" in text and "one seed, they are drawn" not in text
+    assert "| b (1 of 2 seeds) |" in text
+    of_one = differences.markdown([table(several[:1])], Choices(HOW))
+    assert "1 seed(s) of images, 3 student(s)" in of_one
+    assert "says nothing of images of another seed" in of_one and "all of its" not in of_one
+    text = differences.markdown([table([several[0], fewer])], Choices(HOW))
+    assert "| b (1 of 3 students) |" in text
 
 
 def test_every_interval_is_a_line_of_the_csv():
@@ -160,7 +199,8 @@ def test_every_interval_is_a_line_of_the_csv():
         x for x in lines if (x["method"], x["set"], x["why"]) == ("d4m", "synthetic", SELECTED)
     ]
     assert line["against"] == "real images nearest to the anchors"
-    assert (line["seeds"], line["images"], line["holds_zero"]) == ("2", "200", "True")
+    assert (line["seeds"], line["students"], line["images"]) == ("2", "2", "200")
+    assert line["holds_zero"] == "True"
     assert line["chosen_by"] == "test" and float(line["value"]) == pytest.approx(0.005)
 
 
@@ -184,3 +224,17 @@ def test_tables_come_back_from_their_records():
     record["schema"] = 2
     with pytest.raises(UserError, match="schema 2"):
         cells.from_records(record)
+
+
+def test_what_is_no_record_of_a_comparison_is_refused():
+    """A summary has a schema too."""
+    with pytest.raises(UserError, match="which would say choices and cells"):
+        cells.from_records({"schema": 1, "config": "digits"})
+
+
+def test_squeeze_of_older_records_was_one_number():
+    new = {"networks": {"squeeze": 40.0}, "seconds": {"recover": 5.0, "relabel": 2.0}, "bytes": {}}
+    old = {"seconds": {"squeeze": 40.0, "recover": 5.0, "relabel": 2.0}, "bytes": {}}
+    written = dataclasses.replace(CELLS[0], costs={"synthetic": old, "medoids": new})
+    [found], _ = cells.from_records(cells.to_records([written], Choices(HOW)))
+    assert found.costs == {"synthetic": new, "medoids": new}

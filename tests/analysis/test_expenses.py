@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from prism_jax.analysis import comparison, expenses
@@ -35,6 +37,13 @@ def test_what_a_set_takes_and_gives():
     }  # fmt: skip
     of = {name: cost.of(entry(MADE), "synthetic", "net") for name, cost in expenses.COSTS.items()}
     assert of == {"seconds": 53.0, "work": 13.0, "bytes": 4000.0, "recover": 0.25, "memory": 10**6}
+
+
+def test_accuracies_of_fewer_seeds_are_marked():
+    more = [dataclasses.replace(entry(MADE), row="more", seed=seed) for seed in range(2)]
+    table = expenses.accuracies_and_costs([*more, entry(MADE)])["single", 1]
+    at = table[0].index("net")
+    assert [row[at] for row in table[1:]] == ["50.0", "50.0 (2 of 4)"]
 
 
 def test_what_is_not_known_is_no_number():

@@ -8,6 +8,8 @@ import re
 import pytest
 
 from prism_jax import compare
+from prism_jax.analysis import cells, comparison, expenses
+from prism_jax.data import workdir
 
 RESULTS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "results"
 # What a page calls a student.
@@ -17,9 +19,19 @@ SPOKEN = {
 }  # fmt: skip
 PAGES = sorted(path.name.removesuffix("_records.json") for path in RESULTS.glob("*_records.json"))
 Rows = list[dict[str, str]]
-
+FULL = "full real"
 
 ACCURACY = re.compile(r"\d\d?\.\d( ± \d\d?\.\d)?|–")
+
+
+def blocks(text: str) -> list[list[list[str]]]:
+    """All Markdown tables: the cells of their lines, without the line of alignments."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n)+", text + "\n", re.MULTILINE):
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.split("\n")]
+        header, _, *rows = filter(None, lines)
+        found.append([header, *rows])
+    return found
 
 
 def tables(text: str) -> list[Rows]:
@@ -27,13 +39,21 @@ def tables(text: str) -> list[Rows]:
 
     Of one seed they have no deviation; a table that has anything else is none of them.
     """
-    found = []
-    for block in re.findall(r"(?:^\|.*\n)+", text + "\n", re.MULTILINE):
-        lines = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in block.split("\n")]
-        header, _, *rows = filter(None, lines)
-        if all(ACCURACY.fullmatch(cell) for row in rows for cell in row[1:]):
-            found.append([dict(zip(header[1:], row[1:], strict=True)) for row in rows])
-    return found
+    plain = [[[cell.strip("* ") for cell in line] for line in block] for block in blocks(text)]
+    return [
+        [dict(zip(header[1:], row[1:], strict=True)) for row in rows]
+        for header, *rows in plain
+        if all(ACCURACY.fullmatch(cell) for row in rows for cell in row[1:])
+    ]
+
+
+def costs(text: str) -> list[dict[str, dict[str, str]]]:
+    """The tables of costs: a row's seconds by its label and the stage."""
+    return [
+        {row[0]: {h: c for h, c in zip(header, row, strict=True) if h in expenses.STAGES}
+         for row in rows}
+        for header, *rows in blocks(text) if set(expenses.STAGES) <= set(header)
+    ]  # fmt: skip
 
 
 def astray(page: str, computed: str) -> Rows:
@@ -64,3 +84,45 @@ def test_the_page_says_what_its_records_do(name, tmp_path):
     other = f"{float(number[0]) + 0.1:.1f}"
     wrong = page[: number.start()] + other + page[number.end() :]
     assert len(astray(wrong, computed)) == 1
+    for table in costs(page):
+        assert any(table.items() <= found.items() for found in costs(computed))
+
+
+def test_costs_are_read_from_records_of_before_networks_were_told():
+    records = workdir.read_record(RESULTS / "digits_generated_records.json")
+    assert "squeeze" in records["cells"][0]["costs"]["synthetic"]["seconds"]  # twin: as they are
+    entries, _ = cells.from_records(records)
+    assert expenses.cost_of("seconds", entries, "synthetic") is expenses.COSTS["seconds"]
+    [page] = costs((RESULTS / "digits_generated.md").read_text())
+    assert page["d4m"]["squeeze"] == "3 min 10 s" and page["prism"]["squeeze"] == "53 s"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_best_of_a_column_is_bold_and_so_is_its_equal(name):
+    entries, _ = cells.from_records(workdir.read_record(RESULTS / f"{name}_records.json"))
+    columns = [
+        {label: {student: values for (i, student), values in found.items() if i == ipc}
+         for label, found in grid.rows.items()}
+        for grid in comparison.grids(entries) for ipc in {ipc for ipc, _ in grid.columns}
+    ]  # fmt: skip
+    checked = 0
+    for header, *rows in blocks((RESULTS / f"{name}.md").read_text()):
+        for at, spoken in enumerate(header[1:], 1):
+            bold = {row[0] for row in rows if row[at].startswith("**")}
+            shown = {row[0]: row[at].strip("*") for row in rows}
+            student = SPOKEN.get(spoken, spoken)
+            for of_ipc in columns:
+                exact = {
+                    comparison.spread(values): round(sum(values) / len(values), 9)
+                    for by_student in of_ipc.values() if (values := by_student.get(student))
+                }  # fmt: skip
+                if not bold or not set(shown.values()) <= exact.keys():
+                    continue
+                among = [shown, {row: cell for row, cell in shown.items() if FULL not in row}]
+                best = [max(exact[cell] for cell in cells_of.values()) for cells_of in among]
+                assert bold in [
+                    {row for row, cell in cells_of.items() if exact[cell] == most}
+                    for cells_of, most in zip(among, best, strict=True)
+                ]
+                checked += 1
+    assert checked

@@ -341,11 +341,67 @@ def test_runs_whose_settings_differ_have_rows_of_their_own(summary, tmp_path):
     assert results.main([str(tmp_path)]) == 2
 
 
+def _with_students(summary, experiment, seed, students):
+    """A summary of some students, each of accuracy 0.5, and the settings of its run."""
+    entry = summaries.over_seeds([{"top1": 0.5, "seconds": 12.0}] * len(students))
+    run = json.loads(json.dumps({**summary, "seeds": students, "validate": {"net": entry}}))
+    settings = json.loads(json.dumps(experiment | {"seed": seed}))
+    settings["validate"]["seeds"] = students
+    return run | {"controls": {}}, settings
+
+
+def test_a_run_and_its_copy_are_one_result(summary, tmp_path):
+    """Their deviation would be of nothing."""
+    run, settings = _with_students(summary, to_dict(resolve(digits(10))), 0, [0, 1])
+    one, copy = (_write(tmp_path / name, run, settings) for name in ("one", "copy"))
+    with pytest.raises(UserError, match=f"{one} and {copy} have equal settings and seeds"):
+        results.compared([one, copy])
+    for folder in (one, copy):  # of which the summaries alone are left
+        (tmp_path / folder / "config.json").unlink()
+    with pytest.raises(UserError, match="as a folder and its copy have"):
+        results.compared([one, copy])
+    # One student of two is the same.
+    more = _write(tmp_path / "more", *_with_students(summary, settings, 0, [1, 2]))
+    again = _write(tmp_path / "again", run, settings)
+    with pytest.raises(UserError, match=r"seeds \(students 1\)"):
+        results.compared([again, more])
+    assert results.main([again, more]) == 2
+
+
+def test_runs_on_one_seed_of_images_say_that_students_alone_vary(summary, tmp_path):
+    settings = to_dict(resolve(digits(10)))
+    folders = [
+        _write(tmp_path / name, *_with_students(summary, settings, seed, students))
+        for name, seed, students in (("a", 0, [0, 1]), ("b", 0, [2, 3]), ("c", 1, [0, 1]))
+    ]  # fmt: skip
+    alone, both, whole = (results.compared(folders[at]) for at in (slice(2), slice(3), slice(1, 3)))
+    of = "over 2 runs of 1 seed(s) of images, 4 students of a kind in all (students alone vary)"
+    assert of in alone
+    assert "over 3 runs of 2 seed(s) of images, 6 students of a kind in all (recover," in both
+    assert "over 2 runs, 4 students of a kind in all (recover," in whole
+
+
+def test_seconds_of_merged_runs_are_those_of_all_of_their_students(summary):
+    entry = summaries.over_seeds([{"top1": 0.5, "seconds": 12.0}] * 3)
+    runs = [summary | {"validate": {"net": entry}, "controls": {}} for _ in range(2)]
+    assert summaries.merge(runs)["validate"]["net"]["seconds"] == 6 * 12.0
+    runs[1] = runs[1] | {"validate": {"net": entry | {"seconds": None}}}
+    assert summaries.merge(runs)["validate"]["net"]["seconds"] is None
+
+
+def test_two_sets_with_equal_numbers_are_two_rows(summary):
+    """Where controls with equal numbers are one."""
+    found = tables.markdown([summary, summary | {"config": "other"}])
+    for name in ("digits_ipc10", "other"):
+        assert f"| 10 | **prism** (`{name}`) | 94.0 ± 1.0 | 90.0 ± 1.0 |" in found
+    assert found.count("random real, soft labels") == 1
+
+
 def test_a_set_that_not_all_runs_have_is_named(summary, tmp_path):
     for students in (summary["validate"], *summary["controls"].values()):
         for entry in students.values():
             entry.setdefault("top1_per_seed", [entry["top1"]])
-    other = json.loads(json.dumps(summary))
+    other = json.loads(json.dumps(summary)) | {"seeds": [7]}
     del other["controls"]["full_real"]
     folders = [_write(tmp_path / name, s) for name, s in (("one", summary), ("two", other))]
     text = results.compared(folders)
