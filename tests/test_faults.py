@@ -207,8 +207,6 @@ def test_a_training_that_diverges_is_named(tmp_path, seconds):
         f"--config.validate.checkpoint_seconds={seconds}",
     )  # fmt: skip
     assert "squeeze first: the training loss is " in err and "lower the learning rate" in err
-    found = [path.name for path in (tmp_path / "run/squeeze").rglob("*") if "tmp" in path.name]
-    assert not found
 
 
 def test_a_teacher_whose_running_variance_is_zero(finished):

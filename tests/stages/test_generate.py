@@ -403,8 +403,6 @@ def test_another_generator_is_refused(made):
 def test_a_fit_that_diverges_is_named_before_it_is_saved(tmp_path):
     fast = ("--config.generate.fit.learning_rate=1e30", "--config.recover.checkpoint_seconds=1e-6")
     assert "the generator's loss is" in refused(tmp_path / "run", *fast)
-    folder = tmp_path / "run/squeeze/generator/checkpoints"
-    assert not [path for path in folder.rglob("*") if "tmp" in path.name]
 
 
 def context_of(root, **fields) -> Context:
