@@ -360,10 +360,13 @@ def _sum_of_products(maps: list[Array], taps: list[Array]) -> Array:
 
 
 def _wide_sum_of_products(maps: list[Array], taps: list[Array]) -> Array:
-    """The same, summed in float32 as a GPU's library does: bfloat16 would be rounded every time."""
-    dtype = jnp.promote_types(maps[0].dtype, jnp.float32)
-    wide = [[array.astype(dtype) for array in arrays] for arrays in (maps, taps)]
-    return _sum_of_products(*wide).astype(maps[0].dtype)
+    """The same, where bfloat16's products are added in float32.
+
+    Their factors are not widened: what a map was made from would then be kept in float32.
+    """
+    wide = jnp.promote_types(maps[0].dtype, jnp.float32)
+    products = [(x * tap).astype(wide) for x, tap in zip(maps, taps, strict=True)]
+    return functools.reduce(operator.add, products).astype(maps[0].dtype)
 
 
 def _stacked_product(maps: list[Array], taps: list[Array]) -> Array:

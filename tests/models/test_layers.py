@@ -168,15 +168,18 @@ def test_forms_of_other_platforms_are_the_convolution(shape, platform):
         assert furthest(passes(twin, shape, x, kernel), passes(plain, shape, x, kernel)) > 1e-2
 
 
-def test_a_gpu_sums_the_taps_of_bfloat16_in_float32():
-    shape = SHAPES[11]
+def test_a_gpu_adds_the_products_of_bfloat16_in_float32():
+    shape = Shape((14, 14), 5, 1, 2, (4, 4), 4, DEPTHWISE)
     x, kernel = arrays(shape, jnp.bfloat16)
     spec = layers.Spec(x.shape, kernel.shape, shape.stride, shape.padding, shape.groups)
     exact = plain(shape, x.astype(np.float32), kernel.astype(np.float32))
     with jax.disable_jit():  # a fusion may leave out the rounding
         wide, narrow = (layers.FORMS[f].forward(x, kernel, spec) for f in ("fused", "depthwise"))
-    np.testing.assert_array_equal(wide, exact.astype(jnp.bfloat16))
-    assert furthest([narrow], [wide]) > 0  # twin
+    rounded, off, twin = (
+        float(jnp.linalg.norm(y.astype(np.float32) - exact))
+        for y in (exact.astype(jnp.bfloat16), wide, narrow)
+    )
+    assert wide.dtype == jnp.bfloat16 and off < 1.7 * rounded < twin / 1.5
 
 
 @pytest.mark.parametrize("shape", [SHAPES[i] for i in (0, 4, 7, 10, 14)], ids=str)
