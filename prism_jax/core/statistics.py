@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from jax import lax
 
@@ -150,19 +151,18 @@ def alignment(
 def distances(pairs: list[tuple[Array, Array]]) -> tuple[Array, ...]:
     """The Euclidean distance of each pair of vectors."""
     return lax.platform_dependent(
-        pairs, cpu=lambda p: tuple(safe_norm(this - that) for this, that in p), default=_stacked
+        pairs, cpu=lambda p: tuple(safe_norm(this - that) for this, that in p), default=_together
     )
 
 
-def _stacked(pairs: list[tuple[Array, Array]]) -> tuple[Array, ...]:
-    """All at once, filled up with zeros: off the CPU a norm of its own is a launch of its own."""
-    longest = max(this.size for this, _ in pairs)
-
-    def stack(vectors: list[Array]) -> Array:
-        return jnp.stack([jnp.pad(x, (0, longest - x.size)) for x in vectors])
-
-    these, those = (stack(list(side)) for side in zip(*pairs, strict=True))
-    return tuple(jax.vmap(safe_norm)(these - those))
+def _together(pairs: list[tuple[Array, Array]]) -> tuple[Array, ...]:
+    """All at once, one behind the other: off the CPU each operation is a launch of its own."""
+    these_N, those_N = (jnp.concatenate(side) for side in zip(*pairs, strict=True))
+    ends_P = np.cumsum([this.size for this, _ in pairs])
+    at_N1 = jnp.arange(len(these_N))[:, None]
+    mine_NP = (at_N1 < ends_P) & (at_N1 >= np.append(0, ends_P[:-1]))
+    difference_NP = jnp.where(mine_NP, (these_N - those_N)[:, None], 0.0)
+    return tuple(jax.vmap(safe_norm, in_axes=1)(difference_NP))
 
 
 def deviation(image: Layers, running: Layers, *, epsilon: float = 1e-6) -> Array:

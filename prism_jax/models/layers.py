@@ -5,7 +5,7 @@ inside a loop is 10 to 15 times slower unless the input gradient is a convolutio
 explicitly transposed kernel; a depthwise convolution is 10 to 80 times slower than shifted
 multiply-adds; a map smaller than its kernel costs 50 times its share. :func:`choose_form` picks
 the form of each pass, ``FORMS`` holds them. Other platforms run the plain ``lax`` convolution
-but for products of a matrix, which need no window.
+but for products of a matrix, which need no window, and on a GPU for depthwise ones.
 Frozen networks have their kernels transposed once, by :func:`freeze`.
 """
 
@@ -177,12 +177,15 @@ def choose_form(step: str, spec: Spec, platform: str) -> str:
         return "lax apart" if spec.groups == 1 else "lax"
     if apart and spec.groups == 1 and (platform == "cpu" or spec.stride == 1):
         return "product"
+    depthwise = per_group == 1 and features == spec.groups > 1
     if platform != "cpu":
-        return "lax"
+        # A sum of scaled maps fuses with the norm and activation around it. cuDNN's input gradient
+        # is not used for groups: with a stride its forward pass runs over a map spread with zeros.
+        return "fused" if depthwise and height * width <= 25 else "lax"
     if spec.groups > 1:
         if per_group > 1:
             return "split"
-        return "depthwise" if features == spec.groups else "lax"
+        return "depthwise" if depthwise else "lax"
     # The input gradient slides the kernel over the output's map.
     rows, columns = spec.output_size if step == "input_gradient" else spec.x_shape[1:3]
     if step == "kernel_gradient":
@@ -356,6 +359,16 @@ def _sum_of_products(maps: list[Array], taps: list[Array]) -> Array:
     return functools.reduce(operator.add, map(operator.mul, maps, taps))
 
 
+def _wide_sum_of_products(maps: list[Array], taps: list[Array]) -> Array:
+    """The same, where bfloat16's products are added in float32.
+
+    Their factors are not widened: what a map was made from would then be kept in float32.
+    """
+    wide = jnp.promote_types(maps[0].dtype, jnp.float32)
+    products = [(x * tap).astype(wide) for x, tap in zip(maps, taps, strict=True)]
+    return functools.reduce(operator.add, products).astype(maps[0].dtype)
+
+
 def _stacked_product(maps: list[Array], taps: list[Array]) -> Array:
     """Dense: all taps as one matrix product."""
     return jnp.concatenate(maps, axis=-1) @ jnp.concatenate(taps, axis=0)
@@ -451,6 +464,7 @@ def _split(step: str) -> Callable[[Array, Array, Spec], Array]:
 
 _DENSE: dict[str, Any] = {"contract": _stacked_product}
 _DEPTHWISE: dict[str, Any] = {"contract": _sum_of_products, "tap": operator.itemgetter(0)}
+_FUSED = {**_DEPTHWISE, "contract": _wide_sum_of_products}
 _LAX = _transposed(_lax_forward)
 FORMS = {
     "lax": _LAX,
@@ -469,6 +483,11 @@ FORMS = {
         functools.partial(_forward_by_taps, **_DEPTHWISE),
         functools.partial(_input_gradient_by_taps, **_DEPTHWISE),
         _depthwise_kernel_gradient,
+    ),
+    "fused": Form(
+        functools.partial(_forward_by_taps, **_FUSED),
+        functools.partial(_input_gradient_by_taps, **_FUSED),
+        _LAX.kernel_gradient,
     ),
     "split": Form(_split("forward"), _split("input_gradient"), _split("kernel_gradient")),
 }

@@ -41,7 +41,7 @@ def test_alignment_by_hand():
     assert align(keep={("block", "bn"): jnp.asarray(True)}) == align()
 
 
-def test_distances_are_the_same_one_by_one_and_stacked():
+def test_distances_are_the_same_one_by_one_and_together():
     draw = np.random.default_rng(0)
     with jax.enable_x64(True):
         pairs = [tuple(jnp.asarray(draw.standard_normal((2, n)))) for n in (3, 7, 1, 7)]
@@ -51,13 +51,13 @@ def test_distances_are_the_same_one_by_one_and_stacked():
             weigh = lambda pairs: sum(i * d for i, d in enumerate(distances(pairs), 1))  # noqa: E731
             return [*distances(pairs), *jax.tree.leaves(jax.grad(weigh)(pairs))]
 
-        stacked, one_by_one = both(statistics._stacked), both(statistics.distances)
+        together, one_by_one = both(statistics._together), both(statistics.distances)
         by_numpy = [np.linalg.norm(a - b) for a, b in pairs]
-        np.testing.assert_allclose(stacked[: len(pairs)], by_numpy, rtol=1e-12)
-        for this, that in zip(stacked, one_by_one, strict=True):
+        np.testing.assert_allclose(together[: len(pairs)], by_numpy, rtol=1e-12)
+        for this, that in zip(together, one_by_one, strict=True):
             np.testing.assert_allclose(this, that, rtol=1e-12)
-        twin = both(lambda pairs: statistics._stacked([(b, 2 * a) for a, b in pairs]))
-        assert not np.allclose(twin[0], stacked[0])
+        twin = both(lambda pairs: statistics._together([(b, 2 * a) for a, b in pairs]))
+        assert not np.allclose(twin[0], together[0])
 
 
 def test_twins_of_the_formula_give_other_numbers():
