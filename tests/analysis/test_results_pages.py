@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
 
@@ -9,6 +10,7 @@ import pytest
 
 from prism_jax import compare
 from prism_jax.analysis import cells, comparison, expenses
+from prism_jax.analysis.intervals import Drawn
 from prism_jax.data import workdir
 
 RESULTS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "results"
@@ -127,3 +129,60 @@ def test_the_best_of_a_column_is_bold_and_so_is_its_equal(name):
                 ]
                 checked += 1
     assert checked
+
+
+CONFIDENT, MEDOIDS = "most confident real, soft labels", "real medoids in features, soft labels"
+RANDOM, HARD = "random real, soft labels", "random real, hard labels"
+
+
+@pytest.mark.parametrize(
+    ("label", "other", "student", "said"),
+    [
+        ("psm", CONFIDENT, "convnet_d3", "7.7 [4.3, 11.1]"),
+        ("fadrm", CONFIDENT, "convnet_d3", "7.4 [4.1, 10.7]"),
+        ("prism_plus", CONFIDENT, "convnet_d3", "5.7 [3.0, 8.6]"),
+        ("prism", CONFIDENT, "convnet_d3", "4.3 [1.0, 7.5]"),
+        ("fadrm", MEDOIDS, "resnet20", "-0.9 [-4.3, +2.9]"),
+        ("prism_plus", MEDOIDS, "resnet20", "-1.5 [-4.5, +1.5]"),
+        ("psm", MEDOIDS, "resnet20", "-1.7 [-5.9, +2.7]"),
+        (RANDOM, "prism", "resnet20", "4.5 [0.8, 8.2]"),
+        ("prism_other", "prism", "resnet20", "+4.4 [0.8, 8.0]"),
+        ("prism_other", "prism", "convnet_d3", "-1.3 [-3.7, +1.2]"),
+        (MEDOIDS, RANDOM, "resnet20", "3.7 [0.9, 6.4]"),
+        (RANDOM, HARD, "resnet20", "5.3 [2.4, 8.3]"),
+        (RANDOM, HARD, "convnet_d3", "-1.8 [-5.9, +2.4]"),
+        ("psm", "prism", "resnet20", "6.4 [1.8, 11.1]"),
+        ("fadrm", "prism", "resnet20", "7.3 [4.3, 10.2]"),
+        ("psm", "prism", "convnet_d3", "3.4 [0.4, 6.3]"),
+        ("prism_plus", "prism", "resnet20", "6.6 [3.1, 10.2]"),
+        ("prism_plus", "prism", "convnet_d3", "1.4 [-1.4, +4.3]"),
+    ],
+)
+def test_the_intervals_that_cifar10_quotes(label, other, student, said):
+    assert said in " ".join((RESULTS / "cifar10.md").read_text().split())
+    interval = _drawn(student).difference(label, other)
+    numbers = [float(x) for x in re.findall(r"[-+]?[\d.]+", said)]
+    assert numbers == [round(100 * x, 1) for x in interval[:3]]
+
+
+def test_the_sizes_of_cifar10_s_parts_are_those_of_its_answers():
+    page, (columns, _) = (RESULTS / "cifar10.md").read_text(), _cifar10()
+    [held_out] = {len(right) for sets in columns.values() for s in sets
+                  for right in s.right["held_out"].values()}  # fmt: skip
+    [test] = {len(right) for sets in columns.values() for s in sets
+              for right in s.right["test"].values()}  # fmt: skip
+    train = re.search(r"here without loss; ([\d,]+) for training, (\d+)\nheld out", page)
+    assert train and int(train[2]) == held_out and f"{test:,} test images" in page
+    assert int(train[1].replace(",", "")) + held_out == 8068
+
+
+@functools.cache
+def _cifar10():
+    entries, choices = cells.from_records(workdir.read_record(RESULTS / "cifar10_records.json"))
+    return cells.columns(entries), choices.resampling
+
+
+@functools.cache
+def _drawn(student):
+    columns, how = _cifar10()
+    return Drawn({s.label: s.right["test"] for s in columns["single", 10, student]}, how)
