@@ -25,6 +25,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(TESTS.parent / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# As the command line sets it: a test that runs it in this process would change every later program,
+# and what is in the cache for one order of tests would not be there for another.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "high")
 os.environ.setdefault("JAX_LEGACY_PRNG_KEY", "error")  # untyped keys take their kind from a default
 
 # `from helpers import ...` in tests, `from configs import ...` without an installation.
