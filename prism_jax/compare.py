@@ -124,8 +124,9 @@ def _from_records(path: str, folder: str | None, cost: str) -> int:
     file = file / RECORDS if file.is_dir() else file
     if not file.is_file():
         raise UserError(f"there is no {file}; --records takes the {RECORDS} of a comparison")
+    records = workdir.read_record(file)
     try:
-        entries, choices = cells.from_records(workdir.read_record(file))
+        entries, choices = cells.from_records(records)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     found = comparison.documents(entries, choices, cost=cost)
@@ -165,7 +166,8 @@ def choices_of(config: Any) -> Any:
     resamples = config.get("resamples", Resampling.resamples)
     if not isinstance(resamples, int) or resamples < 100:
         raise UserError(f"resamples is {resamples!r}; it must be a whole number, 100 at least")
-    return Choices(Resampling(resamples), reference, selected, (config.controls or "",))
+    controls = () if config.controls is None else (config.controls,)
+    return Choices(Resampling(resamples), reference, selected, controls)
 
 
 def _show_forecast(experiments: dict[Cell, Any], target: Any) -> None:

@@ -379,7 +379,7 @@ class Parallel:
     that one device does not hold. More than one give other bits, and enter recover's fingerprint.
     A network is trained on ``train_devices`` of them, unset on as many as share its batches.
     ``matmul_precision`` says what a GPU or TPU makes of float32 in convolutions and products; other
-    than "high" it enters every fingerprint.
+    than "high" it enters the fingerprint of everything that a network has made.
     """
 
     map: Literal["shard_map", "pmap"]

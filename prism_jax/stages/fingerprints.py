@@ -72,9 +72,12 @@ def _bits(context: Context) -> dict[str, Any]:
 
     The setting, and not what the platform at hand makes of it: others read what was made there.
     """
+    return {"bits_version": BITS_VERSION, **_precision(context)}
+
+
+def _precision(context: Context) -> dict[str, str]:
     precision = context.config.parallel.matmul_precision
-    unusual = {"matmul_precision": precision} if precision != USUAL_PRECISION else {}
-    return {"bits_version": BITS_VERSION, **unusual}
+    return {} if precision == USUAL_PRECISION else {"matmul_precision": precision}
 
 
 def _border(fields: dict[str, Any]) -> dict[str, str]:
@@ -273,6 +276,7 @@ def clip_texts(context: Context) -> dict[str, Any]:
         "template": recover.clip_template,
         "classes": len(names),
         "names": workdir.digest({"names": names}),
+        **_precision(context),
     }
 
 

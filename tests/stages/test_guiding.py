@@ -112,6 +112,8 @@ def test_weights_and_texts_are_part_of_what_images_are_made_from(run, directory,
         Context(experiment(*flags[1:-1], f"--config.recover.clip_directory={other}"), root)
     )
     assert moved["clip"] != found["clip"]
+    exact = Context(experiment(*flags[1:], "--config.parallel.matmul_precision=highest"), root)
+    assert fingerprints.clip_texts(exact)["matmul_precision"] == "highest"
     plain = fingerprints.recover(Context(experiment(), root))
     assert not {"clip", "alpha_ce", "parametrisation", "resolutions", "view_noise"} & {
         *plain,
