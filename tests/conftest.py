@@ -16,11 +16,10 @@ DEVICES = 8
 
 os.environ.setdefault("NPROC", "8")  # the size of XLA's CPU thread pool decides bits
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The second as the command line sets it: it is a part of what a cached program is known by.
+OURS = (f"--xla_force_host_platform_device_count={DEVICES}", "--xla_gpu_deterministic_ops=true")
 os.environ["XLA_FLAGS"] = " ".join(
-    [
-        *(f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f),
-        f"--xla_force_host_platform_device_count={DEVICES}",
-    ]
+    [*(f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f), *OURS]
 )
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(TESTS.parent / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

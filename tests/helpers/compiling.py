@@ -19,6 +19,8 @@ FAST = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
+jit = functools.partial(jax.jit, compiler_options=FAST)
+
 # What the package keeps of compiled functions: none of here elsewhere, nor of elsewhere here.
 KEPT = (training._jitted_step, training.jitted_forward, course.ascent_of)
 
