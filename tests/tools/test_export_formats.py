@@ -15,6 +15,7 @@ from prism_jax.data import image_set, workdir
 from prism_jax.data.datasets import DATASETS
 from prism_jax.data.exchange import ImageSet
 from prism_jax.data.label_store import LabelReader
+from prism_jax.core import schedules
 from prism_jax.data.sets import dd_ranking, fkd
 from prism_jax.data.sets.base import NOTHING_STATED, Stated
 from prism_jax.data.sources import ArraySource, info_of, read_all
@@ -155,7 +156,8 @@ def test_pytorch_reads_the_tensors_and_the_config_says_their_space(made, pixels,
     assert (config["ipc"], config["num_epochs"], config["optimizer"]) == (2, 6, "adamw")
     assert config["soft_label_criterion"] == "kl" and config["soft_label_mode"] == "S"
     assert config["loss_fn_kwargs"] == {"temperature": 1.0, "scale_loss": False}
-    assert config["weight_decay"] == 0.01 and config["lr_scheduler"] == "lambda_cos"
+    assert config["weight_decay"] == 0.01 and config["lr_scheduler"] == "cosine"
+    assert config["eval_full_data"] is True
     # Found beside the tensors, the config is the space that the import asks for.
     np.testing.assert_array_equal(read_all(opened(folder), threads=1)[0], pixels)
 
@@ -246,6 +248,39 @@ def test_a_set_of_ones_own_goes_out_in_the_space_of_the_run(channels, tmp_path):
     assert dd_ranking.normalisation_of(content) == run
 
 
+def test_what_dd_ranking_tests_in_is_what_cifar_goes_out_in():
+    """Its constants of version 0.2.0, of CIFAR-100 too; of others the run's are its own."""
+    normalisation = lambda name: dd_ranking.normalisation_of(  # noqa: E731
+        types.SimpleNamespace(experiment={"dataset": {"name": name, "mean": None, "std": None}})
+    )
+    for name in ("cifar10", "cifar100"):
+        assert normalisation(name).std == (0.2023, 0.1994, 0.2010)
+    for name in ("tiny_imagenet", "imagenette", "imagenet"):
+        assert normalisation(name).std == (0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "zeta", "theirs", "same"),
+    [
+        ("cosine", None, "cosineannealing", True),
+        ("cosine", 2.0, "cosine", True),
+        ("half_cosine", None, "cosine", True),
+        ("cosine", 1.5, "cosineannealing", False),
+        ("cos2", None, "cosine", False),
+        ("multistep", None, "cosineannealing", False),
+        ("linear", None, "cosineannealing", False),
+    ],
+)
+def test_the_schedules_of_dd_ranking(schedule, zeta, theirs, same):
+    """The run's rate beside theirs, as version 0.2.0 defines it: alike exactly where it is said."""
+    assert dd_ranking._schedule({"schedule": schedule, "zeta": zeta}) == (theirs, same)
+    progress = np.arange(11) / 10
+    rates = (1 + np.cos(np.pi * progress / (2 if theirs == "cosine" else 1))) / 2
+    given = {} if zeta is None else {"zeta": zeta}
+    ours = np.array([schedules.SCHEDULES[schedule](s, 10, **given) for s in range(11)])
+    assert np.allclose(ours, rates, atol=1e-6) == same
+
+
 def test_weights_go_out_and_come_back(finished, tmp_path):
     manifest = workdir.read_record(finished / "recover" / "manifest.json")
     weights = [0.5, 1.5, 1, 1, 2, 0, 1, 1]
@@ -256,6 +291,17 @@ def test_weights_go_out_and_come_back(finished, tmp_path):
         export.export(finished, tmp_path / form, form=form)
         found = opened(tmp_path / form / file, SPACE)
         np.testing.assert_allclose(found.weights_N, weights)
+    export.export(finished, tmp_path / "both")  # class folders, and the weights in set.npz alone
+    np.testing.assert_allclose(opened(tmp_path / "both").weights_N, weights)
+
+
+def test_class_folders_beside_soft_labels_say_where_those_are(reference, tmp_path):
+    export.export(reference, tmp_path / "both")
+    found = opened(tmp_path / "both")
+    assert found.soft_NK is None and found.notes[-1].endswith(
+        "soft labels are in set.npz: name that file"
+    )
+    assert opened(tmp_path / "both" / "set.npz").notes == ()
 
 
 def test_without_a_library_the_message_says_what_to_install(

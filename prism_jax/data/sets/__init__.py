@@ -55,8 +55,13 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
     looks = [name for name, module in FORMATS.items() if module.sniff(existing(path))]
     if "table" in looks and "folder" in looks:
         looks.remove("folder")  # the table is about the images of the folder
+    note = ()
     if "npz" in looks and "folder" in looks:
-        looks.remove("npz")  # tools.export writes the same images beside their folders
+        # tools.export writes the same images beside their folders; the file alone has their weights.
+        held = npz.arrays_of(path)
+        looks.remove("folder" if "weights" in held else "npz")
+        if "npz" not in looks and "soft_labels" in held:
+            note = (f"the class folders are read; soft labels are in {npz.NAME}: name that file",)
     if len(looks) > 1:
         raise UserError(
             f"{path} can be read in several ways ({', '.join(looks)}); name the very file or the "
@@ -64,4 +69,5 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
         )
     if not looks:
         raise UserError(f"{path} is no set that can be read; recover.initialise_from takes {KINDS}")
-    return FORMATS[looks[0]].open_set(path, stated, real)
+    found = FORMATS[looks[0]].open_set(path, stated, real)
+    return found._replace(notes=(*found.notes, *note))

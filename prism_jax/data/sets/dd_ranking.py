@@ -1,4 +1,7 @@
-"""DD-Ranking's input: images.pt, labels.pt and lr.pt, and a config that is filled from the run."""
+"""DD-Ranking's input: images.pt, labels.pt and lr.pt, and a config that is filled from the run.
+
+Its names and constants are those of the package ``ddranking`` 0.2.0.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,13 @@ _NAMES = {
     "imagenette": "ImageNette",
     "imagenet": "ImageNet1K",
 }
-# Ours by theirs; "cosine" ends at zero, "lambda_cos" at half of it.
-_SCHEDULES = {"cosine": "cosine", "cos2": "lambda_cos", "linear": "lambda_step"}
+# They test in these spaces, or ImageNet's, whatever a config says of its own images.
+_SPACES = {
+    name: Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    for name in ("cifar10", "cifar100")
+}
+# What training on all real images gives is known to them for these; else they train that, too.
+_FULL_DATA_KNOWN = {("ImageNet1K", "ResNet-18-BN"), ("TinyImageNet", "ResNet-18-BN")}
 
 
 def write(folder: str, content: Content) -> None:
@@ -52,8 +60,10 @@ def write(folder: str, content: Content) -> None:
 
 
 def normalisation_of(content: Content) -> Normalisation:
-    """What the run's images were normalised by."""
+    """The space that DD-Ranking tests in, or of a set that it does not have, the run's."""
     data = content.experiment["dataset"]
+    if data["name"] in _NAMES:
+        return _SPACES.get(data["name"], IMAGENET_NORMALISATION)
     if data["mean"]:
         return Normalisation(tuple(data["mean"]), tuple(data["std"]))
     if data["name"] in DATASETS:
@@ -74,6 +84,7 @@ def config(content: Content, space: Normalisation) -> str:
     students = validate["students"]
     architecture = experiment["networks"].get(students[0], {}).get("architecture", students[0])
     model = _model(architecture)
+    schedule, same = _schedule(validate)
     here = f"{method}/{name or data['name']}/IPC{ipc}"
     scale = experiment["relabel"]["crop_min"]
     lines = [
@@ -93,7 +104,8 @@ def config(content: Content, space: Normalisation) -> str:
         "",
         "# Tensors are shown as they are; custom_train_trans is for image_path. Mode M, in which",
         "# DD-Ranking's own teachers label each view, is the counterpart of the run's protocol:",
-        "# export --format=folder, and give its train folder as image_path.",
+        "# export --format=folder, and give its train folder as image_path. Mode S labels random",
+        "# real images by a teacher that version 0.2.0 does not load, and ends there.",
         "data_aug_func: none",
         "aug_params: {}",
         "use_zca: false",
@@ -111,8 +123,7 @@ def config(content: Content, space: Normalisation) -> str:
         "",
         *(["soft_label_mode: S", *_loss(validate)] if content.soft_NK is not None else []),
         f"optimizer: {validate['optimiser']}",
-        f"lr_scheduler: {_SCHEDULES.get(validate['schedule'], 'cosine')}"
-        + ("" if validate["schedule"] in _SCHEDULES else f"  # ours: {validate['schedule']}"),
+        f"lr_scheduler: {schedule}" + ("" if same else f"  # ours: {validate['schedule']}"),
         "step_size: null",
         f"weight_decay: {_number(validate['weight_decay'])}",
         f"momentum: {_number(validate['momentum'])}",
@@ -124,12 +135,23 @@ def config(content: Content, space: Normalisation) -> str:
         "num_workers: 4",
         "device: cuda",
         "dist: false",
-        "eval_full_data: false",
+        f"eval_full_data: {str((name, model or 'ResNet-18-BN') not in _FULL_DATA_KNOWN).lower()}",
         "random_data_format: image",
         f"random_data_path: ./random_data/{here}/",
         f"save_path: ./results/{here}.csv",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _schedule(validate: dict[str, Any]) -> tuple[str, bool]:
+    """Their schedule that is nearest the run's, and whether it is the same.
+
+    Their "cosineannealing" ends at zero, their "cosine" is ours of zeta = 2, which ends at half.
+    """
+    name, zeta = validate["schedule"], validate["zeta"]
+    ends = {"cosine": zeta or 1.0, "half_cosine": 2.0}.get(name)
+    halfway = name in ("cos2", "cos2_continuous", "constant", "half_linear") or ends == 2.0
+    return "cosine" if halfway else "cosineannealing", ends in (1.0, 2.0)
 
 
 def _normalise(space: Normalisation) -> str:

@@ -36,6 +36,15 @@ def sniff(path: str) -> bool:
     return os.path.isfile(_file(path)) and _file(path).endswith(".npz")
 
 
+def arrays_of(path: str) -> set[str]:
+    """Names of the arrays in the file; none where it cannot be read."""
+    try:
+        with zipfile.ZipFile(_file(path)) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except (OSError, zipfile.BadZipFile):
+        return set()
+
+
 def _file(path: str) -> str:
     return os.path.join(path, NAME) if os.path.isdir(path) else path
 
