@@ -238,6 +238,27 @@ def test_unpadded_folders_in_torchvisions_order(capsys, tmp_path):
     assert f"--class-indices={','.join(map(str, TEXT_12))};" in out
 
 
+def test_folders_of_wordnet_ids_say_which_outputs_are_theirs(capsys, tmp_path, network, digits):
+    """Of a head of ImageNet's classes, as a run reads it; in the folders' order, not the set's."""
+    ids = {"n01443537": (1, 7), "n02102040": (217, 3), "n02979186": (482, 0)}  # output, digit
+    columns, (images, labels) = np.full(1000, -1), digits
+    for wordnet, (output, digit) in ids.items():
+        columns[output] = digit
+        for split in ("train", "test"):
+            folder = tmp_path / "images" / split / wordnet
+            folder.mkdir(parents=True)
+            for i in np.flatnonzero(labels == digit):
+                Image.fromarray(images[i, ..., 0]).save(folder / f"{i}.png")
+    path = saved(tmp_path / "large.safetensors", with_head(network[1], columns))
+    status, out, err = run(
+        capsys, "evaluate", path, *EVALUATE, "--mean=0.3054", "--std=0.3187",
+        "--dataset=mine", "--source=folder", f"--path={tmp_path / 'images'}",
+    )  # fmt: skip
+    assert status == 0, err
+    assert "the outputs that are these classes of ImageNet" in out
+    assert float(out.split("top-1 ")[1].split()[0]) > 90 and "permuted" not in out
+
+
 # --- import -----------------------------------------------------------------------------------
 
 

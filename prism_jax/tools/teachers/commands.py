@@ -137,11 +137,12 @@ def evaluate_command(options: argparse.Namespace) -> None:
         )
     names = class_names(source, info)
     classes, searched = source.num_classes, options.class_indices == FIND
+    question = (weights.num_classes, classes, info, source.imagenet_indices)
     order_K, how = None, "found by the images"
     if not searched:
-        order_K, how = stated_order(weights.num_classes, classes, info, options.class_indices)
+        order_K, how = stated_order(*question, options.class_indices)
     elif weights.num_classes < classes:
-        stated_order(weights.num_classes, classes, info, None)  # says why it cannot be
+        stated_order(*question, None)  # says why it cannot be
 
     say_weights(options, weights)
     started = time.monotonic()

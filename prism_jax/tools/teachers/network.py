@@ -119,7 +119,11 @@ FIND = "find"
 
 
 def stated_order(
-    head: int, classes: int, info: DatasetInfo, class_indices: Sequence[int] | None
+    head: int,
+    classes: int,
+    info: DatasetInfo,
+    known: Sequence[int] | None,
+    class_indices: Sequence[int] | None,
 ) -> tuple[np.ndarray, str]:
     """The output of the head that is each class, and in words how that is known.
 
@@ -127,6 +131,7 @@ def stated_order(
       head: outputs of the network.
       classes: of the images.
       info: their data set.
+      known: the ImageNet class of each class of the images, as their source has them.
       class_indices: as the user stated them; None: what the numbers of classes suggest.
 
     Raises:
@@ -147,11 +152,10 @@ def stated_order(
         return order, "as stated by --class-indices"
     if head == classes:
         return np.arange(classes), "one output per class"
-    part = info.imagenet_indices
-    if part is not None and len(part) == classes and head in (1000, 1001):
+    if known is not None and head in (1000, 1001):
         words = "the outputs that are these classes of ImageNet"
         background = ", behind a background class" if head == 1001 else ""
-        return np.array(part) + head - 1000, words + background
+        return np.array(known) + head - 1000, words + background
     if head == classes + 1:
         return np.arange(classes) + 1, "output 0 is taken for a background class"
     indices = (
