@@ -81,14 +81,31 @@ def protocol(summary: Mapping[str, Any]) -> str:
     loss = how["loss"] + (f" (T = {how['temperature']:g})" if how["temperature"] else "")
     if how["ce_weight"]:
         loss += f" + {how['ce_weight']:g} cross entropy"
-    rate = f"{how['optimiser']} at {how['learning_rate']:g}, {how['schedule']}"
-    found = [loss, rate, f"{how['epochs']} epochs in batches of {how['batch_size']}"]
+    found = [loss, *_rate(how), f"{how['epochs']} epochs in batches of {how['batch_size']}"]
     if how["bn_group"] != how["batch_size"]:
         found.append(f"BatchNorm over {how['bn_group']} images")
     if how["ema"] is not None:
         what = "weights and statistics" if how.get("ema_statistics", True) else "weights"
         found.append(f"{what} averaged ({how['ema']:g})")
     return "; ".join(found)
+
+
+def _rate(how: Mapping[str, Any]) -> list[str]:
+    """The optimiser and its rate, in words; what older summaries leave out is left out."""
+    optimiser, schedule = f"{how['optimiser']} at {how['learning_rate']:g}", how["schedule"]
+    if "momentum" in how:
+        optimiser += f" with {'Nesterov ' if how['nesterov'] else ''}momentum {how['momentum']:g}"
+    if how.get("milestones"):
+        schedule += f" at {', '.join(f'{at:g}' for at in how['milestones'])}"
+    values = [f"{name} {how[name]:g}" for name in ("zeta", "gamma") if name in how]
+    found = [optimiser, f"{schedule} ({', '.join(values)})" if values else schedule]
+    if how.get("warmup_epochs"):
+        begins = f" from {how['warmup_start']:g}" if how["warmup_start"] else ""
+        found.append(f"{how['warmup_epochs']} epochs of warm-up{begins}")
+    if how.get("weight_decay"):
+        of = " of kernels" if how["decay"] == "kernels" else ""
+        found.append(f"weight decay {how['weight_decay']:g}{of}")
+    return [", ".join(found)]
 
 
 class ClassRow(NamedTuple):

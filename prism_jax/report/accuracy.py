@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from prism_jax.analysis import ranking, words
 from prism_jax.analysis.page import Cell, Table, figure, word
 from prism_jax.analysis.words import SYNTHETIC
+from prism_jax.config.sections import Validate
 from prism_jax.core.augment import Augment
 from prism_jax.report import costs
 from prism_jax.report.finished import Run
@@ -107,7 +109,7 @@ def _plain_twin(g: Gathered, run: Run) -> Run | None:
         return None
     for other in g.runs:
         alike = other.manifest["digest"] == run.manifest["digest"]
-        alike &= words.protocol(other.summary) == words.protocol(run.summary)
+        alike &= _trained_by(other) == _trained_by(run)
         alike &= _labelled_by(other) == _labelled_by(run)
         if alike and _is_plain(relabel.augment_of(other.config)):
             return other
@@ -119,8 +121,15 @@ def _labelled_by(run: Run) -> tuple[Any, ...]:
     of = run.config.relabel
     if not run.config.soft_labels:
         return (False,)
-    asked = (of.teachers, of.ensemble, of.teacher_mode, of.priors, of.labels_from)
-    return (True, *asked, of.precision, of.top_k)
+    asked = (of.teachers, of.ensemble, of.teacher_mode, of.bn_group, of.priors, of.labels_from)
+    read = (of.epochs, of.batch_size, of.prior_temperature, of.dtype)
+    return (True, *asked, *read, of.precision, of.top_k)
+
+
+def _trained_by(run: Run) -> Validate:
+    """How students are trained; which, on what beside the set, and how often tested, apart."""
+    apart: dict[str, Any] = {"students": (), "seeds": (), "controls": (), "eval_every": 1}
+    return dataclasses.replace(run.config.validate, checkpoint_seconds=0, **apart)
 
 
 def _is_plain(views: Augment) -> bool:

@@ -315,8 +315,12 @@ def protocol(context: Context) -> dict[str, Any]:
     division = {"accumulate": validate.accumulate, "bn_group": bn_group_of(validate)}
     names = ("loss", "epochs", "optimiser", "learning_rate", "schedule", "ema")
     raw = validate.ema is not None and not validate.ema_statistics
+    of_rate = ["weight_decay", *(["decay"] if validate.weight_decay else [])]
+    of_rate += ["momentum", "nesterov"] if validate.optimiser == "sgd" else []
+    of_rate += [n for n in ("zeta", "milestones", "gamma") if getattr(validate, n) is not None]
+    of_rate += ["warmup_epochs", "warmup_start"] if validate.warmup_epochs else []
     return {
-        **{name: getattr(validate, name) for name in names},
+        **{name: getattr(validate, name) for name in (*names, *of_rate)},
         **({"ema_statistics": False} if raw else {}),
         "temperature": None if validate.loss in ("mse_gt", "ce") else validate.temperature,
         "ce_weight": None if validate.loss == "ce" else validate.ce_weight,

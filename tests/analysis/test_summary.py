@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +14,7 @@ from prism_jax.analysis import summary as summaries
 from prism_jax.analysis import tables, words
 from prism_jax.config import resolve, to_dict
 from prism_jax.errors import UserError
+from prism_jax.stages import analyse
 from prism_jax.tools import results
 
 
@@ -204,6 +207,32 @@ def test_the_protocol_is_said_and_what_does_not_matter_is_not(summary):
     assert words.protocol(summary).endswith("; weights averaged (0.99)")
     del summary["protocol"]
     assert words.protocol(summary) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "adamw at 0.001, cos2, weight decay 0.01"),  # no momentum, no warm-up
+        ({"zeta": 2.0, "decay": "kernels"}, "cos2 (zeta 2), weight decay 0.01 of kernels"),
+        (
+            {"optimiser": "sgd", "nesterov": True, "weight_decay": 0.0},
+            "sgd at 0.001 with Nesterov momentum 0.9, cos2",
+        ),
+        (
+            {"schedule": "multistep", "milestones": (0.5, 0.8), "gamma": 0.2},
+            "multistep at 0.5, 0.8 (gamma 0.2), weight decay 0.01",
+        ),
+        ({"warmup_epochs": 5, "warmup_start": 0.1}, "cos2, 5 epochs of warm-up from 0.1, weight"),
+    ],
+)
+def test_all_that_decides_the_rate_is_in_the_protocol(summary, changes, said):
+    config = resolve(digits(10))
+    usual = {"weight_decay": 0.01, "decay": "all", **changes}
+    validate = dataclasses.replace(config.validate, **usual)
+    context = SimpleNamespace(config=dataclasses.replace(config, validate=validate))
+    summary["protocol"] = analyse.protocol(context)
+    summaries.validate(json.loads(json.dumps(summary)))
+    assert said in words.protocol(summary)
 
 
 def test_last_best_and_top5_are_told_apart(summary):

@@ -272,6 +272,15 @@ def test_scores_of_runs_by_hand():
     ((*_, score, _),) = accuracy.scores(Gathered(runs, Options(), [], [])).rows
     assert score.value is None
 
+    # Nor does one that is trained otherwise, or with labels of other groups of images.
+    for section, field, value in (("validate", "weight_decay", 0.5), ("relabel", "bn_group", 5)):
+        runs[1] = stated("plain", "a", {"synthetic": 0.30, "random_real": 0.34}, **plain)
+        config = runs[1].config
+        changed = dataclasses.replace(getattr(config, section), **{field: value})
+        runs[1].context.config = dataclasses.replace(config, **{section: changed})
+        ((*_, score, _),) = accuracy.scores(Gathered(runs, Options(), [], [])).rows
+        assert score.value is None
+
     # Without that control there is no score of labels, without a twin none of views.
     del runs[0].summary["controls"]["synthetic_hard"]
     g = Gathered([runs[0], runs[2]], Options(), [], [])

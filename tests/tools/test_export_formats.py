@@ -11,11 +11,11 @@ import pytest
 from helpers.command import TINY, call, finished, reference
 from PIL import Image
 
+from prism_jax.core import schedules
 from prism_jax.data import image_set, workdir
 from prism_jax.data.datasets import DATASETS
 from prism_jax.data.exchange import ImageSet
 from prism_jax.data.label_store import LabelReader
-from prism_jax.core import schedules
 from prism_jax.data.sets import dd_ranking, fkd
 from prism_jax.data.sets.base import NOTHING_STATED, Stated
 from prism_jax.data.sources import ArraySource, info_of, read_all

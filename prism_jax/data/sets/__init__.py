@@ -55,9 +55,9 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
     looks = [name for name, module in FORMATS.items() if module.sniff(existing(path))]
     if "table" in looks and "folder" in looks:
         looks.remove("folder")  # the table is about the images of the folder
-    note = ()
+    note: tuple[str, ...] = ()
     if "npz" in looks and "folder" in looks:
-        # tools.export writes the same images beside their folders; the file alone has their weights.
+        # tools.export writes the same images beside their folders, and weights there alone.
         held = npz.arrays_of(path)
         looks.remove("folder" if "weights" in held else "npz")
         if "npz" not in looks and "soft_labels" in held:
