@@ -455,6 +455,20 @@ def test_weights_that_do_not_fit_leave_nothing_behind(tmp_path, reference):
     assert (root / "squeeze/first/weights.safetensors").read_bytes() == weights.read_bytes()
 
 
+def test_weights_are_read_before_anything_is_trained(tmp_path, reference):
+    """Whatever the order of the teachers: those that train would take hours first."""
+    (tmp_path / "w.safetensors").write_bytes((reference / "squeeze/first" / WEIGHTS).read_bytes())
+    for field in ("checkpoint", "start_from"):
+        root = tmp_path / field
+        status, out, err = call(
+            TINY, f"--workdir={root}", "--stages=squeeze", "--config.recover.pool=first",
+            "--config.squeeze.teachers=outside,first", "--config.networks.first.width=0.5",
+            f"--config.networks.first.{field}={tmp_path / 'w.safetensors'}",
+        )  # fmt: skip
+        assert status == 2 and "w.safetensors" in err and "outside" not in out
+        assert not (root / "squeeze/outside").exists()
+
+
 # --- adopting -------------------------------------------------------------------------------
 
 

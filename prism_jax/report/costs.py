@@ -16,7 +16,7 @@ from prism_jax.models.import_torch import variable_shapes
 from prism_jax.report.finished import Run
 from prism_jax.stages import costs
 from prism_jax.stages.generator import wanted as generates
-from prism_jax.synthesis.start import SCORING
+from prism_jax.synthesis.start import ASKING
 
 # Passes over a network, in units of its forward one: products by weights and by inputs.
 FORWARD, BY_PIXELS, BY_WEIGHTS = 1.0, 2.0, 3.0
@@ -141,8 +141,10 @@ def _recover_flop(run: Run) -> float | None:
     units = run.manifest["units"]
     if recover.phase_sizes or recover.budget == "early_late" or recover.perturb_steps:
         return None
-    if recover.clip or recover.flatness or recover.initialise in SCORING:
+    if recover.clip or recover.flatness or recover.initialise in ASKING:
         return None  # other networks run, or one runs once more
+    if recover.inject_from == "retrieved":
+        return None  # all real images were read
     if not recover.iterations:
         return 0.0
     if not all("drawn" in unit for unit in units):

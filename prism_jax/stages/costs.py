@@ -11,7 +11,7 @@ from prism_jax.data import label_store, workdir
 from prism_jax.data.weights import RECORD
 from prism_jax.stages import fingerprints, generator, recover
 from prism_jax.stages.context import Context, LabelledSet
-from prism_jax.synthesis.start import SCORING
+from prism_jax.synthesis.start import ASKING
 
 # Of a set: "networks", "seconds" and "bytes", see ``of``.
 Costs = dict[str, dict[str, float | None]]
@@ -72,7 +72,7 @@ def makers(context: Context) -> list[str]:
     """The networks that the synthetic images are made with."""
     config = context.config
     names = [*config.recover.pool]
-    if config.recover.initialise in SCORING:
+    if config.recover.initialise in ASKING or config.recover.inject_from == "retrieved":
         names.append(config.recover.scorer or config.recover.primary)
     if generator.wanted(context):
         names += [FOLDER, *([config.judge] if config.generate.candidates > 1 else [])]

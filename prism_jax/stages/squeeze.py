@@ -48,10 +48,16 @@ def pending(context: Context) -> list[str]:
 
 
 def run(context: Context) -> None:
-    """Make every teacher that is missing; each is one process' work."""
-    for name in context.work.deal(
-        "squeeze", context.config.squeeze.teachers, lambda: pending(context)
-    ):
+    """Make every teacher that is missing; each is one process' work.
+
+    Those with weights to read come first: what does not fit is said before anything is trained.
+    """
+    network = context.config.network
+    weights = {
+        n: network(n).checkpoint or network(n).start_from for n in context.config.squeeze.teachers
+    }
+    teachers = sorted(weights, key=lambda name: not weights[name])
+    for name in context.work.deal("squeeze", teachers, lambda: pending(context)):
         folder, fields = context.networks.folder(name), fingerprints.teacher(context, name)
         make = _import if context.config.network(name).checkpoint else _train
         if (folder / RECORD).exists():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
+from configs.digits import config as digits
 from prism_jax.analysis import comparison, expenses
 from prism_jax.analysis.cells import Entry
+from prism_jax.config import resolve
 from prism_jax.stages import costs
 
 STORED = {"images": 1000, "labels": 3000, "real": 40_000}
@@ -75,6 +78,23 @@ def test_images_that_begin_with_another_rows_count_what_made_those():
     assert expenses.stage_seconds(entry(found), "synthetic", "net")["squeeze"] == 47.0
     unknown = {**MADE, "seconds": {"recover": None, "relabel": 2.0}}
     assert costs.after(own, unknown)["seconds"]["recover"] is None
+
+
+@pytest.mark.parametrize(
+    ("recover", "asked"),
+    [
+        ({"initialise": "mosaic"}, True),
+        ({"initialise": "real_confident"}, True),
+        ({"initialise": "noise", "inject_from": "retrieved"}, True),
+        ({"initialise": "real_random"}, False),
+    ],
+)
+def test_who_chose_the_real_images_is_among_those_who_made_the_set(recover, asked):
+    config = resolve(digits(10))
+    pool = {"pool": ("resnet18",), "scorer": "outside", **recover}
+    config = dataclasses.replace(config, recover=dataclasses.replace(config.recover, **pool))
+    made_by = costs.makers(SimpleNamespace(config=config))
+    assert made_by == ["resnet18", *(["outside"] if asked else [])]
 
 
 @pytest.mark.parametrize("cost", expenses.COSTS)
