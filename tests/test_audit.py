@@ -176,6 +176,8 @@ def test_a_row_that_is_none_is_left_out(tmp_path, row):
     [
         ("recover.logits_by=uniform", "recover.logits_by is 'uniform' (fixed)"),
         ("recover.alpha_ce=0.5", "recover.alpha_ce 0.5 (1)"),
+        ("recover.perturb_steps=2", "recover.perturb_steps 2 (0)"),
+        ("recover.targets=groups", "recover.targets is 'groups' (running)"),
         ("relabel.labels_from=there", "relabel.labels_from is from elsewhere"),
         ("recover.initialise=folder", "recover.initialise_from is from elsewhere"),
         ("networks.first.start_from=w.pth", "first is from elsewhere"),
@@ -183,7 +185,11 @@ def test_a_row_that_is_none_is_left_out(tmp_path, row):
 )
 def test_a_row_that_the_study_or_its_premise_does_not_cover_is_refused(tmp_path, override, said):
     config = parse([TINY], [])[0]
-    row = ("recover.initialise_from=set", override) if "folder" in override else (override,)
+    needs = {
+        "recover.initialise=folder": ["recover.initialise_from=set"],
+        "recover.perturb_steps=2": ["recover.perturb_rho=0.1"],
+    }
+    row = (*needs.get(override, ()), override)
     words = ",".join(repr(word) for word in (*config.rows.prism, *row))
     status, _, err = run(TINY, f"--workdir={tmp_path}", f"--config.rows.prism=({words})")
     assert (status, said in err) == (2, True), err

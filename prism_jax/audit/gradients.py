@@ -105,6 +105,12 @@ def check(shadows: Shadows) -> None:
             f"recover.alpha_ce {recover.alpha_ce:g} (1), recover.alignment_scale "
             f"{recover.alignment_scale!r} (none); name a row that has these"
         )
+    if recover.targets != "running" or recover.perturb_steps:
+        raise UserError(
+            f"gradients.row is {settings.row!r}, and the study reads teachers as they are, by "
+            f"their running statistics: recover.targets is {recover.targets!r} (running), "
+            f"recover.perturb_steps {recover.perturb_steps} (0); name a row that has these"
+        )
     if not settings.iterations or not all(0 <= i < budget for i in settings.iterations):
         raise UserError(
             f"gradients.iterations is {tuple(settings.iterations)}; each must be in [0, {budget})"

@@ -33,7 +33,7 @@ class Clustering:
     Attributes:
       mode: a row of ``MODES``.
       expand: a chunk of the chunked modes has ``expand * ipc`` latents (D4M's km_expand).
-      attempts: of k-means, the best of which counts.
+      attempts: of k-means, the best of which counts; one where chunks are seen once.
       outliers: the share of a class's images that is left out first, as lying apart (VLCP: 0.1).
     """
 
@@ -204,6 +204,11 @@ def check(clustering: Clustering) -> None:
         raise UserError(
             f"k-means has expand {clustering.expand} and attempts {clustering.attempts}; both are "
             f"at least 1"
+        )
+    if clustering.mode in ("chunked", "chunked_released") and clustering.attempts > 1:
+        raise UserError(
+            f"k-means has {clustering.attempts} attempts, and {clustering.mode}, which sees each "
+            f"chunk once, makes one; set generate.attempts=1, or use 'minibatch'"
         )
 
 

@@ -240,6 +240,7 @@ def generator(context: Context) -> dict[str, Any]:
     fields["schedule"] = dataclasses.asdict(schedule)
     if "text_encoder" in parts:
         fields["prompts"] = [generate.template, generate.negative, context.inputs.spoken_names]
+        fields |= _precision(context)  # of the encoder, whose states are kept
     return fields
 
 

@@ -41,6 +41,13 @@ REFUSED = {
     ),
     "strength above": ({"generate__strength": 1.2}, "strength is 1.2; allowed: 0"),
     "strength below": ({"generate__strength": -0.1}, "strength is -0.1"),
+    "guided away from what was never shown": (
+        {"generate__fit__class_dropout": 0.0}, "guidance is 1.5, and what it leads away from",
+    ),
+    "attempts of one pass": (
+        {"generate__anchors": "chunked", "generate__attempts": 10},
+        "has 10 attempts, and chunked, which sees each chunk once, makes one",
+    ),
     "no step": ({"generate__strength": 0.01}, "0.01 of 50 steps leaves no step to run"),
     "window outside": (
         {"generate__mode_weight": 0.1, "generate__mode_window": (26, 50)},

@@ -125,6 +125,8 @@ def test_a_denoiser_of_prompts(command, tmp_path, told):
     assert images(tmp_path / "run").shape == (20, 8, 8, 3)
     ok(*flags)
     assert len(told) == 11  # kept: nothing is encoded again
+    exactly = "--config.parallel.matmul_precision=highest"  # they were encoded otherwise
+    assert "squeeze/generator" in refused(tmp_path / "none", *flags, exactly)
 
 
 @pytest.mark.parametrize("kind", [DIT, DIFFUSION])

@@ -41,6 +41,12 @@ def violations(e: Experiment) -> Iterator[str]:
             f"generate.guidance is {g.guidance} and generate.mode_weight {g.mode_weight}; both "
             f"must be zero or positive"
         )
+    if g.generator == "dit" and g.guidance != 1 and not g.fit.class_dropout:
+        yield (
+            f"generate.guidance is {g.guidance}, and what it leads away from, images of no class, "
+            f"are never shown at generate.fit.class_dropout=0; set the guidance to 1, or a share "
+            f"such as 0.1"
+        )
     if g.strength == 0:
         for field, idle in (("mode_weight", 0), ("candidates", 1)):
             if (value := getattr(g, field)) != idle:

@@ -122,7 +122,9 @@ def check(context: Context) -> None:
     config = context.config
     recover = config.recover
     controls = {"random_real", "random_real_hard", *SELECTED_CONTROLS}
-    needed = needed_images(recover.initialise, recover.ipc, _patches(config))
+    needed = 1
+    if recover.maker != "generate":  # which asks for what its anchors need
+        needed = needed_images(recover.initialise, recover.ipc, _patches(config))
     if not controls.isdisjoint(config.validate.controls) or recover.targets == "groups":
         needed = max(needed, recover.ipc)
     if recover.short_classes == "repeat":
