@@ -14,7 +14,8 @@ def begin(spec: dict[str, Any]) -> None:
     from prism_jax import environment
 
     deterministic = spec.get("deterministic", True)
-    environment.prepare_environment({"parallel": {"deterministic": deterministic}}, [])
+    parallel = {"deterministic": deterministic, "matmul_precision": "high"}
+    environment.prepare_environment({"parallel": parallel}, [])
 
 
 def random_pool(names: tuple[str, ...], spec: dict[str, Any]):

@@ -94,7 +94,7 @@ def table(rows: list[dict]) -> str:
         "",
         "Of GPUs a lower bound, of TPUs the compiler's estimate of cycles at the clock of its peak "
         "rate; nothing was run. *Mean* is over PRISM's draws, *all read* an iteration that draws "
-        "every teacher. A v4 is described core by core.",
+        "every teacher.",
     ]
     return "\n".join(lines)
 

@@ -471,7 +471,8 @@ def _compile(
 
 def _key(e: Experiment, target: Target, program: str) -> str:
     """What decides a program: experiments that agree in it share its compilation."""
-    stage, _, network = program.partition("/")
+    stage, *named = program.split("/")
+    network = named[0] if named else ""  # validate/NAME/test is NAME's too
     networks, sections = {
         "squeeze": ({network: e.network(network)}, ("squeeze",)),
         "recover": ({t: e.network(t) for t in e.recover.pool}, ("recover", "generate")),
@@ -481,7 +482,14 @@ def _key(e: Experiment, target: Target, program: str) -> str:
     fields, several = to_dict(e), ("seeds", "students", "controls")  # have programs of their own
     return workdir.digest(
         {
-            "program": [target.name, program, e.recover.ipc, fields["dataset"], fields["parallel"]],
+            "program": [
+                target.name,
+                program,
+                e.recover.ipc,
+                e.label_parts,
+                fields["dataset"],
+                fields["parallel"],
+            ],
             "networks": {name: dataclasses.asdict(network) for name, network in networks.items()},
             **{
                 section: {k: v for k, v in fields[section].items() if k not in several}

@@ -31,7 +31,7 @@ class Device:
       clock_hz: of a TPU: its peak rate divided by what its matrix units do in a cycle.
       capability, cores, core_bytes, l2_bytes, cuda_clock_ghz: of a GPU, for XLA.
       dimensions: of a TPU slice's shape.
-      per_chip: devices that a chip of a slice is to JAX.
+      chip: how libtpu is told to see a chip of two cores: as the one device that JAX has.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Device:
     l2_bytes: int = 0
     cuda_clock_ghz: float = 0.0
     dimensions: int = 0
-    per_chip: int = 1
+    chip: str | None = None
 
 
 def _gpu(name: str, capability: tuple[int, int], gigabytes: int, rates: tuple, **known: Any):
@@ -68,17 +68,17 @@ def _tpu(
     tera: float,
     clock: float,
     dimensions: int,
-    per_chip: int = 1,
+    chip: str | None = None,
 ):
-    """A TPU: GiB, TB/s and TFLOP/s of bfloat16 per device, GHz."""
+    """A TPU: GiB, TB/s and TFLOP/s of bfloat16 per chip, GHz."""
     memory = int(gigabytes * (1 << 30))
     return Device(
         name, "tpu", memory, 1.0, 1e12 * bandwidth, {"bfloat16": 1e12 * tera},
-        clock_hz=1e9 * clock, dimensions=dimensions, per_chip=per_chip,
+        clock_hz=1e9 * clock, dimensions=dimensions, chip=chip,
     )  # fmt: skip
 
 
-# The vendors' data sheets; dense rates. A v4 is described core by core: two devices to a chip.
+# The vendors' data sheets; dense rates.
 DEVICES = {
     device.name: device
     for device in (
@@ -92,7 +92,7 @@ DEVICES = {
              l2_bytes=52428800, cuda_clock_ghz=1.98),
         _gpu("b200", (10, 0), 180, (8.0, 2250, 1125, 75), cores=148, core_bytes=233472,
              l2_bytes=132120576, cuda_clock_ghz=1.965),
-        _tpu("v4", 16, 0.614, 137.5, 1.05, 3, per_chip=2),
+        _tpu("v4", 32, 1.228, 275, 1.05, 3, chip="megacore"),
         _tpu("v5e", 16, 0.819, 197, 1.5, 2),
         _tpu("v5p", 95, 2.765, 459, 1.75, 3),
         _tpu("v6e", 32, 1.64, 918, 1.75, 2),
@@ -117,6 +117,9 @@ dnn_version_info {{ major: 9 minor: 10 }}
 """
 
 
+EIGHT_CHIPS = (2, 4)
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """A machine: a device and how many there are, for a TPU as the shape of a slice in chips."""
@@ -128,21 +131,24 @@ class Target:
     @property
     def devices(self) -> int:
         """How many devices JAX has there."""
-        return math.prod(self.shape) * self.device.per_chip
+        return math.prod(self.shape)
 
     @property
     def hosts(self) -> int:
-        """How many processes a run has there: one for eight GPUs, or for four chips of a slice."""
+        """How many processes a run has there: one for eight GPUs, or for four chips of a slice.
+
+        Eight chips of a v5e or v6e, 2 x 4, are one host too (of larger slices they are two).
+        """
         return -(-math.prod(self.shape) // self._chips_of_a_host)
 
     @property
     def devices_of_a_host(self) -> int:
         """How many devices a process has there."""
-        return min(math.prod(self.shape), self._chips_of_a_host) * self.device.per_chip
+        return min(math.prod(self.shape), self._chips_of_a_host)
 
     @property
     def _chips_of_a_host(self) -> int:
-        return 8 if self.device.platform == "cuda" else 4
+        return 8 if self.device.platform == "cuda" or self.shape == EIGHT_CHIPS else 4
 
 
 def known() -> str:
@@ -234,6 +240,10 @@ def devices_of(target: Target) -> list[Any]:
         given = {"topology_name": f"{device.name}:{'x'.join(map(str, target.shape))}"}
         if math.prod(target.shape) == 1:
             given["chips_per_host_bounds"] = (1, 1, 1)
+        if target.shape == EIGHT_CHIPS:
+            given["chips_per_host_bounds"] = (*EIGHT_CHIPS, 1)
+        if device.chip:
+            given["chip_config_name"] = device.chip
     try:
         return list(topologies.get_topology_desc(platform=device.platform, **given).devices)
     except jax.errors.JaxRuntimeError as error:

@@ -182,6 +182,31 @@ def test_a_batch_is_shared_within_a_host(monkeypatch):
         targets.parse("h100x12")
 
 
+def test_what_decides_a_program_tells_compilations_apart():
+    """A student's test is of the student's form; labels of teachers in train mode of the parts."""
+    c = tiny.get_config()
+    student, teachers = c.validate.students[0], c.relabel.teachers
+
+    def keys(**fields):
+        made = resolve(c)
+        network = dataclasses.replace(made.network(student), **fields.pop("network", {}))
+        made = dataclasses.replace(made, networks={**made.networks, student: network})
+        for section, values in fields.items():
+            section_of = dataclasses.replace(getattr(made, section), **values)
+            made = dataclasses.replace(made, **{section: section_of})
+        programs = (f"validate/{student}", f"validate/{student}/test", "relabel")
+        return [forecast._key(made, V5E, program) for program in programs]
+
+    trained, tested, labelled = keys()
+    wide = keys(network={"width": 1.0})
+    assert wide[0] != trained and wide[1] != tested and wide[2] == labelled
+    assert student not in teachers
+    in_groups = {"relabel": {"teacher_mode": "train", "bn_group": 2}}
+    parts = [keys(validate={"accumulate": n}, **in_groups)[2] for n in (1, 2)]
+    assert parts[0] != parts[1]
+    assert keys(validate={"seeds": (5, 6)})[:2] == [trained, tested]  # the twin: the same programs
+
+
 def test_phases_count_each_with_its_own_program(monkeypatch):
     """DELT's images join one group after the other: the last phase is the largest by five."""
     e = resolve(delt.get_config("imagenet,ipc10"))

@@ -21,12 +21,22 @@ from prism_jax.errors import UserError
         ("v5e:4x4", "v5e", 16),
         ("v5e:16x16", "v5e", 256),
         ("v5p:2x2x1", "v5p", 4),
-        ("v4:2x2x1", "v4", 8),
+        ("v4:2x2x1", "v4", 4),
     ],
 )
 def test_a_machine_by_its_name(name, device, devices):
     found = targets.parse(name)
     assert (found.name, found.device.name, found.devices) == (name, device, devices)
+
+
+@pytest.mark.parametrize(
+    ("name", "hosts", "of_a_host"),
+    [("h100x8", 1, 8), ("h100x16", 2, 8), ("v5e", 1, 1), ("v5e:2x2", 1, 4), ("v5e:2x4", 1, 8),
+     ("v6e:2x4", 1, 8), ("v5e:4x4", 4, 4), ("v4:2x2x2", 2, 4), ("v5p:2x2x1", 1, 4)],
+)  # fmt: skip
+def test_the_hosts_of_a_machine(name, hosts, of_a_host):
+    found = targets.parse(name)
+    assert (found.hosts, found.devices_of_a_host) == (hosts, of_a_host)
 
 
 @pytest.mark.parametrize("name", ["", "h200", "h100x0", "h100:2", "v5ex4", "v9:2x2", "x8", "H100 "])
