@@ -7,7 +7,7 @@
 #
 # TPU_NAME, TPU_ZONE       the slice (required)
 # TPU_TYPE                 accelerator type; needed where the slice is to be made
-# TPU_VERSION              runtime version (default: tpu-ubuntu2204-base)
+# TPU_VERSION              runtime version (default: the one for TPU_TYPE)
 # TPU_CREATE_FLAGS         more flags of `gcloud compute tpus tpu-vm create`, such as --spot
 # RETRIES                  how often a run that ended badly is started again (default: 20)
 #
@@ -43,6 +43,15 @@ run() {
   fi
 }
 
+runtime() {
+  case ${TPU_TYPE:-} in
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    *) echo tpu-ubuntu2204-base ;;
+  esac
+}
+
 everywhere() { run "${tpu[@]}" ssh "${where[@]}" --worker=all "--command=$1"; }
 
 ready() {
@@ -61,7 +70,7 @@ prepare() {
     run "${tpu[@]}" delete "${where[@]}" --quiet || true
     # shellcheck disable=SC2086 # several flags in one variable
     run "${tpu[@]}" create "${where[@]}" "--accelerator-type=$TPU_TYPE" \
-      "--version=${TPU_VERSION:-tpu-ubuntu2204-base}" ${TPU_CREATE_FLAGS:-} || return 1
+      "--version=${TPU_VERSION:-$(runtime)}" ${TPU_CREATE_FLAGS:-} || return 1
   fi
   run git -C "$root" archive --prefix=prism_jax/ --output="$archive" HEAD &&
     run "${tpu[@]}" scp --worker=all "$archive" "$TPU_NAME:prism_jax.tar.gz" "--zone=$TPU_ZONE" &&

@@ -40,6 +40,8 @@ def prepare_environment(config: Any, problems: list[str]) -> None:
     if deterministic and "xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # A bucket's listings are kept for ever, and what other processes write is never seen in them.
+    os.environ.setdefault("FSSPEC_GCS_USE_LISTINGS_CACHE", "false")
     keep_freed_memory()
 
     import jax

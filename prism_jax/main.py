@@ -129,7 +129,7 @@ def _guarded(run: Callable[[list[str]], int], argv: list[str], help_text: str) -
         return run(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, Unreachable) else 2
+        return _status(error)
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
@@ -145,6 +145,12 @@ def _guarded(run: Callable[[list[str]], int], argv: list[str], help_text: str) -
         return 130
 
 
+def _status(error: BaseException) -> int:
+    """2 for what would come again, 1 for what may not."""
+    given = isinstance(error, UserError) and not isinstance(error, Unreachable)
+    return 2 if given or (isinstance(error, OSError) and error.errno in _UNWRITABLE) else 1
+
+
 def _main(argv: list[str]) -> int:
     problems: list[str] = []
     config, given = parse(argv, problems)
@@ -158,7 +164,7 @@ def _main(argv: list[str]) -> int:
     try:
         return _joined(config, given, stages, target, argv, problems)
     except BaseException as error:  # whoever waits for this process must not wait longer
-        parallel.say_stopped(str(error) or type(error).__name__, failed=True)
+        parallel.say_stopped(str(error) or type(error).__name__, status=_status(error))
         raise
 
 
@@ -178,6 +184,15 @@ def _joined(
 
     experiment = resolve(config, problems)
     workdir = given.workdir or f"runs/{experiment.name}"
+    try:
+        epath.Path(workdir).exists()
+    except ImportError as error:
+        known = str(workdir).startswith("gs://")
+        remedy = "pip install 'prism-jax[gcs]'" if known else "name a bucket at gs://"
+        raise UserError(
+            f"--workdir={workdir} is in a bucket, and what reads one is not installed "
+            f"({str(error).splitlines()[0]}): {remedy}, or name a folder"
+        ) from error
     if epath.Path(workdir).exists() and not epath.Path(workdir).is_dir():
         raise UserError(f"--workdir={workdir} is a file; name a folder, or one that is not there")
     if given.plan:
@@ -193,7 +208,7 @@ def _joined(
     try:
         _run(context, stages, argv, getattr(given, "from"))
     except Interrupted as interrupted:
-        parallel.say_stopped(str(interrupted), failed=interrupted.failed)
+        parallel.say_stopped(str(interrupted), status=interrupted.failed)
         print(
             f"stopped by {interrupted}; everything so far is saved in {workdir}. "
             f"Run the same command again to continue.",

@@ -559,6 +559,8 @@ def start_processes(
         # All devices that it sees. Otherwise JAX gives a process of SLURM or Open MPI one: that of
         # its number on the node.
         arguments["local_device_ids"] = []
+    # It would swallow a SIGTERM, for a question that nobody here asks of it.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             **arguments,
@@ -609,16 +611,16 @@ def told(key: str) -> str | None:
 
 
 class Stopped(NamedTuple):
-    """Why another process ended before its work did; whether by an error, or as it was asked to."""
+    """Why another process ended before its work did; by an error of which exit status, or None."""
 
     why: str
-    failed: bool
+    status: int | None
 
 
-def say_stopped(why: str, *, failed: bool) -> None:
+def say_stopped(why: str, *, status: int | None) -> None:
     """Let the other processes know that this one ends before its work does."""
     if jax.process_count() > 1:
-        said = json.dumps(Stopped(f"{name()}: {why}", failed))
+        said = json.dumps(Stopped(f"{name()}: {why}", status))
         _store().key_value_set(f"prism_jax/stopped/{jax.process_index()}", said)
 
 
@@ -627,7 +629,7 @@ def stopped_elsewhere() -> Stopped | None:
     if jax.process_count() == 1:
         return None
     found = [Stopped(*json.loads(s)) for _, s in _store().key_value_dir_get("prism_jax/stopped/")]
-    return next((s for s in found if s.failed), found[0] if found else None)
+    return next((s for s in found if s.status), found[0] if found else None)
 
 
 def _store() -> Any:

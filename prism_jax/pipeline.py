@@ -41,10 +41,31 @@ def run(context: Context, stages: Sequence[str] = STAGES) -> None:
         finished in place.
     """
     check(context)
-    context.work.agree("real images", lambda: workdir.digest(fingerprints.real_images(context)))
+    context.work.agree(
+        "real images",
+        lambda: workdir.digest(fingerprints.real_images(context)),
+        "its copy is not whole, or another. Compare the two, and copy it again",
+    )
+    context.work.agree(
+        "bits",
+        lambda: _machine(context.provenance),
+        "it has {mine}, and process 0 {told}. Start them with one environment on hosts of one kind",
+    )
     for stage in STAGES:
         if stage in stages:
             RUNNERS[stage](context)
+
+
+def _machine(provenance: Mapping[str, Any]) -> str:
+    """What of a machine and its libraries decides bits."""
+    if not provenance:
+        return ""
+    found, versions = provenance["machine"], provenance["versions"]
+    libraries = ", ".join(
+        f"{name} {versions[name]}" for name in ("prism_jax", "jax", "flax", "optax")
+    )
+    kind = found["platform"] if found["platform"] == "cpu" else found["device_kind"]
+    return f"{kind}, float32 as {found['float32']}, NPROC={found['nproc']}, {libraries}"
 
 
 def check(context: Context) -> None:
@@ -59,6 +80,11 @@ def check(context: Context) -> None:
     }
     for field, otherwise in limits.items():
         wanted, there = getattr(context.config.parallel, field), parallel.local_devices()
+        if wanted and parallel.sharing_devices() < wanted <= there:
+            raise UserError(
+                f"parallel.{field} is {wanted}, and on this TPU slice of several hosts the "
+                f"compiler takes no program that communicates among a part of it; {otherwise}"
+            )
         if wanted and wanted > there:
             raise UserError(
                 f"parallel.{field} is {wanted}, but this process has {there} device(s); lower it "

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
+
 import jax
 import pytest
 from helpers.command import ROOT, TINY, run
 
-from prism_jax import compare, parallel
+from configs import tiny
+from prism_jax import compare, parallel, pipeline
+from prism_jax.config import resolve
 from prism_jax.errors import UserError
 from prism_jax.tools.teachers import __main__ as teachers
 
@@ -16,6 +21,18 @@ def refuse(error):
         raise error
 
     return local_devices
+
+
+@pytest.mark.parametrize("field", ["train_devices", "recover_devices"])
+def test_chips_that_share_on_a_slice_of_several_hosts_are_refused_first(monkeypatch, field):
+    """That compiler would end the run at its first program, after squeeze."""
+    made = resolve(tiny.get_config())
+    shared = dataclasses.replace(made.parallel, **{"train_devices": None, field: 4})
+    context = SimpleNamespace(config=dataclasses.replace(made, parallel=shared))
+    monkeypatch.setattr(parallel, "sharing_devices", lambda: 1)
+    monkeypatch.setattr(parallel, "local_devices", lambda: 4)
+    with pytest.raises(UserError, match=f"parallel.{field} is 4, and on this TPU slice of several"):
+        pipeline.check(context)
 
 
 @pytest.mark.parametrize(

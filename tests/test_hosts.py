@@ -15,8 +15,9 @@ from etils import epath
 from helpers.command import ROOT, TIMEOUT, TINY, assert_same, reference, run, start
 
 from configs import tiny
-from prism_jax import parallel
+from prism_jax import parallel, pipeline
 from prism_jax.config import resolve
+from prism_jax.environment import provenance
 from prism_jax.errors import UserError
 from prism_jax.main import main
 from prism_jax.stages.coordination import Interrupted, StopSignal, Work
@@ -202,11 +203,11 @@ def test_a_cluster_is_joined_only_where_there_is_one(environ, manager):
     assert parallel.cluster(environ) == manager
 
 
-@pytest.mark.parametrize(("failed", "status"), [(True, 1), (False, 143)])
+@pytest.mark.parametrize(("failed", "status"), [(1, 1), (2, 2), (None, 143)])
 def test_who_stops_for_another_s_error_ends_otherwise(monkeypatch, failed, status):
     """A job that is started again wherever it was asked to stop would meet the error for ever."""
     said = [
-        ("a", json.dumps(["process 2 of 3: SIGTERM", False])),
+        ("a", json.dumps(["process 2 of 3: SIGTERM", None])),
         ("b", json.dumps(["process 1 of 3: the loss is nan", failed])),
     ]
     store = SimpleNamespace(key_value_dir_get=lambda prefix: said)
@@ -215,7 +216,7 @@ def test_who_stops_for_another_s_error_ends_otherwise(monkeypatch, failed, statu
     with pytest.raises(Interrupted) as stopped:
         StopSignal().check()
     assert stopped.value.status == status
-    assert str(stopped.value) == said[failed][1].split('"')[1]
+    assert str(stopped.value) == said[bool(failed)][1].split('"')[1]
 
 
 def test_a_process_that_reads_other_images_says_so(monkeypatch, tmp_path):
@@ -227,11 +228,30 @@ def test_a_process_that_reads_other_images_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(parallel, "told", told.get)
     work = Work(epath.Path(tmp_path), None, StopSignal(), {})
     monkeypatch.setattr(parallel, "is_main", lambda: True)
-    work.agree("real images", lambda: "a")
+    otherwise = "{mine} is not {told}: copy it again"
+    work.agree("real images", lambda: "a", otherwise)
     monkeypatch.setattr(parallel, "is_main", lambda: False)
-    work.agree("real images", lambda: "a")
-    with pytest.raises(UserError, match="process 1 of 2 on .* reads other real images"):
-        work.agree("real images", lambda: "b")
+    work.agree("real images", lambda: "a", otherwise)
+    with pytest.raises(UserError, match="process 1 of 2 on .* has other real images") as raised:
+        work.agree("real images", lambda: "b", otherwise)
+    assert str(raised.value).endswith("process 0: b is not a: copy it again")
+
+
+def test_what_decides_bits_of_a_machine_is_compared():
+    """Another NPROC, kind of GPU or version on one of the hosts; not the number of its devices."""
+    here = provenance([])
+    told = pipeline._machine(here)
+    assert told.startswith("cpu, float32 as float32, NPROC=8, prism_jax ")
+    for where, key, value, same in (
+        ("machine", "nproc", 2, False),
+        ("versions", "jax", "0.1", False),
+        ("machine", "devices", 2, True),
+    ):
+        other = {**here, where: {**here[where], key: value}}
+        assert (pipeline._machine(other) == told) == same
+    gpus = [{**here["machine"], "platform": "gpu", "device_kind": f"NVIDIA {k}"} for k in "AB"]
+    a, b = (pipeline._machine({**here, "machine": machine}) for machine in gpus)
+    assert a != b and a.startswith("NVIDIA A, ")
 
 
 ALONE = {
@@ -323,16 +343,16 @@ def test_a_slice_that_was_not_joined_is_told(monkeypatch):
 
 def test_an_error_before_the_first_stage_is_told_to_the_others(monkeypatch, capsys):
     said = []
-    monkeypatch.setattr(parallel, "say_stopped", lambda why, failed: said.append((why, failed)))
+    monkeypatch.setattr(parallel, "say_stopped", lambda why, status: said.append((why, status)))
     assert main([TINY, "--config.recover.ipc=0"]) == 2
-    assert len(said) == 1 and "recover.ipc is 0" in said[0][0] and said[0][1]
+    assert len(said) == 1 and "recover.ipc is 0" in said[0][0] and said[0][1] == 2
 
 
 @pytest.mark.slow
 def test_where_one_cannot_begin_all_end(tmp_path):
     wrong = ("--config.dataset.path=nowhere", "--config.dataset.source=folder")
     ended = end_all(start_all(2, TINY, f"--workdir={tmp_path / 'run'}", last=wrong))
-    assert [status for status, _, _ in ended] == [1, 2]
+    assert [status for status, _, _ in ended] == [2, 2]  # or a launcher would try again
     assert "process 1 of 2: " in ended[0][2]
 
 

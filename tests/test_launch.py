@@ -122,6 +122,22 @@ def test_a_pod_whose_preparation_fails_is_tried_again(tmp_path, ends, status, se
 
 
 @pytest.mark.parametrize(
+    ("kind", "version"),
+    [
+        ("v4-32", "tpu-ubuntu2204-base"),
+        ("v5litepod-64", "v2-alpha-tpuv5-lite"),
+        ("v5p-8", "v2-alpha-tpuv5"),
+        ("v6e-16", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_a_slice_has_the_runtime_of_its_kind(kind, version):
+    found = commands(dry("tpu_pod.sh", *GIVEN, **POD | {"TPU_TYPE": kind}))
+    assert f"--version={version}" in found[1]
+    stated = commands(dry("tpu_pod.sh", *GIVEN, **POD | {"TPU_TYPE": kind}, TPU_VERSION="mine"))
+    assert "--version=mine" in stated[1]
+
+
+@pytest.mark.parametrize(
     ("script", "arguments", "environ", "said"),
     [
         ("local.sh", ["-n", "none", *GIVEN], {}, "must be a positive number"),

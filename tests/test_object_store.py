@@ -6,8 +6,11 @@ The store is a stand-in that refuses what a bucket cannot do (``helpers/object_s
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -20,6 +23,7 @@ from helpers.object_store import Unsupported, download, mount
 from prism_jax.data import metrics, workdir
 from prism_jax.data.checkpoints import Checkpoints
 from prism_jax.errors import UserError
+from prism_jax.main import main
 
 __all__ = ["finished", "reference"]  # fixtures
 
@@ -232,3 +236,32 @@ def test_killed_on_a_store_it_continues(tmp_path, reference, event, number):
     here = download(tmp_path / "store", NAME, tmp_path / "here")
     assert results(here) == results(reference)
     shutil.rmtree(here)
+
+
+def test_what_others_write_to_a_bucket_is_seen():
+    """fsspec, by which gs:// is read, keeps listings for ever unless it is told not to."""
+    script = (
+        "from prism_jax import environment; {}\n"
+        "from fsspec.spec import AbstractFileSystem\n"
+        "class Bucket(AbstractFileSystem): protocol = 'gs', 'gcs'\n"
+        "bucket = Bucket(); bucket.dircache['gs://b/recover'] = ['g00000']\n"
+        "print('gs://b/recover' in bucket.dircache)"
+    )
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("FSSPEC")}
+    for prepared, kept in (("environment.prepare_environment({}, [])", False), ("", True)):
+        done = subprocess.run(
+            [sys.executable, "-c", script.format(prepared)],
+            env=plain, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.stdout.split() == [str(kept)], done.stderr
+
+
+def test_a_bucket_without_its_library_is_one_message(capsys, monkeypatch):
+    def missing(self):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(type(epath.Path(ROOT)), "exists", missing)
+    assert main([TINY, f"--workdir={ROOT}"]) == 2
+    assert "pip install 'prism-jax[gcs]'" in capsys.readouterr().err
+    assert main([TINY, "--workdir=s3://bucket/run"]) == 2
+    assert "name a bucket at gs://" in capsys.readouterr().err

@@ -32,7 +32,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
@@ -354,8 +354,9 @@ class Lock:
     SETTLE = 2.0
     LOOK = 5.0
 
-    def __init__(self, root: epath.Path):
-        self._path = epath.Path(root) / ".lock"
+    def __init__(self, root: epath.Path, check: Callable[[], None] = lambda: None):
+        """``check`` raises where whoever waits for the lock is to stop."""
+        self._path, self._check = epath.Path(root) / ".lock", check
         self._beating: threading.Thread | None = None
         self._released = threading.Event()
 
@@ -430,6 +431,7 @@ class Lock:
             f"{self.SILENCE / 60:.0f} minutes without one"
         )
         while not self._is_gone(holder):
+            self._check()
             time.sleep(self.LOOK)
             if (now := self._holder()) != holder:
                 return now is not None
@@ -479,8 +481,8 @@ class Lock:
                     print(f"error: {self._path} was taken over by another run", file=sys.stderr)
                     os.kill(os.getpid(), signal.SIGKILL)
                 write_record(self._path, _me())
-            except (OSError, UserError):  # a full disk, a network's pause: the next beat may pass
-                continue
+            except Exception:  # a full disk, a network's pause, of which each library has its own
+                continue  # the next beat may pass
 
     def _holder(self) -> dict[str, Any] | None:
         try:

@@ -18,21 +18,19 @@ from prism_jax.errors import UserError
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; everything so far is saved."""
+    """The run was asked to stop; everything so far is saved.
+
+    Attributes:
+      failed: the status of another process that met an error; None: there was none.
+      status: the exit status: that, or what the signal's is. Who starts jobs again where they were
+        only asked to stop must not do so after an error, nor after one that would come again.
+    """
 
     def __init__(self, signum: int, elsewhere: parallel.Stopped | None = None):
         """``signum``: what asked; ``elsewhere``: what another process ended by."""
         super().__init__(elsewhere.why if elsewhere else signal.Signals(signum).name)
-        self.signum = signum
-        self.failed = elsewhere is not None and elsewhere.failed
-
-    @property
-    def status(self) -> int:
-        """The exit status: what the signal's is, but 1 where another process met an error.
-
-        Who starts jobs again where they were only asked to stop must not do so after an error.
-        """
-        return 1 if self.failed else 128 + self.signum
+        self.failed = elsewhere.status if elsewhere else None
+        self.status = self.failed or 128 + signum
 
 
 class StopSignal:
@@ -96,7 +94,7 @@ class Work:
         provenance: Mapping[str, Any],
     ):
         """Write nothing yet; see ``Context`` for the arguments."""
-        self.lock = workdir.Lock(root)
+        self.lock = workdir.Lock(root, stop.check)
         self._root, self._config, self._stop = root, config, stop
         self._provenance = provenance
         self._common = False
@@ -116,7 +114,8 @@ class Work:
         if found and self._provenance:
             before = found["provenance"].get("machine", {})
             now = self._provenance["machine"]
-            for key, words in (("nproc", "NPROC="), ("platform", ""), ("float32", "float32 as ")):
+            kinds = {"nproc": "NPROC=", "platform": "", "device_kind": "", "float32": "float32 as "}
+            for key, words in kinds.items():
                 was, on = before.get(key), now.get(key)
                 if was not in (None, on):
                     where = "on a CPU " if key == "nproc" else ""
@@ -201,15 +200,20 @@ class Work:
             time.sleep(0.2)
         self._common = True
 
-    def agree(self, what: str, digest: Callable[[], str]) -> None:
-        """Compare what every process reads, before any makes something of it.
+    def agree(self, what: str, found: Callable[[], str], otherwise: str) -> None:
+        """Compare what every process has, before any makes something of it.
+
+        Args:
+          what: is compared.
+          found: this process has.
+          otherwise: the message of a difference says; of {mine} and {told} too.
 
         Raises:
-          UserError: this process reads something else than the main one.
+          UserError: this process has something else than the main one.
         """
         if parallel.process_count() == 1:
             return
-        mine, key = digest(), f"agreed/{what}"
+        mine, key = found(), f"agreed/{what}"
         if parallel.is_main():
             parallel.tell(key, mine)
             return
@@ -217,8 +221,8 @@ class Work:
             self._stop.check()
         if told != mine:
             raise UserError(
-                f"{parallel.name()} on {socket.gethostname()} reads other {what} than process 0: "
-                f"its copy is not whole, or another. Compare the two, and copy it again"
+                f"{parallel.name()} on {socket.gethostname()} has other {what} than process 0: "
+                f"{otherwise.format(mine=mine, told=told)}"
             )
 
     def first(self, name: str, work: Callable[[], None]) -> None:

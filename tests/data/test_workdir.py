@@ -221,6 +221,39 @@ def test_a_holder_that_gives_the_lock_back_is_followed(tmp_path, monkeypatch):
     lock.release()
 
 
+def test_who_waits_for_a_lock_can_be_stopped(tmp_path, monkeypatch):
+    hold(tmp_path, 1, host="elsewhere")
+    monkeypatch.setattr(workdir.time, "sleep", lambda seconds: pytest.fail("it slept"))
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        workdir.Lock(epath.Path(tmp_path), stop).acquire()
+
+
+def test_an_outage_ends_no_sign_of_life(tmp_path, monkeypatch):
+    """Libraries of buckets have errors of their own, which are no OSError."""
+    monkeypatch.setattr(workdir.Lock, "BEAT", 0.02)
+    lock = workdir.Lock(epath.Path(tmp_path))
+    lock.acquire()
+    before, write, outages = (tmp_path / ".lock").read_text(), workdir.write_record, []
+
+    def broken(path, record):
+        if len(outages) < 3:
+            outages.append(path)
+            raise RuntimeError("server disconnected")
+        write(path, record)
+
+    monkeypatch.setattr(workdir, "write_record", broken)
+    deadline = time.monotonic() + 10
+    while (tmp_path / ".lock").read_text() == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert len(outages) == 3
+    lock.release()
+
+
 def test_a_held_lock_gives_signs_of_life(tmp_path, monkeypatch):
     monkeypatch.setattr(workdir.Lock, "BEAT", 0.05)
     lock = workdir.Lock(epath.Path(tmp_path))
