@@ -170,6 +170,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.generate.dtype = "float32"
     c.generate.batch_size = 100  # images at once on a device
     # Real images, their latents and the anchors of a class.
+    c.generate.encode_batch_size = placeholder(int)  # of real images; unset: batch_size
     c.generate.image_size = placeholder(int)  # that the codec reads; unset: the data set's
     c.generate.view = "cropped"  # of images of another size; "squashed": their sides apart
     c.generate.most_images = placeholder(int)  # of a class; unset: all

@@ -334,7 +334,8 @@ def _measured_images(e: Experiment) -> dict[str, str]:
     decoded = seconds_of(dataclasses.replace(few, strength=0.0))
     asked = (seconds_of(few) - decoded) / samplers.evaluations(few)
     each = decoded + max(asked, 0.0) * samplers.evaluations(opened.sampling)
-    images = e.recover.ipc * e.dataset.num_classes * e.generate.candidates
+    wanted = e.recover.ipc * e.dataset.num_classes * e.generate.candidates
+    images = math.ceil(wanted / at_once) * math.ceil(at_once / batch) * batch  # places, empty too
     devices = len(jax.local_devices())
     rows = {
         "recover takes": f"about {hours_of(images * each / devices / 3600)} on {devices} device(s):"

@@ -307,7 +307,7 @@ def _generate(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
     done, _ = _compile(e, target, "recover", known)
     batch, at_once = _painted_batch(e), anchoring.painted(context)
     images = e.recover.ipc * e.dataset.num_classes
-    batches = images * g.candidates // at_once * math.ceil(at_once / batch.size)
+    batches = math.ceil(images * g.candidates / at_once) * math.ceil(at_once / batch.size)
     each = f"a batch of {batch.size} images on each of {target.devices} device(s)"
     rounds = math.ceil(batches / target.devices)
     found["recover takes"] = _stage(target, done, rounds, each)

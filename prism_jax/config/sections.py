@@ -266,6 +266,7 @@ class Generate:
     dtype: Dtype
     batch_size: int
     # from real images to anchors
+    encode_batch_size: int | None
     image_size: int | None
     view: Literal["cropped", "squashed"]
     most_images: int | None

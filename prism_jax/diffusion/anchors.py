@@ -116,6 +116,8 @@ def _minibatch(task: Task) -> MiniBatchKMeans:
     )
 
 
+ONE_PASS = ("chunked", "chunked_released")
+CHUNKS = (*ONE_PASS, "minibatch")  # of ``expand * ipc`` latents
 MODES: dict[str, Callable[[Task], np.ndarray] | None] = {
     "kmeans": kmeans,
     "minibatch": minibatch,
@@ -205,7 +207,7 @@ def check(clustering: Clustering) -> None:
             f"k-means has expand {clustering.expand} and attempts {clustering.attempts}; both are "
             f"at least 1"
         )
-    if clustering.mode in ("chunked", "chunked_released") and clustering.attempts > 1:
+    if clustering.mode in ONE_PASS and clustering.attempts > 1:
         raise UserError(
             f"k-means has {clustering.attempts} attempts, and {clustering.mode}, which sees each "
             f"chunk once, makes one; set generate.attempts=1, or use 'minibatch'"

@@ -125,8 +125,15 @@ def run(context: Context, names: Sequence[str] | None = None) -> None:
     """
     makers = {"latents": _latents, "anchors": _anchors, "candidates": _candidates}
     names = needed(context) if names is None else names
+    g = context.config.generate
     for name in missing(context, names):
-        _run(context, name, makers.get(name) or functools.partial(_control, name=name))
+        make = makers.get(name) or functools.partial(_control, name=name)
+        if name != "latents":
+            _run(context, name, make)
+            continue
+        size = g.encode_batch_size or g.batch_size
+        with parallel.enough_memory(f"Lower generate.encode_batch_size (now {size} real images)."):
+            _run(context, name, make)
 
 
 def run_controls(context: Context) -> None:
@@ -275,7 +282,7 @@ class Encoder:
 
 def encoded_at_once(g: Generate, most: int | None) -> int:
     """Real images in a batch, the largest class having ``most``, where that is known."""
-    return min(n for n in (g.batch_size, g.most_images, most) if n)
+    return min(n for n in (g.encode_batch_size or g.batch_size, g.most_images, most) if n)
 
 
 def _latents(context: Context, classes: list[int]) -> Iterator[Kept]:

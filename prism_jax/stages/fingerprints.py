@@ -15,10 +15,12 @@ from typing import Any
 
 from prism_jax.config import SELECTED_CONTROLS, Experiment, Network, batch_layout, bn_group_of
 from prism_jax.config.generation import SCHEDULES
+from prism_jax.config.sections import Generate
 from prism_jax.core import batching
 from prism_jax.core.augment import Augment
 from prism_jax.data import weights, workdir
 from prism_jax.diffusion import huggingface, prompts
+from prism_jax.diffusion.anchors import CHUNKS
 from prism_jax.models import ARCHITECTURES
 from prism_jax.stages import imported
 from prism_jax.stages.context import Context, LabelledSet
@@ -217,7 +219,14 @@ OF_ANCHORS = ("strength", "mode_weight", "mode_window", "weighted", "candidates"
 
 def _generate(context: Context, names: Sequence[str]) -> dict[str, Any]:
     fields = json.loads(json.dumps(dataclasses.asdict(context.config.generate)))
+    fields |= _idle(context.config.generate)
     return {**{name: fields[name] for name in names}, **_bits(context)}
+
+
+def _idle(generate: Generate) -> dict[str, int]:
+    """Fields that nothing reads in these settings: they count as they are left by default."""
+    idle = {} if generate.codec == "patches" else {"patch": 4, "components": 8}
+    return idle | ({} if generate.anchors in CHUNKS else {"expand": 10})
 
 
 def generator(context: Context) -> dict[str, Any]:
@@ -297,8 +306,9 @@ def latents(context: Context) -> dict[str, Any]:
     codec: Any = _generate(context, _CODEC)
     if generate.codec == "directory":
         codec = _part_digest(part_path(context, "vae"), "vae")
+    at_once = generate.encode_batch_size or generate.batch_size
     fields = {
-        "generate": _generate(context, _LATENTS),
+        "generate": {**_generate(context, _LATENTS), "batch_size": at_once},
         "codec": codec,
         "data": context.inputs.fields(context.inputs.open("train")),
     }

@@ -109,6 +109,8 @@ def run(context: Context) -> None:
         f"Lower {field} (now {size} images). It belongs to what the images are made from, so start "
         f"in another workdir: --workdir=<new> --from={context.root}."
     )
+    if generates and config.generate.encode_batch_size is None:
+        remedy += f" To take the latents over, set generate.encode_batch_size={size} there."
     with parallel.enough_memory(remedy):
         maker.before(context)
     ordered = parallel.longest_first(units(config), lambda unit: unit_budget(config, unit))

@@ -22,9 +22,10 @@ from prism_jax.data.datasets import dataset_info
 from prism_jax.data.sources import open_sklearn
 from prism_jax.diffusion import patches
 from prism_jax.errors import UserError
-from prism_jax.stages import anchoring, controls, fingerprints, generator, judging
+from prism_jax.stages import anchoring, controls, fingerprints, generator, judging, recover
 from prism_jax.stages.context import Context
 from prism_jax.stages.inputs import first_classes
+from prism_jax.stages.makers import start
 
 D4M = f"--config={ROOT / 'tests' / 'configs' / 'tiny_d4m.py'}"
 RECOVER = "--stages=squeeze,recover"
@@ -426,6 +427,65 @@ def test_what_decides_bits_is_in_the_fingerprint(kept_of, fields, tmp_path):
     assert kept_of(context_of(tmp_path)) == before
     assert kept_of(context_of(tmp_path, strength=0.3)) == before
     assert kept_of(context_of(tmp_path, **fields)) != before
+
+
+@pytest.mark.parametrize(
+    ("fields", "read"),
+    [
+        ({"patch": 2}, False),  # of images as they are
+        ({"components": 3, "codec": "patches", "patch": 2}, True),
+        ({"expand": 3}, False),  # all latents of a class at once
+        ({"expand": 3, "anchors": "chunked"}, True),
+    ],
+)
+def test_what_nothing_reads_is_in_no_fingerprint(fields, read, tmp_path):
+    *_, (name, value) = reversed(fields.items())
+    usual = {k: v for k, v in fields.items() if k != name}
+    before, now = context_of(tmp_path, **usual), context_of(tmp_path, **fields)
+    assert getattr(now.config.generate, name) == value
+    same = [f(before) == f(now) for f in (fingerprints.generator, fingerprints.anchors)]
+    assert (False in same) == read
+
+
+def test_latents_are_kept_where_fewer_images_are_painted_at_once(tmp_path):
+    before = context_of(tmp_path, batch_size=8)
+    assert fingerprints.latents(context_of(tmp_path, batch_size=4)) != fingerprints.latents(before)
+    fewer = context_of(tmp_path, batch_size=4, encode_batch_size=8)
+    assert fingerprints.latents(fewer) == fingerprints.latents(before)
+    assert fingerprints.recover(fewer) != fingerprints.recover(before)
+    assert anchoring.encoded_at_once(fewer.config.generate, 100) == 8
+
+
+@pytest.mark.parametrize("stage", ["latents", "anchors"])
+def test_too_little_memory_says_which_batch_to_lower(tmp_path, monkeypatch, stage):
+    def exhaust(context, name, make):
+        if name == stage:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(anchoring, "_run", exhaust)
+    context = context_of(tmp_path, batch_size=8)
+    with pytest.raises(UserError) as said:
+        recover.run(context)
+    of_latents = "Lower generate.encode_batch_size (now 8 real images)" in str(said.value)
+    assert of_latents == (stage == "latents")
+    kept = "Lower generate.batch_size" in str(said.value)
+    assert kept == ("To take the latents over, set generate.encode_batch_size=8" in str(said.value))
+    assert kept == (stage != "latents")
+
+
+def test_more_images_than_a_class_has_where_none_is_asked_for(tmp_path):
+    """Without anchors images are free, and only controls of real ones count classes' images."""
+    c = tiny_d4m.get_config()
+    c.recover.ipc = 500
+    free = {"anchors": "none", "strength": 1.0}
+    with c.unlocked():
+        c.generate.update(free)
+        c.validate.controls = ()
+    start.check(Context(resolve(c), tmp_path))
+    with c.unlocked():
+        c.validate.controls = ("random_real",)
+    with pytest.raises(UserError, match="500 training images of every class are asked for"):
+        start.check(Context(resolve(c), tmp_path))
 
 
 @pytest.mark.parametrize(("most", "batch"), [(None, None), (10, 10)])

@@ -26,8 +26,8 @@ def violations(e: Experiment) -> Iterator[str]:
         return
     g = e.generate
     yield from positive(
-        e, "generate", "batch_size", "patch", "components", "image_size", "most_images",
-        "candidates", "guided_channels",
+        e, "generate", "batch_size", "encode_batch_size", "patch", "components", "image_size",
+        "most_images", "candidates", "guided_channels",
     )  # fmt: skip
     if g.refine.steps < 0:
         yield f"generate.refine.steps is {g.refine.steps}; it must be zero or positive"
