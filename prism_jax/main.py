@@ -204,9 +204,10 @@ def _joined(
 
     stop = StopSignal()
     stop.install()
-    context = Context(experiment, workdir, stop=stop, provenance=provenance(argv))
+    source, made_by = getattr(given, "from"), provenance(argv)
+    context = Context(experiment, workdir, source=source, stop=stop, provenance=made_by)
     try:
-        _run(context, stages, argv, getattr(given, "from"))
+        _run(context, stages, argv)
     except Interrupted as interrupted:
         parallel.say_stopped(str(interrupted), status=interrupted.failed)
         print(
@@ -220,23 +221,22 @@ def _joined(
     return 0
 
 
-def _run(context: Any, stages: Sequence[str], argv: Sequence[str], source: str | None) -> None:
+def _run(context: Any, stages: Sequence[str], argv: Sequence[str]) -> None:
     from prism_jax import pipeline
 
     pipeline.check(context)
-    if source:
-        pipeline.check_source(context, source)
-        context.work.first("adopt", lambda: _adopt(context, source))
+    if context.source:
+        context.work.first("adopt", lambda: _adopt(context))
     pipeline.run(context, stages)
     # Once more: the peak of memory is known only now.
     pipeline.summarise(context, provenance(argv))
 
 
-def _adopt(context: Any, source: str) -> None:
+def _adopt(context: Any) -> None:
     from prism_jax import pipeline, progress
 
-    for folder in pipeline.adopt(context, source):
-        progress.say(f"adopted {folder} from {source}")
+    for folder in pipeline.adopt(context, context.source):
+        progress.say(f"adopted {folder} from {context.source}")
 
 
 # --- flags ----------------------------------------------------------------------------------

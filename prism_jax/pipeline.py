@@ -71,9 +71,10 @@ def _machine(provenance: Mapping[str, Any]) -> str:
 def check(context: Context) -> None:
     """Refuse, before any work, what cannot be run here.
 
-    Images that do not fit or are too few, more devices than there are, and a workdir that holds
-    teachers or images of other settings.
+    Images that do not fit or are too few, more devices than there are, a workdir that holds
+    teachers or images of other settings, and a source that is no workdir.
     """
+    check_source(context)
     limits = {
         "train_devices": "leave it unset, which means as many as share a batch",
         "recover_devices": "set it to 1, which gives every device a batch of its own",
@@ -211,13 +212,14 @@ def sets(context: Context) -> Iterator[LabelledSet]:
 # --- adopting finished work -----------------------------------------------------------------
 
 
-def check_source(context: Context, source: epath.PathLike) -> None:
+def check_source(context: Context) -> None:
     """Refuse to adopt from what is no other workdir.
 
     Raises:
-      UserError: ``source`` is no workdir, or is this workdir.
+      UserError: the source is no workdir, or is this workdir.
     """
-    source = epath.Path(source)
+    if (source := context.source) is None:
+        return
     if source.resolve() == context.root.resolve():
         raise UserError(f"--from={source} is the working directory itself; name another one")
     if not (source / "squeeze").exists() and not (source / "recover").exists():
@@ -241,11 +243,10 @@ def adopt(context: Context, source: epath.PathLike) -> list[str]:
 
     def take(relative: str, fields: dict, done: str) -> None:
         theirs, ours = source / relative, context.root / relative
-        if workdir.begun(ours) or not (theirs / done).exists() or not workdir.fits(theirs, fields):
-            return
-        context.work.acquire()
-        workdir.copy_tree(theirs, ours)
-        adopted.append(relative)
+        if workdir.offers(theirs, ours, fields, done):
+            context.work.acquire()
+            workdir.copy_tree(theirs, ours)
+            adopted.append(relative)
 
     for name in context.config.squeeze.teachers:
         take(f"squeeze/{name}", fingerprints.teacher(context, name), RECORD)

@@ -325,6 +325,11 @@ def fits(folder: epath.Path, fields: dict[str, Any]) -> bool:
     return found is not None and not differences(found, fields)
 
 
+def offers(theirs: epath.Path, ours: epath.Path, fields: dict[str, Any], done: str) -> bool:
+    """Whether a folder elsewhere is finished and was made from these fields, and here is none."""
+    return not begun(ours) and (theirs / done).exists() and fits(theirs, fields)
+
+
 def sweep(root: epath.PathLike) -> None:
     """Delete the half-written files and folders that a killed run left behind.
 

@@ -139,7 +139,7 @@ def _tokenizer(folder: epath.Path) -> Any:
     except ImportError:
         raise UserError(
             "prompts are cut into tokens by the package tokenizers, which is not installed: "
-            f"pip install tokenizers; or bring a folder with {TENSORS} from where it is"
+            "pip install tokenizers; or take them over with --from=RUN from a run that has them"
         ) from None
     try:
         vocabulary = json.loads((folder / "vocab.json").read_text())

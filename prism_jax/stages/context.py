@@ -13,7 +13,9 @@ from etils import epath
 from prism_jax import parallel, progress
 from prism_jax.config import Experiment
 from prism_jax.core import batching
+from prism_jax.data import workdir
 from prism_jax.data.lazy import Images
+from prism_jax.data.weights import RECORD
 from prism_jax.stages.coordination import StopSignal, Work
 from prism_jax.stages.inputs import Inputs
 from prism_jax.stages.networks import Networks
@@ -54,6 +56,7 @@ class Context:
     Attributes:
       config: the experiment.
       root: its working directory.
+      source: another one, of which everything finished that fits is taken over.
       stop: the request to stop.
       provenance: what makes the results: command, commit, versions, machine.
       inputs: the real images.
@@ -66,12 +69,14 @@ class Context:
         config: Experiment,
         root: epath.PathLike,
         *,
+        source: epath.PathLike | None = None,
         stop: StopSignal | None = None,
         provenance: Mapping[str, Any] | None = None,
     ):
         """Write nothing yet."""
         self.config = config
         self.root = epath.Path(root)
+        self.source = epath.Path(source) if source else None
         self.stop = stop or StopSignal()
         self.provenance = dict(provenance or {})
         self.inputs = Inputs(config)
@@ -84,6 +89,12 @@ class Context:
         if name not in self._made:
             self._made[name] = make()
         return self._made[name]
+
+    def offers(self, relative: str, fields: dict[str, Any], done: str = RECORD) -> bool:
+        """Whether the source has a folder, finished, that fits; what is here is kept."""
+        return self.source is not None and workdir.offers(
+            self.source / relative, self.root / relative, fields, done
+        )
 
     def train_devices(self, size: int, **division: Any) -> int:
         """How many devices share the batches of ``size`` images of one training.

@@ -152,7 +152,9 @@ def check(context: Context) -> None:
     latent = channels if g.codec == "none" else g.components
     if g.generator == "dit" and (g.guided_channels or 0) > latent:
         raise UserError(_too_many(g, latent))
-    if not is_done(context) and g.generator != "dit":
+    if g.generator == "dit" or is_done(context):
+        return
+    if not context.offers(f"squeeze/{FOLDER}", fingerprints.generator(context)):
         _check_forms(context)
 
 

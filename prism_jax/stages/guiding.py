@@ -101,7 +101,8 @@ def check(context: Context) -> None:
             f"{context.config.dataset.name} has images of {channels} channels, and the CLIP in "
             f"{directory} reads {images.channels}; unset recover.clip"
         )
-    if not is_done(context):
+    offered = context.offers(f"squeeze/{CLIP_FOLDER}", fingerprints.clip_texts(context))
+    if not (is_done(context) or offered):
         for part in PARTS:
             huggingface.load(directory, part)
         prompts.tokenise(directory, _said(context), texts.length)

@@ -96,7 +96,7 @@ def test_a_damaged_tokenizer_is_refused(tmp_path):
 def test_without_the_package_one_message_says_what_to_install(tmp_path, monkeypatch):
     write_tokenizer(tmp_path / "tokenizer")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match="pip install tokenizers; or bring a folder with prompts"):
+    with pytest.raises(UserError, match="pip install tokenizers; or take them over with --from="):
         prompts.tokenise(str(tmp_path), ["a"], 6)
 
 

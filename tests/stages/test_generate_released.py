@@ -115,7 +115,7 @@ def test_a_transformer_of_classes(command, tmp_path):
     assert status == 2 and "guided_channels is 5, and the latents have 4" in err
 
 
-def test_a_denoiser_of_prompts(command, tmp_path, told):
+def test_a_denoiser_of_prompts(command, tmp_path, told, monkeypatch):
     flags = (
         *command, *DIFFUSION, f"--config.generate.class_names={tmp_path / 'names.txt'}",
         "--config.generate.template=a {}", "--config.generate.negative=blur",
@@ -125,6 +125,11 @@ def test_a_denoiser_of_prompts(command, tmp_path, told):
     assert images(tmp_path / "run").shape == (20, 8, 8, 3)
     ok(*flags)
     assert len(told) == 11  # kept: nothing is encoded again
+    # So are another run's, where nothing could cut or encode them.
+    monkeypatch.setattr(prompts, "tokenise", lambda *given: pytest.fail("it was asked"))
+    elsewhere = (*flags, f"--workdir={tmp_path / 'other'}")
+    assert "adopted squeeze/generator" in ok(*elsewhere, f"--from={tmp_path / 'run'}")
+    assert len(told) == 11
     exactly = "--config.parallel.matmul_precision=highest"  # they were encoded otherwise
     assert "squeeze/generator" in refused(tmp_path / "none", *flags, exactly)
 
