@@ -41,7 +41,7 @@ def prepare_environment(config: Any, problems: list[str]) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # A bucket's listings are kept for ever, and what other processes write is never seen in them.
-    os.environ.setdefault("FSSPEC_GCS_USE_LISTINGS_CACHE", "false")
+    os.environ.setdefault("FSSPEC_GCS_USE_LISTINGS_CACHE", "")  # older versions take words for True
     keep_freed_memory()
 
     import jax

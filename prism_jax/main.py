@@ -129,7 +129,7 @@ def _guarded(run: Callable[[list[str]], int], argv: list[str], help_text: str) -
         return run(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return _status(error)
+        return 1 if isinstance(error, Unreachable) else 2
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
@@ -147,7 +147,9 @@ def _guarded(run: Callable[[list[str]], int], argv: list[str], help_text: str) -
 
 def _status(error: BaseException) -> int:
     """2 for what would come again, 1 for what may not."""
-    given = isinstance(error, UserError) and not isinstance(error, Unreachable)
+    from prism_jax.data.image_set import DamagedFile
+
+    given = isinstance(error, UserError) and not isinstance(error, Unreachable | DamagedFile)
     return 2 if given or (isinstance(error, OSError) and error.errno in _UNWRITABLE) else 1
 
 
@@ -184,15 +186,16 @@ def _joined(
 
     experiment = resolve(config, problems)
     workdir = given.workdir or f"runs/{experiment.name}"
-    try:
-        epath.Path(workdir).exists()
-    except ImportError as error:
-        known = str(workdir).startswith("gs://")
-        remedy = "pip install 'prism-jax[gcs]'" if known else "name a bucket at gs://"
-        raise UserError(
-            f"--workdir={workdir} is in a bucket, and what reads one is not installed "
-            f"({str(error).splitlines()[0]}): {remedy}, or name a folder"
-        ) from error
+    for flag, path in (("workdir", workdir), ("from", getattr(given, "from"))):
+        try:
+            epath.Path(path or workdir).exists()
+        except ImportError as error:
+            known = str(path).startswith("gs://")
+            remedy = "pip install 'prism-jax[gcs]'" if known else "name a bucket at gs://"
+            raise UserError(
+                f"--{flag}={path} is in a bucket, and what reads one is not installed "
+                f"({str(error).splitlines()[0]}): {remedy}, or name a folder"
+            ) from error
     if epath.Path(workdir).exists() and not epath.Path(workdir).is_dir():
         raise UserError(f"--workdir={workdir} is a file; name a folder, or one that is not there")
     if given.plan:

@@ -257,11 +257,17 @@ def test_what_others_write_to_a_bucket_is_seen():
 
 
 def test_a_bucket_without_its_library_is_one_message(capsys, monkeypatch):
+    there = type(epath.Path(ROOT)).exists
+
     def missing(self):
-        raise ImportError("Please install gcsfs to access Google Storage")
+        if "://" in str(self):
+            raise ImportError("Please install gcsfs to access Google Storage")
+        return there(self)
 
     monkeypatch.setattr(type(epath.Path(ROOT)), "exists", missing)
     assert main([TINY, f"--workdir={ROOT}"]) == 2
     assert "pip install 'prism-jax[gcs]'" in capsys.readouterr().err
+    assert main([TINY, "--workdir=runs/none", f"--from={ROOT}"]) == 2
+    assert f"--from={ROOT} is in a bucket" in capsys.readouterr().err
     assert main([TINY, "--workdir=s3://bucket/run"]) == 2
     assert "name a bucket at gs://" in capsys.readouterr().err

@@ -467,6 +467,16 @@ def test_weights_are_read_before_anything_is_trained(tmp_path, reference):
         )  # fmt: skip
         assert status == 2 and "w.safetensors" in err and "outside" not in out
         assert not (root / "squeeze/outside").exists()
+    # Of those with weights, the ones that are only read come before one that trains further.
+    second = reference / "squeeze/second" / WEIGHTS
+    status, out, err = call(
+        TINY, f"--workdir={tmp_path / 'both'}", "--stages=squeeze", "--config.recover.pool=first",
+        "--config.squeeze.teachers=second,first", "--config.networks.first.width=0.5",
+        "--config.analyse.network=first",
+        f"--config.networks.second.start_from={second}",
+        f"--config.networks.first.checkpoint={tmp_path / 'w.safetensors'}",
+    )  # fmt: skip
+    assert status == 2 and "w.safetensors" in err and not (tmp_path / "both/squeeze").exists()
 
 
 # --- adopting -------------------------------------------------------------------------------

@@ -286,9 +286,7 @@ def generated(c: ConfigDict, at: At) -> None:
     g.batch_size = 8
     # About a hundred images are finished together, of whole classes: few places of their last
     # batch stay empty, and what is known of a class is read once.
-    c.recover.batch_order = "class_major"
-    classes = min(c.dataset.num_classes, -(-100 // at.ipc))
-    c.recover.batch_size = at.ipc * classes
+    c.recover.batch_order, c.recover.batch_size = "class_major", None
 
 
 def stable_diffusion(c: ConfigDict, at: At) -> None:

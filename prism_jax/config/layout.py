@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from prism_jax.types import Unit
 
 MOST_CLASSES = 100  # of a batch, where nobody states its size
+PAINTED = 100  # images of whole classes that a generator finishes together, in the same case
 LEAST_CLASSES = 32  # fewer say little of a statistic: then blocks may be of two sizes
 LEAST_IMAGES = 10  # of a batch, below which the plan says that statistics mean little
 
@@ -76,6 +77,8 @@ def batch_layout(e: Experiment) -> Layout:
     wanted = e.recover.batch_size
     if wanted is None:
         most = min(MOST_CLASSES, classes_total)
+        if paints_classes(e):
+            most = min(most, -(-PAINTED // slots))
         classes = max(c for c in range(1, most + 1) if classes_total % c == 0)
         if classes < min(LEAST_CLASSES, classes_total):
             classes = most
@@ -98,6 +101,12 @@ def batch_layout(e: Experiment) -> Layout:
             f"iterations {sorted(budgets)}; use recover.slots_per_batch=1 or budget='constant'"
         )
     return Layout(slots, classes, ipc // slots, blocks, classes_total)
+
+
+def paints_classes(e: Experiment) -> bool:
+    """Whether a generator finishes ``PAINTED`` images of whole classes together."""
+    order, size = e.recover.batch_order, e.recover.batch_size
+    return e.recover.maker == "generate" and order == "class_major" and size is None
 
 
 def budget_of(e: Experiment, slot: int) -> int:

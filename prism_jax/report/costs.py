@@ -96,8 +96,8 @@ def _validate_seconds(run: Run) -> float | None:
 
 
 def _used(run: Run) -> list[str]:
-    """Teachers that supervise or label, once each."""
-    named = (*run.config.recover.pool, *run.config.relabel.teachers)
+    """Teachers that supervise, choose or label, once each."""
+    named = (*costs.makers(run.context), *run.config.relabel.teachers)
     return [name for name in dict.fromkeys(named) if name in run.teachers()]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from prism_jax.config import SELECTED_CONTROLS, Experiment, Network, batch_layout, bn_group_of
 from prism_jax.config.generation import SCHEDULES
+from prism_jax.config.layout import PAINTED, paints_classes
 from prism_jax.config.sections import Generate
 from prism_jax.core import batching
 from prism_jax.core.augment import Augment
@@ -410,6 +411,8 @@ def recover(context: Context) -> dict[str, Any]:
         fields["clip"] = clip(context)
     if settings.maker == "generate":
         fields["generated"] = candidates(context)
+        if paints_classes(context.config):
+            fields["painted"] = PAINTED
         if context.config.generate.refine.steps:
             fields["refined"] = _generate(context, ["refine"])["refine"]
     if matched := {t: found for t in settings.pool if (found := statistics(context, t))}:

@@ -50,13 +50,14 @@ def pending(context: Context) -> list[str]:
 def run(context: Context) -> None:
     """Make every teacher that is missing; each is one process' work.
 
-    Those with weights to read come first: what does not fit is said before anything is trained.
+    Those that are only read come first, then those that are trained further: weights that do not
+    fit are said before others are trained.
     """
     network = context.config.network
-    weights = {
-        n: network(n).checkpoint or network(n).start_from for n in context.config.squeeze.teachers
-    }
-    teachers = sorted(weights, key=lambda name: not weights[name])
+    teachers = sorted(
+        context.config.squeeze.teachers,
+        key=lambda name: (not network(name).checkpoint, not network(name).start_from),
+    )
     for name in context.work.deal("squeeze", teachers, lambda: pending(context)):
         folder, fields = context.networks.folder(name), fingerprints.teacher(context, name)
         make = _import if context.config.network(name).checkpoint else _train

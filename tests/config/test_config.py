@@ -340,6 +340,9 @@ def layout(classes: int, ipc: int, **recover) -> Layout:
     return batch_layout(e)
 
 
+PAINTS = {"maker": "generate", "batch_order": "class_major"}
+
+
 @pytest.mark.parametrize(
     ("classes", "ipc", "recover", "expected"),
     [
@@ -360,6 +363,13 @@ def layout(classes: int, ipc: int, **recover) -> Layout:
         (257, 1, {}, Layout(1, 86, 1, 3, 257)),
         (397, 1, {}, Layout(1, 100, 1, 4, 397)),
         (1001, 1, {"batch_size": 100}, Layout(1, 91, 1, 11, 1001)),
+        # A generator finishes about a hundred images of whole classes together.
+        (1000, 10, PAINTS, Layout(10, 10, 1, 100, 1000)),
+        (1000, 30, PAINTS, Layout(30, 4, 1, 250, 1000)),
+        (1000, 1, PAINTS, Layout(1, 100, 1, 10, 1000)),
+        (10, 50, PAINTS, Layout(50, 2, 1, 5, 10)),
+        (10, 200, PAINTS, Layout(200, 1, 1, 10, 10)),
+        (10, 4, {"maker": "generate"}, Layout(1, 10, 4, 1, 10)),
     ],
 )
 def test_the_layout_of_batches(classes, ipc, recover, expected):

@@ -273,7 +273,9 @@ def test_what_dd_ranking_tests_in_is_what_cifar_goes_out_in():
 )
 def test_the_schedules_of_dd_ranking(schedule, zeta, theirs, same):
     """The run's rate beside theirs, as version 0.2.0 defines it: alike exactly where it is said."""
-    assert dd_ranking._schedule({"schedule": schedule, "zeta": zeta}) == (theirs, same)
+    given = {"schedule": schedule, "zeta": zeta, "warmup_epochs": 0}
+    assert dd_ranking._schedule(given) == (theirs, same)
+    assert dd_ranking._schedule({**given, "warmup_epochs": 5}) == (theirs, False)
     progress = np.arange(11) / 10
     rates = (1 + np.cos(np.pi * progress / (2 if theirs == "cosine" else 1))) / 2
     given = {} if zeta is None else {"zeta": zeta}

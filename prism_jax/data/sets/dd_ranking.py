@@ -31,7 +31,8 @@ _SPACES = {
     name: Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
     for name in ("cifar10", "cifar100")
 }
-# What training on all real images gives is known to them for these; else they train that, too.
+# What training on all real images gives is known to them for these; else they train that, too,
+# where they have a recipe for it.
 _FULL_DATA_KNOWN = {("ImageNet1K", "ResNet-18-BN"), ("TinyImageNet", "ResNet-18-BN")}
 
 
@@ -85,6 +86,7 @@ def config(content: Content, space: Normalisation) -> str:
     architecture = experiment["networks"].get(students[0], {}).get("architecture", students[0])
     model = _model(architecture)
     schedule, same = _schedule(validate)
+    trains = (name, model or "ResNet-18-BN") not in _FULL_DATA_KNOWN
     here = f"{method}/{name or data['name']}/IPC{ipc}"
     scale = experiment["relabel"]["crop_min"]
     lines = [
@@ -135,7 +137,8 @@ def config(content: Content, space: Normalisation) -> str:
         "num_workers: 4",
         "device: cuda",
         "dist: false",
-        f"eval_full_data: {str((name, model or 'ResNet-18-BN') not in _FULL_DATA_KNOWN).lower()}",
+        f"eval_full_data: {str(trains).lower()}"
+        + ("  # of few data sets and networks they have a recipe for it" if trains else ""),
         "random_data_format: image",
         f"random_data_path: ./random_data/{here}/",
         f"save_path: ./results/{here}.csv",
@@ -144,14 +147,15 @@ def config(content: Content, space: Normalisation) -> str:
 
 
 def _schedule(validate: dict[str, Any]) -> tuple[str, bool]:
-    """Their schedule that is nearest the run's, and whether it is the same.
+    """Their schedule that is nearest the run's, and whether it is the same; theirs has no warm-up.
 
     Their "cosineannealing" ends at zero, their "cosine" is ours of zeta = 2, which ends at half.
     """
     name, zeta = validate["schedule"], validate["zeta"]
     ends = {"cosine": zeta or 1.0, "half_cosine": 2.0}.get(name)
     halfway = name in ("cos2", "cos2_continuous", "constant", "half_linear") or ends == 2.0
-    return "cosine" if halfway else "cosineannealing", ends in (1.0, 2.0)
+    same = ends in (1.0, 2.0) and not validate["warmup_epochs"]
+    return "cosine" if halfway else "cosineannealing", same
 
 
 def _normalise(space: Normalisation) -> str:
