@@ -350,6 +350,10 @@ def read_by(
     return {what: of for what, of in found.items() if known is None or what in known}
 
 
+# Fields that are younger than finished cells, and what it means that those lack them.
+ADDED: dict[str, dict[str, Any]] = {"generate": {"encode_batch_size": None}}
+
+
 def digest_of(experiment: Any, start: str | None = None) -> str:
     """What decides an experiment's numbers; ``start`` is that of the cell it begins with."""
     from prism_jax.config import to_dict
@@ -357,4 +361,8 @@ def digest_of(experiment: Any, start: str | None = None) -> str:
     from prism_jax.stages.fingerprints import BITS_VERSION
 
     fields = {"bits_version": BITS_VERSION, **to_dict(experiment)}
+    for section, added in ADDED.items():
+        for name, absent in added.items():
+            if fields[section][name] == absent:
+                del fields[section][name]
     return workdir.digest(fields | ({"start": start} if start else {}))

@@ -16,18 +16,20 @@ import pytest
 from helpers.command import call, snapshot
 from PIL import Image
 
+from configs.digits import config as digits
 from prism_jax import cells as runs
 from prism_jax import compare
 from prism_jax.analysis import comparison
 from prism_jax.analysis.cells import Entry, to_records
 from prism_jax.analysis.differences import Choices
 from prism_jax.analysis.intervals import Resampling
-from prism_jax.config import resolve
+from prism_jax.config import resolve, to_dict
 from prism_jax.data import workdir
 from prism_jax.errors import UserError
 from prism_jax.main import parse
 from prism_jax.stages import fingerprints, imported
 from prism_jax.stages.context import Context
+from prism_jax.stages.fingerprints import BITS_VERSION
 
 ROOT = pathlib.Path(__file__).resolve().parent
 TINY = f"--config={ROOT / 'configs' / 'tiny_compare.py'}"
@@ -93,6 +95,16 @@ def test_every_cell_of_the_shipped_comparisons_can_be_used(name, monkeypatch):
     # All share their teachers, and the process.
     runs.check_environment(experiments)
     assert len({e.squeeze for e in runs.with_all_teachers(experiments).values()}) == 1
+
+
+def test_finished_cells_stay_finished_where_a_younger_field_means_what_they_had():
+    experiment = resolve(digits(10))
+    before = to_dict(experiment)
+    del before["generate"]["encode_batch_size"]
+    assert runs.digest_of(experiment) == workdir.digest({"bits_version": BITS_VERSION, **before})
+    apart = dataclasses.replace(experiment.generate, encode_batch_size=4)
+    other = dataclasses.replace(experiment, generate=apart)
+    assert runs.digest_of(other) != runs.digest_of(experiment)
 
 
 @pytest.mark.parametrize("study", ["regularisation", "text_to_image"])
