@@ -308,6 +308,13 @@ def _made_here(context: Context) -> bool:
     return bool(context.config.recover.iterations) or generator.wanted(context)
 
 
+# What decides the rate; older summaries do not say it.
+OF_RATE = (
+    *("weight_decay", "decay", "momentum", "nesterov", "zeta", "milestones", "gamma"),
+    *("warmup_epochs", "warmup_start"),
+)
+
+
 def protocol(context: Context) -> dict[str, Any]:
     """How students are trained; null for what has no part in it."""
     validate, recover = context.config.validate, context.config.recover
@@ -315,10 +322,13 @@ def protocol(context: Context) -> dict[str, Any]:
     division = {"accumulate": validate.accumulate, "bn_group": bn_group_of(validate)}
     names = ("loss", "epochs", "optimiser", "learning_rate", "schedule", "ema")
     raw = validate.ema is not None and not validate.ema_statistics
-    of_rate = ["weight_decay", *(["decay"] if validate.weight_decay else [])]
-    of_rate += ["momentum", "nesterov"] if validate.optimiser == "sgd" else []
-    of_rate += [n for n in ("zeta", "milestones", "gamma") if getattr(validate, n) is not None]
-    of_rate += ["warmup_epochs", "warmup_start"] if validate.warmup_epochs else []
+    idle = [
+        *(["decay"] if not validate.weight_decay else []),
+        *(["momentum", "nesterov"] if validate.optimiser != "sgd" else []),
+        *(name for name in ("zeta", "milestones", "gamma") if getattr(validate, name) is None),
+        *(["warmup_epochs", "warmup_start"] if not validate.warmup_epochs else []),
+    ]
+    of_rate = [name for name in OF_RATE if name not in idle]
     return {
         **{name: getattr(validate, name) for name in (*names, *of_rate)},
         **({"ema_statistics": False} if raw else {}),
@@ -395,7 +405,10 @@ def is_summarised(context: Context, sets: Mapping[str, LabelledSet]) -> bool:
     if "analyse" in found and not (context.root / "report.html").exists():
         return False
     provenance = {**found, "peak_bytes": found.get("recover", {}).get("peak_bytes")}
-    return json.loads(workdir.to_json(summarise(context, sets, provenance))) == found
+    now = json.loads(workdir.to_json(summarise(context, sets, provenance)))
+    if "weight_decay" not in found.get("protocol", OF_RATE):  # one that says less is whole, too
+        now["protocol"] = {k: v for k, v in now.get("protocol", {}).items() if k not in OF_RATE}
+    return now == found
 
 
 def write_summary(

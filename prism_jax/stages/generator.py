@@ -152,7 +152,7 @@ def check(context: Context) -> None:
     latent = channels if g.codec == "none" else g.components
     if g.generator == "dit" and (g.guided_channels or 0) > latent:
         raise UserError(_too_many(g, latent))
-    if g.generator == "dit" or is_done(context):
+    if is_done(context) or g.generator == "dit":
         return
     if not context.offers(f"squeeze/{FOLDER}", fingerprints.generator(context)):
         _check_forms(context)
