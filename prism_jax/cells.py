@@ -362,7 +362,6 @@ def digest_of(experiment: Any, start: str | None = None) -> str:
 
     fields = {"bits_version": BITS_VERSION, **to_dict(experiment)}
     for section, added in ADDED.items():
-        for name, absent in added.items():
-            if fields[section][name] == absent:
-                del fields[section][name]
+        if of := fields[section]:  # what only reads has no such section
+            fields[section] = {k: v for k, v in of.items() if k not in added or v != added[k]}
     return workdir.digest(fields | ({"start": start} if start else {}))
