@@ -79,8 +79,8 @@ def estimate(kind: str, what: str, spec: dict) -> float | None:
     if (spec["batch"], spec["size"]) != (100, 224) or not spec["deterministic"]:
         return None  # another program than the one that was compiled
     name = kind.lower().replace("rtx ", "rtx")
-    for theirs, ours in (("tpu v5 lite", "v5e"), ("tpu v6 lite", "v6e"), ("tpu v5", "v5p")):
-        name = name.replace(theirs, ours)
+    kinds = {"tpu v5 lite": "v5e", "tpu v6 lite": "v6e", "tpu v5p": "v5p", "tpu v5": "v5p"}
+    name = kinds.get(name, name)
     for row in _estimates():
         same = (row["pool"], row["dtype"]) == (spec.get("pool"), spec["precision"])
         device, _, shape = row["target"].partition(":")

@@ -186,9 +186,10 @@ def _joined(
 
     experiment = resolve(config, problems)
     workdir = given.workdir or f"runs/{experiment.name}"
-    for flag, path in (("workdir", workdir), ("from", getattr(given, "from"))):
+    source = getattr(given, "from")
+    for flag, path in (("workdir", workdir), ("from", source)):
         try:
-            epath.Path(path or workdir).exists()
+            _ = path and epath.Path(path).exists()
         except ImportError as error:
             known = str(path).startswith("gs://")
             remedy = "pip install 'prism-jax[gcs]'" if known else "name a bucket at gs://"
@@ -207,8 +208,7 @@ def _joined(
 
     stop = StopSignal()
     stop.install()
-    source, made_by = getattr(given, "from"), provenance(argv)
-    context = Context(experiment, workdir, source=source, stop=stop, provenance=made_by)
+    context = Context(experiment, workdir, source=source, stop=stop, provenance=provenance(argv))
     try:
         _run(context, stages, argv)
     except Interrupted as interrupted:

@@ -47,7 +47,7 @@ def run(context: Context, stages: Sequence[str] = STAGES) -> None:
         "its copy is not whole, or another. Compare the two, and copy it again",
     )
     context.work.agree(
-        "bits",
+        "devices or libraries",
         lambda: _machine(context.provenance),
         "it has {mine}, and process 0 {told}. Start them with one environment on hosts of one kind",
     )

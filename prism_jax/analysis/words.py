@@ -81,7 +81,7 @@ def protocol(summary: Mapping[str, Any]) -> str:
     loss = how["loss"] + (f" (T = {how['temperature']:g})" if how["temperature"] else "")
     if how["ce_weight"]:
         loss += f" + {how['ce_weight']:g} cross entropy"
-    found = [loss, *_rate(how), f"{how['epochs']} epochs in batches of {how['batch_size']}"]
+    found = [loss, _rate(how), f"{how['epochs']} epochs in batches of {how['batch_size']}"]
     if how["bn_group"] != how["batch_size"]:
         found.append(f"BatchNorm over {how['bn_group']} images")
     if how["ema"] is not None:
@@ -90,7 +90,7 @@ def protocol(summary: Mapping[str, Any]) -> str:
     return "; ".join(found)
 
 
-def _rate(how: Mapping[str, Any]) -> list[str]:
+def _rate(how: Mapping[str, Any]) -> str:
     """The optimiser and its rate, in words; what older summaries leave out is left out."""
     optimiser, schedule = f"{how['optimiser']} at {how['learning_rate']:g}", how["schedule"]
     if "momentum" in how:
@@ -105,7 +105,7 @@ def _rate(how: Mapping[str, Any]) -> list[str]:
     if how.get("weight_decay"):
         of = " of kernels" if how["decay"] == "kernels" else ""
         found.append(f"weight decay {how['weight_decay']:g}{of}")
-    return [", ".join(found)]
+    return ", ".join(found)
 
 
 class ClassRow(NamedTuple):

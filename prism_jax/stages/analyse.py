@@ -316,7 +316,7 @@ OF_RATE = (
 
 
 def protocol(context: Context) -> dict[str, Any]:
-    """How students are trained; null for what has no part in it."""
+    """How students are trained; null, or of the rate absent, is what has no part in it."""
     validate, recover = context.config.validate, context.config.recover
     size = min(validate.batch_size, recover.ipc * context.config.dataset.num_classes)
     division = {"accumulate": validate.accumulate, "bn_group": bn_group_of(validate)}

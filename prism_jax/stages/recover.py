@@ -109,7 +109,7 @@ def run(context: Context) -> None:
         f"Lower {field} (now {size} images). It belongs to what the images are made from, so start "
         f"in another workdir: --workdir=<new> --from={context.root}."
     )
-    if generates and config.generate.encode_batch_size is None:
+    if generates and config.generate.anchors != "none" and not config.generate.encode_batch_size:
         remedy += f" To take the latents over, set generate.encode_batch_size={size} there."
     with parallel.enough_memory(remedy):
         maker.before(context)
