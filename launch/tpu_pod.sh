@@ -9,7 +9,9 @@
 # TPU_TYPE                 accelerator type; needed where the slice is to be made
 # TPU_VERSION              runtime version (default: the one for TPU_TYPE)
 # TPU_CREATE_FLAGS         more flags of `gcloud compute tpus tpu-vm create`, such as --spot
-# RETRIES                  how often a run that ended badly is started again (default: 20)
+# RETRIES                  how often what ended badly is tried again (default: 20); waiting for a
+#                          slice that the zone has no room for does not count, nor does what was
+#                          tried before a run that lasted an hour
 #
 # The hosts get the last commit of this checkout, a Python for it (by uv: that of the runtime may be
 # too old), and find one another by themselves. JAX_COMPILATION_CACHE_DIR and NPROC are theirs too.
@@ -61,6 +63,8 @@ ready() {
 
 # Each step only after the one before: `set -e` is off where a function's status is asked for.
 prepare() {
+  local failed=""
+  : >"$said"
   if ! ready; then
     if [[ -z ${TPU_TYPE:-} ]]; then
       echo "error: there is no ready slice $TPU_NAME in $TPU_ZONE, and TPU_TYPE is not set" >&2
@@ -70,7 +74,9 @@ prepare() {
     run "${tpu[@]}" delete "${where[@]}" --quiet || true
     # shellcheck disable=SC2086 # several flags in one variable
     run "${tpu[@]}" create "${where[@]}" "--accelerator-type=$TPU_TYPE" \
-      "--version=${TPU_VERSION:-$(runtime)}" ${TPU_CREATE_FLAGS:-} || return 1
+      "--version=${TPU_VERSION:-$(runtime)}" ${TPU_CREATE_FLAGS:-} 2>"$said" || failed=1
+    cat "$said" >&2
+    [[ -z $failed ]] || return 1
   fi
   run git -C "$root" archive --prefix=prism_jax/ --output="$archive" HEAD &&
     run "${tpu[@]}" scp --worker=all "$archive" "$TPU_NAME:prism_jax.tar.gz" "--zone=$TPU_ZONE" &&
@@ -81,6 +87,7 @@ prepare() {
 }
 
 archive=$(mktemp -d)/prism_jax.tar.gz
+said=$(mktemp)  # by the last attempt to make a slice
 theirs=""
 for name in JAX_COMPILATION_CACHE_DIR NPROC; do
   [[ -n ${!name:-} ]] && theirs+=" $name=$(printf '%q' "${!name}")"
@@ -89,11 +96,18 @@ done
 command="cd prism_jax &&$theirs .venv/bin/python -m prism_jax.main --distributed=on"
 command+=$(printf ' %q' "$@")
 for ((attempt = 0; attempt <= ${RETRIES:-20}; attempt++)); do
-  status=0
+  status=0 began=$SECONDS
   if prepare; then
     everywhere "$command" || status=$?
+    ((SECONDS - began < 3600)) || attempt=0
   else
     status=1
+    if grep -q "no more capacity" "$said"; then
+      echo "no room for $TPU_TYPE in $TPU_ZONE; asking again in a minute" >&2
+      attempt=$((attempt - 1))
+      sleep 60
+      continue
+    fi
   fi
   # 0: done. 2: something given cannot be used; trying again would not help.
   if ((status == 0 || status == 2)); then

@@ -55,6 +55,8 @@ def test_local_starts_every_process_with_what_was_given():
     ]  # fmt: skip
     on_gpus = commands(dry("local.sh", "-g", "-n", "2", *GIVEN))
     assert [c[:2] for c in on_gpus] == [["env", f"CUDA_VISIBLE_DEVICES={i}"] for i in range(2)]
+    given = commands(dry("local.sh", "-g", "-n", "2", *GIVEN, CUDA_VISIBLE_DEVICES="4,6,7"))
+    assert [c[1] for c in given] == ["CUDA_VISIBLE_DEVICES=4", "CUDA_VISIBLE_DEVICES=6"]
 
 
 def test_slurm_leaves_the_processes_to_srun():
@@ -82,7 +84,12 @@ def test_a_pod_is_made_filled_and_started():
 
 GCLOUD = """#!/bin/bash
 echo "$4" >>"$SEEN"
-if [[ $4 == describe ]]; then echo READY; exit; fi
+if [[ $4 == describe ]]; then [[ -n ${NO_SLICE:-} ]] || echo READY; exit; fi
+if [[ $4 == create ]]; then
+  (($(grep -c create "$SEEN") > 3)) && exit
+  echo 'ERROR: (gcloud) {"code": 8, "message": "There is no more capacity in the zone"}' >&2
+  exit 1
+fi
 number=$(grep -c "^$4$" "$SEEN")
 if [[ $4 == scp && $number == 1 ]]; then exit 255; fi
 if [[ $4 == ssh ]]; then
@@ -119,6 +126,22 @@ def test_a_pod_whose_preparation_fails_is_tried_again(tmp_path, ends, status, se
     environ |= {"NO_INSTALL": "1", "RETRIES": "2"}
     done = subprocess.run(script, env=environ, capture_output=True, text=True)
     assert done.returncode == 1 and "attempt 2" in done.stderr
+
+
+def test_waiting_for_a_slice_is_no_attempt(tmp_path):
+    for name, text in {"gcloud": GCLOUD, "sleep": "#!/bin/sh\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "ends").write_text("0\n")
+    environ = {
+        **os.environ, **POD, "SEEN": str(tmp_path / "seen"), "ENDS": str(tmp_path / "ends"),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "NO_SLICE": "1", "RETRIES": "1",
+    }  # fmt: skip
+    script = [ROOT / "launch" / "tpu_pod.sh", *GIVEN]
+    done = subprocess.run(script, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("asking again") == 3
+    assert (tmp_path / "seen").read_text().split().count("create") == 5  # the first copy is lost
 
 
 @pytest.mark.parametrize(
