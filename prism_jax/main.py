@@ -209,6 +209,7 @@ def _joined(
     stop = StopSignal()
     stop.install()
     context = Context(experiment, workdir, source=source, stop=stop, provenance=provenance(argv))
+    context.say(parallel.described_devices())
     try:
         _run(context, stages, argv)
     except Interrupted as interrupted:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -388,6 +389,19 @@ def arrived(tree: PyTree) -> PyTree:
     return jax.block_until_ready(tree) if on_cpu() else tree
 
 
+def described_devices() -> str:
+    """What a run says of the devices it has, and where it may have missed some."""
+    devices = jax.local_devices()
+    said = f"{len(devices)} x {devices[0].device_kind}"
+    plugins = [name for name in _CUDA_PLUGINS if importlib.util.find_spec(name)]
+    if devices[0].platform == "cpu" and plugins and not os.environ.get("JAX_PLATFORMS"):
+        said += (
+            f"; warning: {plugins[0]} is installed and JAX found no GPU (nvidia-smi tells whether "
+            f"the driver sees one; JAX_PLATFORMS=cuda makes JAX say why)"
+        )
+    return said
+
+
 def on_cpu() -> bool:
     """Whether programs run on a CPU."""
     return not _DESCRIBED.get() and jax.default_backend() == "cpu"
@@ -411,6 +425,7 @@ def enough_memory(remedy: str) -> Iterator[None]:
         ) from error
 
 
+_CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 # What brings a platform's devices, by the names that JAX has for it.
 _INSTALLED = {
     "cuda": "pip install 'prism-jax[cuda13]' (or [cuda12], as the driver asks) for an NVIDIA GPU",
@@ -506,8 +521,14 @@ def cluster(environ: Mapping[str, str]) -> str | None:
     return None
 
 
-def alone_on_its_node(environ: Mapping[str, str]) -> bool:
-    """Whether a cluster manager started one process a node, which then has all of its devices."""
+def has_what_it_sees(environ: Mapping[str, str]) -> bool:
+    """Whether all devices that a process of a cluster manager sees are its own.
+
+    So it is where there is one process a node, or where it was given one GPU alone, which is then
+    the first that it sees, whatever its number on the node.
+    """
+    if (visible := environ.get("CUDA_VISIBLE_DEVICES")) and "," not in visible:
+        return True
     if local := environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"):
         return local == "1"
     tasks = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS")
@@ -555,7 +576,7 @@ def start_processes(
         arguments = {
             "coordinator_address": coordinator, "num_processes": processes, "process_id": process,
         }  # fmt: skip
-    if (explicit or alone_on_its_node(os.environ)) and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+    if (explicit or has_what_it_sees(os.environ)) and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
         # All devices that it sees. Otherwise JAX gives a process of SLURM or Open MPI one: that of
         # its number on the node.
         arguments["local_device_ids"] = []

@@ -261,14 +261,22 @@ ALONE = {
     "sbatch's own numbers": ({"SLURM_NTASKS": "4", "SLURM_NNODES": "4"}, True),
     "Open MPI, one a node": ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
     "Open MPI, one a GPU": ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, False),
+    "SLURM, one a GPU that it alone sees": (
+        {"SLURM_STEP_NUM_TASKS": "32", "SLURM_STEP_NUM_NODES": "4", "CUDA_VISIBLE_DEVICES": "5"},
+        True,
+    ),
+    "SLURM, one a GPU, all seen": (
+        {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "4", "CUDA_VISIBLE_DEVICES": "0,1"},
+        False,
+    ),
     "nobody": ({}, False),
 }
 
 
 @pytest.mark.parametrize("who", ALONE)
-def test_a_process_that_is_alone_on_its_node_has_all_of_its_devices(who):
+def test_a_process_has_all_devices_that_it_alone_sees(who):
     environ, alone = ALONE[who]
-    assert parallel.alone_on_its_node(environ) == alone
+    assert parallel.has_what_it_sees(environ) == alone
 
 
 @pytest.mark.parametrize(("nodes", "seen"), [("2", "all"), ("1", "1")])

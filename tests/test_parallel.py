@@ -246,3 +246,14 @@ def test_processes_share_the_work_out(monkeypatch, processes):
 
 def test_lane_devices_are_no_more_than_the_batches_and_at_least_one():
     assert [len(parallel.lane_devices(n)) for n in (0, 1, 3, 8, 100)] == [1, 1, 3, 8, 8]
+
+
+@pytest.mark.parametrize("installed", [(), ("jax_cuda12_plugin",)])
+@pytest.mark.parametrize("asked", ["", "cpu"])
+def test_a_run_says_what_it_runs_on(monkeypatch, installed, asked):
+    """And where a GPU's plugin is there and no GPU was found, unless the CPU was asked for."""
+    monkeypatch.setattr(parallel.importlib.util, "find_spec", {n: n for n in installed}.get)
+    monkeypatch.setenv("JAX_PLATFORMS", asked)
+    said = parallel.described_devices()
+    assert said.startswith("8 x cpu")
+    assert ("JAX found no GPU" in said) == (bool(installed) and not asked)
