@@ -51,6 +51,9 @@ def prepare_environment(config: Any, problems: list[str]) -> None:
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if deterministic:
+        # What XLA tuned without that flag would be taken over, an algorithm of other bits with it.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     precision = config.get("parallel", {}).get("matmul_precision")
     if precision in FLOAT32:
         jax.config.update("jax_default_matmul_precision", precision)

@@ -124,6 +124,9 @@ def test_a_run_s_flags_are_the_command_line_s(monkeypatch):
     for deterministic in (True, False):
         made = experiment(["convnet_d1_bn"], side=16, parallel__deterministic=deterministic)
         monkeypatch.delenv("XLA_FLAGS", raising=False)
-        monkeypatch.setattr("jax.config.update", lambda *_: None)
+        updates: dict = {}
+        monkeypatch.setattr("jax.config.update", updates.__setitem__)
         environment.prepare_environment({"parallel": {"deterministic": deterministic}}, [])
         assert compiling.os.environ.get("XLA_FLAGS", "") == compiling.flags_of(made)
+        # What was tuned by trying is not taken over.
+        assert (updates.get("jax_persistent_cache_enable_xla_caches") == "none") == deterministic
