@@ -439,6 +439,23 @@ def test_phases_of_a_size_that_a_teacher_cannot_read_are_refused(reference, tmp_
 # --- classes that do not divide -----------------------------------------------------------------
 
 
+def test_nothing_is_sent_for_a_lane_without_work(tmp_path, monkeypatch):
+    """Four units on three devices: two have none while the last is made, in six dispatches."""
+    context = context_of(tmp_path, "sre2l")
+    squeeze.run(context)
+    find, place, placed = parallel.lane_devices, parallel.LaneMap.place, []
+
+    def counted(self, tree, at):
+        if type(tree) is tuple:  # a unit with its state
+            placed.append(at)
+        return place(self, tree, at)
+
+    monkeypatch.setattr(parallel, "lane_devices", lambda limit, span=1: find(min(limit, 3)))
+    monkeypatch.setattr(parallel.LaneMap, "place", counted)
+    recover.run(context)
+    assert placed == [1, 2]
+
+
 def test_blocks_of_two_sizes_are_the_same_on_any_devices(tmp_path, monkeypatch):
     """Five classes in batches of at most three: blocks of three and two."""
     fields = ("dataset.num_classes=5", "recover.batch_size=3", "recover.iterations=2",

@@ -72,20 +72,24 @@ class MetricsWriter:
         self._write_events(int(step), workdir.flatten(line))
 
     def flush(self) -> None:
-        """Upload the lines that wait; in a file system none does."""
+        """Let other hosts see all lines: upload those that wait, close a file.
+
+        On a disk that hosts share by NFS, others are sure to see what is in a closed file.
+        """
         if self._waiting:
             old = self._path.read_bytes() if self._path.exists() else b""
             workdir.write_bytes(self._path, old[: old.rfind(b"\n") + 1] + self._waiting)
             self._waiting, self._uploaded = b"", time.monotonic()
+        if self._file:
+            self._file.close()
+            self._file = None
 
     def close(self) -> None:
         """Close the files that were opened."""
         self.flush()
-        if self._file:
-            self._file.close()
         if self._events:
             self._events.close()
-        self._file = self._events = None
+            self._events = None
 
     def _append(self, text: str) -> None:
         if self._store:  # which cannot append: the whole is uploaded, so not for every line

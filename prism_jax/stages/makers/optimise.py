@@ -17,11 +17,11 @@ from etils import epath
 from prism_jax import parallel, progress, synthesis
 from prism_jax.config import Experiment, Recover, batch_layout, members, unit_budget, units
 from prism_jax.core import pixels
-from prism_jax.data import image_set, workdir
+from prism_jax.data import image_set
 from prism_jax.data.checkpoints import Checkpoints
 from prism_jax.data.metrics import MetricsWriter, gather, keep, own_file
 from prism_jax.errors import UserError
-from prism_jax.stages import guiding, statistics
+from prism_jax.stages import fingerprints, guiding, statistics
 from prism_jax.stages.context import Context
 from prism_jax.stages.makers.made import Made, record_path
 from prism_jax.stages.makers.start import initial_images, retrieved_images
@@ -90,6 +90,10 @@ class Lane:
         return now.images, now.size
 
 
+# The unit and the state that a lane without work is given, by the lane and the shape of its images.
+Idle = dict[tuple[int, tuple[int, int]], tuple[PyTree, PyTree]]
+
+
 def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Made]:
     """Optimise units, on every device at once; a unit's checkpoint is kept until it is taken."""
     config = context.config
@@ -100,6 +104,7 @@ def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Ma
     engine = engine_of(context, pool, recipe, len(waiting), guiding.open_(context))
     queue = deque(waiting)
     lanes: list[Lane | None] = [None] * len(engine)
+    idle: Idle = {}
     writer = MetricsWriter(own_file(root), tensorboard_dir=root / "tensorboard")
     total = sum(unit_budget(config, unit) for unit in queue)
     warned = False
@@ -117,7 +122,8 @@ def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Ma
                     _enter_phase(context, engine, recipe, lane, at)
             counts = [_count(lane, config.recover) for lane in lanes]
             began = time.monotonic()
-            results = jax.block_until_ready(_dispatch(context, engine, lanes, counts))
+            results, idle = _dispatch(context, engine, lanes, counts, idle)
+            jax.block_until_ready(results)
             seconds = (time.monotonic() - began) / sum(map(bool, lanes))
             for at, (lane, count, result) in enumerate(zip(lanes, counts, results, strict=True)):
                 if lane is None:
@@ -175,12 +181,11 @@ def _start(context: Context, root: epath.Path, engine, pool, recipe, unit: Unit,
             state = course.enter(recipe, phase, state, start_BHWC)
         return jax.device_get(state)
 
-    made_from = workdir.read_fingerprint(root)
-    assert made_from is not None  # recover writes it first
     checkpoints = Checkpoints(
         root / "checkpoints" / unit.name,
         every_seconds=config.recover.checkpoint_seconds,
-        of={"unit": unit.name, **made_from},
+        # As recover wrote it: another host may, and a shared disk can be slow to show its file.
+        of={"unit": unit.name, **fingerprints.recover(context)},
     )
     start_terms, seconds = None, 0.0
     if restored := checkpoints.restore(state_after):
@@ -250,23 +255,35 @@ def check_sizes(context: Context, pool: TeacherPool, recipe: synthesis.Recipe) -
                 ) from error
 
 
-def _dispatch(context: Context, engine, lanes, counts) -> list:
+def _dispatch(context: Context, engine, lanes, counts, idle: Idle) -> tuple[list, Idle]:
     """Run every lane that has a unit; one call of the engine per shape of images.
 
-    A lane without a unit, or with one of another shape, runs zero iterations of a copy.
+    A lane without a unit, or with one of another shape, runs zero iterations of a copy, which stays
+    on its device: nothing is sent again for it.
+
+    Returns:
+      the lanes' results, and the copies for the next dispatch.
     """
     results: list = [None] * len(lanes)
+    kept: Idle = {}
     for shape in dict.fromkeys(lane.shape for lane in lanes if lane):
         mine = [lane is not None and lane.shape == shape for lane in lanes]
-        spare = lanes[mine.index(True)]
-        copy = None if all(mine) else engine.fetch((spare.placed_unit, spare.state))
+        copies = {at: idle[at, shape] for at in range(len(lanes)) if (at, shape) in idle}
+        if missing := [at for at, own in enumerate(mine) if not own and at not in copies]:
+            spare = lanes[mine.index(True)]
+            copy = engine.fetch((spare.placed_unit, spare.state))
+            copies |= {at: engine.place(copy, at) for at in missing}
         arguments = []
         for at, (lane, count) in enumerate(zip(lanes, counts, strict=True)):
-            placed = (lane.placed_unit, lane.state) if mine[at] else engine.place(copy, at)
+            placed = (lane.placed_unit, lane.state) if mine[at] else copies[at]
             arguments.append((*placed, engine.place(np.int32(count if mine[at] else 0), at)))
         found = engine(context.config.seed, arguments)
-        results = [new if own else old for new, old, own in zip(found, results, mine, strict=True)]
-    return results
+        for at, (result, own) in enumerate(zip(found, mine, strict=True)):
+            if own:
+                results[at] = result
+            else:
+                kept[at, shape] = (copies[at][0], result[0])
+    return results, kept
 
 
 def _count(lane: Lane | None, recover: Recover) -> int:
