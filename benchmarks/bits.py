@@ -18,12 +18,14 @@ alone: other teachers make other images. Needs the extra `test`.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import pathlib
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import killed
@@ -66,8 +68,8 @@ def same_bits(workdir: pathlib.Path, first: pathlib.Path) -> dict[str, list[int]
     return found
 
 
-def measure(root: pathlib.Path, arguments: list[str]) -> dict:
-    """All four runs of one mode."""
+def measure(root: pathlib.Path, arguments: list[str], write: Callable[[dict], None]) -> dict:
+    """All four runs of one mode; what is known is written after each."""
     root.mkdir(parents=True)
     first = root / "first"
     run(first, arguments)
@@ -81,6 +83,7 @@ def measure(root: pathlib.Path, arguments: list[str]) -> dict:
         if name != "killed":  # with a filled cache
             summary = json.loads((workdir / "summary.json").read_text())
             found["recover seconds"].append(summary["recover"]["seconds"])
+        write(found)
     return found
 
 
@@ -91,7 +94,7 @@ def table(rows: dict[str, dict]) -> str:
         "|:--|:--|" + "--:|" * (len(GROUPS) + 1),
     ]
     for mode, row in rows.items():
-        seconds = dict(zip(("again", "same"), row["recover seconds"], strict=True))
+        seconds = dict(zip(("again", "same"), row["recover seconds"], strict=False))
         for name, found in row["same bits"].items():
             kinds = ("teachers",) if name == "again" else tuple(GROUPS)[1:]
             cells = [f"{found[k][0]} of {found[k][1]}" if k in kinds else "" for k in GROUPS]
@@ -109,6 +112,8 @@ def main() -> None:
     parser.add_argument("--modes", default="on,off", help="of parallel.deterministic")
     parser.add_argument("arguments", nargs="*", help="the flags of prism_jax.main, after --")
     given = parser.parse_args()
+    if importlib.util.find_spec("pytest") is None:
+        sys.exit("this needs the extra `test`: pip install -e '.[test]'")
     root = given.workdir.resolve()
     if root.exists():
         sys.exit(f"--workdir={given.workdir} is there already; name a new one")
@@ -118,9 +123,13 @@ def main() -> None:
             *(given.arguments or DEFAULT),
             f"--config.parallel.deterministic={mode == 'on'}",
         ]
-        rows[mode] = measure(root / mode, arguments)
-        print(mode, json.dumps(rows[mode]), flush=True)
-    measuring.write({"machine": machine, "rows": rows}, table(rows), given.out)
+
+        def write(found: dict, mode: str = mode) -> None:
+            rows[mode] = found
+            print(mode, json.dumps(found), flush=True)
+            measuring.write({"machine": machine, "rows": rows}, table(rows), given.out)
+
+        measure(root / mode, arguments, write)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ device=gpu shape=100x224 seconds=2 rounds=3 iterations=1000
 # The digits, every stage cut short.
 short=(
   --config.squeeze.epochs=1 --config.relabel.epochs=2 --config.validate.epochs=2
-  --config.validate.eval_every=2 --config.validate.students=convnet
+  --config.validate.eval_every=2 --config.validate.students=convnet --config.squeeze.least_top1=0
   "--config.validate.controls=random_real"
 )
 step smoke 150 "$python" -m prism_jax.main --config="configs/digits_${CUT:+sre2l_}ipc10.py" \

@@ -20,6 +20,7 @@ from prism_jax.config import Experiment, Layout, batch_layout, budget_of
 from prism_jax.config.generation import SCHEDULES, fitting_of, sampling_of
 from prism_jax.config.layout import LEAST_IMAGES
 from prism_jax.data.sources import info_of, open_source
+from prism_jax.data.weights import RECORD
 from prism_jax.diffusion import fit, samplers
 from prism_jax.errors import UserError
 from prism_jax.labelling import Labeller
@@ -64,18 +65,20 @@ def missing(experiment: Experiment, workdir: str) -> list[str]:
 
 def missing_weights(experiment: Experiment, workdir: str) -> list[str]:
     """What is imported and not there, of teachers and of the generator."""
-    lines = []
+    lines, context = [], Context(experiment, workdir)
     for name in experiment.squeeze.teachers:
         network = experiment.network(name)
         path = network.weights
         field = "checkpoint" if network.checkpoint else "start_from"
+        if (context.networks.folder(name) / RECORD).exists():
+            continue
         if path and not epath.Path(path).exists():
             known = " (published under this name)" if epath.Path(path).suffix else ""
             lines.append(
                 f"teacher {name}: the weights {path}{known}, or others of it with "
                 f"--config.networks.{name}.{field}=FILE"
             )
-    if generator.wanted(context := Context(experiment, workdir)):
+    if generator.wanted(context):
         lines += [f"generator: {line}" for line in generator.missing(context)]
     if guiding.wanted(context):
         lines += [f"CLIP: {line}" for line in guiding.missing(context)]
@@ -387,20 +390,30 @@ def _mean_images(e: Experiment) -> float:
 def _time_draws(e: Experiment, engine: synthesis.Engine, pool, recipe, size: int) -> float:
     """Mean seconds of an iteration over some draws of teachers.
 
-    The first two dispatches compile and warm up.
+    The first two dispatches compile and warm up. A device other than a CPU is given as many
+    iterations as a run gives it: one alone would be counted with the way to it and back.
     """
     layout, seconds = batch_layout(e), []
+    count = 1 if parallel.on_cpu() else e.recover.steps_per_dispatch
     for draw in range(2 + DRAWS):
         slot = draw % layout.groups * layout.slots
-        lane = _random_lane(e, engine, pool, recipe, size, slot=slot, step=1 + draw)
+        lane = _random_lane(e, engine, pool, recipe, size, slot=slot, step=1 + draw, count=count)
         began = time.monotonic()
         jax.block_until_ready(engine(e.seed, [lane]))
-        seconds.append(time.monotonic() - began)
+        seconds.append((time.monotonic() - began) / count)
     return float(np.mean(seconds[2:]))
 
 
 def _random_lane(
-    e: Experiment, engine: synthesis.Engine, pool, recipe, size: int, slot: int = 0, step: int = 1
+    e: Experiment,
+    engine: synthesis.Engine,
+    pool,
+    recipe,
+    size: int,
+    *,
+    slot: int = 0,
+    step: int = 1,
+    count: int = 1,
 ) -> tuple:
     shape = Inputs(e).image_shape
     images = np.random.default_rng(0).standard_normal((size, *shape), np.float32)
@@ -410,8 +423,8 @@ def _random_lane(
     unit = synthesis.UnitBatch(np.int32(slot), np.int32(0), np.int32(1000), labels)
     if recipe.perturb_rho:
         unit = unit._replace(weights=pool.variables[recipe.primary]["params"])
-    trees = jax.device_get((unit, state)) + (np.int32(1),)
-    return tuple(engine.place(tree, 0) for tree in trees)
+    trees = jax.device_get((unit, state)) + (np.int32(count),)
+    return jax.block_until_ready(tuple(engine.place(tree, 0) for tree in trees))
 
 
 def _time(function) -> float:

@@ -59,20 +59,25 @@ def test_an_iteration_of_phases_with_fewer_images_by_hand():
     assert plan._mean_images(resolve(prism.get_config("imagenet,ipc10"))) == 1
 
 
-def test_an_iteration_is_timed_over_several_draws(monkeypatch):
-    """Five slots draw; the first two dispatches, which compile and warm up, do not count."""
+@pytest.mark.parametrize(("on_cpu", "count"), [(True, 1), (False, 50)])
+def test_an_iteration_is_timed_over_several_draws(monkeypatch, on_cpu, count):
+    """Five slots draw; the first two dispatches, which compile and warm up, do not count.
+
+    Off a CPU a dispatch is one of a run's length.
+    """
+    monkeypatch.setattr(plan.parallel, "on_cpu", lambda: on_cpu)
     c = prism.get_config("digits")
     c.recover.ipc = 5
     ticks, asked = iter([0, 100, 0, 50, 0, 1, 0, 2, 0, 3, 0, 6]), []
     monkeypatch.setattr(plan.time, "monotonic", lambda: next(ticks))
 
-    def lane(*given, slot, step):
-        asked.append((slot, step))
+    def lane(*given, slot, step, count):
+        asked.append((slot, step, count))
 
     monkeypatch.setattr(plan, "_random_lane", lane)
     found = plan._time_draws(resolve(c), lambda seed, lanes: lanes, None, None, 10)
-    assert found == 3.0
-    assert asked == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (0, 6)]
+    assert found == 3.0 / count
+    assert asked == [(s, n, count) for s, n in [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (0, 6)]]
 
 
 @pytest.mark.parametrize(
