@@ -56,7 +56,8 @@ def unpack(text: str, classes: int) -> np.ndarray:
 
 
 def _dtype(classes: int) -> str:
-    return "u1" if classes < 256 else "<u2"
+    """The narrowest that also holds the class after the last."""
+    return "u1" if classes < 1 << 8 else "<u2" if classes < 1 << 16 else "<u4"
 
 
 def pack_right(right_N: np.ndarray) -> str:

@@ -10,7 +10,7 @@ from prism_jax.data import answers
 from prism_jax.errors import UserError
 
 
-@pytest.mark.parametrize("classes", [2, 10, 255, 256, 1000])
+@pytest.mark.parametrize("classes", [2, 10, 255, 256, 1000, 65535, 65536, 70000])
 def test_answers_come_back(classes, tmp_path):
     said = np.array([0, classes - 1, answers.NONE, 1, 0], np.int32)
     folder = epath.Path(tmp_path)
@@ -20,7 +20,9 @@ def test_answers_come_back(classes, tmp_path):
     np.testing.assert_array_equal(found["test"], said)
     np.testing.assert_array_equal(found["held_out"], said[:2])
     # A byte an image, up to 255 classes and none.
-    assert len(answers.pack(np.zeros(300, int), classes)) == (400 if classes < 256 else 800)
+    assert len(answers.pack(np.zeros(300, int), classes)) == (
+        400 if classes < 1 << 8 else 800 if classes < 1 << 16 else 1600
+    )
 
 
 def test_no_answers_are_none_and_damage_is_said(tmp_path):
