@@ -110,6 +110,7 @@ def _squeeze(context: Context) -> None:
     if squeeze.pending(context):
         squeeze.run(context)
     if not statistics.is_done(context):
+        squeeze.check(context)
         statistics.run(context)
     if generates and not generator.is_measured(context):
         with parallel.enough_memory(_fewer_at_once(context)):

@@ -167,6 +167,50 @@ def test_a_teacher_at_chance_stops_the_run_before_it_spends_time_on_it(finished)
     assert "relabel synthetic" in out
 
 
+def test_so_does_one_that_only_chooses_real_images(finished, tmp_path):
+    given = (f"--from={finished}", "--stages=squeeze,recover", "--config.recover.iterations=0",
+             "--config.recover.pool=()", "--config.relabel.teachers=second")  # fmt: skip
+    record = finished / "squeeze" / "first" / "record.json"
+    workdir.write_record(record, workdir.read_record(record) | {"top1": 0.3})
+    for number, more in enumerate(
+        (
+            ("recover.initialise=real_confident",),
+            ("recover.initialise=mosaic", "recover.scorer=first"),
+            ("recover.initialise=real_random", "validate.controls=real_herding"),
+        )
+    ):
+        flags = (*given, *(f"--config.{field}" for field in more))
+        said = call(TINY, f"--workdir={tmp_path / str(number)}", *flags)[2]
+        assert "teacher first is right on 30.0%" in said and "or chooses is noise" in said, more
+    # One that nobody asks.
+    ok(tmp_path / "other", *given, "--config.recover.initialise=real_random",
+       "--config.validate.controls=random_real")  # fmt: skip
+
+
+def test_weights_that_fit_no_longer_are_said(tmp_path, reference):
+    """Teachers are known by their files, and the same file at other sizes is another network."""
+    given = ("--stages=squeeze", f"--config.networks.first.checkpoint={reference}/squeeze/first",
+             *(f"--config.{x}=first" for x in ("squeeze.teachers", "recover.pool",
+                                               "analyse.network")))  # fmt: skip
+    ok(tmp_path / "new", *given)
+    status, _, err = call(
+        TINY, f"--workdir={tmp_path / 'new'}", *given, "--config.dataset.image_size=16"
+    )
+    assert status == 2 and "teacher first" in err and "dataset.image_size=16" in err
+
+
+def test_a_teacher_that_was_read_needs_its_file_no_more(tmp_path, reference):
+    file = tmp_path / "first"
+    shutil.copytree(reference / "squeeze/first", file)
+    given = ("--stages=squeeze", f"--config.networks.first.checkpoint={file}")
+    ok(tmp_path / "run", *given)
+    shutil.rmtree(file)
+    before = snapshot(tmp_path / "run")
+    ok(tmp_path / "run", *given)
+    assert snapshot(tmp_path / "run") == before
+    assert str(file) in call(TINY, f"--workdir={tmp_path / 'new'}", *given)[2]  # not read there
+
+
 # --- changed settings -----------------------------------------------------------------------
 
 
@@ -604,6 +648,18 @@ def test_a_damaged_image_is_named_set_aside_and_redone(finished, reference, dama
     assert "recover: 12/12 iterations" in out  # one unit of four
     for aside in (finished / "recover/images").glob("*/*.set-aside-1"):
         aside.unlink()
+    assert_same(finished, reference)
+
+
+def test_all_damaged_images_are_redone_at_once(finished, reference):
+    """Of two units, one of which has lost both of its images."""
+    images = finished / "recover/images"
+    damaged = [images / "00000/00000.png", images / "00003/00001.png", images / "00002/00001.png"]
+    for path in damaged:
+        path.unlink()
+    status, _, err = call(TINY, f"--workdir={finished}")
+    assert status == 2 and "2 more are missing or damaged too" in err
+    assert "recover: 24/24 iterations" in ok(finished)
     assert_same(finished, reference)
 
 

@@ -181,7 +181,7 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
             value = (value,) if isinstance(value, str) else value
             if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
                 value = [str(v) for v in value]  # names that are numbers, in a flag
-            if all(isinstance(v, str) for v in value):
+            if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
                 value = [part.strip() for v in value for part in v.split(",") if part.strip()]
         if isinstance(value, (list, tuple)):
             if arguments[-1] is not Ellipsis and len(value) != len(arguments):

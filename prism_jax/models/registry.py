@@ -59,6 +59,13 @@ class Architecture:
     image_size: int = 224
     weights: tuple[str, ...] = ("torchvision",)
 
+    def smallest(self, stem: str, depth: float) -> int:
+        """The smallest side in pixels that it reads; every block of a ConvNet halves it."""
+        if self.family == "convnet":
+            blocks = self.make.keywords["blocks"]  # type: ignore[attr-defined]  # of a partial
+            return 2 ** layers.scale_blocks(blocks, depth)
+        return self.min_image_size.get(stem, 1)
+
 
 def _convnets() -> dict[str, Architecture]:
     """ConvNet-D1 to D6 at 32 px, ten classes: plain names have instance norm, as in the field."""

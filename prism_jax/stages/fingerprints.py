@@ -13,6 +13,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from etils import epath
+
 from prism_jax.config import SELECTED_CONTROLS, Experiment, Network, batch_layout, bn_group_of
 from prism_jax.config.generation import SCHEDULES
 from prism_jax.config.layout import PAINTED, paints_classes
@@ -107,17 +109,26 @@ def teacher(context: Context, name: str) -> dict[str, Any]:
     """What a teacher is made of: its network and either its training or its checkpoint."""
     network = context.config.network(name)
     fields: dict[str, Any] = {"network": _network(network)}
-    if network.checkpoint:
-        fields["network"]["checkpoint"] = _weights_digest(network.checkpoint)
-    else:
-        if network.start_from:
-            fields["network"]["start_from"] = _weights_digest(network.start_from)
+    if network.weights:
+        field = "checkpoint" if network.checkpoint else "start_from"
+        fields["network"][field] = _made_from(context, name, field)
+    if not network.checkpoint:
         fields["squeeze"] = section(context, "squeeze")
         fields["squeeze"]["seed"] = context.config.squeeze.seed
         if own_normalisation(network):  # training took the data set's before
             fields["squeeze"]["normalisation"] = "the network's"
         fields["data"] = context.inputs.fields(context.inputs.open("train"))
     return fields
+
+
+def _made_from(context: Context, name: str, field: str) -> str:
+    """The digest of a teacher's weight file; where that is gone, of what the teacher was made."""
+    path, folder = getattr(context.config.network(name), field), context.networks.folder(name)
+    if not epath.Path(path).exists() and (folder / weights.RECORD).exists():
+        found = workdir.read_fingerprint(folder) or {}
+        if known := found.get("network", {}).get(field):
+            return known
+    return _weights_digest(path)
 
 
 def pool(context: Context, names: Sequence[str]) -> dict[str, str]:

@@ -170,8 +170,8 @@ def _read_images(context: Context, records: list[dict[str, Any]]) -> Images:
     """All images, class-major, compared with what the units' records say of them.
 
     Raises:
-      UserError: an image is missing, damaged, or another one than recover wrote. It is set aside
-        (all images of its unit, where only their common digest differs), and the unit is undone.
+      UserError: images are missing, damaged, or others than recover wrote. They are set aside (all
+        images of a unit, where only their common digest differs), and their units are undone.
     """
     config = context.config
     ipc = config.recover.ipc
@@ -189,21 +189,42 @@ def _read_images(context: Context, records: list[dict[str, Any]]) -> Images:
             classes, slots = members(config, unit)
             digests.append(image_set.digest(images[classes * ipc + slots]))
     except image_set.DamagedFile as error:
-        for unit in units(config):
-            if error.path in _paths(context, unit):
-                _forget(context, unit, [error.path])
-        again = "Run the same command again to redo it; what was there is set aside."
+        others = _forget_damaged(context) - 1
+        also = f"{others} more are missing or damaged too. " if others > 0 else ""
+        again = f"{also}Run the same command again to redo it; what was there is set aside."
         raise image_set.DamagedFile(error.path, error.problem, again) from error
-    for unit, record, digest in zip(units(config), records, digests, strict=True):
-        if digest != record["digest"]:
-            paths = _paths(context, unit)
-            _forget(context, unit, paths)
-            raise UserError(
-                f"the images {', '.join(map(str, paths))} are not those that recover wrote for "
-                f"unit {unit.name}. Run the same command again to redo them; what was there is "
-                f"set aside."
-            )
+    changed = [
+        unit
+        for unit, record, digest in zip(units(config), records, digests, strict=True)
+        if digest != record["digest"]
+    ]
+    if changed:
+        paths = [path for unit in changed for path in _paths(context, unit)]
+        for unit in changed:
+            _forget(context, unit, _paths(context, unit))
+        more = f" and {len(paths) - 10} more" if len(paths) > 10 else ""
+        raise UserError(
+            f"the images {', '.join(map(str, paths[:10]))}{more} are not those that recover wrote "
+            f"for unit {', '.join(unit.name for unit in changed)}. Run the same command again to "
+            f"redo them; what was there is set aside."
+        )
     return images
+
+
+def _forget_damaged(context: Context) -> int:
+    """Forget every unit that has an image which cannot be read; how many such images there are."""
+    count = 0
+    for unit in units(context.config):
+        damaged = []
+        for path in _paths(context, unit):
+            try:
+                image_set.read_image(path)
+            except image_set.DamagedFile:
+                damaged.append(path)
+        if damaged:
+            _forget(context, unit, damaged)
+        count += len(damaged)
+    return count
 
 
 def _paths(context: Context, unit: Unit) -> list[epath.Path]:

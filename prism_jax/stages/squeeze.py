@@ -29,11 +29,13 @@ from prism_jax.data.weights import (
     stated_normalisation,
 )
 from prism_jax.errors import UserError
+from prism_jax.models.import_torch import variable_shapes
 from prism_jax.models.published import PUBLISHED
 from prism_jax.parallel import enough_memory
 from prism_jax.stages import fingerprints
 from prism_jax.stages.context import Context
 from prism_jax.stages.loop import train
+from prism_jax.synthesis.start import ASKING
 from prism_jax.training import TrainBatch, Trainer, TrainRecipe, fresh, test
 from prism_jax.types import PyTree
 
@@ -107,8 +109,8 @@ def check(context: Context) -> None:
     """Stop a run, before recover and relabel spend their time, on a teacher that knows nothing.
 
     Raises:
-      UserError: a teacher that supervises is near or below chance, or below
-        ``squeeze.least_top1``.
+      UserError: a teacher that supervises or chooses real images is near or below chance, or
+        below ``squeeze.least_top1``.
     """
     config = context.config
     stated, classes = config.squeeze.least_top1, config.dataset.num_classes
@@ -117,6 +119,9 @@ def check(context: Context) -> None:
     names = dict.fromkeys((*(recover.pool if recover.iterations else ()), *config.relabel.teachers))
     if recover.maker == "generate" and config.generate.candidates > 1:
         names[config.judge] = None
+    if recover.initialise in ASKING or fingerprints.reads_features(config):
+        names[recover.scorer or recover.primary] = None
+    names |= dict.fromkeys(fingerprints.rankers(config))
     for name in names:
         record = context.networks.folder(name) / RECORD
         top1 = workdir.read_record(record)["top1"] if record.exists() else None
@@ -129,8 +134,8 @@ def _worthless(context: Context, name: str, top1: float, least: float) -> str:
     network, dataset = config.network(name), config.dataset
     said = (
         f"teacher {name} is right on {top1:.1%} of the real test images (chance: "
-        f"{1 / dataset.num_classes:.1%}; squeeze.least_top1: {least:.1%}); what it supervises is "
-        f"noise. "
+        f"{1 / dataset.num_classes:.1%}; squeeze.least_top1: {least:.1%}); what it supervises "
+        f"or chooses is noise. "
     )
     way_on = (
         f"To go on with it all the same: --config.squeeze.least_top1=0. Nothing was lost; another "
@@ -309,7 +314,15 @@ def _tested_again(context: Context, name: str, folder: epath.Path) -> tuple[PyTr
     """A teacher that is there, tested on images that are others than before."""
     context.say(f"testing {name} again: the test images, or how it reads them, have changed")
     variables, record = context.networks.load(name), workdir.read_record(folder / RECORD)
-    return variables, record | _test(context, name, context.networks.build(name), variables)
+    module = context.networks.build(name)
+    wanted = variable_shapes(module, context.inputs.image_shape)["params"]
+    if jax.tree.map(np.shape, variables["params"]) != jax.tree.map(np.shape, wanted):
+        raise UserError(
+            f"teacher {name} in {folder} is for other images or classes: its weights do not fit "
+            f"dataset.image_size={context.config.dataset.image_size} and {module.num_classes} "
+            f"outputs. Restore these, state networks.{name}.head_classes, or use another workdir"
+        )
+    return variables, record | _test(context, name, module, variables)
 
 
 def _test(context: Context, name: str, module: nn.Module, variables: PyTree) -> dict[str, Any]:

@@ -191,6 +191,13 @@ REFUSED = {
         {"validate__loss": "ce", "validate__controls": ("synthetic_hard",)},
         "validate.controls names synthetic_hard", "itself has hard labels",
     ),
+    "an order of others": (
+        {"relabel__labels_from": "set", "relabel__order": "torch"}, "an order of its own",
+    ),
+    "shuffled views of others": (
+        {"relabel__labels_from": "labels", "relabel__patch_shuffle": 2}, "the controls alone",
+    ),
+    "no list": ({"validate__controls": None}, "validate.controls is None", "list"),
     "labels of no set": ({"relabel__labels_from": "set"}, "initialise=folder", "relabel.mix=none"),
     "no pool": ({"recover__pool": ()}, "recover.pool is empty", "at least one network"),
     "parts": ({"validate__accumulate": 3}, "validate.batch_size 50", "validate.accumulate=3"),

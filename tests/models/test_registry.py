@@ -117,6 +117,15 @@ def test_the_first_batch_norm_of_the_registry_runs_first(name):
     )
 
 
+def test_a_deeper_convnet_needs_larger_images():
+    for depth, size in ((0.3, 2), (1.0, 8), (2.0, 64)):
+        assert ARCHITECTURES["convnet_d3"].smallest("imagenet", depth) == size
+        shapes(models.build("convnet_d3", 10, width=0.1, depth=depth), size)
+    with pytest.raises(ZeroDivisionError):
+        shapes(models.build("convnet_d3", 10, width=0.1, depth=2.0), 32)
+    assert ARCHITECTURES["resnet18"].smallest("small", 2.0) == 8
+
+
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
 @pytest.mark.parametrize("name", KINDS)
 def test_scaled_networks_on_their_smallest_images(name, stem):

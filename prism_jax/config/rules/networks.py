@@ -99,7 +99,7 @@ def _readable(e: Experiment, where: str, name: str) -> Iterator[str]:
     network = e.network(name)
     yield from one_of(f"{where}: the architecture of {name}", network.architecture, ARCHITECTURES)
     if network.architecture in ARCHITECTURES:
-        smallest = ARCHITECTURES[network.architecture].min_image_size.get(network.stem, 1)
+        smallest = ARCHITECTURES[network.architecture].smallest(network.stem, network.depth)
         if e.dataset.image_size < smallest:
             yield (
                 f"dataset.image_size is {e.dataset.image_size}, and {name} "

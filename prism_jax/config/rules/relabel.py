@@ -73,15 +73,25 @@ def _elsewhere(e: Experiment) -> Iterator[str]:
             f"relabel.labels_from is {r.labels_from}, and with validate.loss='ce' students read "
             f"no soft labels; leave it unset, or choose another validate.loss"
         )
+    if r.patch_shuffle > 1:
+        yield (
+            f"relabel.labels_from is {r.labels_from}, and relabel.patch_shuffle={r.patch_shuffle} "
+            f"would shuffle the views of the controls alone; set relabel.patch_shuffle=1"
+        )
     if r.labels_from != "set":
         return
+    if r.order != "own":
+        yield (
+            f"relabel.labels_from is 'set', which has an order of its own; relabel.order="
+            f"{r.order!r} would be that of the controls alone: set relabel.order='own'"
+        )
     if e.recover.initialise != "folder" or e.recover.iterations:
         yield (
             "relabel.labels_from is 'set', the labels that came with imported images; it needs "
             "recover.initialise=folder and recover.iterations=0"
         )
-    if r.mix != "none" or r.patch_shuffle > 1:
+    if r.mix != "none":
         yield (
-            "relabel.labels_from is 'set', one label per image, which is not that of mixed or "
-            "shuffled images; set relabel.mix=none and relabel.patch_shuffle=1"
+            "relabel.labels_from is 'set', one label per image, which is not that of mixed images; "
+            "set relabel.mix=none"
         )
