@@ -104,6 +104,7 @@ def check(context: Context) -> None:
 def _squeeze(context: Context) -> None:
     generates = generator.wanted(context)
     if generates and not generator.is_done(context):  # first: what is read may not be whole
+        squeeze.check_weights(context)
         size = context.config.generate.fit.batch_size
         with parallel.enough_memory(f"Lower generate.fit.batch_size (now {size})."):
             generator.run(context)

@@ -135,6 +135,7 @@ def begin(
 
 def _imagenet(c: ConfigDict, at: At) -> None:
     c.dataset.path = "data/imagenet"  # train/<wnid>/*.JPEG and val/<wnid>/*.JPEG
+    c.dataset.cache_gigabytes = 8.0  # the test images are 7.5: else decoded anew in every test
     if "imagenette" in at.words:  # before methods ask how many classes there are
         c.dataset.name, c.dataset.path = "imagenette", "data/imagenette2-320"
         c.dataset.num_classes = 10

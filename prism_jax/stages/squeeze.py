@@ -94,6 +94,21 @@ def run(context: Context) -> None:
     context.work.wait(lambda: not pending(context))
 
 
+def check_weights(context: Context) -> None:
+    """Read the weights of teachers that are not there yet, before other work takes hours.
+
+    Raises:
+      UserError: some cannot be read or do not fit.
+    """
+    for name in pending(context):
+        network, module = context.config.network(name), context.networks.build(name)
+        if network.checkpoint:
+            _load(context, name, network.checkpoint, module)
+        elif network.start_from:
+            head = fresh(module, context.config.squeeze.seed, context.inputs.image_shape)
+            _load(context, name, network.start_from, module, head)
+
+
 # --- is a teacher worth the work that follows? ------------------------------------------------
 
 FAR = 0.05  # below what published weights are known for, from which a teacher is warned of

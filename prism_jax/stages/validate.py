@@ -176,6 +176,19 @@ def _is_done(context: Context, labelled: LabelledSet, student: str, seed: int) -
     return (root / RECORD).exists() and workdir.fits(root, fields)
 
 
+def _begins_as(context: Context, student: str, seed: int) -> str | None:
+    """A teacher that labels and was trained here from the same initial weights, if there is one."""
+    config = context.config
+    if seed != config.squeeze.seed:
+        return None
+    alike = config.network(student).untrained()
+    for name in config.relabel.teachers:
+        network = config.network(name)
+        if not network.weights and network.untrained() == alike:
+            return name
+    return None
+
+
 def _train(
     context: Context,
     labelled: LabelledSet,
@@ -185,6 +198,11 @@ def _train(
     seed: int,
 ) -> None:
     validate, root = context.config.validate, folder(labelled, student, seed)
+    if labels and (twin := _begins_as(context, student, seed)):
+        context.say(
+            f"note: {student} of seed {seed} begins at the weights at which its labels' teacher "
+            f"{twin} began; where the two must be independent, choose other validate.seeds"
+        )
     context.work.begin(root, fingerprints.validate(context, labelled, student, seed))
     images, targets = labelled.images_uint8_NHWC, labelled.labels_N
     epochs, size = epochs_of(context, labelled), min(validate.batch_size, len(targets))

@@ -395,6 +395,15 @@ def test_what_the_data_does_not_allow_is_refused_before_any_work(tmp_path):
     assert not root.exists()
 
 
+def test_weights_are_read_before_a_generator_is_trained(reference, tmp_path):
+    data = (reference / "squeeze/first/weights.safetensors").read_bytes()
+    (tmp_path / "w.safetensors").write_bytes(data)
+    for field in ("checkpoint", "start_from"):
+        given = f"--config.networks.first.{field}={tmp_path / 'w.safetensors'}"
+        said = refused(tmp_path / "run", given, "--config.networks.first.width=0.5")
+        assert "w.safetensors" in said and not (tmp_path / "run/squeeze").exists()
+
+
 def test_another_generator_is_refused(made):
     before = snapshot(made)
     assert "the generator in" in refused(made, "--config.generate.fit.steps=31")
