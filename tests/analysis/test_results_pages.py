@@ -171,14 +171,36 @@ RANDOM, HARD = "random real, soft labels", "random real, hard labels"
     ],
 )
 def test_the_intervals_that_cifar10_quotes(label, other, student, said):
-    assert said in " ".join((RESULTS / "cifar10.md").read_text().split())
-    interval = _drawn(student).difference(label, other)
+    quoted("cifar10", 10, student, label, other, said)
+
+
+NEAREST = "real images nearest to the anchors"
+
+
+@pytest.mark.parametrize(
+    ("label", "other", "ipc", "student", "said"),
+    [
+        ("d4m", RANDOM, 1, "resnet18", "4.9 [1.9, 8.2]"),
+        (NEAREST, RANDOM, 1, "resnet18", "5.0 [1.4, 9.3]"),
+        ("mgd3", NEAREST, 1, "vit", "6.4 [2.3, 10.5]"),
+        ("d4m", NEAREST, 1, "vit", "7.5 [0.0, 15.8]"),
+        ("d4m", "prism", 10, "vit", "31.6 [24.4, 38.4]"),
+    ],
+)
+def test_the_intervals_that_denoisers_on_the_digits_quote(label, other, ipc, student, said):
+    quoted("digits_generated", ipc, student, label, other, said)
+
+
+def quoted(page: str, ipc: int, student: str, label: str, other: str, said: str) -> None:
+    """A difference stands on a page as its records have it."""
+    assert said in " ".join((RESULTS / f"{page}.md").read_text().split())
+    interval = _drawn(page, ipc, student).difference(label, other)
     numbers = [float(x) for x in re.findall(r"[-+]?[\d.]+", said)]
     assert numbers == [round(100 * x, 1) for x in interval[:3]]
 
 
 def test_the_sizes_of_cifar10_s_parts_are_those_of_its_answers():
-    page, (columns, _) = (RESULTS / "cifar10.md").read_text(), _cifar10()
+    page, (columns, _) = (RESULTS / "cifar10.md").read_text(), _columns("cifar10")
     [held_out] = {len(right) for sets in columns.values() for s in sets
                   for right in s.right["held_out"].values()}  # fmt: skip
     [test] = {len(right) for sets in columns.values() for s in sets
@@ -189,12 +211,12 @@ def test_the_sizes_of_cifar10_s_parts_are_those_of_its_answers():
 
 
 @functools.cache
-def _cifar10():
-    entries, choices = cells.from_records(workdir.read_record(RESULTS / "cifar10_records.json"))
+def _columns(page):
+    entries, choices = cells.from_records(workdir.read_record(RESULTS / f"{page}_records.json"))
     return cells.columns(entries), choices.resampling
 
 
 @functools.cache
-def _drawn(student):
-    columns, how = _cifar10()
-    return Drawn({s.label: s.right["test"] for s in columns["single", 10, student]}, how)
+def _drawn(page, ipc, student):
+    columns, how = _columns(page)
+    return Drawn({s.label: s.right["test"] for s in columns["single", ipc, student]}, how)
