@@ -161,9 +161,9 @@ def test_lanes_in_different_phases_run_apart(whole, reference, tmp_path, monkeyp
     again, shapes = context_of(tmp_path / "run", "delt"), []
     dispatch = optimise._dispatch
 
-    def noting(context, engine, lanes, counts):
+    def noting(context, engine, lanes, *given):
         shapes.append({lane.shape for lane in lanes if lane})
-        return dispatch(context, engine, lanes, counts)
+        return dispatch(context, engine, lanes, *given)
 
     monkeypatch.setattr(optimise, "_dispatch", noting)
     recover.run(again)

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.compiling import FAST
+from helpers.compiling import FAST, FAST_ALIKE
 from models import parity
 
 from prism_jax.core import losses, statistics
 from prism_jax.models import ARCHITECTURES, import_torch, layers, swin, vit
+
+POOLING = ("alexnet", "densenet", "resnet", "shufflenet", "vgg", "wide_resnet")  # at its maximum
 
 
 def variables_of(case):
@@ -44,7 +46,9 @@ def drop_alike():
 
 def run(case, function, *args):
     """Run a function once: compile fast, not well, where there is little to compute."""
-    options = None if case.depth == case.width == 1 else FAST
+    pools = ARCHITECTURES[case.architecture].family in POOLING
+    fast = FAST_ALIKE if pools else FAST
+    options = None if case.depth == case.width == 1 else fast
     return jax.jit(function, compiler_options=options)(*args)
 
 
@@ -101,7 +105,22 @@ def named(what, variables):
     return {f"{what}.{name}": value for name, value in tensors.items()}
 
 
-@pytest.mark.parametrize("case", parity.FAST, ids=lambda case: case.name)
+# Of a family whose members differ in width or in the number of blocks alone, one is compared in
+# every run of the tests; what the others' numbers are, test_registry.py checks in all.
+LIKE_ANOTHER = (
+    "resnet34 resnet101 resnet32 resnet44 resnet56 wide_resnet50_2 shufflenet_v2_x1_0 "
+    "shufflenet_v2_x2_0 mnasnet1_3 vit_small_patch16_224"
+).split()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, marks=pytest.mark.slow if c.architecture in LIKE_ANOTHER else ())
+        for c in parity.FAST
+    ],
+    ids=lambda case: case.name,
+)
 def test_shallow_networks_match_pytorch(case):
     assert parity.compare(case, outputs(case)) == []
 
@@ -116,6 +135,9 @@ def test_every_architecture_has_a_case():
     assert {case.architecture for case in parity.FAST} == set(ARCHITECTURES)
     trained = {case.architecture for case in parity.FAST if case.train}
     assert trained == set(ARCHITECTURES)
+    compared = {ARCHITECTURES[c.architecture].family for c in parity.FAST
+                if c.architecture not in LIKE_ANOTHER}  # fmt: skip
+    assert compared == {row.family for row in ARCHITECTURES.values()}
     small = {ARCHITECTURES[c.architecture].family for c in parity.FAST if c.stem == "small"}
     one_stem = {ARCHITECTURES[name].family for name in parity.CIFAR} | {"convnet"}
     assert {row.family for row in ARCHITECTURES.values()} - small <= one_stem

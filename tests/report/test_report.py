@@ -187,7 +187,8 @@ def test_labels_that_are_elsewhere_have_no_size(opened):
     assert costs.Bytes(10, None, 100).share is None
 
 
-def test_figures_of_an_earlier_page_are_gone(reference, tmp_path):
+def test_figures_of_an_earlier_page_are_gone(reference, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "umap", None)  # which takes twenty seconds to begin
     beside = tmp_path / "page_figures"
     beside.mkdir()
     for name in ("losses_7.png", "mine.txt"):

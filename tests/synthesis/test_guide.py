@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.clip_files import LENGTH, needs_tokenizers, write_clip
-from helpers.compiling import fast_programs
+from helpers.compiling import fast_alike, fast_programs
 from helpers.networks import COLOUR, GREY, small_pool
 from helpers.running import make_unit, start_images
 
@@ -22,7 +22,7 @@ from prism_jax.errors import UserError
 from prism_jax.synthesis import guide as guiding
 from prism_jax.types import Normalisation, SynthState
 
-__all__ = ["fast_programs"]  # a fixture
+__all__ = ["fast_alike", "fast_programs"]  # fixtures
 
 SIZE, SEED, BUDGET = 8, 5, 10
 LABELS = np.array([4, 0, 2], np.int32)
@@ -183,7 +183,7 @@ def test_a_term_that_is_not_finite_is_named():
     assert synthesis.explain_failure(terms, pool.names) == "the term clip is nan at step 3"
 
 
-@pytest.mark.usefixtures("fast_programs")
+@pytest.mark.usefixtures("fast_alike")
 def test_guided_images_are_the_same_on_any_device():
     pool, recipe = small_pool(1), synthesis.Recipe(clip=1.0, roll=1)
     given = jax.tree.map(lambda x: x.astype(np.float32), guide())

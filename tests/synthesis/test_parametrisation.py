@@ -8,14 +8,14 @@ import jax
 import numpy as np
 import pytest
 from helpers import by_hand
-from helpers.compiling import fast_programs
+from helpers.compiling import fast_alike, fast_programs
 from helpers.networks import COLOUR, small_pool
 from helpers.running import advance, begin, images_of, make_unit, start_images
 
 from prism_jax import rng, synthesis
 from prism_jax.synthesis import course, parametrisation
 
-__all__ = ["fast_programs"]  # a fixture
+__all__ = ["fast_alike", "fast_programs"]  # fixtures
 
 SHAPE, SEED, BUDGET, STEPS = (8, 8, 3), 5, 10, 4
 SIDES = (1, 3, 8)
@@ -171,7 +171,7 @@ def test_the_state_is_the_images_and_the_moments_of_components():
         assert [m.shape for m in moments] == [(3, r, r, 1) for r in (1, 2, 4, 8)]
 
 
-@pytest.mark.usefixtures("fast_programs")
+@pytest.mark.usefixtures("fast_alike")
 def test_the_same_bits_on_any_device_in_any_chunk_and_resumed():
     pool = small_pool(2)
     recipe = synthesis.Recipe(roll=2, parametrisation="pyramid", view_noise=0.1)
