@@ -63,7 +63,6 @@ ready() {
 
 # Each step only after the one before: `set -e` is off where a function's status is asked for.
 prepare() {
-  local failed=""
   : >"$said"
   if ! ready; then
     if [[ -z ${TPU_TYPE:-} ]]; then
@@ -72,11 +71,11 @@ prepare() {
     fi
     # A preempted slice stays listed, and must go before another has its name.
     run "${tpu[@]}" delete "${where[@]}" --quiet || true
+    # What it says is shown and kept.
     # shellcheck disable=SC2086 # several flags in one variable
-    run "${tpu[@]}" create "${where[@]}" "--accelerator-type=$TPU_TYPE" \
-      "--version=${TPU_VERSION:-$(runtime)}" ${TPU_CREATE_FLAGS:-} 2>"$said" || failed=1
-    cat "$said" >&2
-    [[ -z $failed ]] || return 1
+    { run "${tpu[@]}" create "${where[@]}" "--accelerator-type=$TPU_TYPE" \
+      "--version=${TPU_VERSION:-$(runtime)}" ${TPU_CREATE_FLAGS:-} 2>&1 >&3 |
+      tee "$said" >&2; } 3>&1 || return 1
   fi
   run git -C "$root" archive --prefix=prism_jax/ --output="$archive" HEAD &&
     run "${tpu[@]}" scp --worker=all "$archive" "$TPU_NAME:prism_jax.tar.gz" "--zone=$TPU_ZONE" &&

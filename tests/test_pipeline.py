@@ -658,6 +658,16 @@ def test_a_damaged_image_is_named_set_aside_and_redone(finished, reference, dama
     assert_same(finished, reference)
 
 
+def test_an_image_of_another_size_is_redone(finished, reference):
+    path = finished / "recover/images/00002/00001.png"
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(path)
+    status, _, err = call(TINY, f"--workdir={finished}")
+    assert status == 2 and str(path) in err and "more are" not in err
+    assert "recover: 12/12 iterations" in ok(finished)
+    (path.parent / f"{path.name}.set-aside-1").unlink()
+    assert_same(finished, reference)
+
+
 def test_all_damaged_images_are_redone_at_once(finished, reference):
     """Of two units, one of which has lost both of its images."""
     images = finished / "recover/images"

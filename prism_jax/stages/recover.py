@@ -189,7 +189,7 @@ def _read_images(context: Context, records: list[dict[str, Any]]) -> Images:
             classes, slots = members(config, unit)
             digests.append(image_set.digest(images[classes * ipc + slots]))
     except image_set.DamagedFile as error:
-        others = _forget_damaged(context) - 1
+        others = _forget_damaged(context, error.path) - 1
         also = f"{others} more are missing or damaged too. " if others > 0 else ""
         again = f"{also}Run the same command again to redo it; what was there is set aside."
         raise image_set.DamagedFile(error.path, error.problem, again) from error
@@ -211,17 +211,19 @@ def _read_images(context: Context, records: list[dict[str, Any]]) -> Images:
     return images
 
 
-def _forget_damaged(context: Context) -> int:
-    """Forget every unit that has an image which cannot be read; how many such images there are."""
+def _forget_damaged(context: Context, found: epath.Path) -> int:
+    """Forget every unit that has the image found, or another that cannot be read; how many."""
+
+    def is_damaged(path: epath.Path) -> bool:
+        try:
+            image_set.read_image(path)
+        except image_set.DamagedFile:
+            return True
+        return path == found  # it is read, but is none of these images
+
     count = 0
     for unit in units(context.config):
-        damaged = []
-        for path in _paths(context, unit):
-            try:
-                image_set.read_image(path)
-            except image_set.DamagedFile:
-                damaged.append(path)
-        if damaged:
+        if damaged := [path for path in _paths(context, unit) if is_damaged(path)]:
             _forget(context, unit, damaged)
         count += len(damaged)
     return count
