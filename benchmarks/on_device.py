@@ -132,8 +132,8 @@ def main() -> None:
         deadline = time.monotonic() + given.limit
         for number in range(len(ROWS)):  # a process each: one that ends takes no other with it
             left = deadline - time.monotonic()
-            row = [sys.executable, __file__, *sys.argv[1:], f"--row={number}"]
-            command = ["timeout", "--foreground", f"{left:.0f}", *row]
+            one = [sys.executable, __file__, *sys.argv[1:], f"--row={number}"]
+            command = ["timeout", "--foreground", f"{left:.0f}", *one]
             if left < 10 or os.spawnvp(os.P_WAIT, command[0], command):
                 print(f"not measured: {ROWS[number][0]} with {ROWS[number][1]}", flush=True)
         return
