@@ -35,8 +35,9 @@ The rows prism_* ask what makes PRISM; all start from the same random real image
   prism_class       a batch is a whole class in place of a slot of all; one draw a batch
   prism_all_at_once as prism_every_iteration, all images in one batch
 At one image per class the last two are left out, and one slot is one draw: of seed 0 resnet44 and
-resnet20, of seed 1 with mobilenet_v2, of seed 2 resnet44 alone. Of the selected real images,
-herding's and the balanced ones are then the medoids, and are left out too.
+resnet20, of seed 1 with mobilenet_v2, of seed 2 resnet44 alone (published: of seed 0 both, of the
+others resnet44 alone). Of the selected real images, herding's and the balanced ones are then the
+medoids, and are left out too.
 
 A seed varies labels, students and what is drawn. Images by herding and the most confident ones are
 the same for every seed, and so are the real images that dwa, delt and psm start from: the intervals

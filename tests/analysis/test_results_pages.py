@@ -174,6 +174,28 @@ def test_the_intervals_that_cifar10_quotes(label, other, student, said):
     quoted("cifar10", 10, student, label, other, said)
 
 
+@pytest.mark.parametrize(
+    ("label", "other", "student", "said"),
+    [
+        ("edc", RANDOM, "resnet20", "1.2 [-1.1, +3.4]"),
+        ("prism_committee", RANDOM, "convnet_d3", "2.9 [0.5, 5.2]"),
+        ("prism", RANDOM, "convnet_d3", "2.4 [-0.1, +4.9]"),
+        (CONFIDENT, "prism_plus", "resnet20", "2.3 [0.4, 4.1]"),
+        (CONFIDENT, "psm", "resnet20", "6.4 [2.3, 10.3]"),
+        (CONFIDENT, "prism", "resnet20", "3.5 [-0.3, +7.3]"),
+        ("prism", "psm", "convnet_d3", "5.4 [1.5, 9.7]"),
+        ("prism_other", "prism_self", "resnet20", "2.7 [0.5, 5.0]"),
+        ("prism_other", "prism_self", "convnet_d3", "0.0 [-2.0, +1.9]"),
+        (RANDOM, "psm", "resnet20", "3.8 [0.4, 7.0]"),
+        (RANDOM, "rded", "convnet_d3", "3.6 [1.3, 6.1]"),
+        (RANDOM, HARD, "resnet20", "1.0 [-1.8, +3.7]"),
+        (RANDOM, HARD, "convnet_d3", "2.1 [-1.2, +5.1]"),
+    ],
+)
+def test_the_intervals_that_one_image_per_class_quotes(label, other, student, said):
+    quoted("cifar10_ipc1", 1, student, label, other, said)
+
+
 NEAREST = "real images nearest to the anchors"
 
 
