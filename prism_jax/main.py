@@ -209,7 +209,6 @@ def _joined(
     stop = StopSignal()
     stop.install()
     context = Context(experiment, workdir, source=source, stop=stop, provenance=provenance(argv))
-    context.say(parallel.described_devices())
     try:
         _run(context, stages, argv)
     except Interrupted as interrupted:
@@ -226,9 +225,10 @@ def _joined(
 
 
 def _run(context: Any, stages: Sequence[str], argv: Sequence[str]) -> None:
-    from prism_jax import pipeline
+    from prism_jax import parallel, pipeline
 
     pipeline.check(context)
+    context.say(parallel.described_devices())
     if context.source:
         context.work.first("adopt", lambda: _adopt(context))
     pipeline.run(context, stages)
