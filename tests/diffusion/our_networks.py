@@ -8,13 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from diffusion import parity
+from helpers.compiling import FAST
 
 from prism_jax.diffusion import huggingface
-
-FAST_COMPILATION = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
 
 
 def nhwc(x_BCHW):
@@ -76,9 +72,9 @@ def run(
             return (output * parity.cotangent(output.shape)).sum(), outputs
 
         if forward or np.issubdtype(first.dtype, np.integer):
-            outputs = jax.jit(weighted, compiler_options=FAST_COMPILATION)(first)[1]
+            outputs = jax.jit(weighted, compiler_options=FAST)(first)[1]
         else:
-            run = jax.jit(jax.grad(weighted, has_aux=True), compiler_options=FAST_COMPILATION)
+            run = jax.jit(jax.grad(weighted, has_aux=True), compiler_options=FAST)
             gradient, outputs = run(first)
             outputs = {**outputs, "gradient": gradient}
         return {key: np.asarray(value) for key, value in outputs.items()}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from diffusion.our_networks import FAST_COMPILATION
+from helpers.compiling import FAST
 from models.parity import generator
 
 from prism_jax.diffusion import blocks, huggingface
@@ -102,7 +102,7 @@ VAE = AutoencoderKL(widths=(8, 8), blocks=1, groups=2)
 def test_the_deviation_is_clipped_where_its_logarithm_is_wild():
     shapes = huggingface.shapes("vae", VAE)
     params = jax.tree.map(lambda s: jnp.zeros(s.shape), shapes)
-    encode = jax.jit(VAE.encode, compiler_options=FAST_COMPILATION)
+    encode = jax.jit(VAE.encode, compiler_options=FAST)
     for log_variance, expected in ((-100.0, np.exp(-15)), (2.0, np.e), (100.0, np.exp(10))):
         bias = jnp.array([1.0] * 4 + [log_variance] * 4)
         params["quant_conv"]["bias"] = bias
@@ -118,7 +118,7 @@ def test_precisions(dtype, tolerance):
         widths=(8,), attends=(True,), heads=(2,), transformers=(1,), blocks=1, context=6, groups=4,
         dtype=dtype,
     )  # fmt: skip
-    quickly = functools.partial(jax.jit, compiler_options=FAST_COMPILATION)
+    quickly = functools.partial(jax.jit, compiler_options=FAST)
     leaves, structure = jax.tree.flatten(huggingface.shapes("unet", module))
     params = jax.tree.unflatten(
         structure,

@@ -14,7 +14,8 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from diffusion import our_networks, parity
+from diffusion import parity
+from helpers.compiling import FAST
 from jax import lax
 
 from prism_jax.diffusion import guidance, huggingface, noise, samplers
@@ -140,7 +141,7 @@ def pipeline(folder: pathlib.Path, sampling: Sampling = PIPELINE) -> dict[str, n
                 guidance=sampling.guidance, channels=4,
             )  # fmt: skip
 
-        @functools.partial(jax.jit, compiler_options=our_networks.FAST_COMPILATION)
+        @functools.partial(jax.jit, compiler_options=FAST)
         def run(anchors, first):
             sight = samplers.Sight(predict, lambda step: first, anchors)
             start = samplers.start(sampling, anchors, first)
