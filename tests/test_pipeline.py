@@ -213,7 +213,7 @@ def test_a_teacher_that_was_read_needs_its_file_no_more(tmp_path, reference):
 
 def test_a_student_that_begins_as_its_teacher_began_is_named(finished):
     flags = ("--stages=validate", "--config.validate.students=first")
-    out = ok(finished, *flags, "--config.validate.seeds=(0,1)", "--config.validate.controls=()")
+    out = ok(finished, *flags, "--config.validate.seeds=(0,1)")
     said = [line for line in out.splitlines() if "choose other validate.seeds" in line]
     assert len(said) == 1 and "first of seed 0" in said[0]
 
