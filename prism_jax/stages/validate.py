@@ -199,11 +199,11 @@ def _train(
 ) -> None:
     validate, root = context.config.validate, folder(labelled, student, seed)
     if labels and (twin := _begins_as(context, student, seed)):
-        said = (
+        note = (
             f"note: {student} of seed {seed} begins at the weights at which its labels' teacher "
             f"{twin} began; where the two must be independent, choose other validate.seeds"
         )
-        context.once(said, lambda: context.say(said))
+        context.once(note, lambda: context.say(note))
     context.work.begin(root, fingerprints.validate(context, labelled, student, seed))
     images, targets = labelled.images_uint8_NHWC, labelled.labels_N
     epochs, size = epochs_of(context, labelled), min(validate.batch_size, len(targets))
