@@ -95,8 +95,9 @@ done
 command="cd prism_jax &&$theirs .venv/bin/python -m prism_jax.main --distributed=on"
 command+=$(printf ' %q' "$@")
 for ((attempt = 0; attempt <= ${RETRIES:-20}; attempt++)); do
-  status=0 began=$SECONDS
+  status=0
   if prepare; then
+    began=$SECONDS
     everywhere "$command" || status=$?
     ((SECONDS - began < 3600)) || attempt=0
   else

@@ -96,7 +96,7 @@ class Cells(abc.ABC):
         todo = [cell for cell in self.experiments if self.result(cell) is None]
         if todo:
             self._check_finished()
-            progress.say(parallel.described_devices())
+            progress.say(parallel.devices_in_words())
         try:
             with parallel.shared_programs():
                 for number, cell in enumerate(todo, 1):

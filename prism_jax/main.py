@@ -228,7 +228,7 @@ def _run(context: Any, stages: Sequence[str], argv: Sequence[str]) -> None:
     from prism_jax import parallel, pipeline
 
     pipeline.check(context)
-    context.say(parallel.described_devices())
+    context.say(parallel.devices_in_words())
     if context.source:
         context.work.first("adopt", lambda: _adopt(context))
     pipeline.run(context, stages)

@@ -389,7 +389,7 @@ def arrived(tree: PyTree) -> PyTree:
     return jax.block_until_ready(tree) if on_cpu() else tree
 
 
-def described_devices() -> str:
+def devices_in_words() -> str:
     """What a run says of the devices it has, and where it may have missed some."""
     devices = jax.local_devices()
     said = f"{len(devices)} x {devices[0].device_kind}"

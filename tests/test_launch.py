@@ -100,6 +100,21 @@ exit 0
 """
 
 
+def run_pod(tmp_path, ends, **environ) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """The script beside a gcloud whose runs end as stated: how it ended, and what it asked for."""
+    for name, text in {"gcloud": GCLOUD, "sleep": "#!/bin/sh\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "ends").write_text("\n".join(ends) + "\n")
+    environ = {
+        **os.environ, **POD, "SEEN": str(tmp_path / "seen"), "ENDS": str(tmp_path / "ends"),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", **environ,
+    }  # fmt: skip
+    script = [ROOT / "launch" / "tpu_pod.sh", *GIVEN]
+    done = subprocess.run(script, env=environ, capture_output=True, text=True)
+    return done, (tmp_path / "seen").read_text().split()
+
+
 @pytest.mark.parametrize(
     ("ends", "status", "seen"),
     [
@@ -109,39 +124,19 @@ exit 0
     ],
 )
 def test_a_pod_whose_preparation_fails_is_tried_again(tmp_path, ends, status, seen):
-    for name, text in {"gcloud": GCLOUD, "sleep": "#!/bin/sh\n"}.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "ends").write_text("\n".join(ends) + "\n")
-    environ = {
-        **os.environ, **POD, "SEEN": str(tmp_path / "seen"), "ENDS": str(tmp_path / "ends"),
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-    }  # fmt: skip
-    script = [ROOT / "launch" / "tpu_pod.sh", *GIVEN]
-    done = subprocess.run(script, env=environ, capture_output=True, text=True)
+    done, asked = run_pod(tmp_path, ends)
     assert done.returncode == status, done.stderr
-    asked = (tmp_path / "seen").read_text().split()
     assert [verb for verb in asked if verb != "describe"] == seen
     # An installer that ends with 2 has not been given a wrong setting.
-    environ |= {"NO_INSTALL": "1", "RETRIES": "2"}
-    done = subprocess.run(script, env=environ, capture_output=True, text=True)
+    done, _ = run_pod(tmp_path, ends, NO_INSTALL="1", RETRIES="2")
     assert done.returncode == 1 and "attempt 2" in done.stderr
 
 
 def test_waiting_for_a_slice_is_no_attempt(tmp_path):
-    for name, text in {"gcloud": GCLOUD, "sleep": "#!/bin/sh\n"}.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "ends").write_text("0\n")
-    environ = {
-        **os.environ, **POD, "SEEN": str(tmp_path / "seen"), "ENDS": str(tmp_path / "ends"),
-        "PATH": f"{tmp_path}:{os.environ['PATH']}", "NO_SLICE": "1", "RETRIES": "1",
-    }  # fmt: skip
-    script = [ROOT / "launch" / "tpu_pod.sh", *GIVEN]
-    done = subprocess.run(script, env=environ, capture_output=True, text=True)
+    done, asked = run_pod(tmp_path, ["0"], NO_SLICE="1", RETRIES="1")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("asking again") == 3
-    assert (tmp_path / "seen").read_text().split().count("create") == 5  # the first copy is lost
+    assert asked.count("create") == 5  # the first copy is lost
 
 
 @pytest.mark.parametrize(

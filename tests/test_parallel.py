@@ -254,6 +254,6 @@ def test_a_run_says_what_it_runs_on(monkeypatch, installed, asked):
     """And where a GPU's plugin is there and no GPU was found, unless the CPU was asked for."""
     monkeypatch.setattr(parallel.importlib.util, "find_spec", {n: n for n in installed}.get)
     monkeypatch.setenv("JAX_PLATFORMS", asked)
-    said = parallel.described_devices()
+    said = parallel.devices_in_words()
     assert said.startswith("8 x cpu")
     assert ("JAX found no GPU" in said) == (bool(installed) and not asked)

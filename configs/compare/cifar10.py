@@ -16,7 +16,7 @@ Arguments after the colon, separated by commas:
                 statistics of one other network
   published     nothing is trained before: the published two are all teachers there are. Two ResNets
                 are no diverse pool; what reads resnet44 alone (the real images, sre2l, rded, cda,
-                dwa, delt, prism_self) is the same in either
+                dwa, delt) has the same settings in either
 
 `single` is one protocol: the labels of resnet44 (crops from 0.25, CutMix, 300 epochs), one
 training. Methods take this pool in place of their own, and their recipes for CIFAR. No set is
