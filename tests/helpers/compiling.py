@@ -1,4 +1,4 @@
-"""Programs compiled fast, not well: a fifth of the time, where what is checked has a tolerance.
+"""Programs compiled fast, not well: a sixth of the time, where what is checked has a tolerance.
 
 A comparison with NumPy or PyTorch says as much of a program that is compiled in either way. Where
 two programs must have the same bits, they are compiled as users get them, or ``FAST_ALIKE``: XLA's
