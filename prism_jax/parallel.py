@@ -407,6 +407,11 @@ def on_cpu() -> bool:
     return not _DESCRIBED.get() and jax.default_backend() == "cpu"
 
 
+def on_tpu() -> bool:
+    """Whether programs are built for a TPU."""
+    return devices()[0].platform == "tpu"
+
+
 @contextlib.contextmanager
 def enough_memory(remedy: str) -> Iterator[None]:
     """Say what to do where a device's memory does not suffice.

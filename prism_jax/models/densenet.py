@@ -5,7 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax.numpy as jnp
 
-from prism_jax.models import layers
+from prism_jax.models import layers, stem
 from prism_jax.types import Array
 
 
@@ -27,10 +27,10 @@ class DenseNet(nn.Module):
 
     @nn.compact
     def __call__(self, images_BHWC: Array, train: bool = False) -> Array:
-        def conv(x, features, kernel, name, stride=1):
+        def conv(x, features, kernel, name):
             padding = (kernel - 1) // 2
             conv = layers.Conv(
-                features, kernel, stride, padding, use_bias=False, dtype=self.dtype, name=name
+                features, kernel, 1, padding, use_bias=False, dtype=self.dtype, name=name
             )
             return conv(x)
 
@@ -38,11 +38,13 @@ class DenseNet(nn.Module):
             return nn.relu(layers.BatchNorm(dtype=self.dtype, name=name)(x, train))
 
         growth = layers.scale_channels(self.growth, self.width)
-        kernel, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
-        x = conv(images_BHWC, 2 * growth, kernel, "features.conv0", stride)
-        x = norm_relu(x, "features.norm0")
+        names = ("features.conv0", "features.norm0")
         if self.stem == "imagenet":
-            x = layers.max_pool(x, 3, 2, 1)
+            x = stem.conv_norm_pool(
+                images_BHWC, 2 * growth, 7, names=names, train=train, dtype=self.dtype
+            )
+        else:
+            x = norm_relu(conv(images_BHWC, 2 * growth, 3, names[0]), names[1])
         for block, count in enumerate(self.blocks, start=1):
             for layer in range(1, layers.scale_blocks(count, self.depth) + 1):
                 name = f"features.denseblock{block}.denselayer{layer}"

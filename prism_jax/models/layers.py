@@ -46,7 +46,7 @@ class Spec(NamedTuple):
     def output_size(self) -> tuple[int, int]:
         """Height and width of the result."""
         sizes = zip(self.x_shape[1:3], self.kernel_shape[:2], strict=True)
-        rows, columns = (_output_size(n, k, self.stride, self.padding) for n, k in sizes)
+        rows, columns = (output_size(n, k, self.stride, self.padding) for n, k in sizes)
         return rows, columns
 
 
@@ -62,7 +62,7 @@ class Form(NamedTuple):
     slide: Callable[[Array, Array, Spec], Array] | None = None  # dy, flipped kernel
 
 
-def _output_size(size: int, kernel: int, stride: int, padding: int) -> int:
+def output_size(size: int, kernel: int, stride: int, padding: int) -> int:
     return (size + 2 * padding - kernel) // stride + 1
 
 
@@ -349,7 +349,7 @@ def _edges(
     edges = []
     for n, k in zip(size, kernel, strict=True):
         low = k - 1 - padding
-        reach = (_output_size(n, k, stride, padding) - 1) * stride + 1
+        reach = (output_size(n, k, stride, padding) - 1) * stride + 1
         edges.append((low, n + k - 1 - low - reach))
     return edges
 
@@ -376,7 +376,7 @@ def _stacked_product(maps: list[Array], taps: list[Array]) -> Array:
 
 def _live_taps(size: int, kernel: int, stride: int, padding: int) -> list[int]:
     """Taps that meet the map at all; the others only ever read padding."""
-    reads = np.arange(_output_size(size, kernel, stride, padding)) * stride - padding
+    reads = np.arange(output_size(size, kernel, stride, padding)) * stride - padding
     return [i for i in range(kernel) if np.any((reads + i >= 0) & (reads + i < size))]
 
 
@@ -386,7 +386,7 @@ def _windows(x_BHWC: Array, kernel: tuple[int, ...], stride: int, padding: int, 
     edges = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     padded = jnp.pad(x_BHWC, edges, constant_values=fill)
     reach = [
-        (_output_size(n, k, stride, padding) - 1) * stride + 1
+        (output_size(n, k, stride, padding) - 1) * stride + 1
         for n, k in zip(size, kernel, strict=True)
     ]
     live = [_live_taps(n, k, stride, padding) for n, k in zip(size, kernel, strict=True)]
@@ -513,6 +513,12 @@ def parameter(
     return value
 
 
+def sow_last(module: nn.Module, collection: str, **values: Array) -> None:
+    """Sow values by their names, the last ones of a pass in place of any before."""
+    for name, value in values.items():
+        module.sow(collection, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+
+
 class Conv(nn.Module):
     """2-D convolution with PyTorch's padding; params "kernel" (HWIO) and "bias".
 
@@ -537,7 +543,7 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC: Array) -> Array:
         if not self.is_initializing():
-            self.sow("conv_inputs", "x", x_BHWC, init_fn=lambda: None, reduce_fn=lambda _, x: x)
+            sow_last(self, "conv_inputs", x=x_BHWC)
         shape = (
             self.kernel_size,
             self.kernel_size,
@@ -661,9 +667,7 @@ class BatchNorm(nn.Module):
             if tell or train:  # a result that is not used is not computed
                 batch_mean_C, batch_var_C = moments(wide)
             if tell:
-                last = {"init_fn": lambda: None, "reduce_fn": lambda _, new: new}
-                self.sow("bn_statistics", "mean", batch_mean_C, **last)
-                self.sow("bn_statistics", "var", batch_var_C, **last)
+                sow_last(self, "bn_statistics", mean=batch_mean_C, var=batch_var_C)
             if train:
                 part = _PART.get()
                 if part is not None and len(part.groups) > 1:
@@ -730,14 +734,24 @@ def _bessel(count: int) -> float:
     return count / max(count - 1, 1)
 
 
-def moments(x_BHWC: Array) -> tuple[Array, Array]:
-    """Mean and biased variance over all but the last axis, in one pass over the input.
+def moments(*maps_BHWC: Array) -> tuple[Array, Array]:
+    """Mean and biased variance over all but the last axis of a map, in one pass over it.
+
+    Several maps are parts of one.
 
     ``E[x^2] - E[x]^2`` cancels where a channel lies far from zero: its relative error in float32
     is below 1e-6 (1 + mean^2 / var). A shift by the running mean would avoid that, but makes
     XLA:CPU write a shifted copy of every map, a fifth of a network's step (measured).
     """
-    mean_C, square_C = _means(x_BHWC)
+    means = [_means(x_BHWC) for x_BHWC in maps_BHWC]
+    mean_C, square_C = means[0]
+    if len(maps_BHWC) > 1:
+        count = sum(x_BHWC.size for x_BHWC in maps_BHWC)
+        shares = [x_BHWC.size / count for x_BHWC in maps_BHWC]
+        mean_C, square_C = (
+            functools.reduce(operator.add, map(operator.mul, shares, of_parts))
+            for of_parts in zip(*means, strict=True)
+        )
     return mean_C, jnp.maximum(square_C - jnp.square(mean_C), 0.0)
 
 

@@ -7,7 +7,7 @@ import functools
 import flax.linen as nn
 import jax.numpy as jnp
 
-from prism_jax.models import layers
+from prism_jax.models import layers, stem
 from prism_jax.types import Array
 
 
@@ -33,12 +33,13 @@ class ResNet(nn.Module):
     def __call__(self, images_BHWC: Array, train: bool = False) -> Array:
         conv_norm = functools.partial(layers.conv_norm, train=train, dtype=self.dtype)
         features = layers.scale_channels(64, self.width)
-        kernel, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
-        x = conv_norm(
-            images_BHWC, features, kernel, stride, names=("conv1", "bn1"), activation=nn.relu
-        )
+        names = ("conv1", "bn1")
         if self.stem == "imagenet":
-            x = layers.max_pool(x, 3, 2, 1)
+            x = stem.conv_norm_pool(
+                images_BHWC, features, 7, names=names, train=train, dtype=self.dtype
+            )
+        else:
+            x = conv_norm(images_BHWC, features, 3, names=names, activation=nn.relu)
         for stage, count in enumerate(self.blocks):
             for block in range(layers.scale_blocks(count, self.depth)):
                 stride = 2 if stage > 0 and block == 0 else 1

@@ -7,7 +7,7 @@ import functools
 import flax.linen as nn
 import jax.numpy as jnp
 
-from prism_jax.models import layers
+from prism_jax.models import layers, stem
 from prism_jax.types import Array
 
 
@@ -31,12 +31,13 @@ class ShuffleNetV2(nn.Module):
     def __call__(self, images_BHWC: Array, train: bool = False) -> Array:
         conv_norm = functools.partial(layers.conv_norm, train=train, dtype=self.dtype)
         first, *stages, last = (layers.scale_channels(c, self.width) for c in (24, *self.features))
-        stride = 2 if self.stem == "imagenet" else 1
-        x = conv_norm(
-            images_BHWC, first, 3, stride, names=("conv1.0", "conv1.1"), activation=nn.relu
-        )
+        names = ("conv1.0", "conv1.1")
         if self.stem == "imagenet":
-            x = layers.max_pool(x, 3, 2, 1)
+            x = stem.conv_norm_pool(
+                images_BHWC, first, 3, names=names, train=train, dtype=self.dtype
+            )
+        else:
+            x = conv_norm(images_BHWC, first, 3, names=names, activation=nn.relu)
         for stage, (features, blocks) in enumerate(zip(stages, self.blocks, strict=True), start=2):
             for block in range(layers.scale_blocks(blocks, self.depth)):
                 name = f"stage{stage}.{block}"

@@ -200,6 +200,14 @@ SMALL = {"side": 32, "depth": SHALLOW, "stem": "small"}
 
 
 @pytest.mark.parametrize(
+    ("network", "dtype"), [("resnet18", "float32"), ("shufflenet_v2_x0_5", "bfloat16")]
+)
+def test_stems_by_phases_compile_for_tpus(network, dtype):
+    made = experiment([network], side=64, depth=SHALLOW, recover__dtype=dtype)
+    check(compiled(made, "v5e:2x2", "recover"))
+
+
+@pytest.mark.parametrize(
     "fields",
     [
         {"recover__dtype": "bfloat16"},

@@ -1,0 +1,197 @@
+"""The stem by phases, as TPUs have it, against the one that every other platform has."""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.compiling import FAST_ALIKE
+
+from prism_jax import parallel
+from prism_jax.models import build, layers, stem
+
+jit = functools.partial(jax.jit, compiler_options=FAST_ALIKE)
+TOLD = ["bn_statistics", "conv_inputs"]
+
+
+class Stem(nn.Module):
+    kernel: int
+    features: int = 5
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return stem.conv_norm_pool(
+            x, self.features, self.kernel, names=("conv1", "bn1"), train=train, dtype=self.dtype
+        )
+
+
+@pytest.fixture
+def on_tpu(monkeypatch):
+    """Take the forms of a TPU from here on, by ``on_tpu(True)``."""
+    return lambda yes: monkeypatch.setattr(parallel, "on_tpu", lambda: yes)
+
+
+def random_variables(module, shape, seed=0):
+    """Weights and statistics of order one, BatchNorms' scales of both signs."""
+    draw = np.random.default_rng(seed)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(shape))
+
+    def drawn(path, leaf):
+        values = draw.standard_normal(leaf.shape).astype(np.float32)
+        if path[-1].key == "kernel":
+            return values / np.sqrt(np.prod(leaf.shape[:-1]))
+        return np.exp(0.3 * values) if path[-1].key == "var" else values
+
+    return jax.tree_util.tree_map_with_path(drawn, shapes)
+
+
+def read(module, variables, x_BHWC):
+    """Output, everything told, and the gradient of a function of all of it."""
+    weights = np.random.default_rng(1).standard_normal(50_000).astype(np.float32)
+
+    def energy(x_BHWC):
+        y, told = module.apply(variables, x_BHWC, mutable=TOLD)
+        leaves = [leaf.astype(jnp.float32) for leaf in (y, *jax.tree.leaves(told))]
+        return sum(jnp.vdot(weights[: x.size], jnp.sin(x).ravel()) for x in leaves), (y, told)
+
+    gradient, found = jit(jax.grad(energy, has_aux=True))(x_BHWC)
+    return gradient, *found
+
+
+def furthest(found, wanted):
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+    return max(float(np.abs(np.float64(a) - np.float64(b)).max(initial=0)) for a, b in pairs)
+
+
+SIZES = [(16, 20), (15, 18), (13, 17), (14, 11)]  # even and odd, before and after the convolution
+
+
+@pytest.mark.parametrize("kernel", [3, 7])
+@pytest.mark.parametrize("size", SIZES)
+def test_phases_are_the_whole(kernel, size, on_tpu):
+    module = Stem(kernel)
+    x = np.random.default_rng(2).standard_normal((3, *size, 3)).astype(np.float32)
+    variables = random_variables(module, x.shape)
+    variables["params"]["bn1"]["scale"][1] = 0.0
+    assert variables["params"]["bn1"]["scale"].min() < 0
+    frozen = layers.freeze(variables)
+    wanted = read(module, frozen, x)
+    on_tpu(True)
+    found = read(module, frozen, x)
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    assert furthest(found, wanted) < 2e-5
+    assert furthest(read(module, layers.freeze(turned(variables)), x), wanted) > 0.1  # twin
+
+
+def turned(variables):
+    """Every scale of the other sign."""
+    scales = {**variables["params"]["bn1"], "scale": -variables["params"]["bn1"]["scale"]}
+    return {**variables, "params": {**variables["params"], "bn1": scales}}
+
+
+@pytest.mark.parametrize("kernel", [3, 7])
+@pytest.mark.parametrize("size", [*SIZES, (3, 4)])
+def test_phases_of_a_convolution_have_its_gradients(kernel, size):
+    draw = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x, weights = (
+            draw.standard_normal((2, *size, 3)),
+            draw.standard_normal((kernel, kernel, 3, 4)),
+        )
+        padding = (kernel - 1) // 2
+        whole, pull_back = jax.vjp(
+            lambda *given: layers.conv2d(*given, stride=2, padding=padding), x, weights
+        )
+        maps, pull_back_maps = jax.vjp(lambda *given: stem.convolve(*given, padding), x, weights)
+        assert furthest(maps, phases(whole)) < 1e-12
+        dy = draw.standard_normal(whole.shape)
+        assert furthest(pull_back_maps(phases(dy)), pull_back(dy)) < 1e-11
+        twin = pull_back_maps(phases(np.roll(dy, 1, 1)))
+        assert furthest(twin, pull_back(dy)) > 0.1
+
+
+def phases(x_BHWC):
+    return tuple(x_BHWC[:, i::2, j::2] for i, j in stem.PARITIES)
+
+
+@pytest.mark.parametrize("swapped", [(0, 2, 1, 3), (3, 1, 2, 0)])
+def test_a_swapped_phase_is_seen(swapped, on_tpu, monkeypatch):
+    module, x = Stem(7), np.random.default_rng(2).standard_normal((3, 16, 16, 3))
+    frozen = layers.freeze(random_variables(module, x.shape))
+    wanted = read(module, frozen, x.astype(np.float32))
+    on_tpu(True)
+    whole = stem.convolve
+    monkeypatch.setattr(stem, "convolve", lambda *given: tuple(whole(*given)[i] for i in swapped))
+    assert furthest(read(module, frozen, x.astype(np.float32)), wanted) > 0.1
+
+
+def test_bfloat16_is_rounded_alike(on_tpu):
+    """Pooled before it is scaled or after: rounding keeps the order of two values."""
+    module, x = (
+        Stem(7, dtype=jnp.bfloat16),
+        np.random.default_rng(2).standard_normal((3, 16, 16, 3)),
+    )
+    frozen = layers.freeze(random_variables(module, x.shape))
+    _, wanted, told = read(module, frozen, x.astype(np.float32))
+    on_tpu(True)
+    _, found, told_by_phases = read(module, frozen, x.astype(np.float32))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(found), np.float32(wanted), atol=0.05)
+    assert furthest(told_by_phases, told) < 0.02
+
+
+def test_the_first_of_equal_maxima_has_the_gradient():
+    x = np.random.default_rng(0).integers(0, 3, (2, 9, 9, 3)).astype(np.float32)  # many ties
+    dy = np.random.default_rng(1).standard_normal((2, 5, 5, 3)).astype(np.float32)
+    wanted, padded = np.zeros_like(x), np.full((2, 11, 11, 3), -np.inf, np.float32)
+    padded[:, 1:-1, 1:-1] = x
+    for b, i, j, c in np.ndindex(dy.shape):
+        row, column = divmod(padded[b, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3, c].argmax(), 3)
+        wanted[b, 2 * i + row - 1, 2 * j + column - 1, c] += dy[b, i, j, c]
+    pooled, found = pooled_by_phases(x, dy)
+    np.testing.assert_array_equal(pooled, layers.max_pool(jnp.asarray(x), 3, 2, 1))
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    turned = pooled_by_phases(x[:, ::-1, ::-1], dy[:, ::-1, ::-1])[1][:, ::-1, ::-1]
+    assert furthest(turned, wanted) > 0.1  # twin: there the last of them is the first
+
+
+def pooled_by_phases(x_BHWC, dy_BHWC):
+    """The maxima and the gradient of a whole map."""
+    pooled, pull_back = jax.vjp(lambda maps: stem.max_pool(maps, x_BHWC.shape[1:3]), phases(x_BHWC))
+    gradient = np.zeros_like(x_BHWC)
+    for (i, j), part in zip(stem.PARITIES, *pull_back(dy_BHWC), strict=True):
+        gradient[:, i::2, j::2] = part
+    return pooled, gradient
+
+
+@pytest.mark.parametrize("frozen, train", [(False, False), (True, True)])
+def test_what_is_not_frozen_has_the_stem_of_every_platform(frozen, train, on_tpu):
+    module, x = Stem(7), np.random.default_rng(2).standard_normal((3, 16, 16, 3))
+    variables = random_variables(module, x.shape)
+    if frozen:
+        variables = layers.freeze(variables)
+    run = lambda: module.apply(variables, jnp.asarray(x), train, mutable=TOLD)  # noqa: E731
+    wanted = run()
+    on_tpu(True)
+    assert furthest(run(), wanted) == 0.0
+
+
+@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5", "densenet121"])
+def test_networks_are_the_same_by_phases(name, on_tpu):
+    module = build(name, num_classes=3, width=0.25, depth=0.3)
+    x = np.random.default_rng(2).standard_normal((2, 64, 64, 3)).astype(np.float32)
+    frozen = layers.freeze(random_variables(module, x.shape))
+    wanted = read(module, frozen, x)
+    on_tpu(True)
+    calls, whole = [], stem.convolve
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stem, "convolve", lambda *given: calls.append(1) or whole(*given))
+        found = read(module, frozen, x)
+    assert calls
+    scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(wanted))
+    assert furthest(found, wanted) < 1e-4 * scale
