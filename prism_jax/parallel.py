@@ -412,6 +412,11 @@ def on_tpu() -> bool:
     return devices()[0].platform == "tpu"
 
 
+def on_gpu() -> bool:
+    """Whether programs are built for a GPU."""
+    return devices()[0].platform in ("gpu", "cuda", "rocm")
+
+
 @contextlib.contextmanager
 def enough_memory(remedy: str) -> Iterator[None]:
     """Say what to do where a device's memory does not suffice.

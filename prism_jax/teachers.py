@@ -75,7 +75,8 @@ class Teacher:
         else:
             logits_BK, sown = self.module.apply(variables, images_BHWC), {}
         logits_BK = self._classes(logits_BK)
-        return Reading(logits_BK, sown.get(STATISTICS, {}), sown.get(CONV_INPUTS, {}))
+        statistics_of = layers.whole_statistics(sown.get(STATISTICS, {}))
+        return Reading(logits_BK, statistics_of, sown.get(CONV_INPUTS, {}))
 
     def read_features(
         self, variables: PyTree, images_BHWC: Array, source: Normalisation

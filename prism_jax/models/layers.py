@@ -26,6 +26,7 @@ import numpy as np
 from flax import traverse_util
 from jax import lax
 
+from prism_jax import parallel
 from prism_jax.types import Array, PyTree
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -96,12 +97,13 @@ def flip(kernel_HWIO: Array) -> Array:
     return kernel_HWIO[::-1, ::-1].swapaxes(2, 3)
 
 
-def freeze(variables: PyTree) -> PyTree:
+def freeze(variables: PyTree, dtype: jnp.dtype | None = None) -> PyTree:
     """Prepare a frozen network's variables: what every step would make anew of the same weights.
 
     The collection "flipped" has the kernels flipped (on a CPU a tenth of a ResNet's step,
-    measured), "folded" the gain and shift of each BatchNorm (on a GPU a launch per layer). Call
-    it outside the loop that optimises the images.
+    measured), "folded" the gain and shift of each BatchNorm, "converted" the parameters in
+    another ``dtype`` of the network's computation (on a GPU each a launch per layer). Call it
+    outside the loop that optimises the images.
     """
 
     def once(kernel: Array) -> Array:
@@ -120,7 +122,9 @@ def freeze(variables: PyTree) -> PyTree:
         mean_C, var_C = (running[(*path, name)] for name in ("mean", "var"))
         gain_C, shift_C = _fold(scale_C, bias_C, mean_C, var_C, EPSILON)
         folded |= {(*path, "gain"): gain_C, (*path, "shift"): shift_C}
-    made = {"flipped": flipped, "folded": folded}
+    made: dict[str, Any] = {"flipped": flipped, "folded": folded}
+    if dtype is not None and dtype != jnp.float32:
+        made["converted"] = {path: leaf.astype(dtype) for path, leaf in flat.items()}
     return variables | {name: traverse_util.unflatten_dict(tree) for name, tree in made.items()}
 
 
@@ -513,7 +517,16 @@ def parameter(
     return value
 
 
-def sow_last(module: nn.Module, collection: str, **values: Array) -> None:
+def converted(module: nn.Module, name: str, value: Array) -> Array:
+    """A parameter in the type that its layer computes in; :func:`freeze` may have it."""
+    if module.has_variable("converted", name):
+        kept: Array = module.get_variable("converted", name)
+        if kept.dtype == module.dtype:
+            return kept
+    return value.astype(module.dtype)
+
+
+def sow_last(module: nn.Module, collection: str, **values: Array | int) -> None:
     """Sow values by their names, the last ones of a pass in place of any before."""
     for name, value in values.items():
         module.sow(collection, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
@@ -553,7 +566,7 @@ class Conv(nn.Module):
         kernel_HWIO = parameter(self, "kernel", nn.initializers.he_normal(), shape, jnp.float32)
         y_BHWC = conv2d(
             x_BHWC.astype(self.dtype),
-            kernel_HWIO.astype(self.dtype),
+            converted(self, "kernel", kernel_HWIO),
             stride=self.stride,
             padding=self.padding,
             groups=self.groups,
@@ -561,7 +574,7 @@ class Conv(nn.Module):
         )
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros, (self.features,), jnp.float32)
-            y_BHWC = y_BHWC + bias.astype(self.dtype)
+            y_BHWC = y_BHWC + converted(self, "bias", bias)
         return y_BHWC
 
     def _flipped(self) -> Array | None:
@@ -590,10 +603,10 @@ class Dense(nn.Module):
     def __call__(self, x: Array) -> Array:
         shape = (x.shape[-1], self.features)
         kernel = parameter(self, "kernel", self.kernel_init, shape, jnp.float32)
-        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        y = x.astype(self.dtype) @ converted(self, "kernel", kernel)
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros, (self.features,), jnp.float32)
-            y = y + bias.astype(self.dtype)
+            y = y + converted(self, "bias", bias)
         return y
 
 
@@ -634,7 +647,8 @@ class BatchNorm(nn.Module):
     When the collection "bn_statistics" is mutable, the mean and the biased variance of the
     input over (B, H, W) are sown there as ``mean`` and ``var``, at least in float32, so that
     ``apply(variables, x, mutable=["bn_statistics"])`` returns a tree like
-    ``variables["batch_stats"]``. Otherwise they are not computed.
+    ``variables["batch_stats"]``. Otherwise they are not computed. On a GPU a frozen network tells
+    what :func:`whole_statistics` makes such a tree of.
 
     Evaluation normalises with the running statistics. Training normalises with the biased
     batch statistics and, where "batch_stats" is mutable, updates the running ones as PyTorch
@@ -664,6 +678,10 @@ class BatchNorm(nn.Module):
         mean_C, var_C = running_mean.value, running_var.value
         if not self.is_initializing():
             tell = self.is_mutable_collection("bn_statistics")
+            frozen = not train and self.has_variable("folded", "gain")
+            if tell and frozen and parallel.on_gpu():
+                self._tell_sums(wide)
+                tell = False
             if tell or train:  # a result that is not used is not computed
                 batch_mean_C, batch_var_C = moments(wide)
             if tell:
@@ -704,6 +722,12 @@ class BatchNorm(nn.Module):
             return (x * gain_C + shift_C).astype(self.dtype)
 
         return normal
+
+    def _tell_sums(self, x_BHWC: Array) -> None:
+        """Tell the sums of every image, for :func:`whole_statistics`."""
+        sums_BC, squares_BC = _sums_of_images(x_BHWC)
+        pixels = x_BHWC[0, ..., 0].size
+        sow_last(self, "bn_statistics", sum=sums_BC, squares=squares_BC, pixels=pixels)
 
     def _take_up(self, running_C: Array, group_nC: Array) -> Array:
         """``running += momentum * (group - running)`` for one group after the other, summed up."""
@@ -752,7 +776,7 @@ def moments(*maps_BHWC: Array) -> tuple[Array, Array]:
             functools.reduce(operator.add, map(operator.mul, shares, of_parts))
             for of_parts in zip(*means, strict=True)
         )
-    return mean_C, jnp.maximum(square_C - jnp.square(mean_C), 0.0)
+    return mean_C, _variance(mean_C, square_C)
 
 
 @jax.custom_jvp
@@ -782,6 +806,51 @@ def _means_as_complex(x_BHWC: Array) -> tuple[Array, Array]:
 
 
 MEANS = {"apart": _means_apart, "complex": _means_as_complex}
+
+
+@jax.custom_jvp
+def _sums_of_images(x_BHWC: Array) -> tuple[Array, Array]:
+    """Sums of every image's values and of their squares, per channel."""
+    both_BC = jnp.sum(lax.complex(x_BHWC, jnp.square(x_BHWC)), (1, 2))
+    return both_BC.real, both_BC.imag
+
+
+@_sums_of_images.defjvp
+def _sums_of_images_jvp(primals, tangents):
+    """No factor stands at a sum: for every layer it would be a launch of its own."""
+    (x_BHWC,), (dx_BHWC,) = primals, tangents
+    slopes = jnp.sum(dx_BHWC, (1, 2)), jnp.sum((x_BHWC + x_BHWC) * dx_BHWC, (1, 2))
+    return _sums_of_images(x_BHWC), slopes
+
+
+def whole_statistics(told: PyTree) -> PyTree:
+    """The moments of all layers from the sums of images that a frozen network tells on a GPU.
+
+    There the last stage of every layer's reduction is a launch. All at once they are one.
+
+    Args:
+      told: a collection "bn_statistics"; any other than such sums stays as it is.
+
+    Returns:
+      A tree of the same layers with "mean" and "var".
+    """
+    flat = traverse_util.flatten_dict(told)
+    layers = [path[:-1] for path in flat if path[-1] == "pixels"]
+    if not layers:
+        return told
+    pixels = [flat.pop((*layer, "pixels")) for layer in layers]
+    sums = [flat.pop((*layer, name)) for name in ("sum", "squares") for layer in layers]
+    sums_BN = jnp.concatenate(sums, axis=1)
+    widths = [x_BC.shape[1] for x_BC in sums]
+    counts_N = len(sums_BN) * np.repeat(np.asarray(2 * pixels, np.float32), widths)
+    means = jnp.split(sums_BN.sum(0) * (1 / counts_N), np.cumsum(widths)[:-1].tolist())
+    for layer, mean_C, square_C in zip(layers, means, means[len(layers) :], strict=False):
+        flat |= {(*layer, "mean"): mean_C, (*layer, "var"): _variance(mean_C, square_C)}
+    return traverse_util.unflatten_dict(flat)
+
+
+def _variance(mean_C: Array, square_C: Array) -> Array:
+    return jnp.maximum(square_C - jnp.square(mean_C), 0.0)
 
 
 def normalise(x: Array, axes: int | tuple[int, ...], epsilon: float) -> Array:

@@ -251,7 +251,10 @@ def synthesis_chunk(
     if recipe.targets == "groups":
         pairs = zip(teachers, variables, strict=True)
         variables = tuple(of_group(t, v, unit.slot) for t, v in pairs)
-    variables = tuple(layers.freeze(v) for v in variables)  # once, not every step
+    variables = tuple(  # once, not every step
+        layers.freeze(v, getattr(t.module, "dtype", None))
+        for t, v in zip(teachers, variables, strict=True)
+    )
     blank = no_terms(recipe, len(teachers), state.images_BHWC.dtype)
     return lax.fori_loop(0, count, body, (state, ChunkReport(blank, blank, blank)))
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from prism_jax import parallel
 from prism_jax.core.losses import STUDENT_LOSSES, Targets, cross_entropy
 
 RNG = np.random.default_rng(0)
@@ -58,6 +59,18 @@ def test_cross_entropy_by_hand():
     logits = jnp.log(jnp.asarray([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]], jnp.float32))
     expected = -(np.log(0.5) + np.log(0.1)) / 2
     np.testing.assert_allclose(cross_entropy(logits, jnp.asarray([0, 1])), expected, rtol=1e-6)
+
+
+def test_cross_entropy_is_the_same_where_nothing_is_picked(monkeypatch):
+    def both():
+        return jax.value_and_grad(lambda logits: cross_entropy(logits, LABELS_B))(STUDENT_BK)
+
+    wanted = both()
+    monkeypatch.setattr(parallel, "on_cpu", lambda: False)
+    assert "gather" not in f"{jax.make_jaxpr(cross_entropy)(STUDENT_BK, LABELS_B)}"
+    for found, expected in zip(both(), wanted, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert np.abs(cross_entropy(STUDENT_BK, LABELS_B[::-1]) - wanted[0]) > 0.1  # twin
 
 
 def test_cross_entropy_of_enormous_logits_is_finite():

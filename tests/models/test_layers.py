@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 from helpers.compiling import jit
 from jax import lax
 
+from prism_jax import parallel
 from prism_jax.models import layers
 
 
@@ -459,6 +461,92 @@ def test_moments_of_bfloat16_are_float32():
     y, told = network.apply(norm_variables(), x, mutable=["bn_statistics"])
     assert y.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(told)} == {np.dtype(np.float32)}
+
+
+class Three(nn.Module):
+    """Three BatchNorms of unlike widths, over maps of unlike sizes."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BHWC):
+        for i, (features, stride) in enumerate(((4, 1), (7, 2), (5, 2))):
+            x_BHWC = layers.conv_norm(
+                x_BHWC, features, 3, stride, names=(f"conv{i}", f"bn{i}"), activation=nn.silu,
+                train=False, dtype=self.dtype,
+            )  # fmt: skip
+        return layers.Dense(3, dtype=self.dtype, name="head")(x_BHWC.mean((1, 2)))
+
+
+def three_variables(module):
+    variables = module.init(jax.random.key(0), jnp.zeros((1, 9, 8, 3)))
+    draw = np.random.default_rng(0)
+    running = jax.tree.map(
+        lambda leaf: np.exp(draw.normal(0, 0.5, leaf.shape)), variables["batch_stats"]
+    )
+    return {**variables, "batch_stats": running}
+
+
+def test_the_sums_that_a_gpu_is_told_make_the_moments(monkeypatch):
+    with jax.enable_x64(True):
+        module = Three(dtype=jnp.float64)
+        frozen = layers.freeze(three_variables(module))
+        x = np.random.default_rng(1).normal(1, 2, (4, 9, 8, 3))
+
+        def told(x):
+            logits, sown = module.apply(frozen, x, mutable=["bn_statistics"])
+            return logits, layers.whole_statistics(sown["bn_statistics"])
+
+        def energy(x):
+            leaves = jax.tree.leaves(told(x))
+            return sum(jnp.linalg.norm(leaf - 0.1 * i) for i, leaf in enumerate(leaves))
+
+        def passes():
+            energy_again = lambda x: energy(x)  # noqa: E731 (a new function is traced anew)
+            return told(x), jit(jax.grad(energy_again))(x)
+
+        wanted = passes()
+        monkeypatch.setattr(parallel, "on_gpu", lambda: True)
+        found = passes()
+        assert jax.tree.structure(found) == jax.tree.structure(wanted)
+        far = lambda found: furthest(jax.tree.leaves(found), jax.tree.leaves(wanted))  # noqa: E731
+        assert far(found) < 1e-5  # shares of pixels are float32
+        whole, last = layers.whole_statistics, ("bn2", "pixels")
+
+        def miscounted(told):
+            flat = traverse_util.flatten_dict(told)
+            return whole(traverse_util.unflatten_dict({**flat, last: flat[last] + 1}))
+
+        monkeypatch.setattr(layers, "whole_statistics", miscounted)
+        assert far(passes()) > 1e-2  # twin
+
+
+def test_a_network_that_is_not_frozen_tells_moments_on_a_gpu_too(monkeypatch):
+    monkeypatch.setattr(parallel, "on_gpu", lambda: True)
+    module = Three()
+    _, sown = module.apply(
+        three_variables(module), jnp.ones((2, 9, 8, 3)), mutable=["bn_statistics"]
+    )
+    assert {name for layer in sown["bn_statistics"].values() for name in layer} == {"mean", "var"}
+
+
+def test_parameters_are_converted_once():
+    module, x = Three(dtype=jnp.bfloat16), np.random.default_rng(1).normal(1, 2, (4, 9, 8, 3))
+    variables = three_variables(module)
+    plain = layers.freeze(variables)
+    frozen = layers.freeze(variables, jnp.bfloat16)
+    assert "converted" not in plain and "converted" not in layers.freeze(variables, jnp.float32)
+    run = jit(lambda variables: module.apply(variables, x))
+    np.testing.assert_array_equal(run(frozen), run(plain))
+    kernels = f"{jax.make_jaxpr(lambda v: module.apply(v, x))(frozen)}"
+    assert "f32[3,3,3,4]" in kernels  # the argument, which nothing reads
+    assert "bf16[3,3,3,4] = convert_element_type" not in kernels
+    # Twin: what was converted is what is read.
+    frozen["converted"] = jax.tree.map(lambda leaf: 2 * leaf, frozen["converted"])
+    assert furthest([run(frozen)], [run(plain)]) > 0.1
+    # A layer that computes in another type than its network keeps its own parameters.
+    frozen["converted"] = jax.tree.map(jnp.float16, frozen["converted"])
+    np.testing.assert_array_equal(run(frozen), run(plain))
 
 
 def test_max_pool_pads_with_minus_infinity():
