@@ -402,19 +402,15 @@ def devices_in_words() -> str:
     return said
 
 
+def platform() -> str:
+    """What programs are built for: "cpu", "gpu" or "tpu"."""
+    name = devices()[0].platform
+    return name if name in ("cpu", "tpu") else "gpu"
+
+
 def on_cpu() -> bool:
-    """Whether programs run on a CPU."""
-    return not _DESCRIBED.get() and jax.default_backend() == "cpu"
-
-
-def on_tpu() -> bool:
-    """Whether programs are built for a TPU."""
-    return devices()[0].platform == "tpu"
-
-
-def on_gpu() -> bool:
-    """Whether programs are built for a GPU."""
-    return devices()[0].platform in ("gpu", "cuda", "rocm")
+    """Whether programs run on a CPU, not only are built for one."""
+    return not _DESCRIBED.get() and platform() == "cpu"
 
 
 @contextlib.contextmanager

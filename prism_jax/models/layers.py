@@ -679,7 +679,7 @@ class BatchNorm(nn.Module):
         if not self.is_initializing():
             tell = self.is_mutable_collection("bn_statistics")
             frozen = not train and self.has_variable("folded", "gain")
-            if tell and frozen and parallel.on_gpu():
+            if tell and frozen and parallel.platform() == "gpu":
                 self._tell_sums(wide)
                 tell = False
             if tell or train:  # a result that is not used is not computed

@@ -54,7 +54,9 @@ def conv_norm_pool(
     )
     norm = layers.BatchNorm(dtype=dtype, name=names[1])
     frozen = not train and norm.has_variable("folded", "gain")
-    if frozen and min(images_BHWC.shape[1:3]) > 2 and parallel.on_tpu():  # every phase has values
+    if (
+        frozen and min(images_BHWC.shape[1:3]) > 2 and parallel.platform() == "tpu"
+    ):  # every phase has values
         return _by_phases(images_BHWC, conv, norm)
     return layers.max_pool(nn.relu(norm(conv(images_BHWC), train)), 3, 2, 1)
 

@@ -506,7 +506,7 @@ def test_the_sums_that_a_gpu_is_told_make_the_moments(monkeypatch):
             return told(x), jit(jax.grad(energy_again))(x)
 
         wanted = passes()
-        monkeypatch.setattr(parallel, "on_gpu", lambda: True)
+        monkeypatch.setattr(parallel, "platform", lambda: "gpu")
         found = passes()
         assert jax.tree.structure(found) == jax.tree.structure(wanted)
         far = lambda found: furthest(jax.tree.leaves(found), jax.tree.leaves(wanted))  # noqa: E731
@@ -522,7 +522,7 @@ def test_the_sums_that_a_gpu_is_told_make_the_moments(monkeypatch):
 
 
 def test_a_network_that_is_not_frozen_tells_moments_on_a_gpu_too(monkeypatch):
-    monkeypatch.setattr(parallel, "on_gpu", lambda: True)
+    monkeypatch.setattr(parallel, "platform", lambda: "gpu")
     module = Three()
     _, sown = module.apply(
         three_variables(module), jnp.ones((2, 9, 8, 3)), mutable=["bn_statistics"]

@@ -32,8 +32,8 @@ class Stem(nn.Module):
 
 @pytest.fixture
 def on_tpu(monkeypatch):
-    """Take the forms of a TPU from here on, by ``on_tpu(True)``."""
-    return lambda yes: monkeypatch.setattr(parallel, "on_tpu", lambda: yes)
+    """Take the forms of a TPU from here on, when called."""
+    return lambda: monkeypatch.setattr(parallel, "platform", lambda: "tpu")
 
 
 def random_variables(module, shape, seed=0):
@@ -81,7 +81,7 @@ def test_phases_are_the_whole(kernel, size, on_tpu):
     assert variables["params"]["bn1"]["scale"].min() < 0
     frozen = layers.freeze(variables)
     wanted = read(module, frozen, x)
-    on_tpu(True)
+    on_tpu()
     found = read(module, frozen, x)
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     assert furthest(found, wanted) < 2e-5
@@ -124,7 +124,7 @@ def test_a_swapped_phase_is_seen(swapped, on_tpu, monkeypatch):
     module, x = Stem(7), np.random.default_rng(2).standard_normal((3, 16, 16, 3))
     frozen = layers.freeze(random_variables(module, x.shape))
     wanted = read(module, frozen, x.astype(np.float32))
-    on_tpu(True)
+    on_tpu()
     whole = stem.convolve
     monkeypatch.setattr(stem, "convolve", lambda *given: tuple(whole(*given)[i] for i in swapped))
     assert furthest(read(module, frozen, x.astype(np.float32)), wanted) > 0.1
@@ -138,7 +138,7 @@ def test_bfloat16_is_rounded_alike(on_tpu):
     )
     frozen = layers.freeze(random_variables(module, x.shape))
     _, wanted, told = read(module, frozen, x.astype(np.float32))
-    on_tpu(True)
+    on_tpu()
     _, found, told_by_phases = read(module, frozen, x.astype(np.float32))
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float32(found), np.float32(wanted), atol=0.05)
@@ -177,7 +177,7 @@ def test_what_is_not_frozen_has_the_stem_of_every_platform(frozen, train, on_tpu
         variables = layers.freeze(variables)
     run = lambda: module.apply(variables, jnp.asarray(x), train, mutable=TOLD)  # noqa: E731
     wanted = run()
-    on_tpu(True)
+    on_tpu()
     assert furthest(run(), wanted) == 0.0
 
 
@@ -187,7 +187,7 @@ def test_networks_are_the_same_by_phases(name, on_tpu):
     x = np.random.default_rng(2).standard_normal((2, 64, 64, 3)).astype(np.float32)
     frozen = layers.freeze(random_variables(module, x.shape))
     wanted = read(module, frozen, x)
-    on_tpu(True)
+    on_tpu()
     calls, whole = [], stem.convolve
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stem, "convolve", lambda *given: calls.append(1) or whole(*given))
