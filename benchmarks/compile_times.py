@@ -47,7 +47,7 @@ def pixel_gradient(name: str, module, variables, batch: int, size: int):
         loss = losses.cross_entropy(logits_BK, labels_B)
         if first_bn:
             loss += 0.01 * statistics.alignment(
-                statistics.by_layer(told["bn_statistics"]),
+                statistics.by_layer(layers.whole_statistics(told["bn_statistics"])),
                 statistics.by_layer(variables["batch_stats"]),
                 first=first_bn,
                 first_multiplier=10.0,

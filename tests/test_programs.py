@@ -63,6 +63,14 @@ def test_a_training_step_from_shapes_is_the_step_from_arrays():
     assert "sharding" in real
 
 
+def test_the_platform_is_that_of_the_devices_that_are_described():
+    assert parallel.platform() == "cpu" and parallel.on_cpu()
+    for name, platform in (("tpu", "tpu"), ("cuda", "gpu"), ("rocm", "gpu"), ("cpu", "cpu")):
+        with parallel.described([types.SimpleNamespace(platform=name)]):
+            assert parallel.platform() == platform
+            assert not parallel.on_cpu()  # nothing is run
+
+
 def test_a_mesh_of_described_devices_is_another_one():
     image = np.zeros((BATCH, *SHAPE), np.uint8)
     assert isinstance(parallel.data_mesh(1).put(image), jax.Array)

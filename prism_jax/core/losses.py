@@ -47,8 +47,11 @@ def cross_entropies(logits_BK: Array, labels_B: AnyArray) -> Array:
     """``-log softmax(logits)[label]`` of each image."""
     log_probabilities_BK = jax.nn.log_softmax(logits_BK)
     if parallel.platform() != "cpu":  # picking is a scatter in the gradient: five launches on a GPU
-        own_BK = labels_B[:, None] == jnp.arange(logits_BK.shape[1])
-        return -jnp.where(own_BK, log_probabilities_BK, 0.0).sum(1)
+        classes_K = jnp.arange(logits_BK.shape[1])
+        own_BK = labels_B[:, None] == classes_K
+        picked_B = jnp.where(own_BK, log_probabilities_BK, 0.0).sum(1)
+        there_B = (labels_B >= 0) & (labels_B < len(classes_K))
+        return -jnp.where(there_B, picked_B, jnp.nan)
     picked_B1 = jnp.take_along_axis(log_probabilities_BK, labels_B[:, None].astype(jnp.int32), 1)
     return -picked_B1[:, 0]
 

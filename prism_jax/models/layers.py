@@ -64,6 +64,7 @@ class Form(NamedTuple):
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int) -> int:
+    """Windows of a kernel along one axis."""
     return (size + 2 * padding - kernel) // stride + 1
 
 
@@ -100,10 +101,16 @@ def flip(kernel_HWIO: Array) -> Array:
 def freeze(variables: PyTree, dtype: jnp.dtype | None = None) -> PyTree:
     """Prepare a frozen network's variables: what every step would make anew of the same weights.
 
-    The collection "flipped" has the kernels flipped (on a CPU a tenth of a ResNet's step,
-    measured), "folded" the gain and shift of each BatchNorm, "converted" the parameters in
-    another ``dtype`` of the network's computation (on a GPU each a launch per layer). Call it
-    outside the loop that optimises the images.
+    Call it outside the loop that optimises the images. Gradients by the parameters of what is
+    frozen are not whole: its layers read the collections.
+
+    Args:
+      dtype: in which the network computes, where that is not float32.
+
+    Returns:
+      The variables with the collections "flipped", the kernels (on a CPU a tenth of a ResNet's
+      step, measured), "folded", the gain and shift of each BatchNorm, and "converted", the
+      parameters in ``dtype`` (on a GPU each of these is a launch per layer).
     """
 
     def once(kernel: Array) -> Array:
@@ -517,6 +524,15 @@ def parameter(
     return value
 
 
+def computes_in(module: nn.Module) -> jnp.dtype | None:
+    """The floating type of a module's attribute "dtype", where it has such a one."""
+    try:
+        dtype = jnp.dtype(getattr(module, "dtype", None) or "V")
+    except TypeError:  # another meaning of the name
+        return None
+    return dtype if jnp.issubdtype(dtype, jnp.floating) else None
+
+
 def converted(module: nn.Module, name: str, value: Array) -> Array:
     """A parameter in the type that its layer computes in; :func:`freeze` may have it."""
     if module.has_variable("converted", name):
@@ -526,7 +542,7 @@ def converted(module: nn.Module, name: str, value: Array) -> Array:
     return value.astype(module.dtype)
 
 
-def sow_last(module: nn.Module, collection: str, **values: Array | int) -> None:
+def sow_last(module: nn.Module, collection: str, **values: Array) -> None:
     """Sow values by their names, the last ones of a pass in place of any before."""
     for name, value in values.items():
         module.sow(collection, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
@@ -725,9 +741,10 @@ class BatchNorm(nn.Module):
 
     def _tell_sums(self, x_BHWC: Array) -> None:
         """Tell the sums of every image, for :func:`whole_statistics`."""
-        sums_BC, squares_BC = _sums_of_images(x_BHWC)
-        pixels = x_BHWC[0, ..., 0].size
-        sow_last(self, "bn_statistics", sum=sums_BC, squares=squares_BC, pixels=pixels)
+        x_BPC = x_BHWC.reshape(len(x_BHWC), -1, x_BHWC.shape[-1])
+        sums_BC, squares_BC = _sums_of_images(x_BPC)
+        share_C = jnp.full(x_BPC.shape[2:], 1 / np.prod(x_BPC.shape[:2]), jnp.float32)
+        sow_last(self, "bn_statistics", sum=sums_BC, squares=squares_BC, share=share_C)
 
     def _take_up(self, running_C: Array, group_nC: Array) -> Array:
         """``running += momentum * (group - running)`` for one group after the other, summed up."""
@@ -809,18 +826,18 @@ MEANS = {"apart": _means_apart, "complex": _means_as_complex}
 
 
 @jax.custom_jvp
-def _sums_of_images(x_BHWC: Array) -> tuple[Array, Array]:
-    """Sums of every image's values and of their squares, per channel."""
-    both_BC = jnp.sum(lax.complex(x_BHWC, jnp.square(x_BHWC)), (1, 2))
+def _sums_of_images(x_BPC: Array) -> tuple[Array, Array]:
+    """Sums over P of every image's values and of their squares, per channel."""
+    both_BC = jnp.sum(lax.complex(x_BPC, jnp.square(x_BPC)), 1)
     return both_BC.real, both_BC.imag
 
 
 @_sums_of_images.defjvp
 def _sums_of_images_jvp(primals, tangents):
     """No factor stands at a sum: for every layer it would be a launch of its own."""
-    (x_BHWC,), (dx_BHWC,) = primals, tangents
-    slopes = jnp.sum(dx_BHWC, (1, 2)), jnp.sum((x_BHWC + x_BHWC) * dx_BHWC, (1, 2))
-    return _sums_of_images(x_BHWC), slopes
+    (x_BPC,), (dx_BPC,) = primals, tangents
+    slopes = jnp.sum(dx_BPC, 1), jnp.sum((x_BPC + x_BPC) * dx_BPC, 1)
+    return _sums_of_images(x_BPC), slopes
 
 
 def whole_statistics(told: PyTree) -> PyTree:
@@ -829,23 +846,26 @@ def whole_statistics(told: PyTree) -> PyTree:
     There the last stage of every layer's reduction is a launch. All at once they are one.
 
     Args:
-      told: a collection "bn_statistics"; any other than such sums stays as it is.
+      told: a collection "bn_statistics"; layers that told moments keep them.
 
     Returns:
       A tree of the same layers with "mean" and "var".
     """
     flat = traverse_util.flatten_dict(told)
-    layers = [path[:-1] for path in flat if path[-1] == "pixels"]
-    if not layers:
-        return told
-    pixels = [flat.pop((*layer, "pixels")) for layer in layers]
-    sums = [flat.pop((*layer, name)) for name in ("sum", "squares") for layer in layers]
-    sums_BN = jnp.concatenate(sums, axis=1)
-    widths = [x_BC.shape[1] for x_BC in sums]
-    counts_N = len(sums_BN) * np.repeat(np.asarray(2 * pixels, np.float32), widths)
-    means = jnp.split(sums_BN.sum(0) * (1 / counts_N), np.cumsum(widths)[:-1].tolist())
-    for layer, mean_C, square_C in zip(layers, means, means[len(layers) :], strict=False):
-        flat |= {(*layer, "mean"): mean_C, (*layer, "var"): _variance(mean_C, square_C)}
+    by_rows: dict[int, list[tuple[str, ...]]] = {}  # of one batch size, but in odd networks
+    for *layer, name in flat:
+        if name == "sum":
+            by_rows.setdefault(len(flat[(*layer, name)]), []).append(tuple(layer))
+    for layers in by_rows.values():
+        sums, squares, shares = (
+            [flat.pop((*layer, name)) for layer in layers] for name in ("sum", "squares", "share")
+        )
+        means_N = jnp.concatenate(sums + squares, 1).sum(0) * jnp.concatenate(shares + shares)
+        ends = np.cumsum([len(share_C) for share_C in shares + shares])[:-1].tolist()
+        means = jnp.split(means_N, ends)
+        halves = means[: len(layers)], means[len(layers) :]
+        for layer, mean_C, square_C in zip(layers, *halves, strict=True):
+            flat |= {(*layer, "mean"): mean_C, (*layer, "var"): _variance(mean_C, square_C)}
     return traverse_util.unflatten_dict(flat)
 
 

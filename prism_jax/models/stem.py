@@ -41,13 +41,13 @@ def conv_norm_pool(
     """Add a stem to the calling module: convolution, BatchNorm, ReLU, PyTorch's MaxPool2d(3, 2, 1).
 
     Of maxima that tie, a frozen network on a TPU gives the gradient to the first, as PyTorch
-    does; any other shares it.
+    does; any other shares it. There ``nn.intercept_methods`` sees neither layer's call.
 
     Args:
       names: of the convolution and of the BatchNorm.
 
     Returns:
-      (B, H / 4, W / 4, features).
+      (B, H / 4, W / 4, features), rounded up.
     """
     conv = layers.Conv(
         features, kernel_size, 2, (kernel_size - 1) // 2, use_bias=False, dtype=dtype, name=names[0]
@@ -175,9 +175,12 @@ def _phase_of_blocks(x_BHWC, kernel_HWIO, firsts: list[int], counts: tuple[int, 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def max_pool(maps: Phases, size: tuple[int, int]) -> Array:
-    """PyTorch's MaxPool2d(3, 2, 1) of a map of some height and width that is given by its phases.
+    """PyTorch's MaxPool2d(3, 2, 1) of a map that is given by its phases.
 
     Where maxima tie, the first of a window has the gradient.
+
+    Args:
+      size: height and width of the whole map, for the gradient.
     """
     return functools.reduce(jnp.maximum, _windows(maps))
 

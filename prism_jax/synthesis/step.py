@@ -252,7 +252,7 @@ def synthesis_chunk(
         pairs = zip(teachers, variables, strict=True)
         variables = tuple(of_group(t, v, unit.slot) for t, v in pairs)
     variables = tuple(  # once, not every step
-        layers.freeze(v, getattr(t.module, "dtype", None))
+        layers.freeze(v, layers.computes_in(t.module))
         for t, v in zip(teachers, variables, strict=True)
     )
     blank = no_terms(recipe, len(teachers), state.images_BHWC.dtype)

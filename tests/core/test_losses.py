@@ -71,6 +71,7 @@ def test_cross_entropy_is_the_same_where_nothing_is_picked(monkeypatch):
     for found, expected in zip(both(), wanted, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert np.abs(cross_entropy(STUDENT_BK, LABELS_B[::-1]) - wanted[0]) > 0.1  # twin
+    assert np.isnan(cross_entropy(STUDENT_BK, LABELS_B + 1))  # a class that there is not
 
 
 def test_cross_entropy_of_enormous_logits_is_finite():

@@ -479,7 +479,11 @@ class Three(nn.Module):
 
 
 def three_variables(module):
-    variables = module.init(jax.random.key(0), jnp.zeros((1, 9, 8, 3)))
+    return of_order_one(module.init(jax.random.key(0), jnp.zeros((1, 9, 8, 3))))
+
+
+def of_order_one(variables):
+    """Other running statistics than those that are learnt from."""
     draw = np.random.default_rng(0)
     running = jax.tree.map(
         lambda leaf: np.exp(draw.normal(0, 0.5, leaf.shape)), variables["batch_stats"]
@@ -511,14 +515,42 @@ def test_the_sums_that_a_gpu_is_told_make_the_moments(monkeypatch):
         assert jax.tree.structure(found) == jax.tree.structure(wanted)
         far = lambda found: furthest(jax.tree.leaves(found), jax.tree.leaves(wanted))  # noqa: E731
         assert far(found) < 1e-5  # shares of pixels are float32
-        whole, last = layers.whole_statistics, ("bn2", "pixels")
+        whole, last = layers.whole_statistics, ("bn2", "share")
 
         def miscounted(told):
             flat = traverse_util.flatten_dict(told)
-            return whole(traverse_util.unflatten_dict({**flat, last: flat[last] + 1}))
+            return whole(traverse_util.unflatten_dict({**flat, last: 1.1 * flat[last]}))
 
         monkeypatch.setattr(layers, "whole_statistics", miscounted)
         assert far(passes()) > 1e-2  # twin
+
+
+class Odd(nn.Module):
+    """BatchNorms as networks of others have them: of vectors, of tokens, in parts, recomputed."""
+
+    @nn.compact
+    def __call__(self, x_BHWC):
+        norm = layers.BatchNorm
+        parts = jnp.concatenate(jnp.split(x_BHWC, 2, axis=1))  # twice the images
+        parts = nn.silu(norm(name="parts")(parts))
+        tokens = jnp.concatenate(jnp.split(parts, 2), axis=1).reshape(len(x_BHWC), -1, 4)
+        tokens = nn.remat(norm)(name="again")(norm(name="tokens")(tokens))
+        return norm(name="vectors")(nn.silu(tokens).sum(1))
+
+
+def test_sums_are_told_of_any_network(monkeypatch):
+    module, x = Odd(), np.float32(np.random.default_rng(1).normal(1, 2, (6, 4, 3, 4)))
+    frozen = layers.freeze(of_order_one(module.init(jax.random.key(0), x)))
+
+    def told(x):
+        _, sown = module.apply(frozen, x, mutable=["bn_statistics"])
+        return layers.whole_statistics(sown["bn_statistics"])
+
+    wanted = told(x)
+    monkeypatch.setattr(parallel, "platform", lambda: "gpu")
+    found = told(x)
+    assert jax.tree.structure(found) == jax.tree.structure(wanted) and len(wanted) == 4
+    np.testing.assert_array_less(furthest(*map(jax.tree.leaves, (found, wanted))), 1e-5)
 
 
 def test_a_network_that_is_not_frozen_tells_moments_on_a_gpu_too(monkeypatch):

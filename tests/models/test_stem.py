@@ -115,6 +115,28 @@ def test_phases_of_a_convolution_have_its_gradients(kernel, size):
         assert furthest(twin, pull_back(dy)) > 0.1
 
 
+def test_bfloat16_gradients_of_phases_are_rounded_a_few_times():
+    """The four of the images are added in bfloat16: twice the error of a whole convolution's."""
+    draw = np.random.default_rng(0)
+    x, weights = (
+        draw.standard_normal(s).astype(np.float32) for s in ((2, 32, 32, 3), (7, 7, 3, 8))
+    )
+    dy = draw.standard_normal((2, 16, 16, 8)).astype(np.float32)
+
+    def gradient(dtype, phased):
+        x_, k, d = (jnp.asarray(a, jnp.bfloat16).astype(dtype) for a in (x, weights, dy))
+        if phased:
+            return jax.vjp(lambda x: stem.convolve(x, k, 3), x_)[1](phases(d))[0]
+        return jax.vjp(lambda x: layers.conv2d(x, k, stride=2, padding=3), x_)[1](d)[0]
+
+    exact = np.float64(gradient(jnp.float32, False))
+    errors = [
+        np.linalg.norm(np.float64(gradient(jnp.bfloat16, phased)) - exact) / np.linalg.norm(exact)
+        for phased in (False, True)
+    ]
+    assert 1e-3 < errors[0] < 2e-3 and errors[1] < 4e-3, errors
+
+
 def phases(x_BHWC):
     return tuple(x_BHWC[:, i::2, j::2] for i, j in stem.PARITIES)
 
