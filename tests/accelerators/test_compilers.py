@@ -222,7 +222,7 @@ def test_a_gpu_s_forms_have_fewer_launches():
         compiled(made, "h100", "recover", prelude=prelude) for prelude in ("", AS_ON_A_CPU)
     )
     check(found)
-    assert found.cost.always.launches < others.cost.always.launches - 10
+    assert found.cost.always.launches <= others.cost.always.launches - 5
 
 
 @pytest.mark.parametrize(
