@@ -10,7 +10,7 @@ import pytest
 
 from prism_jax import compare
 from prism_jax.analysis import cells, comparison, expenses
-from prism_jax.analysis.intervals import Drawn
+from prism_jax.analysis.intervals import Drawn, Interval
 from prism_jax.data import workdir
 
 RESULTS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "results"
@@ -196,6 +196,43 @@ def test_the_intervals_that_one_image_per_class_quotes(label, other, student, sa
     quoted("cifar10_ipc1", 1, student, label, other, said)
 
 
+@pytest.mark.parametrize(
+    ("set_", "other", "student", "said"),
+    [
+        (("prism", 20), ("prism", 25), "resnet20", "1.9 [-0.8, +4.5]"),
+        ((RANDOM, 40), (RANDOM, 10), "convnet_d3", "4.0 [1.9, 6.3]"),
+        (("prism", 10), (RANDOM, 10), "convnet_d3", "9.0 [5.7, 12.4]"),
+        (("prism", 40), (RANDOM, 40), "convnet_d3", "5.1 [2.0, 8.4]"),
+        ((RANDOM, 10), ("prism", 10), "resnet20", "6.6 [3.1, 9.9]"),
+        ((RANDOM, 40), ("prism", 40), "resnet20", "5.1 [-0.9, +11.2]"),
+    ],
+)
+def test_the_intervals_that_crops_quote(set_, other, student, said):
+    drawn = _of_crops(student)
+    is_quoted("cifar10_crop", drawn.difference(set_, other), said)
+
+
+def test_no_crop_of_prism_is_certainly_another_than_a_quarter():
+    crops = (10, 15, 20, 30, 40)
+    held = [
+        _of_crops(student).difference(("prism", crop), ("prism", 25)).holds_zero
+        for student in ("resnet20", "convnet_d3") for crop in crops
+    ]  # fmt: skip
+    assert held == [True] * 10
+
+
+@functools.cache
+def _of_crops(student):
+    """All sets of a student under all protocols, by label and crop in per cent."""
+    columns, how = _columns("cifar10_crop")
+    sets = {
+        (found.label, int(protocol.removeprefix("crop_"))): found.right["test"]
+        for (protocol, _, name), of_column in columns.items() if name == student
+        for found in of_column
+    }  # fmt: skip
+    return Drawn(sets, how)
+
+
 NEAREST = "real images nearest to the anchors"
 
 
@@ -215,8 +252,11 @@ def test_the_intervals_that_denoisers_on_the_digits_quote(label, other, ipc, stu
 
 def quoted(page: str, ipc: int, student: str, label: str, other: str, said: str) -> None:
     """A difference stands on a page as its records have it."""
+    is_quoted(page, _drawn(page, ipc, student).difference(label, other), said)
+
+
+def is_quoted(page: str, interval: Interval, said: str) -> None:
     assert said in " ".join((RESULTS / f"{page}.md").read_text().split())
-    interval = _drawn(page, ipc, student).difference(label, other)
     numbers = [float(x) for x in re.findall(r"[-+]?[\d.]+", said)]
     assert numbers == [round(100 * x, 1) for x in interval[:3]]
 
