@@ -99,7 +99,8 @@ GUIDED = {
     ("target", "dtype"), [("h100", "float32"), ("h100", "bfloat16"), ("v5e:2x2", "float32")]
 )
 def test_a_pyramid_that_a_clip_guides_compiles(target, dtype):
-    made = experiment(["resnet18"], depth=SHALLOW, recover__dtype=dtype, **GUIDED)
+    side = 64 if target.startswith("v5e") else 224  # half of the time
+    made = experiment(["resnet18"], depth=SHALLOW, side=side, recover__dtype=dtype, **GUIDED)
     check(compiled(made, target, "recover"))
 
 
