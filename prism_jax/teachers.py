@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from prism_jax.core import batching, pixels
-from prism_jax.core.statistics import at_least_float32
 from prism_jax.errors import UserError
 from prism_jax.models import first_layers, layers
 from prism_jax.types import Array, Normalisation, PyTree, Reading
@@ -85,11 +84,11 @@ class Teacher:
         images_BHWC = pixels.renormalise(images_BHWC, source, self.normalisation)
         logits_BK, sown = self.module.apply(variables, images_BHWC, mutable=["features"])
         (embedding_BD,) = jax.tree.leaves(sown["features"])
-        return at_least_float32(embedding_BD), self._classes(logits_BK)
+        return layers.at_least_float32(embedding_BD), self._classes(logits_BK)
 
     def _classes(self, logits_BK: Array) -> Array:
         """Those of the images' classes, at least in float32."""
-        logits_BK = at_least_float32(logits_BK)
+        logits_BK = layers.at_least_float32(logits_BK)
         if self.class_indices is None:
             return logits_BK
         return logits_BK[:, jnp.asarray(self.class_indices, jnp.int32)]

@@ -21,7 +21,6 @@ import optax
 from prism_jax import parallel, rng
 from prism_jax.core import batching, losses, pixels, schedules
 from prism_jax.core.augment import Augment, augment, show
-from prism_jax.core.statistics import at_least_float32
 from prism_jax.data.answers import NONE
 from prism_jax.data.lazy import Images, read_ahead
 from prism_jax.data.pipeline import continuous_index, num_batches, read_batches
@@ -253,7 +252,9 @@ def train_step(
                 rngs={"dropout": dropout},
             )  # fmt: skip
         mine = jax.tree.map(lambda x: x[part.rows] if x.ndim else x, targets)
-        return student_loss(recipe, at_least_float32(logits_BK), mine, len(part.parts)), updated
+        return student_loss(
+            recipe, layers.at_least_float32(logits_BK), mine, len(part.parts)
+        ), updated
 
     division: dict[str, Any] = {"accumulate": recipe.accumulate, "bn_group": recipe.bn_group}
     devices = mesh.count if batching.fits(size, mesh.count, **division) else 1
@@ -393,7 +394,7 @@ def jitted_forward(
 
     def forward(variables, images_uint8_BHWC):
         logits_BK: Any = module.apply(variables, pixels.normalise(images_uint8_BHWC, normalisation))
-        return at_least_float32(logits_BK)
+        return layers.at_least_float32(logits_BK)
 
     return mesh.jit(forward)
 

@@ -46,7 +46,7 @@ def cross_entropy(logits_BK: Array, labels_B: AnyArray) -> Array:
 def cross_entropies(logits_BK: Array, labels_B: AnyArray) -> Array:
     """``-log softmax(logits)[label]`` of each image."""
     log_probabilities_BK = jax.nn.log_softmax(logits_BK)
-    if parallel.platform() != "cpu":  # picking is a scatter in the gradient: five launches on a GPU
+    if parallel.platform() != "cpu":  # picking is a scatter in the gradient: six launches on a GPU
         classes_K = jnp.arange(logits_BK.shape[1])
         own_BK = labels_B[:, None] == classes_K
         picked_B = jnp.where(own_BK, log_probabilities_BK, 0.0).sum(1)

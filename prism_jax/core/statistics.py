@@ -21,6 +21,7 @@ from jax import lax
 
 from prism_jax.core.views import resize
 from prism_jax.errors import UserError
+from prism_jax.models.layers import at_least_float32
 from prism_jax.types import AnyArray, Array, PyTree
 
 NAMES = ("mean", "var", "patch_mean", "patch_var")
@@ -28,11 +29,6 @@ VARIANCES = ("var", "patch_var")
 
 Path = tuple[str, ...]
 Layers = dict[Path, dict[str, Array]]
-
-
-def at_least_float32(x: Array) -> Array:
-    """What a network computed in bfloat16, as float32; other types stay."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def safe_norm(x: Array) -> Array:

@@ -51,6 +51,11 @@ class Spec(NamedTuple):
         return rows, columns
 
 
+def at_least_float32(x: Array) -> Array:
+    """Half precision is too coarse to sum and square in; double precision stays."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 class Form(NamedTuple):
     """One way to compute a convolution and its two gradients; each takes (array, array, Spec).
 
@@ -64,7 +69,7 @@ class Form(NamedTuple):
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int) -> int:
-    """Windows of a kernel along one axis."""
+    """How many windows of a kernel there are along an axis of ``size``; zeros pad both ends."""
     return (size + 2 * padding - kernel) // stride + 1
 
 
@@ -525,16 +530,19 @@ def parameter(
 
 
 def computes_in(module: nn.Module) -> jnp.dtype | None:
-    """The floating type of a module's attribute "dtype", where it has such a one."""
+    """The floating type that is a module's attribute "dtype"; None where it has no such one."""
+    named = getattr(module, "dtype", None)
+    if named is None:  # which NumPy takes for float64
+        return None
     try:
-        dtype = jnp.dtype(getattr(module, "dtype", None) or "V")
+        dtype = jnp.dtype(named)
     except TypeError:  # another meaning of the name
         return None
     return dtype if jnp.issubdtype(dtype, jnp.floating) else None
 
 
 def converted(module: nn.Module, name: str, value: Array) -> Array:
-    """A parameter in the type that its layer computes in; :func:`freeze` may have it."""
+    """A layer's parameter in its ``dtype``: the one that :func:`freeze` made, or ``value``'s."""
     if module.has_variable("converted", name):
         kept: Array = module.get_variable("converted", name)
         if kept.dtype == module.dtype:
@@ -690,18 +698,17 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
 
-        wide = x_BHWC.astype(jnp.promote_types(x_BHWC.dtype, jnp.float32))
+        wide = at_least_float32(x_BHWC)
         mean_C, var_C = running_mean.value, running_var.value
+        frozen = not train and self.has_variable("folded", "gain")
         if not self.is_initializing():
             tell = self.is_mutable_collection("bn_statistics")
-            frozen = not train and self.has_variable("folded", "gain")
             if tell and frozen and parallel.platform() == "gpu":
                 self._tell_sums(wide)
-                tell = False
-            if tell or train:  # a result that is not used is not computed
+            elif tell or train:  # a result that is not used is not computed
                 batch_mean_C, batch_var_C = moments(wide)
-            if tell:
-                sow_last(self, "bn_statistics", mean=batch_mean_C, var=batch_var_C)
+                if tell:
+                    sow_last(self, "bn_statistics", mean=batch_mean_C, var=batch_var_C)
             if train:
                 part = _PART.get()
                 if part is not None and len(part.groups) > 1:
@@ -722,7 +729,7 @@ class BatchNorm(nn.Module):
                     running_mean.value += self.momentum * (mean_C - running_mean.value)
                     running_var.value += self.momentum * (unbiased_C - running_var.value)
         normal = self._normaliser(scale_C, bias_C)
-        if train or self.epsilon != EPSILON or not self.has_variable("folded", "gain"):
+        if not frozen or self.epsilon != EPSILON:
             return normal(wide, mean_C, var_C)
         # A CPU folds within its pass over the map.
         folded: list[Array] = [self.get_variable("folded", name) for name in ("gain", "shift")]
@@ -778,7 +785,7 @@ def _bessel(count: int) -> float:
 def moments(*maps_BHWC: Array) -> tuple[Array, Array]:
     """Mean and biased variance over all but the last axis of a map, in one pass over it.
 
-    Several maps are parts of one.
+    Several maps (..., C) are parts of one, whose moments (C,) these are.
 
     ``E[x^2] - E[x]^2`` cancels where a channel lies far from zero: its relative error in float32
     is below 1e-6 (1 + mean^2 / var). A shift by the running mean would avoid that, but makes
@@ -846,10 +853,12 @@ def whole_statistics(told: PyTree) -> PyTree:
     There the last stage of every layer's reduction is a launch. All at once they are one.
 
     Args:
-      told: a collection "bn_statistics"; layers that told moments keep them.
+      told: a collection "bn_statistics": a layer's "sum" and "squares" (R, C) of each of R rows
+        of a batch, and the "share" (C,) that a value has in a mean. Layers that told moments
+        keep them.
 
     Returns:
-      A tree of the same layers with "mean" and "var".
+      A tree of the same layers with "mean" and "var", the biased one, (C,) each.
     """
     flat = traverse_util.flatten_dict(told)
     by_rows: dict[int, list[tuple[str, ...]]] = {}  # of one batch size, but in odd networks
@@ -875,7 +884,7 @@ def _variance(mean_C: Array, square_C: Array) -> Array:
 
 def normalise(x: Array, axes: int | tuple[int, ...], epsilon: float) -> Array:
     """Zero mean and unit variance over the axes, at least in float32."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = at_least_float32(x)
     centred = x - jnp.mean(x, axes, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axes, keepdims=True)
     return centred * lax.rsqrt(variance + epsilon)

@@ -3,8 +3,8 @@
 Between the two lies the largest map of a network. On a TPU what reads and makes it was
 half of a ResNet-18's iteration by the compiler's estimate, most of it the gradient, put together
 from the phases of the pooling's stride. There the convolution gives every phase as a map of its own
-instead: the pooling takes its windows from four maps, whose gradients go back through four
-convolutions, and what follows a frozen BatchNorm's maximum is done once a window.
+instead, the pooling takes its windows from the four, and their gradients go back through four
+convolutions. A frozen BatchNorm and the ReLU come after the pooling, on a quarter of the values.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ def conv_norm_pool(
     does; any other shares it. There ``nn.intercept_methods`` sees neither layer's call.
 
     Args:
+      images_BHWC: normalised.
+      features: channels of the result.
+      kernel_size: side of the square kernel, odd.
       names: of the convolution and of the BatchNorm.
+      dtype: of the computation.
 
     Returns:
       (B, H / 4, W / 4, features), rounded up.
@@ -54,9 +58,8 @@ def conv_norm_pool(
     )
     norm = layers.BatchNorm(dtype=dtype, name=names[1])
     frozen = not train and norm.has_variable("folded", "gain")
-    if (
-        frozen and min(images_BHWC.shape[1:3]) > 2 and parallel.platform() == "tpu"
-    ):  # every phase has values
+    every_phase_has_values = min(images_BHWC.shape[1:3]) > 2
+    if frozen and every_phase_has_values and parallel.platform() == "tpu":
         return _by_phases(images_BHWC, conv, norm)
     return layers.max_pool(nn.relu(norm(conv(images_BHWC), train)), 3, 2, 1)
 
@@ -74,14 +77,11 @@ def _by_phases(images_BHWC: Array, conv: layers.Conv, norm: layers.BatchNorm) ->
     kernel_HWIO = (conv.get_variable("params", "kernel") * sign_C).astype(conv.dtype)
     maps = convolve(images_BHWC.astype(conv.dtype), kernel_HWIO, conv.padding)
     if norm.is_mutable_collection("bn_statistics"):
-        mean_C, var_C = layers.moments(*map(_wide, maps))
+        mean_C, var_C = layers.moments(*map(layers.at_least_float32, maps))
         layers.sow_last(norm, "bn_statistics", mean=mean_C * sign_C, var=var_C)
     pooled_BHWC = max_pool(maps, _size(maps))
-    return nn.relu((_wide(pooled_BHWC) * (gain_C * sign_C) + shift_C).astype(norm.dtype))
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide_BHWC = layers.at_least_float32(pooled_BHWC)
+    return nn.relu((wide_BHWC * (gain_C * sign_C) + shift_C).astype(norm.dtype))
 
 
 def _size(maps: Phases) -> tuple[int, int]:
@@ -92,7 +92,15 @@ def _size(maps: Phases) -> tuple[int, int]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def convolve(x_BHWC: Array, kernel_HWIO: Array, padding: int) -> Phases:
-    """The phases of a convolution with stride 2: each has stride 4."""
+    """The phases of a convolution with stride 2: each has stride 4.
+
+    Args:
+      x_BHWC, kernel_HWIO: of one dtype, which is the result's.
+      padding: zeros on every side, less than the kernel's.
+
+    Returns:
+      Four maps (B, rows, columns, O).
+    """
     return _each_phase(_strided_phase, x_BHWC, kernel_HWIO, padding)
 
 
@@ -180,7 +188,10 @@ def max_pool(maps: Phases, size: tuple[int, int]) -> Array:
     Where maxima tie, the first of a window has the gradient.
 
     Args:
-      size: height and width of the whole map, for the gradient.
+      size: height H and width W of the whole map, for the gradient.
+
+    Returns:
+      (B, H / 2, W / 2, C), rounded up.
     """
     return functools.reduce(jnp.maximum, _windows(maps))
 

@@ -94,3 +94,9 @@ def small_pool(
         module = TwoConvs((4 + i, 6 + 2 * i), num_classes, jnp.dtype(dtype))
         members[name] = module, random_variables(module, image_shape, i, dtype)
     return TeacherPool.of(members, image_shape=image_shape, normalisation=normalisation)
+
+
+def furthest(found: PyTree, wanted: PyTree) -> float:
+    """The largest difference of any two values of two trees."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+    return max(float(np.abs(np.float64(a) - np.float64(b)).max(initial=0)) for a, b in pairs)

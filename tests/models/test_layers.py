@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from helpers.compiling import jit
+from helpers.networks import TwoConvs, furthest, random_variables
 from jax import lax
 
 from prism_jax import parallel
@@ -104,11 +105,6 @@ def second_gradients(conv, shape, x, kernel):
         return sum(jnp.sum(g**2) for g in jax.grad(loss, (0, 1))(x, kernel))
 
     return jax.grad(size, (0, 1))(x, kernel)
-
-
-def furthest(left, right):
-    pairs = zip(left, right, strict=True)
-    return max(float(np.max(np.abs(np.asarray(a) - np.asarray(b)))) for a, b in pairs)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -463,38 +459,10 @@ def test_moments_of_bfloat16_are_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves(told)} == {np.dtype(np.float32)}
 
 
-class Three(nn.Module):
-    """Three BatchNorms of unlike widths, over maps of unlike sizes."""
-
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x_BHWC):
-        for i, (features, stride) in enumerate(((4, 1), (7, 2), (5, 2))):
-            x_BHWC = layers.conv_norm(
-                x_BHWC, features, 3, stride, names=(f"conv{i}", f"bn{i}"), activation=nn.silu,
-                train=False, dtype=self.dtype,
-            )  # fmt: skip
-        return layers.Dense(3, dtype=self.dtype, name="head")(x_BHWC.mean((1, 2)))
-
-
-def three_variables(module):
-    return of_order_one(module.init(jax.random.key(0), jnp.zeros((1, 9, 8, 3))))
-
-
-def of_order_one(variables):
-    """Other running statistics than those that are learnt from."""
-    draw = np.random.default_rng(0)
-    running = jax.tree.map(
-        lambda leaf: np.exp(draw.normal(0, 0.5, leaf.shape)), variables["batch_stats"]
-    )
-    return {**variables, "batch_stats": running}
-
-
 def test_the_sums_that_a_gpu_is_told_make_the_moments(monkeypatch):
     with jax.enable_x64(True):
-        module = Three(dtype=jnp.float64)
-        frozen = layers.freeze(three_variables(module))
+        module = TwoConvs(dtype=jnp.float64)
+        frozen = layers.freeze(random_variables(module, (9, 8, 3), 0))
         x = np.random.default_rng(1).normal(1, 2, (4, 9, 8, 3))
 
         def told(x):
@@ -513,8 +481,7 @@ def test_the_sums_that_a_gpu_is_told_make_the_moments(monkeypatch):
         monkeypatch.setattr(parallel, "platform", lambda: "gpu")
         found = passes()
         assert jax.tree.structure(found) == jax.tree.structure(wanted)
-        far = lambda found: furthest(jax.tree.leaves(found), jax.tree.leaves(wanted))  # noqa: E731
-        assert far(found) < 1e-5  # shares of pixels are float32
+        assert furthest(found, wanted) < 1e-5  # shares of pixels are float32
         whole, last = layers.whole_statistics, ("bn2", "share")
 
         def miscounted(told):
@@ -522,7 +489,7 @@ def test_the_sums_that_a_gpu_is_told_make_the_moments(monkeypatch):
             return whole(traverse_util.unflatten_dict({**flat, last: 1.1 * flat[last]}))
 
         monkeypatch.setattr(layers, "whole_statistics", miscounted)
-        assert far(passes()) > 1e-2  # twin
+        assert furthest(passes(), wanted) > 1e-2  # twin
 
 
 class Odd(nn.Module):
@@ -540,7 +507,7 @@ class Odd(nn.Module):
 
 def test_sums_are_told_of_any_network(monkeypatch):
     module, x = Odd(), np.float32(np.random.default_rng(1).normal(1, 2, (6, 4, 3, 4)))
-    frozen = layers.freeze(of_order_one(module.init(jax.random.key(0), x)))
+    frozen = layers.freeze(random_variables(module, x.shape[1:], 0))
 
     def told(x):
         _, sown = module.apply(frozen, x, mutable=["bn_statistics"])
@@ -550,21 +517,20 @@ def test_sums_are_told_of_any_network(monkeypatch):
     monkeypatch.setattr(parallel, "platform", lambda: "gpu")
     found = told(x)
     assert jax.tree.structure(found) == jax.tree.structure(wanted) and len(wanted) == 4
-    np.testing.assert_array_less(furthest(*map(jax.tree.leaves, (found, wanted))), 1e-5)
+    assert furthest(found, wanted) < 1e-5
 
 
 def test_a_network_that_is_not_frozen_tells_moments_on_a_gpu_too(monkeypatch):
     monkeypatch.setattr(parallel, "platform", lambda: "gpu")
-    module = Three()
-    _, sown = module.apply(
-        three_variables(module), jnp.ones((2, 9, 8, 3)), mutable=["bn_statistics"]
-    )
+    module = TwoConvs()
+    variables = random_variables(module, (9, 8, 3), 0)
+    _, sown = module.apply(variables, jnp.ones((2, 9, 8, 3)), mutable=["bn_statistics"])
     assert {name for layer in sown["bn_statistics"].values() for name in layer} == {"mean", "var"}
 
 
 def test_parameters_are_converted_once():
-    module, x = Three(dtype=jnp.bfloat16), np.random.default_rng(1).normal(1, 2, (4, 9, 8, 3))
-    variables = three_variables(module)
+    module, x = TwoConvs(dtype=jnp.bfloat16), np.random.default_rng(1).normal(1, 2, (4, 9, 8, 3))
+    variables = random_variables(module, (9, 8, 3), 0)
     plain = layers.freeze(variables)
     frozen = layers.freeze(variables, jnp.bfloat16)
     assert "converted" not in plain and "converted" not in layers.freeze(variables, jnp.float32)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.compiling import FAST_ALIKE
+from helpers.networks import furthest, random_variables
 
 from prism_jax import parallel
 from prism_jax.models import build, layers, stem
@@ -36,18 +37,15 @@ def on_tpu(monkeypatch):
     return lambda: monkeypatch.setattr(parallel, "platform", lambda: "tpu")
 
 
-def random_variables(module, shape, seed=0):
-    """Weights and statistics of order one, BatchNorms' scales of both signs."""
-    draw = np.random.default_rng(seed)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(shape))
+def variables_of(module, shape):
+    """Of order one, every second scale of a BatchNorm below zero."""
 
-    def drawn(path, leaf):
-        values = draw.standard_normal(leaf.shape).astype(np.float32)
-        if path[-1].key == "kernel":
-            return values / np.sqrt(np.prod(leaf.shape[:-1]))
-        return np.exp(0.3 * values) if path[-1].key == "var" else values
+    def signed(path, leaf):
+        if path[-1].key != "scale":
+            return leaf
+        return leaf * np.where(np.arange(len(leaf)) % 2, -1, 1).astype(leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(drawn, shapes)
+    return jax.tree_util.tree_map_with_path(signed, random_variables(module, shape[1:], 0))
 
 
 def read(module, variables, x_BHWC):
@@ -63,11 +61,6 @@ def read(module, variables, x_BHWC):
     return gradient, *found
 
 
-def furthest(found, wanted):
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
-    return max(float(np.abs(np.float64(a) - np.float64(b)).max(initial=0)) for a, b in pairs)
-
-
 SIZES = [(16, 20), (15, 18), (13, 17), (14, 11)]  # even and odd, before and after the convolution
 
 
@@ -76,8 +69,8 @@ SIZES = [(16, 20), (15, 18), (13, 17), (14, 11)]  # even and odd, before and aft
 def test_phases_are_the_whole(kernel, size, on_tpu):
     module = Stem(kernel)
     x = np.random.default_rng(2).standard_normal((3, *size, 3)).astype(np.float32)
-    variables = random_variables(module, x.shape)
-    variables["params"]["bn1"]["scale"][1] = 0.0
+    variables = variables_of(module, x.shape)
+    variables["params"]["bn1"]["scale"][2] = 0.0
     assert variables["params"]["bn1"]["scale"].min() < 0
     frozen = layers.freeze(variables)
     wanted = read(module, frozen, x)
@@ -144,7 +137,7 @@ def phases(x_BHWC):
 @pytest.mark.parametrize("swapped", [(0, 2, 1, 3), (3, 1, 2, 0)])
 def test_a_swapped_phase_is_seen(swapped, on_tpu, monkeypatch):
     module, x = Stem(7), np.random.default_rng(2).standard_normal((3, 16, 16, 3))
-    frozen = layers.freeze(random_variables(module, x.shape))
+    frozen = layers.freeze(variables_of(module, x.shape))
     wanted = read(module, frozen, x.astype(np.float32))
     on_tpu()
     whole = stem.convolve
@@ -158,7 +151,7 @@ def test_bfloat16_is_rounded_alike(on_tpu):
         Stem(7, dtype=jnp.bfloat16),
         np.random.default_rng(2).standard_normal((3, 16, 16, 3)),
     )
-    frozen = layers.freeze(random_variables(module, x.shape))
+    frozen = layers.freeze(variables_of(module, x.shape))
     _, wanted, told = read(module, frozen, x.astype(np.float32))
     on_tpu()
     _, found, told_by_phases = read(module, frozen, x.astype(np.float32))
@@ -194,7 +187,7 @@ def pooled_by_phases(x_BHWC, dy_BHWC):
 @pytest.mark.parametrize("frozen, train", [(False, False), (True, True)])
 def test_what_is_not_frozen_has_the_stem_of_every_platform(frozen, train, on_tpu):
     module, x = Stem(7), np.random.default_rng(2).standard_normal((3, 16, 16, 3))
-    variables = random_variables(module, x.shape)
+    variables = variables_of(module, x.shape)
     if frozen:
         variables = layers.freeze(variables)
     run = lambda: module.apply(variables, jnp.asarray(x), train, mutable=TOLD)  # noqa: E731
@@ -207,7 +200,7 @@ def test_what_is_not_frozen_has_the_stem_of_every_platform(frozen, train, on_tpu
 def test_networks_are_the_same_by_phases(name, on_tpu):
     module = build(name, num_classes=3, width=0.25, depth=0.3)
     x = np.random.default_rng(2).standard_normal((2, 64, 64, 3)).astype(np.float32)
-    frozen = layers.freeze(random_variables(module, x.shape))
+    frozen = layers.freeze(variables_of(module, x.shape))
     wanted = read(module, frozen, x)
     on_tpu()
     calls, whole = [], stem.convolve
