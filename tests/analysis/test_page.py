@@ -81,17 +81,6 @@ SHOWN = (
 )
 
 
-# Rows whose label has more lines than words.
-BROKEN = """
-[...document.querySelectorAll('#accuracy tbody tr')].map(row => row.cells[0]).filter(cell => {
-  const text = document.createRange()
-  text.selectNodeContents(cell)
-  const lines = new Set([...text.getClientRects()].map(line => line.top)).size
-  return lines > cell.textContent.trim().split(/\\s+/).length
-}).map(cell => cell.textContent)
-"""
-
-
 def test_a_browser_shows_it_on_a_phone_and_in_the_dark(html, tmp_path):
     file = tmp_path / "page.html"
     file.write_text(html)
@@ -111,15 +100,6 @@ def test_a_browser_shows_it_on_a_phone_and_in_the_dark(html, tmp_path):
         tab.open(file, width=390, dark=False)
         tab.run("document.querySelector('h1').style.overflowWrap = 'normal', 0")
         assert "the page" in tab.run(browser.OVERFLOWING)
-
-        # Labels of rows keep their words where nothing but the table's width holds them.
-        each = "document.querySelectorAll('#accuracy {}').forEach(cell => {{ {} }}), 0"
-        tab.run(each.format("thead", "cell.remove()"))
-        tab.run(each.format("tbody th", "cell.textContent = 'random real, soft labels'"))
-        assert tab.run(BROKEN) == []
-        tab.run(each.format("tbody th", "cell.style.overflowWrap = 'anywhere'"))
-        assert len(tab.run(BROKEN)) == 4  # twin
-        tab.open(file, width=390, dark=False)
 
         # Sorted by numbers, the unknown last either way; then filtered by words.
         click = "document.querySelectorAll('#accuracy thead button')[{}].click()"

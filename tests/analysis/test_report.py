@@ -7,6 +7,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from helpers import browser
 
 from prism_jax.analysis import report
 
@@ -102,3 +103,30 @@ def test_unknown_numbers_are_dashes(summary):
 
 def test_the_same_run_has_the_same_report(summary):
     assert render(summary, figures={"grid": PNG}) == render(summary, figures={"grid": PNG})
+
+
+# Labels of the table of accuracies that have more lines than words.
+BROKEN = """
+[...document.querySelectorAll('.accuracies tbody th')].filter(cell => {
+  const text = document.createRange()
+  text.selectNodeContents(cell)
+  const lines = new Set([...text.getClientRects()].map(line => line.top)).size
+  return lines > cell.textContent.trim().split(/\\s+/).length
+}).map(cell => cell.textContent.trim())
+"""
+
+
+def test_the_rows_labels_keep_their_words_on_a_phone(summary, tmp_path):
+    file = tmp_path / "report.html"
+    file.write_text(render(summary))
+    with browser.opened(tmp_path / "profile") as tab:
+        tab.open(file, width=390, dark=False)
+        assert tab.run("document.querySelectorAll('.accuracies tbody th').length") > 2
+        assert tab.run(browser.OVERFLOWING) == [] and tab.run(BROKEN) == []
+        # The twin: words that may be broken anywhere are.
+        tab.run("document.querySelector('.accuracies').style.overflowWrap = 'anywhere', 0")
+        tab.run(
+            "document.querySelectorAll('.accuracies th')"
+            ".forEach(cell => { cell.style.overflowWrap = 'inherit' }), 0"
+        )
+        assert "synthetic" in tab.run(BROKEN)
