@@ -748,9 +748,8 @@ class BatchNorm(nn.Module):
 
     def _tell_sums(self, x_BHWC: Array) -> None:
         """Tell the sums of every image, for :func:`whole_statistics`."""
-        x_BPC = x_BHWC.reshape(len(x_BHWC), -1, x_BHWC.shape[-1])
-        sums_BC, squares_BC = _sums_of_images(x_BPC)
-        share_C = jnp.full(x_BPC.shape[2:], 1 / np.prod(x_BPC.shape[:2]), jnp.float32)
+        sums_BC, squares_BC = _sums_of_images(x_BHWC)
+        share_C = jnp.full(x_BHWC.shape[-1:], 1 / np.prod(x_BHWC.shape[:-1]), jnp.float32)
         sow_last(self, "bn_statistics", sum=sums_BC, squares=squares_BC, share=share_C)
 
     def _take_up(self, running_C: Array, group_nC: Array) -> Array:
@@ -833,18 +832,22 @@ MEANS = {"apart": _means_apart, "complex": _means_as_complex}
 
 
 @jax.custom_jvp
-def _sums_of_images(x_BPC: Array) -> tuple[Array, Array]:
-    """Sums over P of every image's values and of their squares, per channel."""
-    both_BC = jnp.sum(lax.complex(x_BPC, jnp.square(x_BPC)), 1)
+def _sums_of_images(x_BHWC: Array) -> tuple[Array, Array]:
+    """Sums of every image's values and of their squares, per channel; of any rank above one."""
+    both_BC = _sum_of_image(lax.complex(x_BHWC, jnp.square(x_BHWC)))
     return both_BC.real, both_BC.imag
 
 
 @_sums_of_images.defjvp
 def _sums_of_images_jvp(primals, tangents):
     """No factor stands at a sum: for every layer it would be a launch of its own."""
-    (x_BPC,), (dx_BPC,) = primals, tangents
-    slopes = jnp.sum(dx_BPC, 1), jnp.sum((x_BPC + x_BPC) * dx_BPC, 1)
-    return _sums_of_images(x_BPC), slopes
+    (x_BHWC,), (dx_BHWC,) = primals, tangents
+    slopes = _sum_of_image(dx_BHWC), _sum_of_image((x_BHWC + x_BHWC) * dx_BHWC)
+    return _sums_of_images(x_BHWC), slopes
+
+
+def _sum_of_image(x_BHWC: Array) -> Array:
+    return jnp.sum(x_BHWC, tuple(range(1, x_BHWC.ndim - 1)))
 
 
 def whole_statistics(told: PyTree) -> PyTree:
