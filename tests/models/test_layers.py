@@ -140,7 +140,7 @@ def test_the_form_follows_the_shape(shape):
 
 def test_every_form_is_tested():
     tested = {form for shape in SHAPES for form in shape.forms}
-    assert tested | {"lax apart", "fused"} == set(layers.FORMS)
+    assert tested | {"lax apart", "fused", "eights"} == set(layers.FORMS)
 
 
 @pytest.fixture
@@ -166,6 +166,57 @@ def test_forms_of_other_platforms_are_the_convolution(shape, platform):
         assert furthest(passes(conv, shape, x, kernel), passes(plain, shape, x, kernel)) < 1e-10
         twin = lambda shape, x, kernel: ours(shape, x, kernel[::-1] + 0.1)  # noqa: E731
         assert furthest(passes(twin, shape, x, kernel), passes(plain, shape, x, kernel)) > 1e-2
+
+
+EIGHTS = {"kernel": 3, "groups": 16, "features": 16, "images": 97}
+
+
+@pytest.mark.parametrize(
+    ("change", "form"),
+    [
+        ({}, "eights"),
+        ({"images": 96}, "lax"),  # three quarters of 128
+        ({"images": 128}, "eights"),
+        ({"images": 192}, "lax"),
+        ({"groups": 12, "features": 12}, "lax"),
+        ({"groups": 232, "features": 232}, "eights"),
+        ({"groups": 240, "features": 240}, "lax"),
+        ({"features": 32}, "lax"),  # two of a channel
+        ({"groups": 1}, "lax apart"),
+    ],
+    ids=str,
+)
+def test_a_tpu_takes_eight_channels_at_a_time_where_eight_are_a_tile(change, form):
+    asked = EIGHTS | change
+    x_shape = (asked["images"], 5, 4, 16 if asked["groups"] == 1 else asked["groups"])
+    kernel = (3, 3, x_shape[-1] // asked["groups"], asked["features"])
+    spec = layers.Spec(x_shape, kernel, 1, 1, asked["groups"])
+    assert {layers.choose_form(step, spec, "tpu") for step in STEPS} == {form}
+
+
+@pytest.mark.parametrize("platform", ["tpu"], indirect=True)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape((5, 4), 3, 1, 1, (16, 16), 16, DEPTHWISE),
+        Shape((6, 7), 5, 2, 2, (24, 24), 24, DEPTHWISE),
+        Shape((3, 2), 5, 1, 2, (8, 8), 8, DEPTHWISE),
+    ],
+    ids=str,
+)
+def test_eight_channels_at_a_time_are_the_depthwise_convolution(shape, platform, monkeypatch):
+    with jax.enable_x64(True):
+        draw = np.random.default_rng(0)
+        x = draw.standard_normal((97, *shape.map, shape.groups))
+        kernel = draw.standard_normal((shape.kernel, shape.kernel, 1, shape.groups))
+        conv = lambda *args: ours(*args)  # noqa: E731 (a new function is traced anew)
+        wanted = passes(plain, shape, x, kernel)
+        assert furthest(passes(conv, shape, x, kernel), wanted) < 1e-10
+        monkeypatch.setattr(
+            layers.jnp, "eye", lambda n, dtype: jnp.roll(np.eye(n, dtype=dtype), 1, 0)
+        )
+        twin = lambda *args: ours(*args)  # noqa: E731
+        assert furthest(passes(twin, shape, x, kernel), wanted) > 1e-2
 
 
 def test_a_gpu_adds_the_products_of_bfloat16_in_float32():
