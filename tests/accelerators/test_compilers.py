@@ -32,6 +32,11 @@ AS_ON_A_CPU = """
 from prism_jax import parallel
 parallel.platform = lambda: "cpu"
 """
+# Depthwise convolutions as XLA has them.
+WITHOUT_EIGHTS = """
+from prism_jax.models import layers
+layers._eights_suit = lambda spec: False
+"""
 # Every family once, in groups that make one program of recover each.
 FAMILIES = (
     ("resnet18", "mobilenet_v2", "shufflenet_v2_x0_5"),
@@ -215,6 +220,19 @@ def test_stems_by_phases_compile_for_tpus(network, dtype):
     if network == "resnet18":  # the form is there: without it there is more to do
         others = compiled(made, "v5e:2x2", "recover", prelude=AS_ON_A_CPU)
         assert found.cost.always.cycles < 0.9 * others.cost.always.cycles
+
+
+def test_depthwise_convolutions_by_eight_channels_compile_for_tpus():
+    fields = {
+        "parallel__matmul_precision": "default",  # half of the time
+        "recover__batch_size": 100, "recover__ipc": 25, "recover__slots_per_batch": 25,
+    }  # fmt: skip
+    made = experiment(["mobilenet_v2"], side=64, depth=SHALLOW, **fields)
+    found, others = (
+        compiled(made, "v5e:2x2", "recover", prelude=prelude) for prelude in ("", WITHOUT_EIGHTS)
+    )
+    check(found)
+    assert found.cost.always.cycles < 0.9 * others.cost.always.cycles
 
 
 def test_a_gpu_s_forms_have_fewer_launches():
