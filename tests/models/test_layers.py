@@ -168,7 +168,7 @@ def test_forms_of_other_platforms_are_the_convolution(shape, platform):
         assert furthest(passes(twin, shape, x, kernel), passes(plain, shape, x, kernel)) > 1e-2
 
 
-EIGHTS = {"kernel": 3, "groups": 16, "features": 16, "images": 97}
+EIGHTS = {"groups": 16, "features": 16, "images": 97, "stride": 1}
 
 
 @pytest.mark.parametrize(
@@ -179,8 +179,10 @@ EIGHTS = {"kernel": 3, "groups": 16, "features": 16, "images": 97}
         ({"images": 128}, "eights"),
         ({"images": 192}, "lax"),
         ({"groups": 12, "features": 12}, "lax"),
-        ({"groups": 232, "features": 232}, "eights"),
-        ({"groups": 240, "features": 240}, "lax"),
+        ({"groups": 32, "features": 32}, "eights"),
+        ({"groups": 40, "features": 40}, "lax"),
+        ({"groups": 232, "features": 232, "stride": 2}, "eights"),
+        ({"groups": 240, "features": 240, "stride": 2}, "lax"),
         ({"features": 32}, "lax"),  # two of a channel
         ({"groups": 1}, "lax apart"),
     ],
@@ -190,7 +192,7 @@ def test_a_tpu_takes_eight_channels_at_a_time_where_eight_are_a_tile(change, for
     asked = EIGHTS | change
     x_shape = (asked["images"], 5, 4, 16 if asked["groups"] == 1 else asked["groups"])
     kernel = (3, 3, x_shape[-1] // asked["groups"], asked["features"])
-    spec = layers.Spec(x_shape, kernel, 1, 1, asked["groups"])
+    spec = layers.Spec(x_shape, kernel, asked["stride"], 1, asked["groups"])
     assert {layers.choose_form(step, spec, "tpu") for step in STEPS} == {form}
 
 
