@@ -24,7 +24,7 @@ from prism_jax.diffusion import samplers
 from prism_jax.errors import UserError
 from prism_jax.programs import shapes_of
 from prism_jax.progress import hours_of
-from prism_jax.stages import anchoring, relabel, validate
+from prism_jax.stages import anchoring, generator, relabel, validate
 from prism_jax.stages.context import Context
 from prism_jax.stages.makers.optimise import recipe_of
 from prism_jax.training import TESTED
@@ -87,11 +87,12 @@ def _check_span(e: Experiment, target: Target) -> None:
     Raises:
       UserError: it has fewer.
     """
-    if (span := e.parallel.recover_devices) > target.devices_of_a_host:
-        raise UserError(
-            f"parallel.recover_devices is {span}, and a host of {target.name} has "
-            f"{target.devices_of_a_host}; at most so many can share an image batch"
-        )
+    for field, what in (("recover_devices", "an image batch"), ("train_devices", "a training")):
+        if (span := getattr(e.parallel, field) or 1) > target.devices_of_a_host:
+            raise UserError(
+                f"parallel.{field} is {span}, and a host of {target.name} has "
+                f"{target.devices_of_a_host}; at most so many can share {what}"
+            )
 
 
 def said_of(target: Target) -> str:
@@ -151,6 +152,7 @@ def _training(
     seconds = steps * seconds_of(done.cost.mean({}), target)
     seconds += tests * num_batches(images, TESTED) * each
     said = f"{_each(target, done, what)}; {1e3 * each:.3g} ms for {TESTED} images of a test{note}"
+    said += _excess(target, tested)
     return _lasting(target, seconds / 3600, said)
 
 
@@ -288,7 +290,7 @@ def _refines(e: Experiment) -> bool:
 
 
 def _generate(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
-    """What a generator takes: its training, latents of real images, images, those of a control."""
+    """What a generator takes: its training, latents of real images, images, those that test it."""
     g, context, layout = e.generate, shapes_of(e), batch_layout(e)
     found = {}
     if g.generator == "dit":
@@ -318,19 +320,29 @@ def _generate(e: Experiment, target: Target, known: Known) -> dict[str, Stage]:
         rounds = math.ceil(units * math.ceil(layout.size / size) / target.devices)
         each = f"a batch of {size} images on each of {target.devices} device(s)"
         found["refining takes"] = _stage(target, done, rounds, each)
+    if g.generator == "dit":  # one process measures it
+        count, there = generator.images_measured(e.dataset.num_classes), target.devices_of_a_host
+        found |= _from_noise(e, target, known, "its quality", "takes", count / there)
     if "no_anchors" in e.validate.controls:
-        # From noise alone: more steps than recover's where that begins with anchors.
-        done, _ = _compile(e, target, "recover", known)
-        steps = [samplers.evaluations(sampling_of(h, SCHEDULES[g.generator]))
-                 for h in (dataclasses.replace(g, strength=1.0, mode_weight=0.0), g)]  # fmt: skip
-        if steps[1]:
-            times = images / batch.size / target.devices * steps[0] / steps[1]
-            each = f"a batch of {batch.size} images for as many steps as recover's"
-            found["images without anchors take"] = _stage(target, done, times, each)
-        else:
-            said = "not counted: recover's program, at strength 0, has no steps to scale by"
-            found["images without anchors"] = Stage(None, said)
+        name = "images without anchors"
+        found |= _from_noise(e, target, known, name, "take", images / target.devices)
     return found
+
+
+def _from_noise(
+    e: Experiment, target: Target, known: Known, name: str, verb: str, images: float
+) -> dict[str, Stage]:
+    """So many images of a device from noise alone, in more steps than those that have anchors."""
+    done, _ = _compile(e, target, "recover", known)
+    batch, schedule = _painted_batch(e), SCHEDULES[e.generate.generator]
+    free = dataclasses.replace(e.generate, strength=1.0, mode_weight=0.0)
+    steps, own = (samplers.evaluations(sampling_of(g, schedule)) for g in (free, e.generate))
+    if not own:
+        said = "not counted: recover's program, at strength 0, has no steps to scale by"
+        return {name: Stage(None, said)}
+    each = f"a batch of {batch.size} images for as many steps as recover's"
+    stage = _stage(target, done, images / batch.size * steps / own, each)
+    return {f"{name} {verb}": stage}
 
 
 def _encoded(context: Context) -> tuple[int | None, int]:
@@ -523,7 +535,15 @@ def _each(target: Target, done: Found, what: str, cost: Cost | None = None) -> s
     else:
         said = f"{cost.bytes / 1e9:.2f} GB, {cost.flops / 1e12:.2f} TFLOP, {cost.launches:.0f}"
         said = f"{said} launches: a lower bound"
-    return f"{1e3 * seconds_of(cost, target):.3g} ms {what} ({said})"
+    return f"{1e3 * seconds_of(cost, target):.3g} ms {what} ({said}){_excess(target, done)}"
+
+
+def _excess(target: Target, done: Found) -> str:
+    """What a program takes that is not there, which a GPU's compiler does not mind."""
+    if fits(done, target):
+        return ""
+    more = done.memory["total"] - capacity(target)
+    return f"; it does not fit: {size_of(more)} more than a device has for it"
 
 
 def _gigabytes(count: int) -> str:

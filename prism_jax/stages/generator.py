@@ -222,25 +222,29 @@ def _check_channels(g: Generate, returned: int, channels: int) -> None:
 
 
 def missing(context: Context) -> list[str]:
-    """What it is read from and is not there, a line each."""
+    """What it is read from and is not there, a line each; with its images made, it is not read."""
     g = context.config.generate
     if g.generator == "dit":
         return []
+    looks: list[Callable[[], Any]] = []
+    if not (
+        (folder(context) / RECORD).exists()
+        and (context.root / "recover" / "manifest.json").exists()
+    ):
+        looks += [
+            functools.partial(huggingface.check_there, fingerprints.part_path(context, part), part)
+            for part in fingerprints.generator_parts(context)
+        ]
+        if g.generator == "stable_diffusion":
+            looks.append(lambda: prompts.tokenizer_folder(str(g.directory)))
+    if g.generator == "stable_diffusion":
+        looks.append(lambda: prompts.of_classes(context.inputs.spoken_names, g.template))
     found = []
-    for part in fingerprints.generator_parts(context):
+    for look in looks:
         try:
-            huggingface.check_there(fingerprints.part_path(context, part), part)
+            look()
         except UserError as error:
             found.append(str(error))
-    if g.generator == "stable_diffusion":
-        for look in (
-            lambda: prompts.of_classes(context.inputs.spoken_names, g.template),
-            lambda: prompts.tokenizer_folder(str(g.directory)),
-        ):
-            try:
-                look()
-            except UserError as error:
-                found.append(str(error))
     return found
 
 
@@ -606,9 +610,15 @@ def measure(context: Context) -> None:
     context.work.wait(lambda: is_measured(context))
 
 
+def images_measured(classes: int) -> int:
+    """How many images of these classes the quality is measured on."""
+    return classes * -(-MEASURED // classes)
+
+
 def _measured(context: Context) -> quality.Quality:
     classes, opened = context.config.dataset.num_classes, open_(context)
-    class_N, slot_N = (x.ravel() for x in np.mgrid[:classes, : -(-MEASURED // classes)])
+    slots = images_measured(classes) // classes
+    class_N, slot_N = (x.ravel() for x in np.mgrid[:classes, :slots])
     free = dataclasses.replace(opened.sampling, strength=1.0, terms=())
     painter = Painter(context, opened._replace(sampling=free, refining=None), len(class_N))
     (painted,) = painter.paint([Wish(class_N, slot_N)], context.config.squeeze.seed)

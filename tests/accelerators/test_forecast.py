@@ -10,12 +10,14 @@ import pytest
 from helpers.accelerators import experiment
 from helpers.command import ROOT, call
 
-from configs import tiny, tiny_d4m
+from configs import base, d4m_digits, tiny, tiny_d4m
 from configs.methods import cao2, d4m, delt, gvbsm, prism
 from prism_jax.accelerators import compiling, forecast, targets
 from prism_jax.accelerators.account import Account, Cost
 from prism_jax.accelerators.compiling import Found
 from prism_jax.config import resolve
+from prism_jax.config.generation import SCHEDULES, sampling_of
+from prism_jax.diffusion import samplers
 from prism_jax.errors import UserError
 
 H100, V5E = targets.parse("h100"), targets.parse("v5e:2x2")
@@ -267,6 +269,52 @@ def test_images_without_anchors_take_all_steps(monkeypatch):
     c.generate.strength = 0.0  # no step of recover's to scale by
     stages = forecast.stages(resolve(c), H100, {})
     assert stages["images without anchors"].hours is None
+
+
+def test_a_trained_generator_is_measured_on_a_thousand_images(monkeypatch):
+    e = resolve(d4m_digits.get_config())
+    monkeypatch.setattr(targets, "compiler_missing", lambda target: None)
+    cost = Account(Cost(1, 0, 0, 3.6), {})
+    found = Found("compiled", memory={"arguments": 0, "total": 1}, cost=cost)
+    monkeypatch.setattr(compiling, "compile_program", lambda *_, **__: found)
+    stages = forecast.stages(e, H100, {})
+    schedule = SCHEDULES["dit"]
+    free = dataclasses.replace(e.generate, strength=1.0)
+    all_steps, steps = (samplers.evaluations(sampling_of(g, schedule)) for g in (free, e.generate))
+    assert all_steps > steps > 0
+    size = min(e.generate.batch_size, e.recover.ipc * 10)
+    wanted = 0.001 * 1000 / size * all_steps / steps
+    assert stages["its quality takes"].hours == pytest.approx(wanted)
+
+
+def test_what_does_not_fit_is_told_of_every_program_of_a_gpu(monkeypatch):
+    """Its compiler does not refuse it, and would give hours for what cannot run."""
+    c = base.get_config()
+    monkeypatch.setattr(targets, "compiler_missing", lambda target: None)
+
+    def compile_program(made, target, program, **given):
+        total = GIB * (70 if program in large else 1)
+        memory = {"arguments": 0, "total": total}
+        return Found("compiled", memory=memory, cost=Account(Cost(1, 0, 0, 3.6), {}))
+
+    monkeypatch.setattr(compiling, "compile_program", compile_program)
+    monkeypatch.setattr(forecast, "_real_images", lambda e, split="train": 1000)
+    said = f"it does not fit: {forecast.size_of(10 * GIB)} more than a device has for it"
+    for program in ("relabel", "squeeze/resnet18", "validate/resnet18", "validate/resnet18/test"):
+        large = {program}
+        rows = forecast.rows(resolve(c), H100)
+        assert [said in row for row in rows.values()].count(True) == 1, program
+    large = set()
+    assert not any("does not fit" in row for row in forecast.rows(resolve(c), H100).values())
+
+
+def test_a_training_that_a_host_s_devices_cannot_share_is_told_before_any_compilation(monkeypatch):
+    monkeypatch.setattr(targets, "compiler_missing", lambda target: None)
+    monkeypatch.setattr(compiling, "compile_program", lambda *_, **__: pytest.fail("compiled"))
+    c = base.get_config()
+    c.parallel.train_devices = 2
+    with pytest.raises(UserError, match="train_devices is 2, and a host of h100 has 1"):
+        forecast.rows(resolve(c), H100)
 
 
 def generating(monkeypatch, target, beside=0):
