@@ -225,15 +225,21 @@ def image_weights(context: Context) -> list[float] | None:
 
 def _is_done(context: Context, name: str) -> bool:
     root = folder(context, name)
-    return (root / RECORD).exists() and workdir.fits(root, FINGERPRINTS[name](context))
+    done = (root / RECORD).exists() and workdir.fits(root, FINGERPRINTS[name](context))
+    return done and not _classes_left(context, root)
+
+
+def _classes_left(context: Context, root: epath.Path) -> list[int]:
+    there = workdir.names(root)
+    classes = range(context.config.dataset.num_classes)
+    return [cls for cls in classes if f"{cls:05d}.json" not in there]
 
 
 def _run(context: Context, name: str, maker: Callable[[Context, list[int]], Iterator[Kept]]):
     root, classes = folder(context, name), list(range(context.config.dataset.num_classes))
 
     def missing() -> list[int]:
-        there = workdir.names(root)
-        return [cls for cls in classes if f"{cls:05d}.json" not in there]
+        return _classes_left(context, root)
 
     mine = context.work.deal(
         name, classes, missing, lambda: context.work.begin(root, FINGERPRINTS[name](context))

@@ -375,6 +375,20 @@ def test_damage_is_named(made):
     assert f"{path} is damaged" in refused(made)
 
 
+def test_a_class_whose_record_was_moved_away_is_made_again(made):
+    """As the message on a damaged one says."""
+    before, painted = digests(made), images(made)
+    record = made / "generate" / "anchors" / "00001.json"
+    whole = record.read_text()
+    record.write_text(whole[:20])
+    shutil.rmtree(made / "recover")
+    assert f"{record} is damaged" in refused(made)
+    record.unlink()
+    ok(made)
+    assert digests(made) == before
+    np.testing.assert_array_equal(images(made), painted)
+
+
 def test_what_the_data_does_not_allow_is_refused_before_any_work(tmp_path):
     root = tmp_path / "run"
     few = refused(
