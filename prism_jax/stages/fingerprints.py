@@ -16,6 +16,7 @@ from typing import Any
 from etils import epath
 
 from prism_jax.config import SELECTED_CONTROLS, Experiment, Network, batch_layout, bn_group_of
+from prism_jax.config.generation import FOLDER as GENERATOR
 from prism_jax.config.generation import SCHEDULES
 from prism_jax.config.layout import PAINTED, paints_classes
 from prism_jax.config.sections import Generate
@@ -254,11 +255,13 @@ def generator(context: Context) -> dict[str, Any]:
     parts = generator_parts(context)
     fields: dict[str, Any] = {
         "generator": generate.generator,
-        "files": {part: _part_digest(part_path(context, part), part) for part in parts},
+        "files": {part: _part_of_generator(context, part) for part in parts},
     }
     assert generate.directory is not None  # config.rules
-    schedule = huggingface.schedule(generate.directory, SCHEDULES[generate.generator])
-    fields["schedule"] = dataclasses.asdict(schedule)
+    fields["schedule"] = _read_before(context).get("schedule")
+    if fields["schedule"] is None or epath.Path(generate.directory).exists():
+        schedule = huggingface.schedule(generate.directory, SCHEDULES[generate.generator])
+        fields["schedule"] = dataclasses.asdict(schedule)
     if "text_encoder" in parts:
         fields["prompts"] = [generate.template, generate.negative, context.inputs.spoken_names]
         fields |= _precision(context)  # of the encoder, whose states are kept
@@ -280,6 +283,24 @@ def generator_parts(context: Context) -> list[str]:
     """The networks of a released generator."""
     prompted = context.config.generate.generator == "stable_diffusion"
     return ["vae", "unet", "text_encoder"] if prompted else ["vae", "transformer"]
+
+
+def _part_of_generator(context: Context, part: str) -> str:
+    """The digest of a network's files; where these are gone, of what the generator was read from.
+
+    Raises:
+      UserError: neither is there.
+    """
+    path = part_path(context, part)
+    known: str | None = _read_before(context).get("files", {}).get(part)
+    return known if known and not epath.Path(path).exists() else _part_digest(path, part)
+
+
+def _read_before(context: Context) -> dict[str, Any]:
+    """What a finished generator was made of; nothing where there is none."""
+    folder = context.root / "squeeze" / GENERATOR
+    done = (folder / weights.RECORD).exists()
+    return (workdir.read_fingerprint(folder) if done else None) or {}
 
 
 def part_path(context: Context, part: str) -> str:
@@ -317,7 +338,7 @@ def latents(context: Context) -> dict[str, Any]:
     generate = context.config.generate
     codec: Any = _generate(context, _CODEC)
     if generate.codec == "directory":
-        codec = _part_digest(part_path(context, "vae"), "vae")
+        codec = _part_of_generator(context, "vae")
     at_once = generate.encode_batch_size or generate.batch_size
     fields = {
         "generate": {**_generate(context, _LATENTS), "batch_size": at_once},

@@ -115,6 +115,25 @@ def test_a_transformer_of_classes(command, tmp_path):
     assert status == 2 and "guided_channels is 5, and the latents have 4" in err
 
 
+@pytest.mark.parametrize("kind", ["dit", "diffusion"])
+def test_finished_images_are_read_without_the_networks(command, tmp_path, told, kind):
+    """As teachers' weights, they may be gone when no image is left to be made."""
+    flags = (*command, *{"dit": DIT, "diffusion": DIFFUSION}[kind])
+    flags += (f"--config.generate.class_names={tmp_path / 'names.txt'}",) * (kind == "diffusion")
+    root = tmp_path / "run"
+    ok(*flags)
+    (tmp_path / "networks").rename(tmp_path / "moved")
+    before = snapshot(root)
+    ok(*flags)
+    assert snapshot(root) == before
+    nothing = tmp_path / "none"
+    assert "there is no vae" in refused(nothing, *flags, f"--workdir={nothing}")
+    shutil.rmtree(root / "recover")
+    assert "there is no vae" in refused(root, *flags)
+    status, _, err = call(*flags, "--config.generate.image_size=32")
+    assert status == 2 and "Traceback" not in err  # other images
+
+
 def test_a_denoiser_of_prompts(command, tmp_path, told, monkeypatch):
     flags = (
         *command, *DIFFUSION, f"--config.generate.class_names={tmp_path / 'names.txt'}",
@@ -132,6 +151,11 @@ def test_a_denoiser_of_prompts(command, tmp_path, told, monkeypatch):
     assert len(told) == 11
     exactly = "--config.parallel.matmul_precision=highest"  # they were encoded otherwise
     assert "squeeze/generator" in refused(tmp_path / "none", *flags, exactly)
+    lost = tmp_path / "run" / "squeeze" / "generator" / "prompts" / prompts.TENSORS
+    lost.unlink()
+    shutil.rmtree(tmp_path / "run" / "recover")
+    status, _, err = call(*flags)
+    assert status == 2 and f"{lost} is damaged" in err
 
 
 @pytest.mark.parametrize("kind", [DIT, DIFFUSION])
