@@ -208,7 +208,9 @@ def _compare(
     from prism_jax import parallel, progress
 
     _check_cost(cost)
-    parallel.find_devices()
+    parallel.find_devices(
+        alone="a comparison is one process' work: run it on a machine of one host"
+    )
     if not parallel.is_main():
         raise UserError("a comparison runs in one process; its cells use all of its devices")
     experiments = {cell: experiment_of(config, cell) for cell in cells(config)}

@@ -160,6 +160,7 @@ def _main(argv: list[str]) -> int:
     target = parse_target(given, problems)
     prepare_environment(config, problems)
     join_processes(given)
+    find_devices(given)
 
     from prism_jax import parallel
 
@@ -411,11 +412,8 @@ def parse_target(given: flags.FlagValues, problems: list[str]) -> Any:
 
 
 def join_processes(given: flags.FlagValues) -> None:
-    """Join the other processes of this run, where there are any, and find the devices.
-
-    A plan is one process' work.
-    """
-    from prism_jax import parallel, progress
+    """Join the other processes of this run, where there are any. A plan is one process' work."""
+    from prism_jax import parallel
 
     if not given.plan:
         parallel.start_processes(
@@ -424,7 +422,14 @@ def join_processes(given: flags.FlagValues) -> None:
             processes=given.processes,
             process=given.process,
         )
-    parallel.find_devices()
+
+
+def find_devices(given: flags.FlagValues) -> None:
+    """Let JAX look for its devices, once the processes are joined."""
+    from prism_jax import parallel, progress
+
+    elsewhere = "a plan is one process' work: run it on one host, or anywhere with --target"
+    parallel.find_devices(alone=elsewhere if given.plan else "")
     if not parallel.is_main():
         progress.speak_as(parallel.name())
 

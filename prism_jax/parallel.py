@@ -440,18 +440,25 @@ _INSTALLED = {
 _INSTALLED["gpu"] = _INSTALLED["cuda"]
 
 
-def find_devices() -> None:
+def find_devices(alone: str = "") -> None:
     """Let JAX look for its devices, after ``start_processes``.
 
+    Args:
+      alone: what is one process' work, and where it is to be done; said to one of a slice.
+
     Raises:
-      UserError: it finds none, for what ``JAX_PLATFORMS`` asks for is misspelt or not installed; or
-        it finds processes that were not joined.
+      UserError: it finds none, for what ``JAX_PLATFORMS`` asks for is misspelt or not installed, or
+        for another process has none; or it finds processes that were not joined.
     """
     try:
         jax.local_devices()
     except Exception as error:  # JAX raises several kinds, an AssertionError without a text too
         wanted = jax.config.jax_platforms or ""  # type: ignore[attr-defined]  # made at run time
         said = (str(error).splitlines() or ["it sees none of this kind"])[0]
+        if "local_topology" in str(error):  # every process waits for what every other one has
+            raise UserError(
+                f"another process of this run found no devices, or ended; see its message ({said})"
+            ) from error
         remedies = [_INSTALLED[name] for name in wanted.split(",") if name in _INSTALLED]
         if wanted:
             remedies.append("unset JAX_PLATFORMS for whatever is there")
@@ -461,8 +468,8 @@ def find_devices() -> None:
         ) from error
     if jax.process_count() > 1 and _store() is None:  # a TPU slice tells how many there are
         raise UserError(
-            f"this is one of {jax.process_count()} processes of a slice that were not joined; give "
-            f"--distributed=on to every one"
+            f"this is one of {jax.process_count()} processes of a slice that were not joined; "
+            f"{alone or 'give --distributed=on to every one'}"
         )
 
 

@@ -20,7 +20,7 @@ from prism_jax import parallel, pipeline
 from prism_jax.config import resolve
 from prism_jax.environment import provenance
 from prism_jax.errors import UserError
-from prism_jax.main import main
+from prism_jax.main import find_devices, main
 from prism_jax.stages.coordination import Interrupted, StopSignal, Work
 
 __all__ = ["reference"]  # a fixture
@@ -347,6 +347,19 @@ def test_a_slice_that_was_not_joined_is_told(monkeypatch):
     monkeypatch.setattr(parallel.jax, "process_count", lambda: 4)
     monkeypatch.setattr(parallel, "_store", lambda: None)
     with pytest.raises(UserError, match="one of 4 processes .* --distributed=on"):
+        parallel.find_devices()
+    with pytest.raises(UserError, match="a plan is one process' work: .* with --target"):
+        find_devices(SimpleNamespace(plan=True))
+
+
+def test_a_process_without_devices_is_told_to_the_others(monkeypatch):
+    """They wait for what it has, and JAX says only that this did not come."""
+
+    def fail():
+        raise RuntimeError("GetKeyValue() timed out with key: cpu:local_topology/cpu/1")
+
+    monkeypatch.setattr(parallel.jax, "local_devices", fail)
+    with pytest.raises(UserError, match="another process of this run found no devices"):
         parallel.find_devices()
 
 
