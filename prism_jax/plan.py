@@ -148,7 +148,9 @@ def show(
         "relabel": labels_said,
         "validate": f"{len(experiment.validate.students)} students x "
         f"{len(experiment.validate.seeds)} seeds x {1 + len(experiment.validate.controls)} sets",
-        "disk": f"at most {size_of(image_bytes)} of images, {size_of(label_bytes)} of soft labels",
+        "disk": f"at most {size_of(image_bytes)} of images, {size_of(label_bytes)} of soft labels"
+        + "; latents, anchors and images of controls are not counted"
+        * (recover.maker == "generate"),
     }
     if target:
         rows |= forecast.rows(experiment, target)
