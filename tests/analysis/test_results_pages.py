@@ -221,6 +221,33 @@ def test_no_crop_of_prism_is_certainly_another_than_a_quarter():
     assert held == [True] * 10
 
 
+@pytest.mark.parametrize(
+    ("label", "other", "student", "said"),
+    [
+        ("batch_10", "batch_100", "convnet_d3", "1.8 [-0.6, +4.1]"),
+        ("batch_100", "batch_10", "resnet20", "0.8 [-1.7, +3.3]"),
+        ("fixed_50", "fixed_10", "convnet_d3", "2.6 [0.0, 5.0]"),
+        ("fixed_10", "fixed_50", "resnet20", "1.9 [-1.0, +4.9]"),
+        ("fixed_50", "batch_50", "convnet_d3", "3.1 [-0.9, +7.1]"),
+        ("batch_100", RANDOM, "convnet_d3", "6.0 [3.0, 9.0]"),
+        (RANDOM, "batch_100", "resnet20", "5.6 [2.0, 9.1]"),
+    ],
+)
+def test_the_intervals_that_batches_quote(label, other, student, said):
+    quoted("cifar10_batch", 10, student, label, other, said)
+
+
+def test_no_size_of_a_drawn_batch_and_no_fixed_teacher_is_certainly_another():
+    sizes = (10, 20, 50, 100)
+    pairs = [(f"batch_{size}", "batch_10") for size in sizes[1:]]
+    pairs += [(f"fixed_{size}", f"batch_{size}") for size in sizes]
+    held = [
+        _drawn("cifar10_batch", 10, student).difference(*pair).holds_zero
+        for student in ("resnet20", "convnet_d3") for pair in pairs
+    ]  # fmt: skip
+    assert held == [True] * 14
+
+
 @functools.cache
 def _of_crops(student):
     """All sets of a student under all protocols, by label and crop in per cent."""
@@ -281,4 +308,6 @@ def _columns(page):
 @functools.cache
 def _drawn(page, ipc, student):
     columns, how = _columns(page)
-    return Drawn({s.label: s.right["test"] for s in columns["single", ipc, student]}, how)
+    protocols = {protocol for protocol, *_ in columns}
+    protocol = "single" if "single" in protocols else protocols.pop()
+    return Drawn({s.label: s.right["test"] for s in columns[protocol, ipc, student]}, how)
