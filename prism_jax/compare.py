@@ -496,10 +496,10 @@ class Comparison(Cells):
                 yield other
 
     def write_tables(self, *, whole: bool = False) -> None:
-        """The tables of all cells that are finished.
+        """The tables and the records of all cells that are finished.
 
         Args:
-          whole: with the figure, the intervals and the records, which take seconds.
+          whole: with the figure and the intervals, which take seconds.
         """
         from prism_jax.analysis import cells, comparison
         from prism_jax.data import workdir
@@ -514,8 +514,7 @@ class Comparison(Cells):
         documents = comparison.documents(found, self.choices, cost=self.cost, whole=whole)
         for name, content in documents.items():
             workdir.write_bytes(self.root / name, content)
-        if whole:
-            workdir.write_record(self.root / RECORDS, cells.to_records(found, self.choices))
+        workdir.write_record(self.root / RECORDS, cells.to_records(found, self.choices))
 
 
 if __name__ == "__main__":

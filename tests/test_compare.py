@@ -144,10 +144,22 @@ def finished(tmp_path_factory):
     finally:
         compare.Comparison._run = run_cell
     assert status == 128 + signal.SIGTERM and "Run the same command again" in err
+    shutil.copy(root / "records.json", root.parent / "stopped.json")
     status, out, err = run(*arguments)
     assert status == 0, err
     assert out.count("cell 1 of 3") == 1  # of five, two were finished
     return root, out
+
+
+def test_one_that_was_stopped_has_the_records_of_what_was_finished(finished, tmp_path):
+    root, _ = finished
+    stopped = root.parent / "stopped.json"
+    early, late = (workdir.read_record(p)["cells"] for p in (stopped, root / "records.json"))
+    assert len(early) == 2 and len(late) == 5
+    assert all(cell in late for cell in early)
+    assert compare.main([f"--records={stopped}", f"--workdir={tmp_path}"]) == 0
+    assert (tmp_path / "accuracy_over_cost.png").exists()
+    assert "| prism " in (tmp_path / "table.md").read_text()
 
 
 def test_every_cell_is_made_once_and_teachers_are_shared(finished):
