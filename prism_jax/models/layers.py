@@ -286,7 +286,8 @@ def _lax_input_gradient_apart(dy_BHWC: Array, kernel_HWIO: Array, spec: Spec) ->
 def _eights_forward(x_BHWC: Array, kernel_HWIO: Array, spec: Spec) -> Array:
     """Depthwise as dense convolutions of eight channels, nearly all of whose weights are zero.
 
-    XLA:TPU runs these on its matrix units, a depthwise one channel by channel.
+    XLA:TPU counts these as products of its matrix units, at so many passes as their precision
+    takes; its estimate of a depthwise one is the same at any precision.
     """
     own_IO = jnp.tile(jnp.eye(8, dtype=kernel_HWIO.dtype), spec.groups // 8)
     dense = spec._replace(groups=spec.groups // 8)

@@ -258,10 +258,10 @@ def generator(context: Context) -> dict[str, Any]:
         "files": {part: _part_of_generator(context, part) for part in parts},
     }
     assert generate.directory is not None  # config.rules
-    fields["schedule"] = _read_before(context).get("schedule")
-    if fields["schedule"] is None or epath.Path(generate.directory).exists():
-        schedule = huggingface.schedule(generate.directory, SCHEDULES[generate.generator])
-        fields["schedule"] = dataclasses.asdict(schedule)
+    gone = not epath.Path(generate.directory).exists()
+    known = _read_before(context).get("schedule") if gone else None
+    schedule = huggingface.schedule(generate.directory, SCHEDULES[generate.generator])
+    fields["schedule"] = known or dataclasses.asdict(schedule)
     if "text_encoder" in parts:
         fields["prompts"] = [generate.template, generate.negative, context.inputs.spoken_names]
         fields |= _precision(context)  # of the encoder, whose states are kept
@@ -292,8 +292,9 @@ def _part_of_generator(context: Context, part: str) -> str:
       UserError: neither is there.
     """
     path = part_path(context, part)
-    known: str | None = _read_before(context).get("files", {}).get(part)
-    return known if known and not epath.Path(path).exists() else _part_digest(path, part)
+    gone = not epath.Path(path).exists()
+    known: str | None = _read_before(context).get("files", {}).get(part) if gone else None
+    return known or _part_digest(path, part)
 
 
 def _read_before(context: Context) -> dict[str, Any]:
