@@ -6,13 +6,12 @@
 With ``parallel.deterministic`` on and off, each in a process of its own:
 
 first    a run
-again    the same command in another working directory
+again    the same command in another working directory, every program compiled anew
 same     the first's teachers, everything else made again
 killed   the first's teachers; SIGKILL in the middle of recover, then the same command
 
 Counts, against the first, the results that are the same bits: every teacher's weights, every
-image's pixels, every set's soft labels, every student's record. ``again`` says so of teachers
-alone: other teachers make other images. Needs the extra `test`.
+image's pixels, every set's soft labels, every student's record. Needs the extra `test`.
 """
 
 from __future__ import annotations
@@ -40,19 +39,21 @@ GROUPS = {
 }
 
 
-def run(workdir: pathlib.Path, arguments: list[str], *, stop: bool = False) -> None:
+def run(
+    workdir: pathlib.Path, arguments: list[str], *, stop: bool = False, **environ: str
+) -> None:
     """The command, to its end; with ``stop`` once more before, killed in recover."""
     with (workdir.parent / f"{workdir.name}.log").open("a") as log:
         if stop:
             pattern, delay = killed.MOMENTS["recover"]
-            process = killed.start(workdir, arguments, log)
+            process = killed.start(workdir, arguments, log, **environ)
             while not any(workdir.glob(pattern)) and process.poll() is None:
                 time.sleep(0.01)
             time.sleep(delay)
             process.send_signal(signal.SIGKILL)
             if process.wait() != -signal.SIGKILL:
                 sys.exit(f"the run ended before it was killed in recover; see {log.name}")
-        if status := killed.start(workdir, arguments, log).wait():
+        if status := killed.start(workdir, arguments, log, **environ).wait():
             sys.exit(f"the run ended with {status}; see {log.name}")
 
 
@@ -73,16 +74,18 @@ def measure(root: pathlib.Path, arguments: list[str], write: Callable[[dict], No
     root.mkdir(parents=True)
     first = root / "first"
     run(first, arguments)
-    found: dict[str, Any] = {"same bits": {}, "recover seconds": []}
+    found: dict[str, Any] = {"same bits": {}}
     for name in ("again", "same", "killed"):
         workdir = root / name
-        if name != "again":
+        if name == "again":
+            run(workdir, arguments, JAX_COMPILATION_CACHE_DIR=str(root / "cache"))
+        else:
             shutil.copytree(first / "squeeze", workdir / "squeeze")
-        run(workdir, arguments, stop=name == "killed")
+            run(workdir, arguments, stop=name == "killed")
         found["same bits"][name] = same_bits(workdir, first)
-        if name != "killed":  # with a filled cache
+        if name == "same":  # with a filled cache
             summary = json.loads((workdir / "summary.json").read_text())
-            found["recover seconds"].append(summary["recover"]["seconds"])
+            found["recover seconds"] = summary["recover"]["seconds"]
         write(found)
     return found
 
@@ -94,11 +97,10 @@ def table(rows: dict[str, dict]) -> str:
         "|:--|:--|" + "--:|" * (len(GROUPS) + 1),
     ]
     for mode, row in rows.items():
-        seconds = dict(zip(("again", "same"), row["recover seconds"], strict=False))
         for name, found in row["same bits"].items():
-            kinds = ("teachers",) if name == "again" else tuple(GROUPS)[1:]
+            kinds = tuple(GROUPS) if name == "again" else tuple(GROUPS)[1:]
             cells = [f"{found[k][0]} of {found[k][1]}" if k in kinds else "" for k in GROUPS]
-            cells.append(f"{seconds[name]:.1f}" if name in seconds else "")
+            cells.append(f"{row['recover seconds']:.1f}" if name == "same" else "")
             lines.append(f"| {mode} | {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", "Results that have the bits of the first run."])
 

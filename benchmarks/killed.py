@@ -11,6 +11,7 @@ bits. Needs the extra `test`.
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import signal
 import subprocess
@@ -31,9 +32,11 @@ MOMENTS = {
 OFTEN = ("--config.recover.checkpoint_seconds=2.0", "--config.validate.checkpoint_seconds=2.0")
 
 
-def start(workdir: pathlib.Path, arguments: list[str], log) -> subprocess.Popen:
+def start(workdir: pathlib.Path, arguments: list[str], log, **environ: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "prism_jax.main", f"--workdir={workdir}", *OFTEN, *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environ}
+    )
 
 
 def main() -> None:

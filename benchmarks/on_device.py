@@ -16,6 +16,7 @@ import pathlib
 import re
 import statistics
 import sys
+import tempfile
 import time
 
 import measuring
@@ -44,11 +45,8 @@ def side_of(what: str, spec: dict):
     return {"recover": recover, "relabel": relabel, "validate": validate}[what].our_side(spec)
 
 
-def measure(what: str, spec: dict, seconds: float) -> dict:
-    """Milliseconds of one iteration, batch or step; the first call's seconds too."""
-    least = 2 if what == "recover" and spec["pool"] == "prism" else 1
-    began = time.perf_counter()
-    side = side_of(what, spec)
+def measure(side, least: int, seconds: float, began: float) -> dict:
+    """Milliseconds of one iteration, batch or step; seconds from ``began`` to the first's end."""
     side.run(least)
     first = time.perf_counter() - began
 
@@ -66,6 +64,52 @@ def measure(what: str, spec: dict, seconds: float) -> dict:
         "iterations": count * ROUNDS,
         "seconds to the first": first,
         "facts": _facts(side),
+        "trace": {},
+    }
+
+
+def traced(side, count: int) -> dict:
+    """What the device did in so many more iterations, by JAX's profiler; empty without a device.
+
+    Returns:
+      Per iteration "busy" milliseconds, in which a kernel or a copy ran, and their number,
+      "launches"; of the "dearest" names, milliseconds and number, the kernels' of XLA by the
+      operation that they are.
+    """
+    import jax
+
+    side.run(count)  # a program of its own may come with this count
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            side.run(count)
+        files = pathlib.Path(folder).rglob("*.xplane.pb")
+        planes = [p for f in files for p in jax.profiler.ProfileData.from_file(str(f)).planes]
+    spent: dict[str, list[float]] = {}
+    spans = []
+    for plane in planes:
+        if not plane.name.startswith("/device:"):
+            continue
+        for line in plane.lines:
+            if plane.name.startswith("/device:TPU") and line.name != "XLA Ops":
+                continue  # the same again, by step and by program
+            for event in line.events:
+                stats = {key: value for key, value in event.stats if key}
+                name = f"{stats.get('hlo_op', '')} {event.name}".strip()
+                one = spent.setdefault(name, [0.0, 0.0])
+                one[0] += event.duration_ns / 1e6 / count
+                one[1] += 1 / count
+                spans.append((event.start_ns, event.end_ns))
+    if not spans:
+        return {}
+    busy, end = 0.0, 0.0
+    for start, stop in sorted(spans):
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    dearest = sorted(spent.items(), key=lambda item: -item[1][0])[:150]
+    return {
+        "busy": busy / 1e6 / count,
+        "launches": sum(number for _, number in spent.values()),
+        "dearest": [[name, *map(lambda x: round(x, 4), one)] for name, one in dearest],
     }
 
 
@@ -102,16 +146,23 @@ def estimate(kind: str, what: str, spec: dict) -> float | None:
 def table(rows: list[dict]) -> str:
     """The results in Markdown."""
     lines = [
-        "| what | with | measured, ms | spread | estimate, ms | measured / estimate | first, s |",
-        "|:--|:--|--:|--:|--:|--:|--:|",
+        "| what | with | measured, ms | spread | estimate, ms | measured / estimate | busy, ms "
+        "| launches | memory, GB | by the account | first, s |",
+        "|:--|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         expected = row["estimate"]
         more = f"{expected:.2f} | {row['milliseconds'] / expected:.2f}" if expected else "– | –"
         given = ", ".join(str(v) for v in row["with"].values())
+        trace, facts = row["trace"], row["facts"]
+        busy = f"{trace['busy']:.2f} | {trace['launches']:.0f}" if trace else "– | –"
+        memory = " | ".join(
+            f"{facts[name] / 1e9:.2f}" if facts.get(name) else "–"
+            for name in ("device_peak_bytes", "account_bytes")
+        )
         lines.append(
             f"| {row['what']} | {given} | {row['milliseconds']:.2f} | {row['spread']:.2f} | {more} "
-            f"| {row['seconds to the first']:.1f} |"
+            f"| {busy} | {memory} | {row['seconds to the first']:.1f} |"
         )
     return "\n".join(lines)
 
@@ -152,8 +203,11 @@ def main() -> None:
 
     device = jax.devices()[0]
     spec["device"] = "cpu" if device.platform == "cpu" else "gpu"
-    found = measure(what, spec, given.seconds)
+    least = 2 if what == "recover" and spec["pool"] == "prism" else 1
+    began = time.perf_counter()
+    side = side_of(what, spec)
     row = {"what": what, "with": chosen, "estimate": estimate(device.device_kind, what, spec)}
+    row |= measure(side, least, given.seconds, began)
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     machine = {
         "device": device.device_kind,
@@ -162,8 +216,11 @@ def main() -> None:
         "commit": commit(),
         "images": given.shape,
     }
-    rows.append(row | found)
-    measuring.write({"machine": machine, "rows": rows}, table(rows), given.out)
+    rows.append(row)
+    found = {"machine": machine, "rows": rows}
+    measuring.save(found, table(rows), given.out)  # a profiler can take the process with it
+    row["trace"] = traced(side, 4 * least)
+    measuring.write(found, table(rows), given.out)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import measuring
 from prism_jax.environment import commit
 
 TARGETS = (
-    "a100", "rtx4090", "l4", "h100", "h100x8", "b200",
+    "a100", "rtx4090", "l4", "h100", "h100x8", "h200", "b200",
     "v4:2x2x1", "v5e:2x2", "v5e:16x16", "v5p:2x2x1", "v6e:2x2",
 )  # fmt: skip
 POOLS = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,13 +18,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch_side import Side as Side
 
-# torchvision's compiled operators are not needed, but it looks for them when it is imported.
-if not hasattr(torch.ops.torchvision, "nms"):
+try:
+    import torchvision.models as tv
+except RuntimeError:  # its compiled operators are of another PyTorch; they are not needed
+    for _name in [name for name in sys.modules if name.startswith("torchvision")]:
+        del sys.modules[_name]
     _library = torch.library.Library("torchvision", "FRAGMENT")
     _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-import torchvision.models as tv  # noqa: E402
+    import torchvision.models as tv
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

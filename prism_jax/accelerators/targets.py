@@ -90,6 +90,8 @@ DEVICES = {
              l2_bytes=50331648, cuda_clock_ghz=2.04),
         _gpu("h100", (9, 0), 80, (3.35, 989, 494.7, 67), cores=132, core_bytes=233472,
              l2_bytes=52428800, cuda_clock_ghz=1.98),
+        _gpu("h200", (9, 0), 140, (4.8, 989, 494.7, 67), cores=132, core_bytes=233472,
+             l2_bytes=62914560, cuda_clock_ghz=1.98),
         _gpu("b200", (10, 0), 180, (8.0, 2250, 1125, 75), cores=148, core_bytes=233472,
              l2_bytes=132120576, cuda_clock_ghz=1.965),
         _tpu("v4", 32, 1.228, 275, 1.05, 3, chip="megacore"),

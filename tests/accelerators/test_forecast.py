@@ -414,7 +414,7 @@ TINY = f"--config={ROOT / 'tests' / 'configs' / 'tiny.py'}"
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--plan", "--target=h200"), "--target=h200 is unknown; there are: GPUs a100"),
+        (("--plan", "--target=h300"), "--target=h300 is unknown; there are: GPUs a100"),
         (("--target=h100",), "--target=h100 goes with --plan"),
         (("--plan", "--target=h100"), "pip install"),
     ],

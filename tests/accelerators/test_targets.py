@@ -39,7 +39,7 @@ def test_the_hosts_of_a_machine(name, hosts, of_a_host):
     assert (found.hosts, found.devices_of_a_host) == (hosts, of_a_host)
 
 
-@pytest.mark.parametrize("name", ["", "h200", "h100x0", "h100:2", "v5ex4", "v9:2x2", "x8", "H100 "])
+@pytest.mark.parametrize("name", ["", "h300", "h100x0", "h100:2", "v5ex4", "v9:2x2", "x8", "H100 "])
 def test_others_are_refused_with_those_there_are(name):
     with pytest.raises(UserError) as caught:
         targets.parse(name)
