@@ -2,8 +2,9 @@
 
 A comparison with NumPy or PyTorch says as much of a program that is compiled in either way. Where
 two programs must have the same bits, they are compiled as users get them, or ``FAST_ALIKE``: XLA's
-older emitters, which ``FAST`` has, round otherwise on eight devices than on one, and give some
-networks with max pooling a wrong gradient (which a comparison sees).
+older emitters, which ``FAST`` has where there still are any (JAX 0.10), round otherwise on eight
+devices than on one, and give some networks with max pooling a wrong gradient (which a comparison
+sees).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ FAST_ALIKE = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
-FAST = FAST_ALIKE | {"xla_cpu_use_fusion_emitters": False}
+OLDER = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
+FAST = FAST_ALIKE | OLDER
 jit = functools.partial(jax.jit, compiler_options=FAST)
 
 # What the package keeps of compiled functions: none of here elsewhere, nor of elsewhere here.
