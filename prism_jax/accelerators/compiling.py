@@ -29,9 +29,12 @@ from prism_jax.environment import DETERMINISTIC
 from prism_jax.errors import UserError
 
 TIMEOUT = 1800  # seconds; XLA's compiler for TPUs has taken 14 minutes for four networks
-# A form of product that XLA's CUDA compiler fails to tile where there is no device to try on.
+# What XLA's CUDA compiler says of a product where there is no device to try on, and the way around.
 WITHOUT_TRITON = "--xla_gpu_enable_triton_gemm=false"
-_DEVICELESS = "Couldn't find output tile sizes"
+_DEVICELESS = (
+    "Couldn't find output tile sizes",  # JAX 0.10, of some
+    "in deviceless mode",  # 0.11, of those that it would leave to cuBLAS, and ask cuBLAS how
+)
 
 COMPILED, ABORTED, HUNG, MEMORY, DEVICELESS, FAILED = OUTCOMES = (
     "compiled", "aborted", "hung", "out of memory", "not without a device", "failed",
@@ -211,7 +214,7 @@ def _memory(analysis: Any) -> dict[str, int]:
 def _refused(error: str) -> dict[str, Any]:
     """Why a compiler refused a program, by what it says."""
     line = next((x for x in error.splitlines() if x.strip()), "")[:500]
-    if _DEVICELESS in error:
+    if any(said in error for said in _DEVICELESS):
         return {"outcome": DEVICELESS, "line": line}
     if "RESOURCE_EXHAUSTED" in error or "Ran out of memory" in error:
         used = re.search(r"(?:Used |required .*\()([\d.]+)([KMGT])\)? (?:of|exceeds)", error)

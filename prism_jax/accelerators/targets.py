@@ -192,14 +192,14 @@ def parse(name: str) -> Target:
 
 # --- the compilers ---------------------------------------------------------------------------
 
-_MODULES = {"cuda": "jax_cuda12_plugin", "tpu": "libtpu"}
+_MODULES = {"cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin"), "tpu": ("libtpu",)}  # any of them
 _EXTRAS = {"cuda": "cuda12-local", "tpu": "tpu"}
 
 
 def compiler_missing(target: Target) -> str | None:
     """What to do where the compiler of a machine is not installed; None where it is."""
     platform = target.device.platform
-    if importlib.util.find_spec(_MODULES[platform]):
+    if any(importlib.util.find_spec(name) for name in _MODULES[platform]):
         return None
     import jax
 

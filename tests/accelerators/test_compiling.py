@@ -97,6 +97,9 @@ def test_another_end_is_a_failure_with_its_last_line(monkeypatch):
     [
         ("INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot", "not without a device",
          None),
+        ("INTERNAL: Failed to get configs for: 6 out of 28 instructions. - INVALID_ARGUMENT: "
+         "CublasLtBackend cannot enumerate configs in deviceless mode.", "not without a device",
+         None),
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. "
          "Exceeded hbm capacity by 4.75G.", "out of memory", int(20.5 * (1 << 30))),
         ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
