@@ -12,8 +12,10 @@ def at_home(path: str) -> str:
     ``--flag=~/x``. Any other, as ``gs://`` and ``./~``, is returned as it is.
 
     Raises:
-      UserError: there is no such home directory.
+      UserError: there is no such home directory, or the path is no text.
     """
+    if not is_text(path):
+        raise UserError(f"{os.fsencode(path)!r} is no UTF-8, which results are written in; rename it")
     if not path.startswith("~"):
         return path
     found = os.path.expanduser(path)
@@ -24,3 +26,12 @@ def at_home(path: str) -> str:
             f"name is ./{home}"
         )
     return found
+
+
+def is_text(name: str) -> bool:
+    """Whether the name of a file is text: Python has lone surrogates for what is no UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -62,8 +62,8 @@ def images_of(
       opened: opens one of them.
       others: receives what is no image of a class.
     """
-    seen = [name for name in files if not hidden(name)]
-    others[kinds.HIDDEN] += [name for name in files if hidden(name)]
+    seen = [name for name in files if not kinds.hidden(name)]
+    others[kinds.HIDDEN] += [name for name in files if kinds.hidden(name)]
     root = class_root([name for name in seen if kinds.is_named_as_one(name)])
     inside = [name.removeprefix(root) for name in seen if name.startswith(root)]
     classes = {n.split("/")[0] for n in inside if "/" in n and kinds.is_named_as_one(n)}
@@ -74,11 +74,6 @@ def images_of(
     for empty in [kind for kind, some in others.items() if not some]:
         del others[empty]
     return root, images
-
-
-def hidden(name: str) -> bool:
-    """Whether a file lies in a folder that is hidden, or that macOS adds to archives."""
-    return any(kinds.is_hidden(part) for part in name.split("/"))
 
 
 def in_order(folders: Sequence[str], files: Iterable[str]) -> tuple[list[str], np.ndarray]:

@@ -16,6 +16,7 @@ from prism_jax.data.sources import kinds, tars
 from prism_jax.data.sources.base import ImageSource, existing, file_state
 from prism_jax.data.sources.decoding import EncodedSource
 from prism_jax.errors import UserError
+from prism_jax.paths import is_text
 
 _TREE = """
     train/<class>/<image>   one folder per class, the same classes in both
@@ -258,7 +259,7 @@ def walk(root: str, others: kinds.Others, start: str = "") -> list[str]:
     """Files at any depth below a folder, as paths relative to the root; links are followed.
 
     Args:
-      others: receives what is no file; so do hidden folders directly below the first one.
+      others: receives hidden folders, and what is no file.
       start: the first folder, relative to the root.
     """
     found: list[str] = []
@@ -270,7 +271,7 @@ def walk(root: str, others: kinds.Others, start: str = "") -> list[str]:
                 if _is_folder(entry):
                     state = entry.stat()
                     identity = state.st_dev, state.st_ino
-                    if folder == start and kinds.is_hidden(entry.name):
+                    if kinds.is_hidden(entry.name):
                         others[kinds.HIDDEN].append(f"{path}/")
                     elif identity in above:
                         others[kinds.AROUND].append(path)
@@ -334,7 +335,7 @@ def _labelled(
     paths = list(paths)
     class_of = _classified(paths, opened)
     for stray in (path for path in paths if path not in class_of and path != _TINY_TABLE):
-        others[kinds.HIDDEN if kinds.is_hidden(stray) else "in no class folder"].append(stray)
+        others[kinds.HIDDEN if kinds.hidden(stray) else "in no class folder"].append(stray)
     found = kinds.images_of(class_of, opened, others)
     left_out = kinds.left_out(root, others)
     classes = class_order(set(train_classes or class_of.values()))
@@ -349,6 +350,11 @@ def _labelled(
         images[cls].append((folder, file))
     if not classes:
         raise UserError(f"{root} has no class folders; {expected}")
+    if nameless := [cls for cls in classes if not is_text(cls)]:
+        raise UserError(
+            f"{root} has a class folder whose name is no UTF-8, {os.fsencode(nameless[0])!r}; "
+            f"rename it: names of classes are written into every result"
+        )
     if empty := [cls for cls in classes if not images[cls]]:
         raise UserError(
             f"{root} has no image for {len(empty)} of {len(classes)} classes "
@@ -369,17 +375,20 @@ def _classified(paths: list[str], opened: Callable[[str], BinaryIO]) -> dict[str
     """The class of each file of a split that has one.
 
     The class is the first folder, but for two published sets whose validation images lie in one
-    folder: Tiny ImageNet's has a table, and ImageNet's are numbered. Many move the former into
-    class folders and leave the table where it is.
+    folder: Tiny ImageNet's has a table, and ImageNet's are numbered. Many move them into class
+    folders, all or some of them, and leave the table where it is.
     """
+    of_folders = {path: path.split("/")[0] for path in paths if "/" in path}
     if _TINY_TABLE in paths:
         with opened(_TINY_TABLE) as file:
             rows = [line.split("\t") for line in file.read().decode().splitlines()]
         told = {f"images/{row[0]}": row[1] for row in rows if len(row) > 1}
         if not told.keys().isdisjoint(paths):
-            return told
+            moved = {path: cls for path, cls in of_folders.items() if cls != "images"}
+            away = {path.rpartition("/")[2] for path in moved}
+            return moved | {p: cls for p, cls in told.items() if p.rpartition("/")[2] not in away}
     numbers = {path: int(match[1]) for path in paths if (match := _NUMBERED.fullmatch(path))}
     known = imagenet_validation_wnids()
     if numbers and max(numbers.values()) <= len(known):
-        return {path: known[number - 1] for path, number in numbers.items()}
-    return {path: path.split("/")[0] for path in paths if "/" in path}
+        return of_folders | {path: known[number - 1] for path, number in numbers.items()}
+    return of_folders

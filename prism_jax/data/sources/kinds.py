@@ -59,7 +59,7 @@ def images_of(paths: Iterable[str], opened: Callable[[str], BinaryIO], others: O
     """
     images = []
     for path in paths:
-        if path.rpartition("/")[2].startswith("."):
+        if hidden(path):
             others[HIDDEN].append(path)
         elif is_named_as_one(path) or _begins_as_one(path, opened):
             images.append(path)
@@ -71,6 +71,11 @@ def images_of(paths: Iterable[str], opened: Callable[[str], BinaryIO], others: O
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is hidden, or what macOS adds to archives."""
     return name.startswith((".", "__MACOSX"))
+
+
+def hidden(path: str) -> bool:
+    """Whether a file is hidden, or lies in a folder that is, at any depth."""
+    return any(map(is_hidden, path.split("/")))
 
 
 def is_named_as_one(path: str) -> bool:

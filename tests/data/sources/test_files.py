@@ -282,6 +282,29 @@ def test_what_macos_adds_is_no_class(tmp_path, capsys):
         assert "1 x hidden: __MACOSX/" in capsys.readouterr().out
 
 
+def test_hidden_folders_are_none_at_any_depth(tmp_path):
+    root = write_tree(tmp_path / "a", splits=("train", "test"))
+    for within in ("", "deep/"):
+        kept = root / "train" / "n01" / f"{within}.ipynb_checkpoints"
+        kept.mkdir(parents=True)
+        (kept / "img_9-checkpoint.png").write_bytes(encoded(random_pixels(8, 8, 3, seed=9)))
+    for source, path in (("folder", root), ("tar", write_tar(root, tmp_path / "a.tar"))):
+        with pytest.warns(UserWarning, match="2 of the 10 classes"):
+            opened = open_source(
+                name="digits", source=source, path=str(path), split="train", image_size=8
+            )
+        assert len(opened) == 6
+
+
+def test_a_class_folder_whose_name_is_no_text_is_refused(tmp_path):
+    root = write_tree(tmp_path / "a", splits=("train", "test"))
+    for split in ("train", "test"):
+        os.rename(root / split / "n02", os.path.join(os.fsencode(root / split), b"caf\xe9"))
+    for source, path in (("folder", root), ("tar", write_tar(root, tmp_path / "a.tar"))):
+        with pytest.raises(UserError, match=r"no UTF-8, b'caf\\xe9'; rename it"):
+            open_source(name="digits", source=source, path=str(path), split="train", image_size=8)
+
+
 def test_a_path_of_another_kind_says_which_source_reads_it(tmp_path):
     root = write_tree(tmp_path / "tree")
     tar = write_tar(root, tmp_path / "tree.tar")
@@ -375,7 +398,7 @@ def test_imagenets_numbered_validation_images_find_their_classes(tmp_path, kind)
         (root / "val" / cls).mkdir()
         name = f"ILSVRC2012_val_{number:08d}.JPEG"
         (root / "val" / name).rename(root / "val" / cls / name)
-    assert open_val().describe() == described
+        assert open_val().describe() == described  # with one of them moved, too
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
@@ -409,8 +432,11 @@ def test_tiny_imagenets_table_tells_the_classes(tmp_path, kind):
         (root / "val" / cls).mkdir(exist_ok=True)
         image = root / "val" / "images" / f"val_{i}.JPEG"
         image.rename(root / "val" / cls / image.name)
-    with pytest.warns(UserWarning, match="2 of the 200 classes"):
-        assert read()[2] == described
+        with pytest.warns(UserWarning, match="2 of the 200 classes"):
+            some, labels, moved = read()
+        np.testing.assert_array_equal(labels, [0, 1, 1])  # with some of them moved, too
+        np.testing.assert_array_equal(np.sort(some.ravel()), np.sort(images.ravel()))
+    assert moved == described
 
 
 def test_test_images_without_labels_are_not_taken_for_a_test_split(tmp_path):
