@@ -21,9 +21,10 @@ POD = {"TPU_NAME": "name", "TPU_ZONE": "zone", "TPU_TYPE": "v5litepod-16"}
 
 
 def dry(script: str, *arguments: str, **environ: str) -> subprocess.CompletedProcess:
+    here = {k: v for k, v in os.environ.items() if k != "PYTHON"}  # which make exports
     return subprocess.run(
         [ROOT / "launch" / script, *arguments],
-        env={**os.environ, "DRY_RUN": "1", **environ}, capture_output=True, text=True,
+        env={**here, "DRY_RUN": "1", **environ}, capture_output=True, text=True,
     )  # fmt: skip
 
 
