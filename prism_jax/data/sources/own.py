@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from prism_jax import progress
 from prism_jax.data.datasets import DATASETS, IMAGENET_NORMALISATION, TFDS, DatasetInfo
 from prism_jax.data.image_set import DamagedFile
 from prism_jax.data.sources.arrays import npz_name, open_npz
@@ -22,9 +23,9 @@ from prism_jax.errors import UserError
 from prism_jax.types import Normalisation
 
 KINDS = {"folder": open_folder, "tar": open_tar, "npz": open_npz}
-LOOKED_AT = 32  # images that tell grey from colour
+LOOKED_AT = 32  # images of which one with colour or light says that the set has it
 DARK = 32  # the brightest pixel below which something is wrong with their range
-MEASURED = 2000  # images whose pixels give the normalisation
+MEASURED = 2000  # images whose pixels give the normalisation; that are grey where a set is
 SIDE = 64  # at which they are read
 MANY = 1 << 20  # more classes than any set has, until they are counted
 
@@ -58,7 +59,12 @@ def own_info(name: str, path: str | None) -> DatasetInfo:
 def _found(name: str, path: str) -> DatasetInfo:
     stored = _stored_channels(path)
     source = _open(_info(name, MANY, stored or 3, None), path)
-    channels, brightest = _look(source)
+    channels, brightest = _look(source, LOOKED_AT)
+    if channels == 1 and not stored and len(source) > LOOKED_AT:
+        channels, _ = _look(source, MEASURED)
+    if channels == 1 and not stored:
+        looked = min(len(source), MEASURED)
+        progress.say(f"the images at {path} are taken as grey: all {looked} looked at are")
     if brightest < DARK:
         warnings.warn(
             f"the brightest pixel of {min(len(source), LOOKED_AT)} images at {path} is "
@@ -140,10 +146,10 @@ def _stored_channels(path: str) -> int | None:
     return shape[-1] if len(shape) == 4 else 1
 
 
-def _look(source: ImageSource) -> tuple[int, int]:
+def _look(source: ImageSource, most: int) -> tuple[int, int]:
     """Channels, 1 where all of some images are grey, however stored; and their brightest pixel."""
     channels, brightest = 1, 0
-    for pixels_HWC in _readable(source.original, spread(len(source), LOOKED_AT)):
+    for pixels_HWC in _readable(source.original, spread(len(source), most)):
         brightest = max(brightest, int(pixels_HWC.max()))
         if pixels_HWC.shape[-1] == 3 and (pixels_HWC != pixels_HWC[..., :1]).any():
             channels = 3

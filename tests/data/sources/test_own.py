@@ -58,6 +58,20 @@ def test_grey_images_are_grey_whatever_they_are_stored_as(tmp_path):
     assert info_of("photos", str(write(tmp_path / "colour", ["a", "b"]))).channels == 3
 
 
+def test_a_few_coloured_images_among_grey_ones_are_found(tmp_path, capsys):
+    root = write(tmp_path / "scans", ["a", "b"], grey=True, count=60)
+    assert info_of("scans", str(root)).channels == 1
+    assert "are taken as grey: all 120 looked at are" in capsys.readouterr().out
+    looked_at = {divmod(i, 60) for i in own.spread(120, own.LOOKED_AT)}
+    label, i = next(x for x in np.ndindex(2, 60) if x not in looked_at)
+    write(tmp_path / "one", ["a", "b"], count=i + 1)
+    coloured = tmp_path / "one" / "train" / "ab"[label] / f"{i}.png"
+    files = sorted((root / "train" / "ab"[label]).iterdir())  # in the order of their names
+    files[i].write_bytes(coloured.read_bytes())
+    own._found.cache_clear()
+    assert info_of("scans", str(root)).channels == 3
+
+
 def test_the_normalisation_is_that_of_the_training_pixels(tmp_path):
     root = write(tmp_path / "set", ["a", "b"])
     e = resolve(config(root))
