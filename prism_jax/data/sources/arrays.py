@@ -200,6 +200,13 @@ def open_npz(info: DatasetInfo, path: str | None, split: str, size: int) -> Imag
         raise UserError(f"{path}: {error.args[0]}, only {there}; {expected}") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}); {expected}") from error
+    used = int(labels.max()) + 1 if labels.size and labels.dtype.kind in "iu" else 0
+    if class_names is not None and not used <= len(class_names) <= max(used, info.num_classes):
+        raise UserError(
+            f"{path}: class_names has {len(class_names)} names, and {info.name} has "
+            f"{used if len(class_names) < used else info.num_classes} classes; store one name for "
+            f"each, in the order of the labels, or none"
+        )
     if encoded is None:
         return _checked_arrays(info, path, images, labels, split, size, class_names)
     integers = np.issubdtype(offsets.dtype, np.integer) and offsets.ndim == 1

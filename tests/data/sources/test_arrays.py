@@ -184,6 +184,25 @@ def test_class_names_in_bytes_are_text(tmp_path):
         open_source(**options)
 
 
+@pytest.mark.parametrize("count", [2, 11])
+@pytest.mark.parametrize("part", ["images", "jpeg"])
+def test_as_many_names_as_classes(tmp_path, count, part):
+    path, pixels = tmp_path / "set.npz", random_pixels(3, 8, 8, 3)
+    files = [encoded(p) for p in pixels]
+    arrays = {
+        "images": {"train_images": pixels},
+        "jpeg": {"train_jpeg": np.frombuffer(b"".join(files), np.uint8),
+                 "train_offsets": np.cumsum([0, *map(len, files)])},
+    }[part] | {"train_labels": np.arange(3)}  # fmt: skip
+    options = {"name": "cifar10", "source": "npz", "path": path, "image_size": 8, "split": "train"}
+    np.savez(path, class_names=[str(i) for i in range(count)], **arrays)
+    said = f"class_names has {count} names, and cifar10 has {3 if count < 3 else 10} classes"
+    with pytest.raises(UserError, match=said):
+        open_source(**options)
+    np.savez(path, class_names=["a", "b", "c"], **arrays)  # a part of the set
+    assert open_source(**options).class_names == ("a", "b", "c")
+
+
 def test_classes_in_another_order_are_warned_of(tmp_path):
     path, names = tmp_path / "set.npz", DATASETS["cifar10"].class_names
     arrays = {"train_images": random_pixels(2, 8, 8, 3), "train_labels": np.arange(2)}
