@@ -74,6 +74,23 @@ def write_images(
             done.result()
 
 
+def write_set(
+    root: epath.PathLike, images_uint8_NHWC: Images, classes_N: np.ndarray, slots_N: np.ndarray
+) -> str:
+    """Write a whole set, each image read once; returns its ``digest``."""
+    sha = _begun(images_uint8_NHWC)
+    for part in chunks(len(images_uint8_NHWC)):
+        images = images_uint8_NHWC[part]
+        write_images(root, images, classes_N[part], slots_N[part])
+        sha.update(np.ascontiguousarray(images).data)
+    return sha.hexdigest()
+
+
+def is_whole(root: epath.PathLike, count: int) -> bool:
+    """Whether a folder has as many images as a set; they are written in any order."""
+    return sum(1 for _ in epath.Path(root).glob("*/*.png")) == count
+
+
 def through_jpeg(images_uint8_BHWC: np.ndarray, quality: int) -> np.ndarray:
     """What is left of images after JPEG, with Pillow's other defaults (chroma subsampling)."""
 
@@ -150,8 +167,12 @@ def read_image(path: epath.PathLike) -> np.ndarray:
 
 def digest(images_uint8_NHWC: Images) -> str:
     """The SHA-256 of pixels and shape, in hexadecimal: independent of how a PNG encodes them."""
-    assert images_uint8_NHWC.dtype == np.uint8
-    sha = hashlib.sha256(repr(images_uint8_NHWC.shape).encode())
+    sha = _begun(images_uint8_NHWC)
     for part in chunks(len(images_uint8_NHWC)):
         sha.update(np.ascontiguousarray(images_uint8_NHWC[part]).data)
     return sha.hexdigest()
+
+
+def _begun(images_uint8_NHWC: Images) -> hashlib._Hash:
+    assert images_uint8_NHWC.dtype == np.uint8
+    return hashlib.sha256(repr(images_uint8_NHWC.shape).encode())

@@ -23,7 +23,8 @@ from prism_jax.config import (
     SOFT_CONTROLS,
 )
 from prism_jax.data import image_set, workdir
-from prism_jax.data.lazy import Images, chunks
+from prism_jax.data.lazy import Images
+from prism_jax.data.weights import RECORD
 from prism_jax.stages import anchoring, fingerprints, recover
 from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.stages.makers.start import control_positions
@@ -81,15 +82,14 @@ def write(context: Context, labelled: LabelledSet) -> None:
         return
     found = workdir.read_fingerprint(folder)  # older ones do not say what they are
     other = found is not None and bool(workdir.differences(found, labelled.fields))
-    if image_set.image_path(folder, classes[-1], slots[-1]).exists() and not other:
+    if not other and image_set.is_whole(folder, len(classes)):
         return
     context.work.acquire()
     if other:
         workdir.remove(folder)
     workdir.write_fingerprint(folder, labelled.fields)
-    for part in chunks(len(classes)):
-        images = labelled.images_uint8_NHWC[part]
-        image_set.write_images(folder, images, classes[part], slots[part])
+    digest = image_set.write_set(folder, labelled.images_uint8_NHWC, classes, slots)
+    workdir.write_record(folder / RECORD, {"digest": digest})
 
 
 def _order(context: Context) -> tuple[np.ndarray, np.ndarray]:

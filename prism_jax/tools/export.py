@@ -42,6 +42,7 @@ from prism_jax.data.lazy import Images
 from prism_jax.data.sets import dd_ranking, fkd, folder, npz, parquet
 from prism_jax.data.sets.classes import wnids
 from prism_jax.data.sets.content import Content
+from prism_jax.data.weights import RECORD
 from prism_jax.errors import UserError
 from prism_jax.labelling import drawn
 from prism_jax.main import joined
@@ -237,10 +238,12 @@ def _images(
     images = image_set.lazy_images(folder / "images", classes, ipc)
     labels = np.repeat(np.arange(classes, dtype=np.int32), ipc)
     digest = image_set.digest(images)
-    if control is None and digest != recovered["digest"]:
+    written = _written_digest(folder, recovered, control)
+    if written is not None and digest != written:
+        first = f"Delete {folder / 'images'}, then repair" if control else "Repair"
         raise UserError(
-            f"the images in {folder / 'images'} are not those that recover wrote; repair them with"
-            f"\n    {command(root, ran, 'squeeze,recover,relabel')}"
+            f"the images in {folder / 'images'} are not those that the run wrote. {first} them with"
+            f"\n    {command(root, ran, 'squeeze,recover,relabel', control)}"
         )
     return images, labels, {
         "set": control or SYNTHETIC,
@@ -252,6 +255,16 @@ def _images(
         "weights": recovered.get("weights") if control is None else None,
         "fingerprint": workdir.read_fingerprint(root / "recover") if control is None else None,
     }  # fmt: skip
+
+
+def _written_digest(
+    folder: epath.Path, recovered: dict[str, Any], control: str | None
+) -> str | None:
+    """What the run says of the images that it wrote; older ones say nothing of a control's."""
+    if control is None:
+        return recovered["digest"]
+    record = folder / "images" / RECORD
+    return workdir.read_record(record)["digest"] if record.exists() else None
 
 
 def _labels(

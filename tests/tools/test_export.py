@@ -133,6 +133,17 @@ def test_a_control_is_exported_with_its_own_images_and_labels(reference, tmp_pat
         assert json.loads(str(npz["provenance"]))["set"] == "random_real"
 
 
+def test_other_images_in_a_control_s_place_are_not_exported(finished, tmp_path, capsys):
+    arguments = (f"--workdir={finished}", "--control=random_real")
+    images = finished / "controls/random_real/images"
+    shutil.copy(images / "00001/00000.png", images / "00002/00000.png")
+    err = refused(capsys, *arguments, f"--to={tmp_path / 'set'}")
+    assert f"{images} are not those that the run wrote. Delete {images}, then repair them" in err
+    shutil.rmtree(images)
+    assert call(*err.split("python -m prism_jax.main ")[1].split())[0] == 0
+    assert run(capsys, *arguments, f"--to={tmp_path / 'set'}")[0] == 0
+
+
 def test_real_images_that_a_teacher_chose_are_exported_too(finished, tmp_path, capsys):
     arguments = (f"--workdir={finished}", f"--to={tmp_path / 'set'}", "--control=real_confident")
     said = refused(capsys, *arguments).strip().splitlines()[-1]
@@ -226,7 +237,7 @@ def test_damaged_images_are_not_exported(finished, tmp_path, capsys, cut):
     else:
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(path)
     err = refused(capsys, f"--workdir={finished}", f"--to={tmp_path / 'set'}")
-    assert (str(path) if cut else "not those that recover wrote") in err
+    assert (str(path) if cut else "not those that the run wrote") in err
     assert not (tmp_path / "set").exists()
 
 
