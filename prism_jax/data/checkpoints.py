@@ -156,33 +156,38 @@ class Checkpoints:
 
 
 def read_newest(
-    folder: epath.PathLike,
+    folder: epath.PathLike, *, step: int | None = None
 ) -> tuple[int, list[np.ndarray], dict[str, Any]] | None:
-    """The newest whole checkpoint, whatever its leaves are; changes nothing.
+    """The newest checkpoint, whatever its leaves are; changes nothing.
 
     Args:
       folder: of checkpoints, or of one of them.
+      step: that the newest must be of, where it is known.
 
     Returns:
       (step, leaves, meta); None where it holds no checkpoint of ours.
 
     Raises:
-      UserError: it holds some, and all are damaged.
+      UserError: the newest is damaged, or of another step: one before it is of other weights.
       OSError, MemoryError: the newest could not be read now.
     """
     from prism_jax.data import orbax_files
 
-    folder, damaged = epath.Path(folder), []
-    steps = [f for f in (folder, *folder.iterdir()) if f.name.isdigit()]
-    for step in sorted(steps, key=lambda f: int(f.name), reverse=True):
-        if (step / "default" / orbax_files.FILE).is_file():
-            try:
-                return int(step.name), *_read(step)
-            except Damaged:
-                damaged.append(str(step))
-    if damaged:
-        raise UserError(f"no checkpoint in {folder} is whole; damaged: {', '.join(damaged)}")
-    return None
+    def is_ours(path: epath.Path) -> bool:
+        return path.name.isdigit() and (path / "default" / orbax_files.FILE).is_file()
+
+    folder = epath.Path(folder)
+    steps = [folder] if is_ours(folder) else [f for f in folder.iterdir() if f.name.isdigit()]
+    if not any(map(is_ours, steps)):
+        return None
+    newest = max(steps, key=lambda f: int(f.name))
+    try:
+        leaves, meta = _read(newest)
+    except Damaged:
+        raise UserError(f"the checkpoint {newest} is damaged, and is the last of {folder}") from None
+    if step is not None and int(newest.name) != step:
+        raise UserError(f"{folder} has no whole checkpoint of step {step}; its last is {newest.name}")
+    return int(newest.name), leaves, meta
 
 
 class Damaged(Exception):

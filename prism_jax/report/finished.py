@@ -15,13 +15,11 @@ from prism_jax.analysis.words import SYNTHETIC
 from prism_jax.config import Experiment, restore
 from prism_jax.config.sections import Path
 from prism_jax.data import image_set, label_store, workdir
-from prism_jax.data.checkpoints import read_newest
 from prism_jax.data.lazy import Images
 from prism_jax.data.metrics import read_lines
-from prism_jax.data.weights import RECORD, variables_of
+from prism_jax.data.weights import RECORD
 from prism_jax.errors import UserError
-from prism_jax.models.import_torch import variable_shapes
-from prism_jax.stages import analyse, controls, fingerprints
+from prism_jax.stages import analyse, controls, fingerprints, validate
 from prism_jax.stages.context import Context
 from prism_jax.stages.makers.optimise import kept_folder
 from prism_jax.types import PyTree
@@ -159,24 +157,12 @@ class Run:
           of: the set that it learned from.
 
         Raises:
-          UserError: the checkpoint is damaged, or another network's.
+          UserError: the checkpoint is damaged, of before the end, or another network's.
         """
         base = self.root if of == SYNTHETIC else self.root / "controls" / of
         trained = base / "validate" / student / str(seed)
-        folder = trained / "checkpoints"
         # Without its record a student is not trained to the end.
-        there = (trained / RECORD).exists() and folder.exists()
-        found = read_newest(folder) if there else None
-        if found is None:
-            return None
-        _, leaves, meta = found
-        module = self.context.networks.build(student, student=True)
-        like = variable_shapes(module, self.context.inputs.image_shape)
-        averaged = self.config.validate.ema is not None
-        variables = variables_of(leaves, meta.get("averaged", averaged), {"batch_stats": {}} | like)
-        if variables is None:
-            raise UserError(f"the checkpoint in {folder} is of another network than {student}")
-        return variables
+        return validate.read(self.context, trained, student) if (trained / RECORD).exists() else None
 
     @property
     def label_bytes(self) -> int | None:

@@ -16,10 +16,11 @@ from etils import epath
 from prism_jax.config import Experiment, bn_group_of
 from prism_jax.core.augment import Augment
 from prism_jax.data import answers, workdir
-from prism_jax.data.checkpoints import Checkpoints
+from prism_jax.data.checkpoints import read_newest
 from prism_jax.data.pipeline import num_batches
-from prism_jax.data.weights import RECORD
+from prism_jax.data.weights import RECORD, variables_of
 from prism_jax.errors import UserError
+from prism_jax.models.import_torch import variable_shapes
 from prism_jax.parallel import enough_memory
 from prism_jax.stages import fingerprints, relabel
 from prism_jax.stages.context import Context, LabelledSet
@@ -31,7 +32,6 @@ from prism_jax.training import (
     Trainer,
     TrainRecipe,
     hard_batches,
-    initial_state,
     soft_batches,
 )
 from prism_jax.types import PyTree
@@ -149,7 +149,7 @@ def load(context: Context, labelled: LabelledSet, student: str, seed: int) -> Py
     """A finished student's variables.
 
     Raises:
-      UserError: it is not finished.
+      UserError: it is not finished, or its checkpoint is not whole.
     """
     root = folder(labelled, student, seed)
     if not _is_done(context, labelled, student, seed):
@@ -157,17 +157,40 @@ def load(context: Context, labelled: LabelledSet, student: str, seed: int) -> Py
             f"student {student} is not in {root}; run the validate stage first "
             f"(--stages=validate,...)"
         )
-    recipe = recipe_of(context, relabel.augment_of(context.config), context.config.validate.loss, 1)
-    module = context.networks.build(student, student=True, dtype=context.config.validate.dtype)
-    like = initial_state(module, recipe, seed, context.inputs.image_shape)
-    checkpoints = Checkpoints(root / "checkpoints", of=workdir.read_fingerprint(root))
-    found = checkpoints.restore(like)
-    checkpoints.close()
-    if found is None:
+    if (found := read(context, root, student)) is None:
         raise UserError(
             f"{root} has no checkpoint of its student; delete it and run the same command again"
         )
-    return found[1].variables
+    return found
+
+
+def read(context: Context, trained: epath.Path, student: str) -> PyTree | None:
+    """The variables of a finished student; None where its checkpoint is not there.
+
+    Args:
+      trained: its folder.
+
+    Raises:
+      UserError: the checkpoint is damaged, of before the end, or another network's.
+    """
+    checkpoints = trained / "checkpoints"
+    steps = workdir.read_record(trained / RECORD).get("steps")  # older versions do not say
+    try:
+        found = read_newest(checkpoints, step=steps) if checkpoints.exists() else None
+    except UserError as error:
+        raise UserError(
+            f"{error}. Delete {trained} and run the same command again: {student} is trained anew"
+        ) from error
+    if found is None:
+        return None
+    _, leaves, meta = found
+    module = context.networks.build(student, student=True)
+    like = variable_shapes(module, context.inputs.image_shape)
+    averaged = meta.get("averaged", context.config.validate.ema is not None)
+    variables = variables_of(leaves, averaged, {"batch_stats": {}} | like)
+    if variables is None:
+        raise UserError(f"the checkpoint in {checkpoints} is of another network than {student}")
+    return variables
 
 
 def _is_done(context: Context, labelled: LabelledSet, student: str, seed: int) -> bool:
@@ -250,6 +273,7 @@ def _train(
         "student": student,
         "seed": seed,
         "epochs": epochs,
+        "steps": int(trained.state.step),
         "devices": devices,
         "top1": trained.top1,
         "top5": trained.top5,

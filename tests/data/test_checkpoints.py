@@ -187,9 +187,18 @@ def test_one_that_could_not_be_read_is_not_damaged(folder, monkeypatch, where, f
 
 def test_one_without_its_file_is_damaged(folder, capsys):
     content(folder, 6).unlink()
-    assert read_newest(epath.Path(folder))[0] == 3
+    with pytest.raises(UserError, match="6 is damaged, and is the last of"):
+        read_newest(epath.Path(folder))  # the one before is of other weights
     assert restore(folder)[0] == 3
     assert sorted(p.name for p in folder.iterdir()) == ["3", "6.set-aside-1"]
+
+
+def test_the_newest_is_of_the_step_that_is_known(folder):
+    assert read_newest(folder, step=6)[0] == 6
+    assert read_newest(folder / "3")[0] == 3
+    shutil.rmtree(folder / "6")
+    with pytest.raises(UserError, match="no whole checkpoint of step 6; its last is 3"):
+        read_newest(folder, step=6)
 
 
 def test_an_unfinished_save_is_no_checkpoint(folder):

@@ -21,12 +21,15 @@ from old.make_workdir import ARCHIVE
 from configs.digits import config as digits
 from prism_jax.analysis.words import SYNTHETIC
 from prism_jax.config import resolve
-from prism_jax.data import image_set, workdir
+from prism_jax.data import image_set, orbax_files, workdir
 from prism_jax.data.weights import RECORD
+from prism_jax.errors import UserError
 from prism_jax.report import __main__ as command
 from prism_jax.report import accuracy, costs, features, gathered, measures, pictures
 from prism_jax.report.finished import Run, open_runs
 from prism_jax.report.gathered import Gathered, Options
+from prism_jax.pipeline import sets
+from prism_jax.stages import validate
 from prism_jax.stages.makers.optimise import kept_folder
 
 __all__ = ["finished", "reference"]  # fixtures
@@ -169,6 +172,31 @@ def test_a_student_that_is_still_training_is_not_measured(finished):
     assert run.student(SYNTHETIC, "outside", 0) is not None
     (finished / "validate" / "outside" / "0" / RECORD).unlink()
     assert run.student(SYNTHETIC, "outside", 0) is None
+
+
+@pytest.mark.parametrize("kind", ["damaged", "of before"])
+def test_a_checkpoint_of_before_the_end_is_no_student(finished, kind):
+    """Its network is another than the one whose accuracy stands beside it."""
+    (run,) = open_runs([str(finished)])
+    trained = finished / "validate" / "outside" / "0"
+    (last,) = (trained / "checkpoints").iterdir()
+    steps = workdir.read_record(trained / RECORD)["steps"]
+    assert last.name == str(steps)
+    before = shutil.copytree(last, last.with_name(str(steps - 1)))
+    if kind == "damaged":
+        path = last / "default" / orbax_files.FILE
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    else:
+        shutil.rmtree(last)
+    said = f"Delete {trained} and run the same command again: outside is trained anew"
+    with pytest.raises(UserError, match=re.escape(said)):
+        run.student(SYNTHETIC, "outside", 0)
+    synthetic = next(s for s in sets(run.context) if s.name == SYNTHETIC)
+    with pytest.raises(UserError, match=re.escape(said)):
+        validate.load(run.context, synthetic, "outside", 0)
+    assert before.exists() and not list(last.parent.glob("*aside*"))
 
 
 def test_labels_that_are_elsewhere_have_no_size(opened):
