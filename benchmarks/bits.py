@@ -39,9 +39,7 @@ GROUPS = {
 }
 
 
-def run(
-    workdir: pathlib.Path, arguments: list[str], *, stop: bool = False, **environ: str
-) -> None:
+def run(workdir: pathlib.Path, arguments: list[str], *, stop: bool = False, **environ: str) -> None:
     """The command, to its end; with ``stop`` once more before, killed in recover."""
     with (workdir.parent / f"{workdir.name}.log").open("a") as log:
         if stop:

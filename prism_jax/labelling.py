@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prism_jax import parallel, rng
+from prism_jax.core import given
 from prism_jax.core.augment import Augment, augment, draw
 from prism_jax.core.codec import Coding
 from prism_jax.core.ensemble import ENSEMBLES, votes
@@ -20,6 +21,7 @@ from prism_jax.data.label_store import LabelPlan, rounded
 from prism_jax.data.lazy import Images
 from prism_jax.data.pipeline import epoch_order, num_batches
 from prism_jax.data.sets.fkd import torch_orders
+from prism_jax.errors import UserError
 from prism_jax.teachers import TeacherPool, batch_statistics
 from prism_jax.types import Mix, Normalisation, SoftLabels, View
 
@@ -294,10 +296,16 @@ def relabel(
     Returns:
       One record per batch and epoch, with float32 logits as they are read from a store. A
       student replays the views from the same ``seed``, ``crop_min``, ``flip`` and ``mix``.
+
+    Raises:
+      UserError: images that are not uint8 NHWC, or a ``top_k`` that drops nothing.
     """
-    how = Augment(crop_min, flip, mix)
+    images = given.images("relabel", images_uint8_NHWC)
+    classes = given.num_classes(pool.teachers[0].module, images.shape[1:])
+    if top_k is not None and not 0 < top_k < classes:
+        raise UserError(f"relabel got top_k={top_k}; it must be from 1 to {classes - 1}")
+    how, coding = Augment(crop_min, flip, mix), Coding(precision, top_k)
     labeller = Labeller(pool, LabelRecipe(how, ensemble, batch_size, **recipe))
-    images, coding = np.asarray(images_uint8_NHWC), Coding(precision, top_k)
     return [
         rounded(record, coding)
         for epoch in range(epochs)

@@ -15,7 +15,9 @@ def at_home(path: str) -> str:
       UserError: there is no such home directory, or the path is no text.
     """
     if not is_text(path):
-        raise UserError(f"{os.fsencode(path)!r} is no UTF-8, which results are written in; rename it")
+        raise UserError(
+            f"{os.fsencode(path)!r} is no UTF-8, which results are written in; rename it"
+        )
     if not path.startswith("~"):
         return path
     found = os.path.expanduser(path)

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from prism_jax import parallel, rng
-from prism_jax.core import batching, losses, pixels, schedules
+from prism_jax.core import batching, given, losses, pixels, schedules
 from prism_jax.core.augment import Augment, augment, show
 from prism_jax.data.answers import NONE
 from prism_jax.data.lazy import Images, read_ahead
@@ -553,15 +553,12 @@ def fit(
       The network's variables, "params" and "batch_stats"; their averages with ``ema``.
 
     Raises:
-      UserError: images that are not uint8 NHWC, or labels of another length.
+      UserError: images that are not uint8 NHWC, labels that are not a class for each, or a loss
+        that is not finite.
     """
-    images = np.asarray(images_uint8_NHWC)
-    labels = np.asarray(labels_N, np.int32)
-    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(labels):
-        raise UserError(
-            f"fit got images of dtype {images.dtype} and shape {images.shape} with "
-            f"{len(labels)} labels; it needs uint8 (N, H, W, C) and N labels"
-        )
+    images = given.images("fit", images_uint8_NHWC)
+    classes = given.num_classes(module, images.shape[1:])
+    labels = given.labels("fit", labels_N, len(images), classes)
     mix = mix or ("none" if soft_labels is None else "cutmix")
     how = Augment(crop_min=crop_min, flip=flip, mix=mix)
     if soft_labels is None:
@@ -582,6 +579,9 @@ def fit(
         module, numbers, normalisation, view_seed=view_seed, seed=seed, devices=devices
     )
     state = trainer.start(images.shape[1:])
+    loss = np.float32(0)
     for batch in batches:
-        state, _ = trainer.step(state, batch)
+        state, loss = trainer.step(state, batch)
+    if not np.isfinite(loss):  # and stays so, once it is
+        raise UserError(f"fit ended with a training loss of {loss}; lower the learning rate")
     return jax.device_get(state.variables)

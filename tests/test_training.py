@@ -20,6 +20,7 @@ from prism_jax.core.augment import Augment, augment
 from prism_jax.data.lazy import LazyImages
 from prism_jax.errors import UserError
 from prism_jax.models import layers
+from prism_jax.teachers import TeacherPool
 from prism_jax.training import OPTIMISERS, TrainBatch, Trainer, TrainRecipe, hard_batches
 from prism_jax.types import Normalisation
 
@@ -618,17 +619,53 @@ def test_fit_learns_what_can_be_learnt_and_repeats():
     assert training.test(module, untrained, pixels, labels, GREY).top1 < 1.0
 
 
+UINT8 = np.zeros((4, 6, 6, 1), np.uint8)
+
+
 @pytest.mark.parametrize(
-    ("pixels", "labels"),
+    ("pixels", "labels", "said"),
     [
-        (np.zeros((4, 6, 6, 1), np.float32), np.zeros(4)),
-        (np.zeros((4, 6, 6), np.uint8), np.zeros(4)),
-        (np.zeros((4, 6, 6, 1), np.uint8), np.zeros(3)),
+        (UINT8.astype(np.float32), np.arange(4), r"dtype float32 .* needs uint8 \(N, H, W, C\)"),
+        (UINT8[..., 0], np.arange(4), r"shape \(4, 6, 6\); it needs uint8 \(N, H, W, C\)"),
+        (
+            UINT8,
+            np.arange(3),
+            r"shape \(3,\); it needs whole numbers, one for each of the 4 images",
+        ),
+        (UINT8, np.arange(4) / 2, r"labels of dtype float64"),
+        (UINT8, np.arange(4) - 1, r"labels from -1 to 2; the network knows 4 classes, 0 to 3"),
+        (UINT8, np.arange(4) + 1, r"labels from 1 to 4; the network knows 4 classes, 0 to 3"),
     ],
 )
-def test_fit_refuses_what_is_no_set_of_images(pixels, labels):
-    with pytest.raises(UserError, match=r"it needs uint8 \(N, H, W, C\) and N labels"):
-        prism_jax.fit(NoNorm(), pixels, labels, normalisation=GREY)
+def test_the_functions_refuse_what_is_no_set_of_images(pixels, labels, said):
+    module = NoNorm(num_classes=4)
+    variables = training.fresh(module, 0, (6, 6, 1))
+    pool = TeacherPool.of({"a": (module, variables)}, image_shape=(6, 6, 1), normalisation=GREY)
+    with pytest.raises(UserError, match=f"fit got .*{said}"):
+        prism_jax.fit(module, pixels, labels, normalisation=GREY)
+    with pytest.raises(UserError, match=f"synthesise got .*{said}"):
+        prism_jax.synthesise(pool, pixels, labels, iterations=1, alpha_bn=0.0)
+    if pixels is not UINT8:
+        with pytest.raises(UserError, match=f"relabel got .*{said}"):
+            prism_jax.relabel(pool, pixels)
+
+
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_relabel_keeps_some_of_the_logits(top_k):
+    module = NoNorm(num_classes=4)
+    variables = training.fresh(module, 0, (6, 6, 1))
+    pool = TeacherPool.of({"a": (module, variables)}, image_shape=(6, 6, 1), normalisation=GREY)
+    with pytest.raises(UserError, match=f"top_k={top_k}; it must be from 1 to 3"):
+        prism_jax.relabel(pool, UINT8, top_k=top_k)
+
+
+def test_fit_says_that_it_diverged():
+    pixels, labels = bright_or_dark(32)
+    with pytest.raises(UserError, match="a training loss of nan; lower the learning rate"):
+        prism_jax.fit(
+            TwoConvs(num_classes=2), pixels, labels, normalisation=GREY, epochs=3, batch_size=8,
+            optimiser="sgd", learning_rate=1e30,
+        )  # fmt: skip
 
 
 def test_in_bfloat16_only_the_computation_is_narrow():

@@ -184,9 +184,13 @@ def read_newest(
     try:
         leaves, meta = _read(newest)
     except Damaged:
-        raise UserError(f"the checkpoint {newest} is damaged, and is the last of {folder}") from None
+        raise UserError(
+            f"the checkpoint {newest} is damaged, and is the last of {folder}"
+        ) from None
     if step is not None and int(newest.name) != step:
-        raise UserError(f"{folder} has no whole checkpoint of step {step}; its last is {newest.name}")
+        raise UserError(
+            f"{folder} has no whole checkpoint of step {step}; its last is {newest.name}"
+        )
     return int(newest.name), leaves, meta
 
 

@@ -162,7 +162,9 @@ class Run:
         base = self.root if of == SYNTHETIC else self.root / "controls" / of
         trained = base / "validate" / student / str(seed)
         # Without its record a student is not trained to the end.
-        return validate.read(self.context, trained, student) if (trained / RECORD).exists() else None
+        return (
+            validate.read(self.context, trained, student) if (trained / RECORD).exists() else None
+        )
 
     @property
     def label_bytes(self) -> int | None:

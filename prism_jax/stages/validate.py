@@ -22,7 +22,7 @@ from prism_jax.data.weights import RECORD, variables_of
 from prism_jax.errors import UserError
 from prism_jax.models.import_torch import variable_shapes
 from prism_jax.parallel import enough_memory
-from prism_jax.stages import fingerprints, relabel
+from prism_jax.stages import fingerprints
 from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.stages.inputs import HELD_OUT
 from prism_jax.stages.loop import train

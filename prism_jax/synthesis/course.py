@@ -17,15 +17,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from prism_jax import rng
-from prism_jax.core import losses, pixels, schedules, views
+from prism_jax.core import given, losses, pixels, schedules, views
 from prism_jax.core.perturbation import ascend
 from prism_jax.errors import UserError
 from prism_jax.synthesis.guide import Guide
 from prism_jax.synthesis.lanes import engine, explain_failure
-from prism_jax.synthesis.recipe import ChunkReport, Recipe, UnitBatch
+from prism_jax.synthesis.recipe import GRANULARITIES, METHODS, ChunkReport, Recipe, UnitBatch
+from prism_jax.synthesis.sampling import COMMITTEES, SAMPLERS
 from prism_jax.synthesis.step import image_optimiser, initial_state, view_of
 from prism_jax.teachers import Teacher, TeacherPool
 from prism_jax.types import AnyArray, Array, Normalisation, SynthState
+
+_WORDS = {
+    "method": METHODS,
+    "logits_by": SAMPLERS,
+    "statistics_by": SAMPLERS,
+    "granularity": GRANULARITIES,
+    "committee": COMMITTEES,
+}
 
 
 class Phase(NamedTuple):
@@ -183,14 +192,26 @@ def synthesise(
       uint8 images of the same shape.
 
     Raises:
-      UserError: a pool without statistics to align, or a loss that is not finite.
+      UserError: images that are not uint8 NHWC, labels that are not a class for each, a word or
+        number that nothing has, a pool without statistics to align, or a loss that is not finite.
     """
+    images = given.images("synthesise", images_uint8_BHWC)
+    known = given.num_classes(pool.teachers[0].module, images.shape[1:])
+    labels = given.labels("synthesise", labels_B, len(images), known)
+    for name, allowed in _WORDS.items():
+        if recipe.get(name) is not None:
+            given.one_of(name, recipe[name], allowed)
+    if iterations < 0:
+        raise UserError(f"synthesise got iterations={iterations}; it must be zero or positive")
     numbers = Recipe(primary=pool.index(primary) if primary else 0, **recipe)
+    if numbers.phase_sizes and numbers.phase_sizes[-1] != images.shape[1]:
+        raise UserError(
+            f"phase_sizes is {numbers.phase_sizes}; the last must be the images' own size, "
+            f"{images.shape[1]}"
+        )
     run = engine(pool, numbers, guide=guide)
-    start = pixels.normalise(jnp.asarray(images_uint8_BHWC), pool.normalisation)
-    unit = UnitBatch(
-        np.int32(slot), np.int32(0), np.int32(iterations), np.asarray(labels_B, np.int32)
-    )
+    start = pixels.normalise(jnp.asarray(images), pool.normalisation)
+    unit = UnitBatch(np.int32(slot), np.int32(0), np.int32(iterations), labels)
     lane_unit = run.place(prepare(pool, numbers, [(unit, start)], seed), 0)
     phases, done = phases_of(numbers, iterations, start), 0
     state = begin(pool, numbers, phases[0], start)
@@ -204,5 +225,5 @@ def synthesise(
                 raise UserError(f"synthesis stopped: {reason}; lower the learning rate or alpha_bn")
             on_chunk(report)
         state = run.fetch(state)
-    images = state.images_BHWC
-    return np.asarray(pixels.to_uint8(images, pool.normalisation, rounding=rounding))
+    made = state.images_BHWC
+    return np.asarray(pixels.to_uint8(made, pool.normalisation, rounding=rounding))

@@ -51,6 +51,7 @@ METHODS: dict[str, Supervision] = {
 }
 # Kinds of statistics: BatchNorms' inputs; convolutions' inputs by channel and by patch.
 KINDS = ("bn", "conv", "patch")
+GRANULARITIES = ("per_slot", "per_batch", "per_iteration")  # how long a draw holds
 FLATNESS_MOMENTUM = 0.99  # of the average images that flatness looks at (EDC)
 
 

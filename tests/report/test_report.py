@@ -24,11 +24,11 @@ from prism_jax.config import resolve
 from prism_jax.data import image_set, orbax_files, workdir
 from prism_jax.data.weights import RECORD
 from prism_jax.errors import UserError
+from prism_jax.pipeline import sets
 from prism_jax.report import __main__ as command
 from prism_jax.report import accuracy, costs, features, gathered, measures, pictures
 from prism_jax.report.finished import Run, open_runs
 from prism_jax.report.gathered import Gathered, Options
-from prism_jax.pipeline import sets
 from prism_jax.stages import validate
 from prism_jax.stages.makers.optimise import kept_folder
 

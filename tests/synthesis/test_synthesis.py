@@ -429,6 +429,21 @@ def test_a_pool_without_statistics_is_refused_unless_alignment_is_off(pixels_and
     prism_jax.synthesise(pool, *pixels_and_labels, iterations=2, alpha_bn=0.0)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"method": "prsm"}, r"method is 'prsm' \(did you mean 'prism'\?\); allowed: prism, sre2l"),
+        ({"statistics_by": "some"}, "statistics_by is 'some'; allowed: fixed, subset"),
+        ({"granularity": "never"}, "granularity is 'never'; allowed: per_slot, per_batch"),
+        ({"iterations": -1}, "iterations=-1; it must be zero or positive"),
+        ({"phase_sizes": (8, 4)}, "the last must be the images' own size, 8"),
+    ],
+)
+def test_words_and_numbers_that_nothing_has_are_refused(pixels_and_labels, given, said):
+    with pytest.raises(UserError, match=said):
+        prism_jax.synthesise(small_pool(1), *pixels_and_labels, **given)
+
+
 def test_an_unknown_primary_lists_the_pool(pixels_and_labels):
     with pytest.raises(UserError, match="no teacher 'c' in the pool; there are: a, b"):
         prism_jax.synthesise(small_pool(2), *pixels_and_labels, primary="c")
