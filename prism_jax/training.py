@@ -579,7 +579,7 @@ def fit(
         module, numbers, normalisation, view_seed=view_seed, seed=seed, devices=devices
     )
     state = trainer.start(images.shape[1:])
-    loss = np.float32(0)
+    loss: Array | float = 0.0
     for batch in batches:
         state, loss = trainer.step(state, batch)
     if not np.isfinite(loss):  # and stays so, once it is

@@ -9,7 +9,7 @@ initial images and of nothing else that is not in the state.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ from prism_jax.synthesis.step import image_optimiser, initial_state, view_of
 from prism_jax.teachers import Teacher, TeacherPool
 from prism_jax.types import AnyArray, Array, Normalisation, SynthState
 
-_WORDS = {
+_WORDS: dict[str, Iterable[str]] = {
     "method": METHODS,
     "logits_by": SAMPLERS,
     "statistics_by": SAMPLERS,
