@@ -5,14 +5,14 @@
 coords are (top / height, left / width, height / height, width / width) of each crop; partner,
 lambda and box are None where nothing is mixed, and box is None for MixUp. Which images a batch has
 is not stored: it is the order of PyTorch's RandomSampler over the ImageFolder, with its own
-generator for all epochs.
+generator for all epochs. G-VBSM and EDC store it, as a seventh part: the images' positions (B,).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,14 +120,14 @@ class FkdLabels:
                 f"{self._root} labels a whole set; recover.ipc takes a part of it: take all of it"
             )
         self._ours = np.argsort(places)  # our position of each of their images
-        self._orders_EN, self.notes = self._found_order(np.asarray(labels_N))
+        self._orders, self.notes = self._found_order(np.asarray(labels_N))
 
     def __len__(self) -> int:
         return self.plan.epochs * self.plan.batches_per_epoch
 
     def __getitem__(self, number: int) -> SoftLabels:
         epoch, batch = divmod(int(number), self.plan.batches_per_epoch)
-        return self._record(epoch, batch, self._orders_EN[epoch])
+        return self._record(epoch, batch, self._orders[epoch])
 
     def read(
         self,
@@ -142,10 +142,16 @@ class FkdLabels:
         numbers = share_of(total, start, share)
         return read_batches(numbers, lambda number: self[int(number) % len(self)], threads=threads)
 
-    def _record(self, epoch: int, batch: int, order_N: np.ndarray) -> SoftLabels:
-        coords, flips, partner, lam, box, logits = self._load(epoch, batch)
+    def _record(self, epoch: int, batch: int, order_N: np.ndarray | None) -> SoftLabels:
+        coords, flips, partner, lam, box, logits, *stated = self._load(epoch, batch)
         size = self.plan.batch_size
-        index_B = self._ours[order_N[batch * size : (batch + 1) * size]].astype(np.int32)
+        at_B = stated[0] if order_N is None else order_N[batch * size : (batch + 1) * size]
+        if at_B.ndim != 1 or not ((at_B >= 0) & (at_B < self.plan.count)).all():
+            raise UserError(
+                f"{self._file(epoch, batch)} has positions of other images than the "
+                f"{self.plan.count} of the set"
+            )
+        index_B = self._ours[at_B.astype(np.int64)].astype(np.int32)
         count = len(index_B)
         if len(logits) != count or coords.shape != (count, 4) or len(flips) != count:
             raise UserError(
@@ -183,20 +189,31 @@ class FkdLabels:
     def _load(self, epoch: int, batch: int) -> list[Any]:
         file = self._file(epoch, batch)
         found = torch_file.load(file)
-        if not isinstance(found, (list, tuple)) or len(found) != 6:
-            raise UserError(f"{file} is no batch of FKD labels: they are lists of six")
-        if not all(isinstance(found[i], np.ndarray) for i in (0, 1, 5)):
+        if not isinstance(found, (list, tuple)) or len(found) not in (6, 7):
             raise UserError(
-                f"{file} is no batch of FKD labels: crops, flips and logits are tensors"
+                f"{file} is no batch of FKD labels: they are lists of six, as SRe2L has them, or of "
+                f"seven with the images' positions, as G-VBSM and EDC"
+            )
+        if not all(isinstance(found[i], np.ndarray) for i in (0, 1, 5, *range(6, len(found)))):
+            raise UserError(
+                f"{file} is no batch of FKD labels: crops, flips, logits and positions are tensors"
             )
         return list(found)
 
-    def _found_order(self, labels_N: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
-        """The order in which the images were labelled, by how well labels and classes agree."""
+    def _found_order(
+        self, labels_N: np.ndarray
+    ) -> tuple[Sequence[np.ndarray | None], tuple[str, ...]]:
+        """The order in which the images were labelled, by how well labels and classes agree.
+
+        Of each epoch; None where its own batches say it.
+        """
         count, epochs = self.plan.count, self._epochs
         beside = _beside(self._root)
         stated = os.path.isfile(beside)
-        if stated:
+        readings: dict[str, Sequence[np.ndarray | None]]
+        if len(self._load(0, 0)) == 7:
+            stated, readings = True, {"the positions stored with them": [None] * epochs}
+        elif stated:
             readings = {ORDER: _stated_order(beside, epochs, count)}
         else:
             readings = {
@@ -221,7 +238,7 @@ class FkdLabels:
             f"the labels agree with the classes of their images for {fit:.0%} ({best})",
         )
 
-    def _agreement(self, orders: np.ndarray, labels_N: np.ndarray) -> float:
+    def _agreement(self, orders: Sequence[np.ndarray | None], labels_N: np.ndarray) -> float:
         """The share of images whose label's largest class is theirs or their partner's."""
         hits, tried, edges = 0, 0, []
         for epoch in range(min(1, self._epochs - 1), min(4, self._epochs)):

@@ -128,6 +128,23 @@ def test_labels_that_pytorch_wrote_in_the_order_of_its_loader(tmp_path):
     assert_read(opened(tmp_path), batches, orders)
 
 
+def test_labels_that_say_their_images_are_read_in_any_order(tmp_path):
+    """As G-VBSM's and EDC's relabel writes them."""
+    orders = np.stack([np.random.default_rng(e).permutation(COUNT) for e in range(EPOCHS)])
+    batches = write(tmp_path, orders)
+    for (epoch, number), batch in batches.items():
+        at = orders[epoch][number * BATCH : (number + 1) * BATCH]
+        torch_file.save(tmp_path / f"epoch_{epoch}" / f"batch_{number}.tar", [*batch, at])
+    places = np.random.default_rng(9).permutation(COUNT)  # of ours among the labelled files
+    reader = opened(tmp_path, labels_N=LABELS[places], places_N=places)
+    assert_read(reader, batches, [np.argsort(places)[order] for order in orders])
+    assert "the positions stored with them" in reader.notes[0]
+    at[0] = COUNT
+    torch_file.save(tmp_path / f"epoch_{epoch}" / f"batch_{number}.tar", [*batch, at])
+    with pytest.raises(UserError, match=f"other images than the {COUNT} of the set"):
+        list(opened(tmp_path).read())
+
+
 def test_another_order_is_refused_unless_it_is_stated(tmp_path):
     root = tmp_path / "labels"
     orders = np.stack([np.random.default_rng(e).permutation(COUNT) for e in range(EPOCHS)])
