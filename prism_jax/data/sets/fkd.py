@@ -191,8 +191,8 @@ class FkdLabels:
         found = torch_file.load(file)
         if not isinstance(found, (list, tuple)) or len(found) not in (6, 7):
             raise UserError(
-                f"{file} is no batch of FKD labels: they are lists of six, as SRe2L has them, or of "
-                f"seven with the images' positions, as G-VBSM and EDC"
+                f"{file} is no batch of FKD labels: they are lists of six, as SRe2L's, or of "
+                f"seven with the images' positions, as G-VBSM's and EDC's"
             )
         if not all(isinstance(found[i], np.ndarray) for i in (0, 1, 5, *range(6, len(found)))):
             raise UserError(
@@ -200,9 +200,7 @@ class FkdLabels:
             )
         return list(found)
 
-    def _found_order(
-        self, labels_N: np.ndarray
-    ) -> tuple[Sequence[np.ndarray | None], tuple[str, ...]]:
+    def _found_order(self, labels_N: np.ndarray) -> tuple[list[np.ndarray | None], tuple[str, ...]]:
         """The order in which the images were labelled, by how well labels and classes agree.
 
         Of each epoch; None where its own batches say it.
@@ -210,17 +208,18 @@ class FkdLabels:
         count, epochs = self.plan.count, self._epochs
         beside = _beside(self._root)
         stated = os.path.isfile(beside)
-        readings: dict[str, Sequence[np.ndarray | None]]
         if len(self._load(0, 0)) == 7:
-            stated, readings = True, {"the positions stored with them": [None] * epochs}
-        elif stated:
+            within: list[np.ndarray | None] = [None] * epochs
+            fit = self._agreement(within, labels_N)
+            return within, (_fit("the positions stored with them", fit),)
+        if stated:
             readings = {ORDER: _stated_order(beside, epochs, count)}
         else:
             readings = {
                 f"{words} RandomSampler": torch_orders(count, epochs, draws=draws)
                 for words, draws in (("today's", 2), ("an older", 1))
             }
-        fits = {name: self._agreement(orders, labels_N) for name, orders in readings.items()}
+        fits = {name: self._agreement([*orders], labels_N) for name, orders in readings.items()}
         (best, fit), *rest = sorted(fits.items(), key=lambda item: -item[1])
         chance = 2 / self.plan.num_classes
         same = all(np.array_equal(readings[best], readings[other]) for other, _ in rest)
@@ -234,9 +233,7 @@ class FkdLabels:
                 f"state it in {beside}, a tensor of integers (epochs, images) with the positions "
                 f"in the ImageFolder in the order of the batches"
             )
-        return readings[best], (
-            f"the labels agree with the classes of their images for {fit:.0%} ({best})",
-        )
+        return list(readings[best]), (_fit(best, fit),)
 
     def _agreement(self, orders: Sequence[np.ndarray | None], labels_N: np.ndarray) -> float:
         """The share of images whose label's largest class is theirs or their partner's."""
@@ -259,6 +256,10 @@ class FkdLabels:
                 f"{max(edges)} px; set dataset.image_size={max(edges)}"
             )
         return hits / tried
+
+
+def _fit(order: str, share: float) -> str:
+    return f"the labels agree with the classes of their images for {share:.0%} ({order})"
 
 
 def digest(path: str) -> str:
