@@ -245,7 +245,10 @@ def finish(c: ConfigDict, at: At) -> ConfigDict:
 
 
 def _imagenette(c: ConfigDict) -> None:
-    c.recover.batch_size = None
+    r = c.recover
+    slots = r.ipc if r.batch_order == "class_major" else r.slots_per_batch or 1
+    if r.batch_size is not None and r.batch_size >= 10 * slots:
+        r.batch_size = None  # all ten classes
     c.generate.class_names = None  # the data set's own
     for name in c.squeeze.teachers:
         c.networks[name].head_classes = 1000  # cut to the classes that the data has
