@@ -19,6 +19,7 @@ from prism_jax.analysis.words import size as size_of
 from prism_jax.config import Experiment, Layout, batch_layout, budget_of
 from prism_jax.config.generation import SCHEDULES, fitting_of, sampling_of
 from prism_jax.config.layout import LEAST_IMAGES
+from prism_jax.config.rules.recover import one_draw
 from prism_jax.data.sources import info_of, open_source
 from prism_jax.data.weights import RECORD
 from prism_jax.diffusion import fit, samplers
@@ -141,7 +142,7 @@ def show(
         or "none",
         "recover": f"{layout.groups * layout.blocks:,} units of "
         f"{' or '.join(map(str, layout.sizes))} images, {iterations:,} iterations in all"
-        f"{_few(experiment, layout)}",
+        f"{_few(experiment, layout)}{_one_draw(experiment, layout)}",
         **_optimisation(experiment),
         **_generation(experiment),
         **_statistics(experiment),
@@ -226,6 +227,11 @@ def _few(e: Experiment, layout: Layout) -> str:
         f"; statistics of {min(layout.sizes)} image(s) say little: put {LEAST_IMAGES} or more in a "
         f"batch (recover.batch_size, recover.slots_per_batch)"
     )
+
+
+def _one_draw(e: Experiment, layout: Layout) -> str:
+    said = one_draw(e, layout)
+    return f"; {said}" if said else ""
 
 
 def _measured(e: Experiment, batch: int, iterations: int) -> dict[str, str]:

@@ -17,6 +17,7 @@ from etils import epath
 
 from prism_jax import parallel
 from prism_jax.config import batch_layout, members, unit_budget, units
+from prism_jax.config.rules.recover import one_draw
 from prism_jax.core import pixels
 from prism_jax.data import image_set, workdir
 from prism_jax.data.lazy import Images
@@ -115,6 +116,8 @@ def run(context: Context) -> None:
         maker.before(context)
     ordered = parallel.longest_first(units(config), lambda unit: unit_budget(config, unit))
     if mine := context.work.deal("recover", ordered, lambda: pending(context), prepare):
+        if said := one_draw(config, batch_layout(config)):
+            context.say(f"note: {said}")
         # The whole of it: what does not fit is said when a result is fetched, not when it is asked.
         with parallel.enough_memory(remedy):
             for made in maker.make(context, root, mine):

@@ -147,6 +147,13 @@ REFUSED = {
     "budgets": (
         {"recover__slots_per_batch": 2, "recover__budget": "mod8"}, "[438, 500]", "constant",
     ),
+    "listed pairs in one batch": (
+        {"recover__method": "cvdd", "recover__committee": "listed", "recover__slots_per_batch": 2},
+        "holds 2 slots, which have one pair", "recover.slots_per_batch=1",
+    ),
+    "pairs of nobody": (
+        {"recover__committee": "best"}, "recover.committee is best, which counts for nothing",
+    ),
     "a folder without a name": ({"recover__initialise": "folder"}, "recover.initialise_from=DIR"),
     "a folder for nothing": (
         {"recover__initialise_from": "set"}, "names set", "'real'", "recover.initialise=folder",

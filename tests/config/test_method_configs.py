@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import pathlib
@@ -11,8 +12,9 @@ from helpers.command import call
 
 from configs.methods import cao2, recipes
 from prism_jax import plan, synthesis
-from prism_jax.config import Experiment, resolve
+from prism_jax.config import Experiment, batch_layout, resolve
 from prism_jax.config.generation import clustering_of
+from prism_jax.config.rules.recover import one_draw
 from prism_jax.config.sections import Refine
 from prism_jax.diffusion.anchors import Clustering
 
@@ -407,3 +409,29 @@ def test_ten_classes_of_imagenet_are_ten_when_methods_ask():
     assert (small.generate.candidates, small.validate.batch_size) == (2, 50)
     large = resolve(cao2.get_config("imagenet"))
     assert (large.generate.candidates, large.validate.batch_size) == (4, 100)
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "size"),
+    [
+        ("gvbsm", ("ipc50",), 50), ("edc", ("ipc50",), 50), ("delt", ("ipc50",), 100),
+        ("gvbsm", ("ipc10", "official"), 40), ("edc", ("ipc10", "official"), 20),
+    ],
+)  # fmt: skip
+def test_batches_of_ten_classes_are_those_of_a_thousand(name, words, size):
+    """Their statistics are of as many images of as many classes."""
+    for more in ((), ("imagenette",)):
+        assert batch_layout(experiment(name, "imagenet", *words, *more)).size == size
+    assert batch_layout(experiment("prism", "imagenet", "imagenette")).size == 10  # of 100
+
+
+def test_one_draw_for_all_images_is_said():
+    def said(name, **fields):
+        e = experiment(name, "imagenet")
+        e = dataclasses.replace(e, recover=dataclasses.replace(e.recover, **fields))
+        return one_draw(e, batch_layout(e))
+
+    assert said("prism") is None  # a draw for each slot
+    assert "share one draw of teachers" in said("prism", batch_order="class_major")
+    assert said("prism", batch_order="class_major", granularity="per_iteration") is None
+    assert said("sre2l", batch_order="class_major") is None

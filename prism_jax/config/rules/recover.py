@@ -56,7 +56,7 @@ def violations(e: Experiment) -> Iterator[str]:
     if why:
         yield why
     if e.recover.method in METHODS:
-        yield from _supervision(e)
+        yield from _supervision(e, layout)
         yield from _unread(e)
         yield from _statistics(e)
         yield from _groups(e, layout)
@@ -124,7 +124,7 @@ def _convolutions(e: Experiment) -> bool:
     return not {"conv", "patch"}.isdisjoint(e.recover.match)
 
 
-def _supervision(e: Experiment) -> Iterator[str]:
+def _supervision(e: Experiment, layout: Layout | None) -> Iterator[str]:
     r, (logits, statistics) = e.recover, supervised_by(e)
     if "committee" not in (logits, statistics):
         if r.priors is not None:
@@ -146,8 +146,34 @@ def _supervision(e: Experiment) -> Iterator[str]:
             f"recover.statistic_primary is {r.statistic_primary!r}, but {statistics!r} has no "
             f"primary; set recover.statistics_by to 'fixed' or 'subset'"
         )
+    listed = "committee" in (logits, statistics) and r.committee == "listed"
+    if listed and layout is not None and layout.slots > 1:
+        yield (
+            f"recover.committee is 'listed', all pairs in turn with the slot, and a batch holds "
+            f"{layout.slots} slots, which have one pair: set recover.slots_per_batch=1, or "
+            f"recover.committee='random'"
+        )
     if r.round_robin_restarts and "round_robin" not in (logits, statistics):
         yield "recover.round_robin_restarts is True, but nobody takes turns; unset it"
+
+
+def drawn_by(e: Experiment) -> set[str]:
+    """The samplers that draw teachers at random."""
+    random = {"subset"} | ({"committee"} if e.recover.committee == "random" else set())
+    return random & set(supervised_by(e))
+
+
+def one_draw(e: Experiment, layout: Layout) -> str | None:
+    """What is to be said where one draw of teachers holds for every image of the set."""
+    r = e.recover
+    if layout.groups > 1 or not (drawn_by(e) and r.iterations and len(r.pool) > 1):
+        return None
+    if r.granularity == "per_iteration" or (r.granularity == "per_batch" and layout.blocks > 1):
+        return None
+    return (
+        f"all images share one draw of teachers (recover.granularity={r.granularity!r}, a class's "
+        f"images in one batch); 'per_iteration' draws more often"
+    )
 
 
 def _unread(e: Experiment) -> Iterator[str]:
@@ -156,7 +182,10 @@ def _unread(e: Experiment) -> Iterator[str]:
     subset = "subset" in samplers, "nobody draws a subset (recover.logits_by, statistics_by)"
     votes = "committee" in samplers and r.priors is not None, "no recover.priors vote"
     falls = r.crop_curriculum != "constant", "recover.crop_curriculum is 'constant'"
+    votes_are_cast = "committee" in samplers or r.committee not in sampling.COMMITTEES
+    committees = votes_are_cast, "nobody is a committee (recover.logits_by, statistics_by)"
     for name, (read, why) in {
+        "committee": committees,
         "subset_others": subset,
         "subset_probability": subset,
         "prior_temperature": votes,
