@@ -3,11 +3,12 @@
 #
 #     benchmarks/on_device.sh [OUT]        # default: benchmarks/results/on_device
 #
-# A smoke of all five stages, the bits of runs made again, our timings beside the estimates of
-# benchmarks/targets.py, and, where PyTorch is there and time is left, the commands of
-# docs/performance.md. In order of worth; each writes OUT* when it is done, so that a device that
-# is taken away leaves what there is. Environment: PYTHON (default: .venv's, else python3), LIMIT
-# in seconds (480), CUT=1 (everything small; without a device too, to see that it runs).
+# A smoke of all five stages, the bits of runs made again, what products are rounded to, our timings
+# beside the estimates of benchmarks/targets.py, and, where PyTorch is there and time is left, the
+# commands of docs/performance.md. What is not timed runs at once, and compiles what is timed then,
+# with the device to itself. Each writes OUT* when it is done, so that a device that is taken away
+# leaves what there is. Environment: PYTHON (default: .venv's, else python3), LIMIT in seconds (480),
+# CUT=1 (everything small; without a device too, to see that it runs).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
@@ -33,15 +34,15 @@ step() {
     say "$name: not measured, no time is left"
     return
   fi
-  timeout --kill-after=5 "$most" "$@" >"$work/log" 2>&1
+  timeout --kill-after=5 "$most" "$@" >"$work/$name.log" 2>&1
   status=$?
-  tail -n 40 "$work/log" >>"$out.log"
+  tail -n 40 "$work/$name.log" >>"$out.log"
   if ((status == 0)); then
     say "$name: done in $((SECONDS - began)) s"
   elif ((status >= 124)); then
     say "$name: not measured, ended after $((SECONDS - began)) s (status $status)"
   else
-    say "$name: FAILED with status $status: $(tail -n 1 "$work/log")"
+    say "$name: FAILED with status $status: $(tail -n 1 "$work/$name.log")"
   fi
 }
 
@@ -58,9 +59,9 @@ say "$("$python" -c 'import jax; print(jax.device_count(), jax.devices()[0].devi
 
 patience=1  # where everything is small the machine may be, too
 [[ -n ${CUT:-} ]] && patience=4
-device=gpu shape=100x224 seconds=2 rounds=3 iterations=1000
+device=gpu shape=100x224 seconds=2 rounds=3 iterations=1000 networks=resnet18,mobilenet_v2
 [[ $platform == cpu ]] && device=cpu
-[[ -n ${CUT:-} ]] && shape=4x32 seconds=0.2 rounds=1 iterations=400
+[[ -n ${CUT:-} ]] && shape=4x32 seconds=0.2 rounds=1 iterations=400 networks=resnet20
 
 # The digits, every stage cut short.
 short=(
@@ -68,11 +69,19 @@ short=(
   --config.validate.eval_every=2 --config.validate.students=convnet --config.squeeze.least_top1=0
   "--config.validate.controls=random_real"
 )
-step smoke 150 "$python" -m prism_jax.main --config="configs/digits_${CUT:+sre2l_}ipc10.py" \
-  --workdir="$work/smoke" "${short[@]}" --config.recover.iterations=20
-step bits 150 "$python" benchmarks/bits.py --modes=on --workdir="$work/bits" --out="${out}_bits" \
+# Several processes on one device: none may take its memory in advance.
+export XLA_PYTHON_CLIENT_PREALLOCATE=false
+step smoke 170 "$python" -m prism_jax.main --config="configs/digits_${CUT:+sre2l_}ipc10.py" \
+  --workdir="$work/smoke" "${short[@]}" --config.recover.iterations=20 &
+step bits 170 "$python" benchmarks/bits.py --modes=on --workdir="$work/bits" --out="${out}_bits" \
   -- --config=configs/digits_sre2l_ipc10.py "${short[@]}" \
-  "--config.recover.iterations=$iterations"
+  "--config.recover.iterations=$iterations" &
+step precision 170 "$python" benchmarks/precision.py --architectures="$networks" --size=64 \
+  --as-it-is --out="${out}_precision" &
+step programs 170 "$python" benchmarks/on_device.py --prepare --out="$out" --shape="$shape" \
+  --limit=$((165 * patience)) &
+wait
+unset XLA_PYTHON_CLIENT_PREALLOCATE
 step timings 235 "$python" benchmarks/on_device.py --out="$out" --shape="$shape" \
   --seconds="$seconds" --limit=$((225 * patience))
 if [[ -e $out.md ]]; then tee -a "$out.log" <"$out.md"; fi
@@ -85,5 +94,5 @@ options=(--device="$device" --rounds="$rounds" --seconds="$seconds" --shapes="$s
 step recover 150 "$python" benchmarks/recover.py "${options[@]}" --out="${out}_recover"
 step relabel 90 "$python" benchmarks/relabel.py "${options[@]}" --out="${out}_relabel"
 step validate 90 "$python" benchmarks/validate.py "${options[@]}" --out="${out}_validate"
-step "recover, not deterministic" 90 "$python" benchmarks/recover.py "${options[@]}" \
+step not_deterministic 90 "$python" benchmarks/recover.py "${options[@]}" \
   --deterministic=off --pools=resnet18 --out="${out}_not_deterministic"
