@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from prism_jax.analysis import membership
-from prism_jax.analysis.figures import COLOURS, QUIET, styled
+from prism_jax.analysis.figures import COLOURS, QUIET, log_scale, short, styled
 from prism_jax.analysis.membership import Rate, Verdict
 from prism_jax.analysis.words import UNKNOWN, percent
 
@@ -239,9 +239,13 @@ def roc(attacks: Sequence[Attack]) -> Figure:
                 linestyle=STYLES[number // len(COLOURS) % len(STYLES)], linewidth=1.5,
             )  # fmt: skip
         axis.plot([least, 1], [least, 1], color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
-        axis.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1.05))
+        axis.set(xlim=(least, 1), ylim=(least, 1.05))
+        log_scale(axis, "x")
+        log_scale(axis, "y")
         axis.set(title=kind, xlabel="false positives", ylabel="true positives")
-    figure.legend([handles[row] for row in rows], rows, loc="outside right upper", frameon=False)
+    figure.legend(
+        [handles[row] for row in rows], map(short, rows), loc="outside right upper", frameon=False
+    )
     return figure
 
 
@@ -269,10 +273,9 @@ def gradients(study: dict[str, Any]) -> Figure:
         right.plot(study["alphas"], seeds, color=colour, linestyle=(0, (5, 1.5)), linewidth=1)
     right.axhline(1, color=QUIET, linewidth=1)
     right.axvline(study["alpha"], color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
-    right.set(
-        title="Noise of drawn teachers / change by one image", xlabel="alpha", xscale="log",
-        yscale="log",
-    )  # fmt: skip
+    right.set(title="Noise of drawn teachers / change by one image", xlabel="alpha")
+    log_scale(right, "x")
+    log_scale(right, "y")
     handles, labels = right.get_legend_handles_labels()
     for style, words in (((0, (1.5, 1.5)), "along the change"), ((0, (5, 1.5)), "/ other seeds")):
         handles += right.plot([], [], color=QUIET, linestyle=style)

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from prism_jax.analysis.calibration import Reliability
-from prism_jax.analysis.figures import COLOURS, FAINT, INK, QUIET, styled
+from prism_jax.analysis.figures import COLOURS, FAINT, INK, LONGEST_SET, QUIET, short, styled
 
 NAMED = 30  # classes that a chart names one by one
 REFERENCES = ("#6B7280", "#A3ABB8", "#C5CAD1")
@@ -56,12 +56,12 @@ def plane(real: Points, sets: Mapping[str, Points], class_names: Mapping[int, st
             axes.scatter(
                 *of.points_N2[mine].T, s=46, color=colour, edgecolors=INK, linewidths=0.9, zorder=3
             )
-        axes.set(title=name, xticks=(), yticks=())
+        axes.set(title=short(name, LONGEST_SET), xticks=(), yticks=())
         axes.spines[:].set_visible(False)
     for axes in panels.flat[len(sets) :]:
         axes.remove()
     handles = [
-        Line2D([], [], linestyle="", marker="o", color=colours[label], label=name)
+        Line2D([], [], linestyle="", marker="o", color=colours[label], label=short(name))
         for label, name in class_names.items()
     ]
     handles += [
@@ -111,13 +111,14 @@ def by_class(
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         if named:
-            axes.set_xticks(range(classes), class_names)
+            names = [short(name) for name in class_names]
+            axes.set_xticks(range(classes), names)
             axes.set_xlim(-0.6, classes - 0.4)
-            if max(map(len, class_names)) * classes > 40:
+            if _are_long(names):
                 axes.tick_params(axis="x", rotation=60, labelsize=9)
         else:
-            axes.set_xlabel(f"classes, by {order_by}")
-    handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
+            axes.set_xlabel(f"classes, by {short(order_by, LONGEST_SET)}")
+    handles = _legend(styles)
     figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)))
     return figure
 
@@ -138,10 +139,14 @@ def confusions(shares: Mapping[str, np.ndarray], class_names: Sequence[str]) -> 
     for axes, (name, share_KK) in zip(panels.flat, shares.items(), strict=False):
         drawn = axes.imshow(share_KK, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
         axes.grid(False)
-        axes.set(title=name, xlabel="taken for", ylabel="class")
+        axes.set(title=short(name, LONGEST_SET), xlabel="taken for", ylabel="class")
         if len(class_names) <= NAMED:
-            axes.set_xticks(range(len(class_names)), class_names, rotation=_turn(class_names))
-            axes.set_yticks(range(len(class_names)), class_names)
+            names = [short(name) for name in class_names]
+            axes.set_xticks(range(len(names)), names)
+            axes.set_yticks(range(len(names)), names)
+            if _are_long(names):
+                axes.tick_params(axis="x", rotation=60)
+                axes.tick_params(labelsize=8)
         if len(class_names) <= 12:
             for k, j in itertools.product(range(len(class_names)), repeat=2):
                 if share_KK[k, j] >= 0.005:
@@ -157,8 +162,9 @@ def confusions(shares: Mapping[str, np.ndarray], class_names: Sequence[str]) -> 
     return figure
 
 
-def _turn(names: Sequence[str]) -> int:
-    return 0 if max(map(len, names)) * len(names) <= 40 else 60
+def _are_long(names: Sequence[str]) -> bool:
+    """Whether they do not fit side by side."""
+    return max(map(len, names)) * len(names) > 40
 
 
 @styled
@@ -187,13 +193,13 @@ def reliabilities(
             axes.plot(x, y, color=style["color"], linewidth=style["linewidth"], alpha=0.9)
             area = 12 + 240 * found.count_B[at] / found.count_B.sum()
             axes.scatter(x, y, s=area, color=style["color"], marker=style["marker"], alpha=0.75)
-        axes.set(title=student, xlabel="confidence", xlim=(0, 1.02), ylim=(0, 1.04))
+        axes.set(title=short(student), xlabel="confidence", xlim=(0, 1.02), ylim=(0, 1.04))
         _percent(axes)
     for axes in panels.flat[len(students) :]:
         axes.remove()
     for axes in panels[:, 0]:
         axes.set_ylabel("right, on real test images")
-    handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
+    handles = _legend(styles)
     figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)))
     return figure
 
@@ -201,6 +207,12 @@ def reliabilities(
 def _percent(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def _legend(styles: Mapping[str, Mapping[str, Any]]) -> list[Line2D]:
+    return [
+        Line2D([], [], label=short(name, LONGEST_SET), **style) for name, style in styles.items()
+    ]
 
 
 def _styles(names: Iterable[str], references: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ from prism_jax.analysis import differences, expenses
 from prism_jax.analysis.cells import Entry, columns, label_of, mean, of
 from prism_jax.analysis.differences import Choices
 from prism_jax.analysis.differences import row as row_of
-from prism_jax.analysis.figures import COLOURS, QUIET, styled
+from prism_jax.analysis.figures import COLOURS, LONGEST_SET, QUIET, short, styled
 from prism_jax.analysis.words import (
     OWN,
     SYNTHETIC,
@@ -253,7 +253,7 @@ def accuracy_over_cost(entries: Sequence[Entry], cost: str = "seconds") -> Figur
         axis.set_visible(False)
     for axis, (protocol, ipc, student) in zip(axes, panels, strict=False):
         mine = [e for e in entries if (e.protocol, e.ipc) == (protocol, ipc)]
-        axis.set_title(f"{protocol}, IPC {ipc}, {student}")
+        axis.set_title(f"{short(protocol)}, IPC {ipc}, {short(student)}")
         chosen = expenses.cost_of(cost, mine, SYNTHETIC)
         axis.set_xlabel(chosen.words)
         axis.set_ylabel("top-1, %")
@@ -296,7 +296,7 @@ def accuracy_over_cost(entries: Sequence[Entry], cost: str = "seconds") -> Figur
             )  # fmt: skip
     figure.legend(
         [handles[row] for row in rows if row in handles],
-        [row_label(row) for row in rows if row in handles],
+        [short(row_label(row), LONGEST_SET) for row in rows if row in handles],
         loc="outside right upper", fontsize=9, frameon=False,
     )  # fmt: skip
     return figure

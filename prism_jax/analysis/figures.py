@@ -2,6 +2,7 @@
 
 They are PNG bytes, and any other format where ``in_forms`` draws them.
 
+Names are drawn as they are written (``$`` is no mathematics) and long ones cut: ``short``.
 Colours are Okabe and Ito's, which colour-blind readers tell apart; a line style says the same
 again. Nothing here keeps global state of matplotlib, and equal inputs give equal bytes.
 """
@@ -48,6 +49,7 @@ NOT_SUPERVISING: dict[str, Any] = {
 INK, QUIET, FAINT = "#1F2933", "#6B7280", "#E5E7EB"
 STYLE: dict[Any, Any] = {
     "font.size": 10.5,
+    "text.parse_math": False,  # a $ in a name is a $; numbers on axes are plain (log_scale)
     "text.color": INK,
     "axes.titlesize": 11.5,
     "axes.titleweight": "bold",
@@ -70,6 +72,7 @@ STYLE: dict[Any, Any] = {
     "lines.solid_capstyle": "round",
     "svg.hashsalt": "prism_jax",  # its identifiers are random otherwise
 }
+LONGEST, LONGEST_SET = 30, 40  # characters of a name in a figure, and of a set's words
 FORMS: dict[str, dict[str, Any]] = {
     "png": {"Software": None},
     "svg": {"Date": None},
@@ -104,6 +107,14 @@ def in_forms(
             figure.savefig(buffer, format=form, facecolor="white", metadata=FORMS[form])
             found[form] = buffer.getvalue()
     return found
+
+
+def short(name: str, most: int = LONGEST) -> str:
+    """A name as a figure has room for it: of a longer one the beginning and the end."""
+    if len(name) <= most:
+        return name
+    end = most // 3
+    return f"{name[: most - end - 1]}…{name[-end:]}"
 
 
 @styled
@@ -176,7 +187,8 @@ def _mosaic(
     height, width = (max(image.shape[axis] for image in every) for axis in (0, 1))
 
     inner, gap, top, margin = 2, 14, 48, 20
-    left = margin + 14 + round(9.5 * max(len(row.name) for row in rows))
+    names = [short(row.name) for row in rows]
+    left = margin + 14 + round(9.5 * max(map(len, names)))
     wide = max(sum(len(g) * (width + inner) - inner + gap for g in row) - gap for row in enlarged)
     canvas_width = max(left + wide, left + 330) + margin
     canvas_height = top + len(rows) * (height + gap) - gap + margin
@@ -189,9 +201,9 @@ def _mosaic(
     write(left, top / 2, heading, color=QUIET)
     for number, word in enumerate(columns):
         write(left + number * (width + inner) + width / 2, top / 2, word, color=QUIET, ha="center")
-    for index, (row, images) in enumerate(zip(rows, enlarged, strict=True)):
+    for index, (name, images) in enumerate(zip(names, enlarged, strict=True)):
         y = top + index * (height + gap)
-        write(left - 14, y + height / 2, row.name, ha="right")
+        write(left - 14, y + height / 2, name, ha="right")
         x = left
         for group in images:
             for image in group:
@@ -239,11 +251,11 @@ def recover_curves(lines: Iterable[Mapping[str, Any]], *, primary: str) -> Figur
             ends = {step: others[step] for step in (min(others), max(others))} if others else {}
             _mean_and_range(axes, ends, band=False, **styles[teacher] | NOT_SUPERVISING)
             _mean_and_range(axes, supervising, **styles[teacher])
-        _log_scale(axes)
+        log_scale(axes, "y")
         axes.set(title=title, xlabel="iteration")
         axes.margins(x=0.02)
-    legend = [Line2D([], [], label=teacher, **styles[teacher]) for teacher in teachers]
-    legend[0].set_label(f"{primary} (primary)")
+    legend = [Line2D([], [], label=short(teacher), **styles[teacher]) for teacher in teachers]
+    legend[0].set_label(f"{short(primary)} (primary)")
     legend.append(Line2D([], [], color=QUIET, label="read, not supervising", **NOT_SUPERVISING))
     figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 5))
     return figure
@@ -280,7 +292,7 @@ def student_curves(
             style = SET_STYLES.get(name, {"color": COLOURS[3]})
             if line := _mean_and_range(axes, of_set, label=row_label(name), **style):
                 handles[row_label(name)] = line
-        axes.set(title=student, xlabel="epoch")
+        axes.set(title=short(student), xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(x=0.02)
     for axes in panels.flat[len(students) :]:
@@ -318,13 +330,14 @@ def _mean_and_range(
     return line
 
 
-def _log_scale(axes: Axes) -> None:
-    """A logarithmic y axis with enough plain numbers on it, also over less than a decade."""
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
+def log_scale(axes: Axes, which: str) -> None:
+    """Make "x" or "y" logarithmic, with enough plain numbers, also over less than a decade."""
+    getattr(axes, f"set_{which}scale")("log")
+    low, high = getattr(axes, f"get_{which}lim")()
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _resize(image_HWC: np.ndarray, *, side: int) -> np.ndarray:
