@@ -48,7 +48,7 @@ and written to DIR where one is given.
 OWN = "own"  # the protocol that overrides nothing
 RECORDS = "records.json"
 # Raised when a cell's record gains something: finished cells are then recorded anew, not made anew.
-RECORD_VERSION = 2
+RECORD_VERSION = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:

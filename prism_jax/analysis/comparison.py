@@ -104,7 +104,7 @@ def costs(entries: Sequence[Entry]) -> list[list[str]]:
     rows = []
     for row, ipc in dict.fromkeys((e.row, e.ipc) for e in entries):
         mine = [e for e in entries if (e.row, e.ipc) == (row, ipc)]
-        labels = {e.protocol: of(e.summary, "relabel", "bytes") for e in mine}
+        labels = {e.protocol: expenses.label_bytes(e, SYNTHETIC) for e in mine}
         rows.append(
             [
                 row,
@@ -220,9 +220,7 @@ def table_csv(entries: Sequence[Entry]) -> str:
             for student, result in students.items():
                 numbers = [result[key] for key in ("top1", "top5", "best_top1")]
                 numbers += [" ".join(map(str, result["top1_per_seed"])), result.get("held_out")]
-                labels = of(e.costs, name, "bytes", "labels")
-                if not e.costs and name == SYNTHETIC:
-                    labels = of(e.summary, "relabel", "bytes")
+                labels = expenses.label_bytes(e, name)
                 cost = (
                     *recovered, labels, similar, *expenses.stage_seconds(e, name, student).values(),
                     expenses.all_bytes(e, name, student), of(e.costs, name, "bytes", "real"),
@@ -241,8 +239,9 @@ MARKERS = "osD^v"  # one for every time that the colours come again
 def accuracy_over_cost(entries: Sequence[Entry], cost: str = "seconds") -> Figure:
     """Accuracy over a cost of ``expenses.COSTS``: a panel per protocol, IPC and student.
 
-    With the standard deviation over seeds; a method whose cost is not known is a hollow mark at the
-    left edge, controls are lines.
+    With the standard deviation over seeds; a method without a cost, or whose cost is not known, is
+    a hollow mark at the left edge, controls are lines. Where that is so of all, the axis has no
+    numbers.
     """
     panels = list(dict.fromkeys((e.protocol, e.ipc, s) for e in entries for s in e.sets[SYNTHETIC]))
     figure = Figure(figsize=(5.2 * min(len(panels), 3), 4.2 * -(-len(panels) // 3)))
@@ -255,15 +254,20 @@ def accuracy_over_cost(entries: Sequence[Entry], cost: str = "seconds") -> Figur
         mine = [e for e in entries if (e.protocol, e.ipc) == (protocol, ipc)]
         axis.set_title(f"{short(protocol)}, IPC {ipc}, {short(student)}")
         chosen = expenses.cost_of(cost, mine, SYNTHETIC)
-        axis.set_xlabel(chosen.words)
         axis.set_ylabel("top-1, %")
+        taken = {id(e): chosen.of(e, SYNTHETIC, student) for e in mine}
+        told = [t for t in taken.values() if t]
+        note = "" if len(told) == len(mine) else "\n(hollow: none, or not known)"
+        axis.set_xlabel(f"{chosen.words}{note}")
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
         axis.xaxis.set_major_formatter(EngFormatter())
         axis.xaxis.set_minor_formatter(NullFormatter())
-        taken = {id(e): chosen.of(e, SYNTHETIC, student) for e in mine}
-        least = min((t for t in taken.values() if t), default=1.0)
-        axis.set_xlim(least / 1.5, 1.5 * max((t for t in taken.values() if t), default=1.0))
+        least = min(told, default=1.0)
+        axis.set_xlim(least / 1.5, 1.5 * max(told, default=1.0))
+        if not told:
+            axis.set_xticks(())
+            axis.set_xticks((), minor=True)
         for row in dict.fromkeys(e.row for e in mine):
             here = [e for e in mine if e.row == row]
             top1 = mean(e.sets[SYNTHETIC].get(student, {}).get("top1") for e in here)
@@ -278,8 +282,6 @@ def accuracy_over_cost(entries: Sequence[Entry], cost: str = "seconds") -> Figur
                 color=COLOURS[number % len(COLOURS)], elinewidth=1, label=row,
                 fillstyle="full" if known else "none",
             )  # fmt: skip
-            if not known:
-                axis.set_xlabel(f"{chosen.words} (hollow: not known)")
             handles[row] = points
         levels: dict[str, float] = {}
         for name in (*CONTROLS, *SELECTED_CONTROLS, *GENERATED_CONTROLS):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from prism_jax.analysis.cells import Entry, label_of, mean, of
-from prism_jax.analysis.words import UNKNOWN, number, of_fewer, percent, seconds, size
+from prism_jax.analysis.words import SYNTHETIC, UNKNOWN, number, of_fewer, percent, seconds, size
 
 STAGES = ("squeeze", "recover", "relabel")  # that make a set
 NOTE = (
@@ -54,6 +54,13 @@ def work_seconds(entry: Entry, name: str, student: str) -> float | None:
 def all_bytes(entry: Entry, name: str, student: str) -> float | None:
     del student
     return _sum_of(of(entry.costs, name, "bytes", part) for part in ("images", "labels"))
+
+
+def label_bytes(entry: Entry, name: str) -> float | None:
+    """Of a set's soft labels as stored; of older records those of the synthetic set alone."""
+    if entry.costs:
+        return of(entry.costs, name, "bytes", "labels")
+    return of(entry.summary, "relabel", "bytes") if name == SYNTHETIC else None
 
 
 def _sum_of(values: Iterable[float | None]) -> float | None:

@@ -9,7 +9,7 @@ from prism_jax.config import GENERATED_CONTROLS, SELECTED_CONTROLS
 from prism_jax.config.generation import FOLDER
 from prism_jax.data import label_store, workdir
 from prism_jax.data.weights import RECORD
-from prism_jax.stages import fingerprints, generator, recover
+from prism_jax.stages import fingerprints, generator, imported, recover
 from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.synthesis.start import ASKING
 
@@ -24,7 +24,7 @@ def of(context: Context, labelled: LabelledSet) -> Costs:
       "networks": seconds of squeeze for each that images and labels are made with; None where it
       was imported. "seconds": of recover and relabel, as they were measured, with compiling.
       "bytes": of the images and of the real training set as uncompressed pixels, of the labels as
-      stored.
+      stored. Labels that are made while students train take neither here.
     """
     networks = [*context.config.relabel.teachers] if labelled.soft else []
     recovered: float | None = 0.0
@@ -81,11 +81,12 @@ def makers(context: Context) -> list[str]:
 
 def _labels(context: Context, labelled: LabelledSet) -> tuple[float | None, int | None]:
     """Seconds and bytes of a set's soft labels."""
-    if not labelled.soft:
+    made_online = context.config.relabel.mode == "online"
+    if not labelled.soft or (made_online and not imported.has_labels(context, labelled)):
         return 0.0, 0
     root, wanted = labelled.root / "relabel", fingerprints.relabel(context, labelled)
     if not (root / label_store.MANIFEST).exists() or not workdir.fits(root, wanted):
-        return None, None  # made while students train
+        return None, None  # from elsewhere, or not finished
     timing = root / "timing.json"
     seconds = workdir.read_json(timing)["seconds"] if timing.exists() else None
     return seconds, label_store.size_bytes(root)

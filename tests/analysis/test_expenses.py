@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from configs.digits import config as digits
 from prism_jax.analysis import comparison, expenses
 from prism_jax.analysis.cells import Entry
 from prism_jax.config import resolve
+from prism_jax.data import workdir
 from prism_jax.stages import costs
+from prism_jax.stages.context import LabelledSet
 
 STORED = {"images": 1000, "labels": 3000, "real": 40_000}
 MADE = {
@@ -95,6 +99,54 @@ def test_who_chose_the_real_images_is_among_those_who_made_the_set(recover, aske
     config = dataclasses.replace(config, recover=dataclasses.replace(config.recover, **pool))
     made_by = costs.makers(SimpleNamespace(config=config))
     assert made_by == ["resnet18", *(["outside"] if asked else [])]
+
+
+@pytest.fixture(autouse=True)
+def plain_fingerprints(monkeypatch):
+    monkeypatch.setattr(costs.fingerprints, "relabel", lambda context, labelled: {})
+
+
+def spent(tmp_path, name: str, *, soft: bool = True, **relabel) -> costs.Costs:
+    """Of a set of ten images of four bytes, in a run whose images took seven seconds."""
+    config = resolve(digits(1))
+    config = dataclasses.replace(config, relabel=dataclasses.replace(config.relabel, **relabel))
+    (tmp_path / "recover").mkdir()
+    workdir.write_record(tmp_path / "recover/manifest.json", {"units": [{"seconds": 7.0}]})
+    context = SimpleNamespace(
+        config=config,
+        root=tmp_path,
+        inputs=SimpleNamespace(image_shape=(2, 2, 1), open=lambda split: range(100)),
+        networks=SimpleNamespace(folder=lambda network: tmp_path / "squeeze" / network),
+    )
+    labels_N = np.repeat(np.arange(10, dtype=np.int32), 1)
+    return costs.of(context, LabelledSet(name, tmp_path, lambda: None, labels_N, {}, soft))
+
+
+def test_labels_that_are_made_while_students_train_take_nothing_beside_training(tmp_path):
+    found = spent(tmp_path, "synthetic", mode="online")
+    assert found["seconds"] == {"recover": 7.0, "relabel": 0.0}
+    assert found["bytes"] == {"images": 40, "labels": 0, "real": 400}
+
+
+def test_labels_from_elsewhere_are_not_known_to_take_nothing(tmp_path):
+    found = spent(tmp_path, "synthetic", mode="online", labels_from="set")
+    assert found["seconds"]["relabel"] is None and found["bytes"]["labels"] is None
+
+
+def test_an_axis_of_costs_that_nobody_knows_has_no_numbers():
+    known, unknown = entry(MADE), entry({**MADE, "bytes": {**STORED, "labels": None}})
+
+    def axis(*entries):
+        drawn = inspect.unwrap(comparison.accuracy_over_cost)(entries, "bytes")
+        (panel,) = drawn.axes
+        drawn.draw_without_rendering()
+        low, high = panel.get_xlim()
+        return [x for x in panel.get_xticks() if low <= x <= high], panel.get_xlabel()
+
+    numbers, words = axis(known)
+    assert 4000.0 in numbers and words == "bytes of images and labels"
+    assert axis(unknown) == ([], f"{words}\n(hollow: none, or not known)")
+    assert axis(known, dataclasses.replace(unknown, row="other"))[0] == numbers
 
 
 @pytest.mark.parametrize("cost", expenses.COSTS)
