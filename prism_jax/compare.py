@@ -436,7 +436,7 @@ class Comparison(Cells):
         """Images and students; what others have made of it is taken from them."""
         from prism_jax import pipeline
         from prism_jax.analysis.words import SYNTHETIC
-        from prism_jax.config import STAGES
+        from prism_jax.config import HARD_CONTROL, STAGES
         from prism_jax.data import workdir
         from prism_jax.stages import analyse, costs, validate
 
@@ -455,9 +455,8 @@ class Comparison(Cells):
             analyse.write_summary(context, sets, made_by())
         spent = {name: costs.of(context, found) for name, found in sets.items()}
         if (start := self.starts.get(cell)) and (begun := self.result(start.cell)):
-            spent[SYNTHETIC] = costs.after(
-                spent[SYNTHETIC], begun["costs"][start.control or SYNTHETIC]
-            )
+            for name in {SYNTHETIC, HARD_CONTROL} & spent.keys():  # of the same images
+                spent[name] = costs.after(spent[name], begun["costs"][start.control or SYNTHETIC])
         return {
             "version": RECORD_VERSION,
             "peak_bytes": self._peak_bytes(cell),

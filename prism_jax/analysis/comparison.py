@@ -30,7 +30,7 @@ from prism_jax.analysis.words import (
     seconds,
     size,
 )
-from prism_jax.config import CONTROLS, GENERATED_CONTROLS, SELECTED_CONTROLS
+from prism_jax.config import CONTROLS, GENERATED_CONTROLS, HARD_CONTROL, SELECTED_CONTROLS
 
 
 def documents(
@@ -214,17 +214,21 @@ def table_csv(entries: Sequence[Entry]) -> str:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(FIELDS)
     for e in entries:
-        recovered = (of(e.summary, "recover", "seconds_per_image"), e.peak_bytes)
-        similar = of(e.summary, "analyse", "intra_class_cosine", "synthetic")
         for name, students in e.sets.items():
+            made = name in (SYNTHETIC, HARD_CONTROL)  # of what follows only these are the images
+            recovered = of(e.summary, "recover", "seconds_per_image") if made else None
+            peak = e.peak_bytes if made else None
+            similar = of(e.summary, "analyse", "intra_class_cosine", "synthetic") if made else None
             for student, result in students.items():
                 numbers = [result[key] for key in ("top1", "top5", "best_top1")]
                 numbers += [" ".join(map(str, result["top1_per_seed"])), result.get("held_out")]
                 labels = expenses.label_bytes(e, name)
-                cost = (
-                    *recovered, labels, similar, *expenses.stage_seconds(e, name, student).values(),
-                    expenses.all_bytes(e, name, student), of(e.costs, name, "bytes", "real"),
-                )  # fmt: skip
+                stages = expenses.stage_seconds(e, name, student).values()
+                held, real = (
+                    expenses.all_bytes(e, name, student),
+                    of(e.costs, name, "bytes", "real"),
+                )
+                cost = (recovered, peak, labels, similar, *stages, held, real)
                 writer.writerow([e.row, e.ipc, e.protocol, e.seed, name, student, *numbers, *cost])
     return file.getvalue()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from prism_jax.analysis.words import SYNTHETIC
-from prism_jax.config import GENERATED_CONTROLS, SELECTED_CONTROLS
+from prism_jax.config import GENERATED_CONTROLS, HARD_CONTROL, SELECTED_CONTROLS
 from prism_jax.config.generation import FOLDER
 from prism_jax.data import label_store, workdir
 from prism_jax.data.weights import RECORD
@@ -28,7 +28,7 @@ def of(context: Context, labelled: LabelledSet) -> Costs:
     """
     networks = [*context.config.relabel.teachers] if labelled.soft else []
     recovered: float | None = 0.0
-    if labelled.name == SYNTHETIC:
+    if labelled.name in (SYNTHETIC, HARD_CONTROL):  # of the same images
         networks += makers(context)
         manifest = workdir.read_record(recover.folder(context) / "manifest.json")
         recovered = sum(unit["seconds"] for unit in manifest["units"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import inspect
+import io
 from types import SimpleNamespace
 
 import numpy as np
@@ -131,6 +133,26 @@ def test_labels_that_are_made_while_students_train_take_nothing_beside_training(
 def test_labels_from_elsewhere_are_not_known_to_take_nothing(tmp_path):
     found = spent(tmp_path, "synthetic", mode="online", labels_from="set")
     assert found["seconds"]["relabel"] is None and found["bytes"]["labels"] is None
+
+
+def test_the_synthetic_images_with_hard_labels_took_what_the_synthetic_images_did(tmp_path):
+    found = spent(tmp_path, "synthetic_hard", soft=False)
+    assert found["seconds"] == {"recover": 7.0, "relabel": 0.0}
+    assert "resnet18" in found["networks"] and found["bytes"]["labels"] == 0
+
+
+def test_the_csv_says_of_real_images_nothing_that_is_the_methods():
+    made = entry(MADE)
+    student = made.sets["synthetic"]
+    summary = made.summary | {
+        "controls": dict.fromkeys(("random_real", "synthetic_hard"), student),
+        "analyse": {"intra_class_cosine": {"synthetic": 0.5}},
+    }
+    text = comparison.table_csv([dataclasses.replace(made, summary=summary)])
+    names = "recover_seconds_per_image", "recover_peak_bytes", "intra_class_cosine"
+    rows = {row["set"]: [row[n] for n in names] for row in csv.DictReader(io.StringIO(text))}
+    assert rows["synthetic"] == rows["synthetic_hard"] == ["0.25", "1000000", "0.5"]
+    assert rows["random_real"] == ["", "", ""]
 
 
 def test_an_axis_of_costs_that_nobody_knows_has_no_numbers():
