@@ -118,12 +118,13 @@ def columns(entries: Sequence[Entry]) -> dict[Column, list[Tested]]:
     """What students said, by protocol, IPC and student, in the order of the tables."""
     found: dict[Column, dict[str, Tested]] = {}
     for e in entries:
+        soft = of(e.summary, "protocol", "loss") != "ce"
         for name, parts in e.right.items():
             label = label_of(e.row, name, e.protocol)
             for part, by_student in parts.items():
                 for student, seeds in by_student.items():
                     sets = found.setdefault(Column(e.protocol, e.ipc, student), {})
-                    tested = sets.setdefault(label, Tested(label, e.row, name, {}))
+                    tested = sets.setdefault(label, Tested(label, e.row, name, {}, soft))
                     tested.right.setdefault(part, {}).update(
                         ((e.seed, i), answers.unpack_right(packed))
                         for i, packed in enumerate(seeds)

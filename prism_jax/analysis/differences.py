@@ -52,12 +52,14 @@ class Tested:
       label: as the tables have it.
       row, name: whose set it is.
       right: bool (N,) by part of the real images and by seed.
+      soft: whether the row's students learn from soft labels.
     """
 
     label: str
     row: str
     name: str
     right: dict[str, dict[tuple[int, int], np.ndarray]]
+    soft: bool = True
 
     def is_one_of(self, names: Sequence[str]) -> bool:
         """Whether it is meant by one of "row", "set" and "row/set"."""
@@ -159,8 +161,9 @@ def _own_candidates(
     if of.name != SYNTHETIC or of.is_one_of(choices.controls):
         return {}
     controls = [s for s in sets if s.row == of.row and s is not of]
+    random = "random_real" if of.soft else "random_real_hard"
     return {
-        OWN_RANDOM: [s for s in controls if s.name == "random_real"],
+        OWN_RANDOM: [s for s in controls if s.name == random],
         OWN_SELECTED: [s for s in controls if s.is_one_of(choices.selected_real)],
     }
 

@@ -139,6 +139,16 @@ def test_under_its_own_protocol_a_method_is_measured_by_its_own_controls():
     assert table(alike, **settings).against[SELECTED] == "real images nearest to the anchors"
 
 
+@pytest.mark.parametrize("loss, measured", [("ce", True), ("kl", False)])
+def test_a_method_of_hard_labels_is_measured_by_random_images_with_hard_labels(loss, measured):
+    """Of one with soft labels they would say what its labels gain, not its images."""
+    made = entry("a", 0, {"synthetic": 100, "random_real_hard": 90}, protocol="own")
+    found = table([dataclasses.replace(made, summary=made.summary | {"protocol": {"loss": loss}})])
+    (line,) = [line for line in found.lines if line.tested.label == "a"]
+    values = {why: d.value for why, d in line.differences.items()}
+    assert values == ({OWN_RANDOM: pytest.approx(10 / 200)} if measured else {})
+
+
 def test_who_is_best_is_said_by_the_seeds_that_all_have():
     """Stopped in the second seed, in which everybody is worse."""
     found = table([*(entry("a", s, {"synthetic": 150 - 40 * s}) for s in range(2)),
