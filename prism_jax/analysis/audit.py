@@ -132,19 +132,22 @@ def second_opinion(inside: np.ndarray, outside: np.ndarray) -> tuple[float, floa
 
 
 def _of_study(study: dict[str, Any]) -> list[str]:
-    """Teachers' gradients along the synthesis, and noise over change at the recipe's alpha."""
+    """Teachers' gradients along the synthesis, and noise over change near the recipe's alpha."""
     heads = (
         "iteration", "cosine of BN gradients", "of CE gradients", "largest / smallest BN norm",
         "noise / one image", "along it", "noise / other seeds",
     )  # fmt: skip
+    at = nearest_alpha(study)
+    alpha = f"alpha {study['alphas'][at]:g}"
+    if study["alphas"][at] != study["alpha"]:
+        alpha += f" (of those asked for the nearest to the row's own, {study['alpha']:g})"
     lines = [
         f"### Gradients of {', '.join(study['teachers'])}", "",
-        f"Row {study['row']}, {study['draws']} draws of teachers, alpha {study['alpha']:g}. "
+        f"Row {study['row']}, {study['draws']} draws of teachers, {alpha}. "
         f"Cosines: mean over pairs. Noise over change: median over the images exchanged; along: "
         f"the noise's part in the direction of the change.", "",
         _row(heads), _row(["--:"] * len(heads)),
     ]  # fmt: skip
-    at = nearest_alpha(study)
     for found in study["iterations"]:
         images, along, seeds = (x[at] for x in ratios(found))
         norms = found["norm_bn"]

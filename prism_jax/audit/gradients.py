@@ -111,9 +111,23 @@ def check(shadows: Shadows) -> None:
             f"their running statistics: recover.targets is {recover.targets!r} (running), "
             f"recover.perturb_steps {recover.perturb_steps} (0); name a row that has these"
         )
-    if not settings.iterations or not all(0 <= i < budget for i in settings.iterations):
+    if not settings.iterations or not all(
+        isinstance(i, int) and 0 <= i < budget for i in settings.iterations
+    ):
         raise UserError(
             f"gradients.iterations is {tuple(settings.iterations)}; each must be in [0, {budget})"
+        )
+    if not settings.alphas or not all(
+        isinstance(a, int | float) and 0 < a < np.inf for a in settings.alphas
+    ):
+        raise UserError(
+            f"gradients.alphas is {tuple(settings.alphas)}; it must be one or more numbers, each "
+            f"positive"
+        )
+    if settings.draws < 2:
+        raise UserError(
+            f"gradients.draws is {settings.draws}; noise is what differs between draws, of which "
+            f"it needs two at least"
         )
     if not 1 <= settings.images <= experiment.dataset.num_classes:
         raise UserError(

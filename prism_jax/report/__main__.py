@@ -16,6 +16,7 @@ from typing import Any
 from etils import epath
 
 from prism_jax import progress
+from prism_jax.config.rules.common import seed
 from prism_jax.data import workdir
 from prism_jax.errors import UserError
 from prism_jax.paths import at_home
@@ -56,8 +57,8 @@ def _command(given: argparse.Namespace) -> None:
         raise UserError(f"--to={to} is a folder; name a file in it")
     if given.images < 1:
         raise UserError(f"--images={given.images}; at least one real image must be looked at")
-    if given.seed < 0:
-        raise UserError(f"--seed={given.seed}; it must be zero or positive")
+    if problems := list(seed("--seed", given.seed)):
+        raise UserError("; ".join(problems))
     for run in given.runs:
         inside = os.path.realpath(to).startswith(os.path.realpath(run) + os.sep)
         if inside and (epath.Path(run) / "config.json").exists():

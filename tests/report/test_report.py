@@ -137,6 +137,8 @@ def test_what_cannot_be_used_is_one_message(reference, finished, tmp_path):
     assert "named twice" in refused(reference, f"{reference}/", to)
     assert "--network=resnet50 is no network" in refused(reference, to, "--network=resnet50")
     assert "--classes names 'cat'" in refused(reference, to, "--classes=1,cat")
+    for seed in (-1, 2**32):
+        assert f"--seed is {seed}; it must be zero" in refused(reference, to, f"--seed={seed}")
     assert "--images=0" in refused(reference, to, "--images=0")
     ran = workdir.read_json(finished / "config.json")
     ran["experiment"]["dataset"]["num_classes"] = 3
