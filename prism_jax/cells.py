@@ -228,6 +228,35 @@ def check_fields(config: Any, kind: str, wanted: Sequence[str], there: Sequence[
         )
 
 
+def check_seeds(name: str, *values: Any) -> None:
+    """Refuse what is no seed.
+
+    Raises:
+      UserError: not all of them are whole numbers from zero on.
+    """
+    for value in values:
+        if not isinstance(value, int) or value < 0:
+            raise UserError(f"{name} has {value!r}; a seed is a whole number, zero or positive")
+
+
+def check_root(path: str, kind: str) -> None:
+    """Refuse a working directory that cells cannot lie in.
+
+    Raises:
+      UserError: it is a file, or in an object store.
+    """
+    from prism_jax.data import workdir
+
+    if workdir.is_store(path):
+        raise UserError(
+            f"--workdir={path} is in an object store, and {kind} is written to a folder of this "
+            f"machine; name one, and copy it there (of runs only those of prism_jax.main can be "
+            f"at gs://)"
+        )
+    if pathlib.Path(path).exists() and not pathlib.Path(path).is_dir():
+        raise UserError(f"--workdir={path} is a file; name a folder, or one that is not there")
+
+
 # Of ``parallel``: what holds for a whole process, and so for all of its cells.
 OF_THE_PROCESS = ("deterministic", "matmul_precision")
 

@@ -16,7 +16,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from prism_jax.cells import CELLS, Cell, Cells, check_fields, digest_of, until_stopped
+from prism_jax.cells import (
+    CELLS,
+    Cell,
+    Cells,
+    check_fields,
+    check_root,
+    check_seeds,
+    digest_of,
+    until_stopped,
+)
 from prism_jax.errors import UserError
 from prism_jax.paths import at_home
 
@@ -47,6 +56,7 @@ and written to DIR where one is given.
 """
 OWN = "own"  # the protocol that overrides nothing
 RECORDS = "records.json"
+FLAGS = ("workdir", "plan", "target", "cost", "records")
 # Raised when a cell's record gains something: finished cells are then recorded anew, not made anew.
 RECORD_VERSION = 3
 
@@ -64,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     from prism_jax.environment import prepare_environment
-    from prism_jax.main import parse, parse_target
+    from prism_jax.main import check_flags, parse, parse_target
 
     problems: list[str] = []
     records, rest = _taken(argv, "records")
@@ -76,16 +86,18 @@ def _main(argv: list[str]) -> int:
             raise UserError(f"--records={records} goes with --workdir and --cost, not {rest[0]}")
         return _from_records(records, folder, cost)
     config, given = parse(rest, problems)
+    check_flags(given, "a comparison", FLAGS, problems)
     target = parse_target(given, problems)
     if problems:
         raise UserError("; ".join(problems))
     check_config(config)
+    root = given.workdir or f"runs/{config.name}"
+    check_root(root, "a comparison")
     # The comparison's own config does not say how its cells use devices.
     cell = cells(config)[0]
     prepare_environment(parsed(config, cell, problems), problems)
     if problems:
         raise UserError(f"{cell.name}: {'; '.join(problems)}")
-    root = given.workdir or f"runs/{config.name}"
     return _compare(config, root, given.plan, cost, argv, target)
 
 
@@ -121,6 +133,8 @@ def _from_records(path: str, folder: str | None, cost: str) -> int:
 
     _check_cost(cost)
     file, folder = pathlib.Path(at_home(path)), folder and at_home(folder)
+    if folder:
+        check_root(folder, "a comparison")
     file = file / RECORDS if file.is_dir() else file
     if not file.is_file():
         raise UserError(f"there is no {file}; --records takes the {RECORDS} of a comparison")
@@ -140,7 +154,7 @@ def choices_of(config: Any) -> Any:
     """What a comparison's sets are measured by.
 
     Raises:
-      UserError: it names a row or set that the comparison does not have.
+      UserError: it names a row or set that the comparison does not have, or two by one name.
     """
     from prism_jax.analysis.differences import Choices
     from prism_jax.analysis.intervals import Resampling
@@ -158,6 +172,13 @@ def choices_of(config: Any) -> Any:
             )
     if config.controls is not None:
         sets[config.controls] = _control_sets(config)
+    there = {row for row in config.rows if config.rows[row] is not None}
+    for row in sorted(there & sets.keys()):
+        if both := sorted(there.intersection(sets[row])):
+            raise UserError(
+                f"{both[0]} is a row, and a set that the row {row} trains on beside its images; "
+                f"the tables would call both by one name: rename the row, or take the set out"
+            )
     known = {*sets, *(f"{row}/{name}" for row, names in sets.items() for name in names)}
     known |= {name for names in sets.values() for name in names}
     for field, name in [("reference", reference), *(("selected_real", s) for s in selected)]:
@@ -239,6 +260,7 @@ def check_config(config: Any) -> None:
       UserError: with what it lacks.
     """
     check_fields(config, "compare", WANTED, ("argument", "controls"))
+    check_seeds("seeds", *config.seeds)
     if not cells(config):
         rows, protocols = (
             ", ".join(name for name in group if group[name] is not None) or "none"

@@ -378,6 +378,18 @@ def _fields(config: Any, prefix: str = "") -> dict[str, type]:
     return fields
 
 
+def check_flags(
+    given: flags.FlagValues, kind: str, allowed: Sequence[str], problems: list[str]
+) -> None:
+    """Name in ``problems`` the flags that a command of another kind has no use for."""
+    for name in (flag.removeprefix("--") for flag in _WITH_VALUE):
+        if given[name].present and name not in allowed:
+            problems.append(
+                f"--{name} is a flag of prism_jax.main, and means nothing to {kind}; leave it out "
+                f"(allowed: --config, --{', --'.join(allowed)})"
+            )
+
+
 def parse_stages(given: Sequence[str] | None, problems: list[str]) -> tuple[str, ...]:
     """The stages to run, in their order; unknown ones are named in ``problems``."""
     if given is None:

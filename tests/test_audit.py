@@ -152,6 +152,13 @@ def test_what_cannot_be_audited_is_one_message(tmp_path):
         (("--config=configs/compare/digits.py",), "nothing to audit; --config takes a file of"),
         ((TINY, "--config.gradients.images=None"), "has no gradients.images, so nothing to audit"),
         ((TINY, "--config.gradients.iterations=()"), "gradients.iterations is (); each must be"),
+        ((TINY, "--config.gradients.iterations=(0.5,)"), "iterations is (0.5,); each must be"),
+        *((((TINY, f"--config.gradients.alphas={alphas}"), "one or more numbers, each positive"))
+          for alphas in ("()", "(-1.0,)", "(0.0,1.0)", "('a',)")),
+        ((TINY, "--config.gradients.draws=0"), "gradients.draws is 0; noise is what differs"),
+        ((TINY, "--config.seed=-1"), "seed has -1; a seed is a whole number"),
+        ((TINY, "--stages=squeeze"), "--stages is a flag of prism_jax.main, and means nothing to"),
+        ((TINY, "--plan", "--target=h100"), "--target is a flag of prism_jax.main"),
         ((TINY, "--config.rows.prism=None"), "it must be a row: medoids"),
         ((TINY, *(f"--config.rows.{row}=None" for row in ("prism", "medoids", "without"))),
          "all of without, medoids, prism are left out"),
@@ -163,6 +170,17 @@ def test_what_is_no_audit_is_one_message(tmp_path, arguments, said):
     status, _, err = run(*arguments, f"--workdir={tmp_path}")
     assert status == 2 and said in err and len(err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_an_audit_cannot_lie_in_is_one_message(tmp_path):
+    (tmp_path / "file").touch()
+    for path, said in (
+        ("gs://bucket/x", "is in an object store"),
+        (tmp_path / "file", "is a file; name a folder"),
+    ):
+        status, _, err = run(TINY, f"--workdir={path}")
+        assert status == 2 and said in err and len(err.splitlines()) == 1
+    assert not (ROOT.parent / "gs:").exists()
 
 
 @pytest.mark.parametrize("row", ["medoids", "without"])
@@ -270,6 +288,10 @@ def test_noise_over_change_is_the_median_over_images():
     assert images.tolist() == [0.5, 5.0] and seeds.tolist() == [0.2, 2.0]
     assert along.tolist() == [0.1, 0.5]
     assert audit.nearest_alpha({"alphas": [0.001, 0.02, 1.0], "alpha": 0.01}) == 1
+    study = {"row": "a", "teachers": ["t"], "draws": 9, "alphas": [0.1, 1.0], "iterations": []}
+    assert "alpha 0.1." in "\n".join(audit._of_study({**study, "alpha": 0.1}))
+    asked = "alpha 0.1 (of those asked for the nearest to the row's own, 0.01)."
+    assert asked in "\n".join(audit._of_study({**study, "alpha": 0.01}))
     assert audit.pairs([[1.0, 0.5, 0.0], [0.5, 1.0, 0.1], [0.0, 0.1, 1.0]]) == "0.200"
 
 

@@ -412,12 +412,28 @@ def test_starts_and_choices_that_there_are_not_are_refused(tmp_path, override, s
          "is True (prism/ipc1/seed0/own) and False (gvbsm/ipc1/seed0/own)"),
         ((TINY, "--config.protocols.short=('parallel.matmul_precision=highest',)"),
          "'highest' (random_real/ipc1/seed0/short); one process makes all cells"),
+        ((TINY, "--stages=squeeze"), "--stages is a flag of prism_jax.main, and means nothing to"),
+        ((TINY, "--from=/no/such/dir", "--processes=2"), "--processes is a flag of prism_jax.main"),
+        ((TINY, "--config.seeds=(0.5,)"), "seeds has 0.5; a seed is a whole number"),
+        ((TINY, "--config.seeds=('a',)"), "seeds has 'a'; a seed is a whole number"),
+        ((TINY, "--config.control_sets=('random_real','full_real')"),
+         "random_real is a row, and a set that the row random_real trains on beside"),
     ],
 )  # fmt: skip
 def test_what_is_no_comparison_is_one_message(tmp_path, arguments, said):
     status, _, err = run(*arguments, f"--workdir={tmp_path}")
     assert status == 2 and said in err and len(err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [ONE, ("--records=docs/results/cifar10_records.json",)])
+def test_a_folder_that_cells_cannot_lie_in_is_one_message(arguments, tmp_path):
+    (tmp_path / "file").touch()
+    for where, said in (("gs://bucket/x", "is in an object store"), ("file", "is a file; name a")):
+        path = where if ":" in where else tmp_path / where
+        status, out, err = run(*arguments, f"--workdir={path}")
+        assert status == 2 and said in err and len(err.splitlines()) == 1 and not out
+    assert not (ROOT.parent / "gs:").exists()
 
 
 @pytest.mark.parametrize(

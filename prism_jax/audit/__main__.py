@@ -45,16 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     from prism_jax.audit.rows import as_comparison, cell_of, check_config, rows_of
-    from prism_jax.cells import until_stopped
+    from prism_jax.cells import check_root, until_stopped
     from prism_jax.compare import parsed
     from prism_jax.environment import prepare_environment
-    from prism_jax.main import parse
+    from prism_jax.main import check_flags, parse
 
     problems: list[str] = []
     config, given = parse(argv, problems)
+    check_flags(given, "an audit", ("workdir", "plan"), problems)
     if problems:
         raise UserError("; ".join(problems))
     check_config(config)
+    root = given.workdir or f"runs/{config.name}"
+    check_root(root, "an audit")
     # The audit's own config does not say how its cells use devices.
     cell = cell_of(config, rows_of(config)[0])
     prepare_environment(parsed(as_comparison(config), cell, problems), problems)
@@ -68,7 +71,6 @@ def _main(argv: list[str]) -> int:
     parallel.find_devices()
     if not parallel.is_main():
         raise UserError("an audit runs in one process; its cells use all of its devices")
-    root = given.workdir or f"runs/{config.name}"
     shadows = Shadows(pathlib.Path(root), config)
     if given.plan:
         for cell in shadows.experiments:

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from prism_jax import compare
-from prism_jax.cells import Cell, check_fields
+from prism_jax.cells import Cell, check_fields, check_seeds
 from prism_jax.config.sections import Experiment, Path
 from prism_jax.errors import UserError
 
@@ -26,6 +26,7 @@ def check_config(config: Any) -> None:
       UserError: with what it lacks.
     """
     check_fields(config, "audit", WANTED, ("argument", "dataset", "without"))
+    check_seeds("seed", config.seed)
     if not rows_of(config):
         raise UserError(
             f"this audit has no rows: all of {', '.join(config.rows) or 'none'} are left out; it "
