@@ -18,6 +18,7 @@ from prism_jax.config.layout import (
 )
 from prism_jax.config.resolve import KINDS, resolve, restore
 from prism_jax.config.sections import (
+    ANCHOR_CONTROLS,
     CONTROLS,
     GENERATED_CONTROLS,
     HARD_CONTROL,
@@ -39,6 +40,7 @@ from prism_jax.config.sections import (
 )
 
 __all__ = [
+    "ANCHOR_CONTROLS",
     "CONTROLS",
     "GENERATED_CONTROLS",
     "HARD_CONTROL",

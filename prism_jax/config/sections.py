@@ -18,7 +18,8 @@ SELECTED_CONTROLS = ("real_herding", "real_feature_medoids", "real_confident", "
 # The synthetic images with their hard labels: what is left of a set without a teacher's answers.
 HARD_CONTROL = "synthetic_hard"
 # Those of generated images: anchors as they are, the real images nearest to them, images of none.
-GENERATED_CONTROLS = ("decoded_anchors", "medoids", "no_anchors")
+ANCHOR_CONTROLS = ("decoded_anchors", "medoids")  # each counts as the image of its anchor does
+GENERATED_CONTROLS = (*ANCHOR_CONTROLS, "no_anchors")
 # Those that are labelled as the synthetic set is; their images are kept beside their labels.
 SOFT_CONTROLS = ("random_real", *SELECTED_CONTROLS, *GENERATED_CONTROLS)
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from prism_jax import parallel
 from prism_jax.config import (
+    ANCHOR_CONTROLS,
     GENERATED_CONTROLS,
     HARD_CONTROL,
     SELECTED_CONTROLS,
@@ -54,7 +55,7 @@ def labelled_set(context: Context, name: str) -> LabelledSet:
         made = fingerprints.generated_control(context, name)
         read_made = functools.partial(anchoring.control_images, context, name)
         weights = None
-        if config.generate.weighted and name != "no_anchors":  # an anchor's image counts as it does
+        if config.generate.weighted and name in ANCHOR_CONTROLS:
             made |= {"weighted": True}
             weights = recover.weights(context)
         return LabelledSet(name, root, read_made, classes, made, soft, weights)

@@ -34,7 +34,7 @@ from etils import epath
 
 from prism_jax import parallel
 from prism_jax.analysis import words
-from prism_jax.config import SOFT_CONTROLS
+from prism_jax.config import ANCHOR_CONTROLS, SOFT_CONTROLS
 from prism_jax.data import image_set, workdir
 from prism_jax.data.datasets import DATASETS, DatasetInfo
 from prism_jax.data.label_store import MANIFEST, LabelReader
@@ -252,7 +252,7 @@ def _images(
         "imagenet_indices": recovered.get("imagenet_indices"),
         "ipc": ipc,
         "images_sha256": digest,
-        "weights": recovered.get("weights") if control is None else None,
+        "weights": recovered.get("weights") if control in (None, *ANCHOR_CONTROLS) else None,
         "fingerprint": workdir.read_fingerprint(root / "recover") if control is None else None,
     }  # fmt: skip
 

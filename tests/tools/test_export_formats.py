@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import types
 
@@ -295,6 +296,21 @@ def test_weights_go_out_and_come_back(finished, tmp_path):
         np.testing.assert_allclose(found.weights_N, weights)
     export.export(finished, tmp_path / "both")  # class folders, and the weights in set.npz alone
     np.testing.assert_allclose(opened(tmp_path / "both").weights_N, weights)
+
+
+@pytest.mark.parametrize("control, counts", [("medoids", True), ("no_anchors", False)])
+def test_the_control_of_an_anchor_goes_out_with_its_weight(finished, tmp_path, control, counts):
+    path, weights = finished / "recover" / "manifest.json", [0.5, 1.5, 1, 1, 2, 0, 1, 1]
+    workdir.write_record(path, {**workdir.read_record(path), "weights": weights})
+    shutil.copytree(finished / "controls" / "random_real", finished / "controls" / control)
+    export.export(finished, tmp_path / "npz", control=control, form="npz")
+    found = opened(tmp_path / "npz" / "set.npz", SPACE).weights_N
+    assert found is None if not counts else found.tolist() == weights
+    if counts:
+        with pytest.raises(export.UserError, match="which FKD labels have no place for"):
+            export.export(finished, tmp_path / "fkd", control=control, form="fkd")
+    else:
+        export.export(finished, tmp_path / "fkd", control=control, form="fkd")
 
 
 def test_class_folders_beside_soft_labels_say_where_those_are(reference, tmp_path):

@@ -8,6 +8,7 @@ from prism_jax import training
 from prism_jax.config.layout import bn_group_of
 from prism_jax.config.rules.common import not_negative, one_of, positive, repeated, seed
 from prism_jax.config.sections import (
+    ANCHOR_CONTROLS,
     CONTROLS,
     GENERATED_CONTROLS,
     HARD_CONTROL,
@@ -60,7 +61,7 @@ def _controls(e: Experiment) -> Iterator[str]:
         yield from one_of("validate.controls", control, known)
         if control in GENERATED_CONTROLS and e.recover.maker != "generate":
             yield f"validate.controls names {control}, and recover.maker is not 'generate'"
-        elif control in ("decoded_anchors", "medoids") and e.generate.anchors == "none":
+        elif control in ANCHOR_CONTROLS and e.generate.anchors == "none":
             yield f"validate.controls names {control}, and generate.anchors is 'none'"
     for control in repeated(v.controls):
         yield f"validate.controls names {control} twice"
