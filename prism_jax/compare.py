@@ -469,8 +469,9 @@ class Comparison(Cells):
             if (self.folder(other) / "recover" / "manifest.json").exists():
                 pipeline.adopt(context, self.folder(other))
                 break
-        # Equal images are analysed once.
-        analysed = any(self.result(other) for other in others)
+        # Equal images are analysed once, and every record says what was found.
+        known = [found["summary"] for other in others if (found := self.result(other))]
+        analysed = next((of["analyse"] for of in known if "analyse" in of), None)
         pipeline.run(context, STAGES[:-1] if analysed else STAGES)
         sets = {found.name: found for found in pipeline.sets(context)}
         if not analyse.is_summarised(context, sets):
@@ -479,10 +480,11 @@ class Comparison(Cells):
         if (start := self.starts.get(cell)) and (begun := self.result(start.cell)):
             for name in {SYNTHETIC, HARD_CONTROL} & spent.keys():  # of the same images
                 spent[name] = costs.after(spent[name], begun["costs"][start.control or SYNTHETIC])
+        summary = workdir.read_json(self.folder(cell) / workdir.SUMMARY)
         return {
             "version": RECORD_VERSION,
             "peak_bytes": self._peak_bytes(cell),
-            "summary": workdir.read_json(self.folder(cell) / workdir.SUMMARY),
+            "summary": ({"analyse": analysed} if analysed else {}) | summary,
             "imported": [t for t in experiment.squeeze.teachers if experiment.network(t).weights],
             "right": {name: validate.right_answers(context, s) for name, s in sets.items()},
             "costs": spent,

@@ -206,6 +206,38 @@ def test_a_cell_whose_record_is_of_an_older_version_is_recorded_anew(finished, t
     assert "1 seed(s) of images, 1 or 2 student(s)" in table.split("#### short, IPC 2, outside")[1]
 
 
+@pytest.mark.parametrize(
+    ("own", "made"), [("None", 0), ("('validate.controls=random_real','validate.epochs=2')", 2)]
+)
+def test_what_was_found_of_images_stays_where_the_protocol_that_found_it_goes(
+    finished, tmp_path, own, made
+):
+    """Left out, or with other students; what every cell knows of its images is the same."""
+    root, _ = finished
+    copy = tmp_path / "run"
+    shutil.copytree(root, copy)
+
+    def similar(of):
+        lines = list(csv.DictReader(io.StringIO((of / "table.csv").read_text())))
+        return {(x["method"], x["protocol"]): x["intra_class_cosine"] for x in lines
+                if x["set"] == "synthetic"}  # fmt: skip
+
+    before = similar(root)
+    assert all(before.values()) and before["prism", "own"] == before["prism", "short"]
+    status, out, err = run(*ONE, f"--config.protocols.own={own}", f"--workdir={copy}")
+    assert status == 0 and out.count(": prism/") + out.count(": gvbsm/") == made, err
+    after = similar(copy)
+    assert after == {key: before[key] for key in after} and ("gvbsm", "short") in after
+    # A finished cell that does not say it is no reason to leave it out.
+    for path in (copy / "cells/prism").rglob("cell.json"):
+        record = workdir.read_record(path)
+        record["summary"].pop("analyse")
+        workdir.write_record(path, record)
+    other = "('validate.controls=random_real','validate.epochs=1')"
+    status, _, err = run(*ONE, f"--config.protocols.own={other}", f"--workdir={copy}")
+    assert status == 0 and similar(copy)["prism", "own"] == before["prism", "own"], err
+
+
 def test_nothing_is_added_to_cells_of_other_images_or_weights(finished, tmp_path):
     """The settings name files; a table of before and after they changed would be of neither."""
     root, _ = finished
