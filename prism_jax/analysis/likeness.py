@@ -14,7 +14,7 @@ import numpy as np
 from scipy.spatial.distance import cdist
 
 from prism_jax.data.lazy import chunks
-from prism_jax.diffusion.quality import NEAREST, nearest
+from prism_jax.diffusion.quality import NEAREST
 
 NEIGHBOURS = 5  # as Naeem et al. choose
 
@@ -97,16 +97,11 @@ class Nearness(NamedTuple):
     copies: int
 
 
-def nearness(made: np.ndarray, train: np.ndarray, of_test: np.ndarray) -> Nearness:
-    """How near images are to training images.
-
-    Args:
-      made, train: pixels or features.
-      of_test: ``nearest(test, train)`` of test images, in the same space.
-    """
-    found, usual = nearest(made, train), np.median(of_test)
+def nearness(of_made: np.ndarray, of_test: np.ndarray) -> Nearness:
+    """How near images are to training images, from their ``nearest`` and that of test images."""
+    usual = np.median(of_test)
     return Nearness(
-        float(np.median(found) / usual) if usual > 0 else None,
-        float(np.mean(found < np.quantile(of_test, NEAREST))),
-        int((found == 0).sum()),
+        float(np.median(of_made) / usual) if usual > 0 else None,
+        float(np.mean(of_made < np.quantile(of_test, NEAREST))),
+        int((of_made == 0).sum()),
     )

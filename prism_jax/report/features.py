@@ -51,6 +51,12 @@ def surroundings(
     network = measures.network_of(g.first, g.options.network)
     read = measures.features_by(g.first, network)
     around = Surroundings(train, test, read, len(g.names_K))
+    if train.whole is None:
+        g.notes.append(
+            f"Nearness and copies: left out. Of a part of the training images they would say too "
+            f"little, and all {train.total:,} are more than a gigabyte of pixels: "
+            f"--images={train.total} looks at them all."
+        )
     sets: dict[str, Measured] = {}
 
     def measure(name: str, images: Images, labels_N: np.ndarray, is_reference: bool) -> None:
@@ -152,7 +158,8 @@ def likeness_table(network: str, sets: Mapping[str, Measured]) -> Table:
             figure(n.manifold and n.manifold.density, words.number),
             figure(n.manifold and n.manifold.coverage, words.percent),
             figure(n.frechet, words.number),
-            figure(near.distance, words.number), figure(near.near, words.percent),
+            figure(near and near.distance, words.number),
+            figure(near and near.near, words.percent),
             figure(pixels and pixels.distance, words.number),
             figure(pixels and pixels.near, words.percent),
             figure(pixels and pixels.copies, count),
@@ -167,8 +174,8 @@ def likeness_table(network: str, sets: Mapping[str, Measured]) -> Table:
         f"Cosine and variance: means over classes. Vendi: how many images that have nothing in "
         f"common are as diverse. Density and coverage: Naeem et al., 5 neighbours. Fréchet: "
         f"distance in the features of {network}, which is no FID. Nearest: median distance to the "
-        f"nearest training image, over that of test images. Near: the share nearer to one than the "
-        f"nearest 1 % of test images are. Copies: training images themselves.",
+        f"nearest of all training images, over that of test images. Near: the share nearer to one "
+        f"than the nearest 1 % of test images are. Copies: training images themselves.",
     )  # fmt: skip
 
 

@@ -20,7 +20,9 @@ from prism_jax.stages import analyse
 from prism_jax.training import TESTED, jitted_forward
 from prism_jax.types import PyTree
 
-MOST_PIXELS = 1e9  # of real images, in bytes, beside which distances of pixels are measured
+# Of real images, in bytes: of larger ones no distances of pixels are measured, and of a larger
+# split none to images that are not looked at anyway.
+MOST_PIXELS = 1e9
 
 
 class Real(NamedTuple):
@@ -28,12 +30,16 @@ class Real(NamedTuple):
 
     Attributes:
       images, labels_N: those that are looked at.
+      at_N: their positions.
       total: how many there are.
+      whole: all of a training split; None: they are too many to be near to.
     """
 
     images: Images
     labels_N: np.ndarray
+    at_N: np.ndarray
     total: int
+    whole: Images | None
 
 
 def real_images(run: Run, split: str, *, most: int, seed: int) -> Real:
@@ -41,8 +47,13 @@ def real_images(run: Run, split: str, *, most: int, seed: int) -> Real:
     inputs = run.context.inputs
     source = inputs.open(split)
     labels_N = np.asarray(source.labels_N)
-    at = evenly(labels_N, most=most, seed=seed)
-    return Real(inputs.read(source, at), labels_N[at], len(labels_N))
+    at_N, total = evenly(labels_N, most=most, seed=seed), len(labels_N)
+    images, whole = inputs.read(source, at_N), None
+    if len(at_N) == total:
+        whole = images
+    elif split == "train" and total * np.prod(inputs.image_shape, dtype=np.int64) <= MOST_PIXELS:
+        whole = inputs.read(source)
+    return Real(images, labels_N[at_N], at_N, total, whole)
 
 
 def evenly(labels_N: np.ndarray, *, most: int, seed: int) -> np.ndarray:
@@ -97,8 +108,8 @@ class Measures(NamedTuple):
       cosines: of the pairs of each class.
       vendi: Vendi score of the set; ``vendi_class``: mean over classes.
       manifold, frechet: beside real training images.
-      features, pixels: nearness to training images in either space; of large images in the first
-        alone, for which pixels say little.
+      features, pixels: nearness to all training images in either space; of large images in the
+        first alone, for which pixels say little.
     """
 
     cosines: diversity.Cosines
@@ -106,8 +117,18 @@ class Measures(NamedTuple):
     vendi_class: float
     manifold: likeness.Manifold | None
     frechet: float | None
-    features: likeness.Nearness
+    features: likeness.Nearness | None
     pixels: likeness.Nearness | None
+
+
+class Space(NamedTuple):
+    """All training images, as features or as pixels, and how near to them test images are."""
+
+    train_ND: np.ndarray
+    of_test: np.ndarray
+
+    def nearness(self, made_ND: np.ndarray) -> likeness.Nearness:
+        return likeness.nearness(nearest(made_ND, self.train_ND), self.of_test)
 
 
 class Surroundings:
@@ -117,15 +138,43 @@ class Surroundings:
         """Read the features of the real images."""
         self.train, self.test, self.classes = train, test, classes
         self.read = read
-        self.train_ND, self.test_ND = read(train.images), read(test.images)
-        self._of_test = nearest(self.test_ND, self.train_ND)
-        self._pixels: tuple[np.ndarray, np.ndarray] | None = None
-        if _is_small(train.images):
-            train_pixels = _flat(train.images)
-            self._pixels = train_pixels, nearest(_flat(test.images), train_pixels)
+        self.test_ND = read(test.images)
+        self._features: Space | None = None
+        self._pixels: Space | None = None
+        if train.whole is None:
+            self.train_ND = read(train.images)
+            return
+        all_ND = read(train.whole)
+        self.train_ND = all_ND[train.at_N]
+        self._features = Space(all_ND, nearest(self.test_ND, all_ND))
+        if _is_small(train.whole):
+            pixels = _flat(train.whole)
+            self._pixels = Space(pixels, nearest(_flat(test.images), pixels))
 
     def measure(self, images: Images, labels_N: np.ndarray, made_ND: np.ndarray) -> Measures:
         """The numbers of a set."""
+        features = pixels = None
+        if self._features is not None:
+            features = self._features.nearness(made_ND)
+        if self._pixels is not None and _is_small(images):
+            pixels = self._pixels.nearness(_flat(images))
+        return self._measures(labels_N, made_ND, features, pixels)
+
+    def measure_test(self) -> Measures:
+        """The same of the test images, which are as near as they are."""
+        features, pixels = (
+            space and likeness.nearness(space.of_test, space.of_test)
+            for space in (self._features, self._pixels)
+        )
+        return self._measures(self.test.labels_N, self.test_ND, features, pixels)
+
+    def _measures(
+        self,
+        labels_N: np.ndarray,
+        made_ND: np.ndarray,
+        features: likeness.Nearness | None,
+        pixels: likeness.Nearness | None,
+    ) -> Measures:
         by_class = [diversity.vendi(made_ND[labels_N == k]) for k in np.unique(labels_N)]
         return Measures(
             diversity.class_cosines(made_ND, labels_N, self.classes),
@@ -133,15 +182,9 @@ class Surroundings:
             float(np.mean(by_class)),
             likeness.manifold(self.train_ND, made_ND),
             likeness.frechet(made_ND, self.train_ND),
-            likeness.nearness(made_ND, self.train_ND, self._of_test),
-            likeness.nearness(_flat(images), *self._pixels)
-            if self._pixels and _is_small(images)
-            else None,
+            features,
+            pixels,
         )
-
-    def measure_test(self) -> Measures:
-        """The same of the test images, which are as near to themselves as they are."""
-        return self.measure(self.test.images, self.test.labels_N, self.test_ND)
 
 
 def _is_small(images: Images) -> bool:

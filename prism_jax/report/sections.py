@@ -61,9 +61,14 @@ def sections(
         if read is not None:
             real[split] = read
             if len(read.labels_N) < read.total:
+                but = (
+                    ", but for nearness and copies, which are of all"
+                    if read.whole is not None
+                    else ""
+                )
                 g.notes.append(
                     f"Of the {read.total:,} real images of the {split} split "
-                    f"{len(read.labels_N):,} were looked at, as many of each class (--images)."
+                    f"{len(read.labels_N):,} were looked at, as many of each class (--images){but}."
                 )
     for run in runs:
         if run not in g.distinct:

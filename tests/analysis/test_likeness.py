@@ -60,8 +60,8 @@ def test_nearness_finds_copies_and_what_is_nearer_than_unseen_images():
     train = np.array([[0.0, 0.0], [10.0, 0.0]])
     of_test = nearest(np.array([[0.0, 2.0], [10.0, 4.0], [10.0, 2.0]]), train)
     made = np.array([[0.0, 0.0], [10.0, 1.0], [5.0, 0.0]])
-    found = likeness.nearness(made, train, of_test)
+    found = likeness.nearness(nearest(made, train), of_test)
     assert found.copies == 1
     assert found.distance == pytest.approx(1.0 / 2.0)  # medians of (0, 1, 5) and (2, 2, 4)
     assert found.near == pytest.approx(2 / 3)
-    assert likeness.nearness(made + 3.0, train, of_test).copies == 0
+    assert likeness.nearness(nearest(made + 3.0, train), of_test).copies == 0

@@ -239,6 +239,30 @@ def test_real_images_are_drawn_evenly():
     assert measures.evenly(labels_N, most=50, seed=0).tolist() == list(range(50))
 
 
+def test_nearness_and_copies_are_of_all_training_images(opened, test_images, monkeypatch):
+    """Of the random ones all are copies, however few training images are looked at."""
+
+    def measured(most):
+        g = Gathered([opened], Options(most=most), ["a", "b", "c", "d"], [])
+        train = measures.real_images(opened, "train", most=most, seed=0)
+        assert len(train.labels_N) == min(most, train.total)
+        network, _, sets = features.surroundings(g, train, test_images)
+        table = features.likeness_table(network, sets)
+        return sets[features.RANDOM].numbers, g.notes, table
+
+    (whole, notes, _), (few, _, _) = measured(10_000), measured(40)
+    assert not notes and whole.pixels.copies == 8 and whole.frechet != few.frechet
+    assert few.pixels == whole.pixels
+    assert few.features == pytest.approx(whole.features, rel=1e-5)
+    monkeypatch.setattr(measures, "MOST_PIXELS", 1)
+    none, notes, table = measured(40)
+    assert none.features is none.pixels is None and "Nearness and copies: left out" in notes[0]
+    cells = dict(zip(table.heads, table.rows[0], strict=True))
+    assert cells["copies"].text == cells["nearest"].text == "–"
+    covered, notes, _ = measured(10_000)
+    assert not notes and covered.features == whole.features and covered.pixels is None
+
+
 # --- cost -----------------------------------------------------------------------------------
 
 
