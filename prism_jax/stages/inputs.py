@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -204,9 +203,10 @@ class Inputs:
         return self.read(source), source.labels_N
 
     def fields(self, source: ImageSource) -> dict[str, Any]:
-        """What images are and how they are normalised, for fingerprints."""
+        """What images are and how they are normalised, for fingerprints: as JSON gives it back."""
         own = own_normalisation(self.config.dataset)
-        return source.describe() | ({"normalisation": dataclasses.asdict(own)} if own else {})
+        normalisation = {"mean": [*own.mean], "std": [*own.std]} if own else None
+        return source.describe() | ({"normalisation": normalisation} if own else {})
 
 
 def first_classes(source: ImageSource, count: int) -> ImageSource:

@@ -103,6 +103,8 @@ def test_a_stated_normalisation_is_used_and_enters_what_the_data_is(tmp_path):
     assert stated.inputs.normalisation.std == (0.5, 0.25, 0.5)
     fields = [c.inputs.fields(c.inputs.open("train")) for c in (plain, stated)]
     assert fields[0] != fields[1] and fields[0] == plain.inputs.open("train").describe()
+    # As what is stored is read: a page compares the two, and refused every run of such images.
+    assert json.loads(json.dumps(fields[1])) == fields[1]
     with pytest.raises(UserError, match="dataset.mean has 1 numbers; imagenet has 3 channels"):
         _ = context(root, mean=(0.5,), std=(0.5,)).inputs.normalisation
 
