@@ -70,7 +70,7 @@ def plane(real: Points, sets: Mapping[str, Points], class_names: Mapping[int, st
             [], [], linestyle="", marker="o", color="white", markeredgecolor=INK, label="of the set"
         ),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=_columns(figure, handles, 6))
     return figure
 
 
@@ -119,7 +119,7 @@ def by_class(
         else:
             axes.set_xlabel(f"classes, by {short(order_by, LONGEST_SET)}")
     handles = _legend(styles)
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=_columns(figure, handles, 3))
     return figure
 
 
@@ -200,13 +200,19 @@ def reliabilities(
     for axes in panels[:, 0]:
         axes.set_ylabel("right, on real test images")
     handles = _legend(styles)
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=_columns(figure, handles, 3))
     return figure
 
 
 def _percent(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def _columns(figure: Figure, handles: Sequence[Line2D], most: int) -> int:
+    """How many columns of a legend a figure has room for."""
+    inches = 0.6 + 0.085 * max(len(str(handle.get_label())) for handle in handles)
+    return max(1, min(most, len(handles), int(figure.get_figwidth() / inches)))
 
 
 def _legend(styles: Mapping[str, Mapping[str, Any]]) -> list[Line2D]:

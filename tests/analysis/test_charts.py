@@ -186,3 +186,8 @@ def test_long_names_leave_room_for_what_they_name():
     drawn.draw_without_rendering()
     heights = [axes.get_position().height for axes in drawn.axes[:2]]
     assert min(heights) > 0.4  # of the figure's
+    points = charts.Points(np.random.default_rng(0).random((20, 2)), np.arange(20) % 10)
+    drawn = inspect.unwrap(charts.plane)(points, {"set": points}, dict(enumerate(names)))
+    drawn.draw_without_rendering()
+    legend = drawn.legends[0].get_window_extent()
+    assert 0 <= legend.x0 and legend.x1 <= drawn.bbox.x1
