@@ -17,6 +17,7 @@ from prism_jax import parallel, pipeline
 from prism_jax.config import resolve, units
 from prism_jax.core import pixels
 from prism_jax.data import image_set, workdir
+from prism_jax.data.metrics import read_lines
 from prism_jax.errors import UserError
 from prism_jax.main import parse
 from prism_jax.stages import controls, fingerprints, recover, squeeze, statistics
@@ -231,6 +232,27 @@ def test_images_are_kept_before_the_checkpoint_that_goes_on_behind_them(
     again.work.lock.release()
     images = image_set.read_images(optimise.kept_folder(recover.folder(again), 3), 4, 1)[0]
     assert (images != images_of(again)[::2]).any()
+
+
+def test_lines_of_iterations_behind_a_damaged_checkpoint_stand_once(
+    reference, tmp_path, monkeypatch
+):
+    """Iterations 2 to 4 of every unit are logged, and done again from iteration 2."""
+    context = context_of(tmp_path / "run", "fadrm", "checkpoint_seconds=0.0001")
+    prepare(context, reference)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stopping_after(2, context, patch)
+        recover.run(context)
+    context.work.lock.release()
+    steps = {unit.name: [2, 4, 6, 8, 10, 12] for unit in units(context.config)}
+    for name in steps:
+        (file,) = (tmp_path / f"run/recover/checkpoints/{name}/4").rglob("state.msgpack")
+        file.write_bytes(file.read_bytes()[:-1])
+    again = context_of(tmp_path / "run", "fadrm")
+    recover.run(again)
+    again.work.lock.release()
+    lines = read_lines(recover.folder(again) / "metrics.jsonl")
+    assert {n: [x["step"] for x in lines if x["unit"] == n] for n in steps} == steps
 
 
 # --- what single methods do -------------------------------------------------------------------

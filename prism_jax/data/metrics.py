@@ -171,21 +171,23 @@ def own_file(folder: epath.PathLike) -> epath.Path:
 
 
 def gather(folder: epath.PathLike) -> None:
-    """Put the other processes' lines behind those of metrics.jsonl; they have ended."""
+    """Put the other processes' lines behind those of metrics.jsonl; they have ended.
+
+    Of several lines of one step of a unit the last stays, in the place of the first: a checkpoint
+    that was damaged has iterations done again whose lines are there.
+    """
     folder = epath.Path(folder)
-    others = workdir.matching(folder, "metrics-*.jsonl")
-    if not others:
-        return
-    path = folder / "metrics.jsonl"
-    lines = [line for p in (path, *others) for line in _whole_lines(p)]
-    workdir.write_bytes(path, b"".join(dict.fromkeys(lines)))  # a kill in between repeats none
-    for other in others:
+    path, others = folder / "metrics.jsonl", workdir.matching(folder, "metrics-*.jsonl")
+    parsed = [_parse(one) for one in (path, *others)]
+    found: dict[tuple[str, int], bytes] = {}
+    for lines, content in parsed:
+        written = content.splitlines(keepends=True)[: len(lines)]
+        found |= {(x["unit"], x["step"]): w for x, w in zip(lines, written, strict=True)}
+    remaining = b"".join(found.values())
+    if remaining != parsed[0][1]:
+        workdir.write_bytes(path, remaining)
+    for other in others:  # a kill in between repeats none
         other.unlink()
-
-
-def _whole_lines(path: epath.Path) -> list[bytes]:
-    _, content = _parse(path)
-    return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
 
 
 def _parse(path: epath.Path) -> tuple[list[dict[str, Any]], bytes]:

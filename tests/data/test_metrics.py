@@ -126,6 +126,23 @@ def test_truncate_writes_nothing_where_nothing_is_cut(tmp_path):
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
+def test_gathered_lines_stand_once_and_in_order_of_steps(tmp_path):
+    """Steps 2 and 3 of a unit were done again, once by this process and once by another."""
+    path, other = tmp_path / "metrics.jsonl", tmp_path / "metrics-00001.jsonl"
+    mine = [("a", 1, 0.1), ("a", 2, 0.2), ("b", 2, 9.0), ("a", 2, 0.3), ("a", 3, 0.4)]
+    for file, lines in ((path, mine), (other, [("b", 2, 0.5), ("b", 3, 0.6)])):
+        with metrics.MetricsWriter(file) as writer:
+            for unit, step, loss in lines:
+                writer.write(step, unit=unit, loss=loss)
+    metrics.gather(tmp_path)
+    found = [tuple(line[k] for k in ("unit", "step", "loss")) for line in metrics.read_lines(path)]
+    assert found == [("a", 1, 0.1), ("a", 2, 0.3), ("b", 2, 0.5), ("a", 3, 0.4), ("b", 3, 0.6)]
+    assert not other.exists()
+    before = path.stat()
+    metrics.gather(tmp_path)
+    assert path.stat() == before  # nothing to write
+
+
 def test_a_missing_file_has_no_lines(tmp_path):
     assert metrics.read_lines(tmp_path / "metrics.jsonl") == []
 
