@@ -237,6 +237,7 @@ def _compare(
     experiments = {cell: experiment_of(config, cell) for cell in cells(config)}
     starts = {cell: found for cell in experiments if (found := start_of(config, cell))}
     comparison = Comparison(pathlib.Path(root), experiments, starts, choices_of(config), cost)
+    comparison.check_networks()
     if plan:
         todo = [cell for cell in experiments if comparison.result(cell) is None]
         for cell in experiments:
@@ -429,6 +430,21 @@ class Comparison(Cells):
         """Also None where its record says less than is asked now."""
         found = super().result(cell)
         return found if found and found.get("version") == RECORD_VERSION else None
+
+    def check_networks(self) -> None:
+        """Refuse a row whose teachers do not read its images.
+
+        Raises:
+          UserError: such a row.
+        """
+        from prism_jax import plan
+
+        for cell, experiment in self.experiments.items():
+            if self.result(cell) is None:
+                try:
+                    plan.check(experiment)
+                except UserError as error:
+                    raise UserError(f"row {cell.row}: {error}") from error
 
     def check(self) -> None:
         """Refuse, before any work, what some cell needs and is not there.

@@ -29,7 +29,7 @@ from prism_jax.stages import (
     validate,
 )
 from prism_jax.stages.context import Context, LabelledSet
-from prism_jax.stages.makers import start
+from prism_jax.stages.makers import maker_of, start
 from prism_jax.stages.relabel import Labels
 
 
@@ -70,8 +70,8 @@ def _machine(provenance: Mapping[str, Any]) -> str:
 def check(context: Context) -> None:
     """Refuse, before any work, what cannot be run here.
 
-    Images that do not fit or are too few, more devices than there are, a workdir that holds
-    teachers or images of other settings, and a source that is no workdir.
+    Images that do not fit or are too few, teachers that do not read them, more devices than there
+    are, a workdir that holds teachers or images of other settings, and a source that is no workdir.
     """
     check_source(context)
     limits = {
@@ -94,9 +94,11 @@ def check(context: Context) -> None:
         generator.check(context)
     if guiding.wanted(context):
         guiding.check(context)
+    context.networks.check()
     start.check(context)
     squeeze.pending(context)
-    recover.pending(context)
+    if recover.pending(context):
+        maker_of(context.config).check(context)
     imported.check(context)
     imported.check_labels(context)
 

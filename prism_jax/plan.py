@@ -30,11 +30,22 @@ from prism_jax.stages import anchoring, generator, guiding, relabel, statistics
 from prism_jax.stages.context import Context
 from prism_jax.stages.generator import Painter, Wish
 from prism_jax.stages.inputs import Inputs
-from prism_jax.stages.makers import optimise
+from prism_jax.stages.makers import maker_of, optimise
 from prism_jax.teachers import TeacherPool, describe
 
 DISPATCHES = 3
 DRAWS = 4  # of teachers, in which an iteration of recover is timed
+
+
+def check(experiment: Experiment) -> None:
+    """Refuse what neither data nor weights are needed to know.
+
+    Raises:
+      UserError: a teacher does not read the images.
+    """
+    context = Context(experiment, "unused")
+    context.networks.check()
+    maker_of(experiment).check(context)
 
 
 def missing(experiment: Experiment, workdir: str) -> list[str]:
@@ -107,6 +118,7 @@ def show(
     """
     from prism_jax.accelerators import forecast
 
+    check(experiment)
     layout = batch_layout(experiment)
     recover, labelling = experiment.recover, experiment.relabel
     images = recover.ipc * experiment.dataset.num_classes

@@ -601,6 +601,14 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("plan", [(), ("--plan",)])
+def test_a_row_whose_teachers_do_not_read_its_images_is_refused(tmp_path, plan):
+    row = f"--config.rows.gvbsm=('{TINY_IPC}','recover.method=fadrm','recover.phase_sizes=4,8')"
+    status, _, err = run(*ONE, row, f"--workdir={tmp_path}", *plan)
+    assert status == 2 and "row gvbsm: teacher first does not read images of 4 px" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- tables by hand -----------------------------------------------------------------------------
 
 

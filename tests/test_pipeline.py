@@ -255,6 +255,33 @@ def test_students_on_several_devices_differ_by_little_and_say_so(finished):
     assert "can be shared by 1, 2 device(s)" in err
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ("recover.phase_sizes=(4,8)",),
+            "teacher first does not read images of 4 px, which recover.phase_sizes asks for",
+        ),
+        (
+            ("networks.second.mean=(0.5,0.5,0.5)", "networks.second.std=(0.5,0.5,0.5)"),
+            "networks.second.mean has 3 numbers; digits has 1 channels; state one number",
+        ),
+        (
+            ("recover.pool=outside", "recover.primary=outside", "recover.count_no_bn=True"),
+            "recover.pool (outside) has no BatchNorm",
+        ),
+        (
+            ("recover.initialise=mosaic", "recover.patch_factor=9", "recover.short_classes=repeat"),
+            "recover.patch_factor is 9",
+        ),
+    ],
+)
+@pytest.mark.parametrize("more", [("--stages=squeeze,recover",), ("--plan",)])
+def test_what_settings_alone_forbid_is_refused_before_any_work(tmp_path, overrides, said, more):
+    err = refused(tmp_path, *(f"--config.{o}" for o in overrides), *more)
+    assert said in err and err.count("\n") == 1
+
+
 def test_more_devices_than_there_are_are_refused(finished):
     many = ("--config.parallel.train_devices=16", "--config.validate.bn_group=1")
     sizes = ("--config.validate.batch_size=16", "--config.relabel.batch_size=16")

@@ -452,12 +452,6 @@ def test_missing_and_damaged_statistics_are_said(reference, tmp_path):
         statistics.with_targets(context, context.networks.pool(("first", "second")))
 
 
-def test_phases_of_a_size_that_a_teacher_cannot_read_are_refused(reference, tmp_path):
-    arguments = ("--config.recover.phase_sizes=(4,8)", f"--from={reference}", "--stages=recover")
-    status, _, err = call(TINY, f"--workdir={tmp_path / 'run'}", *arguments)
-    assert status == 2 and "teacher first does not read images of 4 px" in err
-
-
 # --- classes that do not divide -----------------------------------------------------------------
 
 

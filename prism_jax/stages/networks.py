@@ -53,9 +53,19 @@ class Networks:
         if own and len(own.mean) != self._inputs.info.channels:
             raise UserError(
                 f"networks.{name}.mean has {len(own.mean)} numbers; {self._inputs.info.name} has "
-                f"{self._inputs.info.channels} channels"
+                f"{self._inputs.info.channels} channels; state one number per channel there and in "
+                f"networks.{name}.std, or leave both unset"
             )
         return own or self._inputs.normalisation
+
+    def check(self) -> None:
+        """Refuse, before any of them is trained, teachers that cannot read the images.
+
+        Raises:
+          UserError: as ``normalisation``.
+        """
+        for name in self._config.squeeze.teachers:
+            self.normalisation(name)
 
     def class_indices(self, name: str) -> tuple[int, ...] | None:
         """The outputs of a network's head that are the classes of the data; None: all of them.

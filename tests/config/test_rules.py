@@ -122,6 +122,13 @@ REFUSED = {
          "alpha_bn": 0.0},
         "ranks real images by the BatchNorms of recover.pool (convnet)",
     ),
+    "nobody has what is matched": (
+        {"pool": ("convnet",), "primary": "convnet", "count_no_bn": True},
+        "recover.pool (convnet) has no BatchNorm", "recover.match (bn)", "recover.alpha_bn=0",
+    ),
+    "nobody has it, nor counts": (
+        {"pool": ("convnet",), "primary": "convnet"}, "recover.pool (convnet) has no BatchNorm",
+    ),
     "injection": ({"inject": 0.5}, "there is one phase"),
     "density of one": ({"densification": 1.0}, "several slots in a batch"),
     "density of few": (
@@ -146,6 +153,10 @@ REFUSED = {
     "kept too late": ({"keep_at": (1, 501)}, "recover.keep_at[1] is 501", "recover.iterations=500"),
     "kept too early": ({"keep_at": (0,)}, "recover.keep_at[0] is 0"),
     "patches": ({"patch_factor": 0}, "recover.patch_factor is 0; it must be positive"),
+    "more patches than pixels": (
+        {"initialise": "mosaic", "patch_factor": 17, "ipc": 1, "short_classes": "repeat"},
+        "recover.patch_factor is 17", "dataset.image_size=16 px", "lower it",
+    ),
     "variance": ({"variance_weight": -1.0}, "recover.variance_weight is -1.0"),
 }  # fmt: skip
 
@@ -188,6 +199,8 @@ ALLOWED = {
     "shifted, as a recipe has it": {"crop_pad": 2, "crop_min": 0.08},
     "heat": {"method": "cvdd", "priors": (4.0, 3.0, 2.0, 1.0), "prior_temperature": 2.0},
     "falling": {"crop_curriculum": "cosine", "crop_milestone": 0.5},
+    "convolutions alone": {"pool": ("convnet",), "primary": "convnet", "match": ("bn", "conv")},
+    "a patch a pixel": {"initialise": "mosaic", "patch_factor": 16, "short_classes": "repeat"},
     "so many others": {"subset_probability": 1.0, "subset_others": 2},
     "no alignment": {"alpha_bn": 0.0, "match": ("bn",)},
     "pyramid of phases": {"method": "fadrm", "phase_sizes": (14, 16), **PYRAMID},

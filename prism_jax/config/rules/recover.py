@@ -219,10 +219,17 @@ def _statistics(e: Experiment) -> Iterator[str]:
             "recover.class_patch_swapped exchanges patch statistics of classes, which need "
             "recover.class_share above 0 and 'patch' in recover.match"
         )
-    if r.alpha_bn and r.iterations and not r.count_no_bn and not convolutions:
-        for name in r.pool:
-            row = ARCHITECTURES.get(e.network(name).architecture)
-            if row is not None and not row.batch_norms:
+    if r.alpha_bn and r.iterations and r.match and not convolutions:
+        rows = {name: ARCHITECTURES.get(e.network(name).architecture) for name in r.pool}
+        without = [n for n, row in rows.items() if row is not None and not row.batch_norms]
+        if without and len(without) == len(rows):
+            yield (
+                f"recover.pool ({', '.join(rows)}) has no BatchNorm and so no statistics that "
+                f"recover.match ({', '.join(r.match)}) names; put a network that has some into "
+                f"it, match those of convolutions (conv, patch) too, or set recover.alpha_bn=0"
+            )
+        elif not r.count_no_bn:
+            for name in without:
                 yield (
                     f"recover.pool names {name}, which has no BatchNorm and so no statistics to "
                     f"align; leave it out, or set recover.count_no_bn=True to let it count in "
@@ -438,6 +445,11 @@ def _start(e: Experiment) -> Iterator[str]:
         )
     mosaics = r.initialise in ("mosaic", "mosaic_shuffled")
     needed = needed_images(r.initialise, r.ipc, Patches(r.patch_factor))
+    if mosaics and r.patch_factor > e.dataset.image_size:
+        yield (
+            f"recover.patch_factor is {r.patch_factor}, and images of dataset.image_size="
+            f"{e.dataset.image_size} px have no more patches per side than pixels; lower it"
+        )
     if mosaics and r.patch_images < needed and r.short_classes == "refuse":
         yield (
             f"recover.patch_images is {r.patch_images}, and mosaics of {r.patch_factor} x "

@@ -26,17 +26,19 @@ class Maker(NamedTuple):
       make: yields units as they are finished.
       prepare: looks after what a run that was stopped has left, on the main process.
       before: work that comes before units are dealt, of every process.
+      check: refuses, before any work, what no data and no weights are needed to know.
       weights: what each image counts, class-major; None: alike.
     """
 
     make: Callable[[Context, epath.Path, list[Unit]], Iterator[Made]]
     prepare: Callable[[Context, epath.Path], None] = lambda context, root: None
     before: Callable[[Context], None] = lambda context: None
+    check: Callable[[Context], None] = lambda context: None
     weights: Callable[[Context], list[float] | None] = lambda context: None
 
 
 MAKERS = {
-    "optimise": Maker(optimise.make, optimise.prepare),
+    "optimise": Maker(optimise.make, optimise.prepare, check=optimise.check),
     "copy": Maker(copy.make, weights=copy.weights),
     "generate": Maker(generate.make, before=generate.before, weights=generate.weights),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections import deque
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import flax
+import flax.linen as nn
 import jax
 import numpy as np
 from etils import epath
@@ -21,6 +23,7 @@ from prism_jax.data import image_set
 from prism_jax.data.checkpoints import Checkpoints
 from prism_jax.data.metrics import MetricsWriter, gather, keep, own_file
 from prism_jax.errors import UserError
+from prism_jax.models.import_torch import variable_shapes
 from prism_jax.stages import fingerprints, guiding, statistics
 from prism_jax.stages.context import Context
 from prism_jax.stages.makers.made import Made, record_path
@@ -44,6 +47,32 @@ def recipe_of(config: Experiment) -> synthesis.Recipe:
     if recover.budget != "early_late":
         numbers["rounds"] = 1
     return synthesis.Recipe(**numbers, slots=batch_layout(config).slots)
+
+
+def check(context: Context) -> None:
+    """Refuse phases of a size that a teacher cannot read; needs neither data nor weights.
+
+    Raises:
+      UserError: such a teacher, whose weights belong to one size.
+    """
+    recover, shape = context.config.recover, context.inputs.image_shape
+    for size in sorted({*recover.phase_sizes} - {shape[0]}):
+        for name in recover.pool:
+            try:
+                _read(context.networks.build(name), shape, size)
+            except (flax.errors.FlaxError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"teacher {name} does not read images of {size} px, which "
+                    f"recover.phase_sizes asks for: its weights belong to one size; leave it out "
+                    f"or unset recover.phase_sizes"
+                ) from error
+
+
+@functools.cache
+def _read(module: nn.Module, image_shape: tuple[int, int, int], size: int) -> None:
+    """Let a network whose weights belong to images of a shape read those of a size, abstractly."""
+    images_BHWC = jax.ShapeDtypeStruct((1, size, size, image_shape[2]), np.float32)
+    jax.eval_shape(module.apply, variable_shapes(module, image_shape), images_BHWC)
 
 
 def prepare(context: Context, root: epath.Path) -> None:
@@ -100,7 +129,6 @@ def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Ma
     recipe = recipe_of(config)
     pool = context.networks.pool(config.recover.pool, config.recover.dtype)
     pool = statistics.with_targets(context, pool)
-    check_sizes(context, pool, recipe)
     engine = engine_of(context, pool, recipe, len(waiting), guiding.open_(context))
     queue = deque(waiting)
     lanes: list[Lane | None] = [None] * len(engine)
@@ -234,25 +262,6 @@ def _enter_phase(context: Context, engine, recipe, lane: Lane, at: int) -> None:
             injected_BHWC = retrieved_images(context, classes, state.images_BHWC)
         state = course.enter(recipe, lane.phases[lane.phase], state, injected_BHWC)
         lane.state = engine.place(jax.device_get(state), at)
-
-
-def check_sizes(context: Context, pool: TeacherPool, recipe: synthesis.Recipe) -> None:
-    """Refuse phases of a size that a teacher cannot read.
-
-    Raises:
-      UserError: such a teacher, whose weights belong to one size.
-    """
-    for size in sorted(set(recipe.phase_sizes)):
-        images = jax.ShapeDtypeStruct((1, size, size, context.inputs.image_shape[2]), np.float32)
-        for teacher, variables in zip(pool.teachers, pool.variables, strict=True):
-            try:
-                jax.eval_shape(teacher.module.apply, variables, images)
-            except (flax.errors.FlaxError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"teacher {teacher.name} does not read images of {size} px, which "
-                    f"recover.phase_sizes asks for: its weights belong to one size; leave it out "
-                    f"or unset recover.phase_sizes"
-                ) from error
 
 
 def _dispatch(context: Context, engine, lanes, counts, idle: Idle) -> tuple[list, Idle]:
