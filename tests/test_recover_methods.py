@@ -25,6 +25,8 @@ from prism_jax.stages.context import Context
 from prism_jax.stages.coordination import Interrupted
 from prism_jax.stages.makers import optimise
 from prism_jax.stages.makers.start import initial_images, retrieved_images
+from prism_jax.synthesis import measuring
+from prism_jax.synthesis import start as synthesis_start
 
 __all__ = ["reference"]  # a fixture
 
@@ -234,6 +236,76 @@ def test_images_are_kept_before_the_checkpoint_that_goes_on_behind_them(
     assert (images != images_of(again)[::2]).any()
 
 
+def stopping_in_class(number: int, context: Context, monkeypatch) -> list[int]:
+    """Ask a run to stop while it looks through its so many-th class; the list is of all of them."""
+    look, seen = synthesis_start._rank_patches, []
+
+    def counted(start, cls):
+        seen.append(cls)
+        if len(seen) == number:
+            context.stop.signum = signal.SIGTERM
+        return look(start, cls)
+
+    monkeypatch.setattr(synthesis_start, "_rank_patches", counted)
+    return seen
+
+
+def test_a_stop_between_classes_keeps_what_was_found_of_them(
+    whole, reference, tmp_path, monkeypatch
+):
+    """Four classes in one unit: after the second the run stops, and it goes on with the third."""
+    name, one_unit = "rded", ("batch_size=8", "slots_per_batch=2", "batch_order=class_major")
+    context = context_of(tmp_path / "run", name, *one_unit)
+    prepare(context, reference)
+    assert len(units(context.config)) == 1
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        seen = stopping_in_class(2, context, patch)
+        recover.run(context)
+    context.work.lock.release()
+    chosen = recover.folder(context) / "chosen"
+    assert seen == [0, 1] and len(list(chosen.iterdir())) == 2
+    again = context_of(tmp_path / "run", name, *one_unit)
+    with monkeypatch.context() as patch:
+        seen = stopping_in_class(9, again, patch)
+        recover.run(again)
+    again.work.lock.release()
+    assert seen == [2, 3] and not chosen.exists()
+    np.testing.assert_array_equal(images_of(again), whole(name))
+
+
+def test_patches_are_ranked_once_and_a_stop_among_them_saves_the_other_lanes(
+    reference, tmp_path, monkeypatch
+):
+    """Two lanes: the first unit is done sooner, and the third one's class is to be looked through
+    when the run is asked to stop; the second unit is at iteration 4."""
+    devices = parallel.lane_devices
+    monkeypatch.setattr(parallel, "lane_devices", lambda limit, span: devices(2, span))
+    monkeypatch.setattr(optimise, "unit_budget", lambda config, unit: 12 if unit.block else 4)
+    monkeypatch.setitem(METHODS, "sre2l", ("initialise=mosaic", "batch_size=1"))
+    context = context_of(tmp_path / "run", "sre2l")
+    prepare(context, reference)
+    place, starts = optimise._start, []
+
+    def stopping(context, *given):
+        starts.append(given[4].name)
+        if len(starts) == 3:
+            context.stop.signum = signal.SIGTERM
+        return place(context, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(optimise, "_start", stopping)
+        seen = stopping_in_class(9, context, patch)
+        recover.run(context)
+    context.work.lock.release()
+    going = recover.folder(context) / "checkpoints"
+    assert len(seen) == 2 and [p.name for p in (going / starts[1]).iterdir()] == ["4"]
+    again = context_of(tmp_path / "run", "sre2l")
+    seen = stopping_in_class(9, again, monkeypatch)
+    recover.run(again)
+    again.work.lock.release()
+    assert len(seen) == 2  # of the two other classes, and none of the unit that went on
+
+
 def test_lines_of_iterations_behind_a_damaged_checkpoint_stand_once(
     reference, tmp_path, monkeypatch
 ):
@@ -358,8 +430,8 @@ def test_statistics_are_made_once_resumed_by_shard_and_shared(reference, tmp_pat
     made[:] = [None] * 9  # past the one at which it stopped
     statistics.run(again)
     again.work.lock.release()
-    # Two teachers, each with one shard of batches and four of classes; four were there.
-    assert len(made) == 9 + 10 - 4 and statistics.is_done(again)
+    # Two teachers, each with one shard of batches and four of classes; three were there.
+    assert len(made) == 9 + 10 - 3 and statistics.is_done(again)
 
     whole = context_of(tmp_path / "whole", "edc")
     pipeline.adopt(whole, reference)
@@ -381,6 +453,49 @@ def test_statistics_are_made_once_resumed_by_shard_and_shared(reference, tmp_pat
     pipeline.adopt(other, tmp_path / "whole")
     assert statistics.is_done(other)
     assert not statistics.is_done(context_of(tmp_path / "whole", "gvbsm", "statistic_patch=2"))
+
+
+def group_tables(context: Context) -> list:
+    """The leaves of both teachers' statistics of groups."""
+    pool = statistics.with_targets(context, context.networks.pool(("first", "second")))
+    return jax.tree.leaves([variables["group_statistics"] for variables in pool.variables])
+
+
+def test_groups_are_measured_in_parts_and_a_stop_is_honoured_before_each_batch(
+    reference, tmp_path, monkeypatch
+):
+    """Two groups of four classes' images are three batches each: parts of two and of one."""
+    whole = context_of(tmp_path / "whole", "psm")
+    prepare(whole, reference)
+    whole.work.lock.release()
+    monkeypatch.setattr(statistics, "BATCHES", 2)
+    parallel_devices = parallel.devices
+    monkeypatch.setattr(statistics.parallel, "devices", lambda: parallel_devices()[:1])
+    context = context_of(tmp_path / "run", "psm")
+    pipeline.adopt(context, reference)
+    run, sizes = measuring.Measurer._run, []
+
+    def stopping(self, batches, group):
+        sizes.extend(len(batch.images_BHWC) for batch in batches)
+        if len(sizes) == 4:  # the first of the second group
+            context.stop.signum = signal.SIGTERM
+        return run(self, batches, group)
+
+    monkeypatch.setattr(measuring.Measurer, "_run", stopping)
+    with pytest.raises(Interrupted):
+        statistics.run(context)
+    context.work.lock.release()
+    shards = statistics.folder(context, "first", "group") / "shards"
+    names = ["00000_00000.safetensors", "00000_00001.safetensors"]
+    assert sorted(p.name for p in shards.iterdir()) == names and len(sizes) == 4
+    # What a version without parts left is no part.
+    (shards / "00001.safetensors").write_bytes(b"a whole group")
+    again = context_of(tmp_path / "run", "psm")
+    statistics.run(again)
+    again.work.lock.release()
+    assert len(sizes) == 4 + 2 * 6 - 3 and statistics.is_done(again) and not shards.exists()
+    for ours, theirs in zip(group_tables(again), group_tables(whole), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-7)
 
 
 @pytest.mark.parametrize("name", ["real_herding", "real_feature_medoids", "real_balanced"])

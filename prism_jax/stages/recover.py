@@ -3,6 +3,7 @@
 recover/images/<class>/<slot>.png   what everything after reads
 recover/units/<unit>.json           written last: this unit is done
 recover/checkpoints/<unit>/         Orbax: images, optimiser, step of a unit in flight
+recover/chosen/<class>.json         which real images or patches start a class, while it works
 recover/metrics.jsonl               loss terms per teacher
 recover/kept/<iteration>/           images as they were then, where recover.keep_at asks
 recover/manifest.json               written when every unit is done
@@ -27,6 +28,7 @@ from prism_jax.stages import fingerprints
 from prism_jax.stages.context import Context, LabelledSet
 from prism_jax.stages.makers import Made, maker_of
 from prism_jax.stages.makers.made import record_path
+from prism_jax.stages.makers.start import CHOSEN
 from prism_jax.types import Unit
 
 
@@ -129,8 +131,9 @@ def run(context: Context) -> None:
     gather(root)
     records = [workdir.read_record(record_path(root, unit)) for unit in units(config)]
     images = context.once("synthetic images", lambda: _read_images(context, records))
-    if (root / "checkpoints").exists():
-        workdir.remove(root / "checkpoints")
+    for name in ("checkpoints", CHOSEN):
+        if (root / name).exists():
+            workdir.remove(root / name)
     manifest = {
         "digest": image_set.digest(images),
         "images": len(images),

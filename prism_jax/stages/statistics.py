@@ -10,6 +10,8 @@ every class, of BatchNorms' and convolutions' inputs (EDC), "group" those of Bat
 groups of equal difficulty (PSM). "features" and "difficulty" are of every image by itself: a shard
 is a class, and they stay in their shards. Experiments that want the same ones share them, as they
 share teachers.
+
+A kill loses the shard that is worked on, and so does a stop, which is honoured before each batch.
 """
 
 from __future__ import annotations
@@ -48,12 +50,16 @@ OF_IMAGES = {"features": measuring.features_of, "difficulty": measuring.difficul
 COLLECTIONS = {"conv": measuring.CONV, "class": measuring.CLASSES, "group": GROUPS}
 
 
+# Which shard of its kind; of groups, which group and which part of it.
+Shard = tuple[int, ...]
+
+
 class Part(NamedTuple):
     """A shard of one kind of statistics of one teacher."""
 
     teacher: str
     kind: str
-    shard: int
+    shard: Shard
 
 
 def folder(context: Context, teacher: str, kind: str) -> epath.Path:
@@ -90,7 +96,7 @@ def run(context: Context) -> None:
 
 
 def _run(context: Context, name: str, wanted: list[tuple[str, str]]) -> None:
-    parts = [Part(*what, shard) for what in wanted for shard in range(_shards(context, what[1]))]
+    parts = [Part(*what, shard) for what in wanted for shard in _shards(context, what[1])]
     roots = {what: folder(context, *what) for what in wanted}
 
     def prepare() -> None:
@@ -169,7 +175,7 @@ def groups(context: Context, cls: int) -> list[np.ndarray]:
 
 def _of_images(context: Context, teacher: str, kind: str, cls: int) -> dict[str, np.ndarray]:
     root = folder(context, teacher, kind)
-    path = root / "shards" / _shard_name(cls)
+    path = root / "shards" / _shard_name((cls,))
     if not (root / RECORD).exists():
         raise UserError(
             f"the {kind} of real images in teacher {teacher} are not in {root}; run the squeeze "
@@ -203,20 +209,26 @@ def _matched(config: Experiment) -> list[tuple[str, str]]:
 # --- one shard ------------------------------------------------------------------------------
 
 
-def _shards(context: Context, kind: str) -> int:
+def _shards(context: Context, kind: str) -> list[Shard]:
+    if kind == "group":
+        size, groups = _drawn_groups(context)
+        parts = [num_batches(num_batches(len(at), size), BATCHES) for at in groups]
+        return [(group, part) for group, count in enumerate(parts) for part in range(count)]
+    return [(shard,) for shard in range(_count(context, kind))]
+
+
+def _count(context: Context, kind: str) -> int:
     classes = context.config.dataset.num_classes
     if kind in OF_IMAGES:
         return classes
-    if kind == "group":
-        return context.config.recover.ipc
     if kind == "class":
         return num_batches(classes, CLASSES)
     count = num_batches(len(context.inputs.open("train")), context.config.squeeze.batch_size)
     return num_batches(count, BATCHES)
 
 
-def _shard_name(shard: int) -> str:
-    return f"{shard:05d}.safetensors"
+def _shard_name(shard: Shard) -> str:
+    return f"{'_'.join(f'{number:05d}' for number in shard)}.safetensors"
 
 
 def measurer_of(context: Context, teacher: str, kind: str) -> Measurer | Reader:
@@ -243,20 +255,19 @@ def measurer_of(context: Context, teacher: str, kind: str) -> Measurer | Reader:
     )
 
 
-def _measure(context: Context, measurer: Measurer | Reader, kind: str, shard: int) -> PyTree:
-    """A shard's content: the sum over its batches, or the means of its classes or group."""
-    source = context.inputs.open("train")
+def _measure(context: Context, measurer: Measurer | Reader, kind: str, shard: Shard) -> PyTree:
+    """A shard's content: the sum over its batches, or the means of its classes."""
+    source, (first, *_) = context.inputs.open("train"), shard
     if isinstance(measurer, Reader):
-        images = _batches(context, _class(source, shard), shuffle=False, batch_size=measuring.READ)
-        return measurer.read(images, shard)
+        images = _batches(context, _class(source, first), shuffle=False, batch_size=measuring.READ)
+        return measurer.read(images, first)
     if kind == "group":
-        return measuring.mean([measurer.total(_group(context, source, shard), group=shard)])["bn"]
+        count, total = measurer.total(_part_of_group(context, *shard), group=first)
+        return {"count": np.array([count], np.int64), "sum": total["bn"]}
     if kind == "conv":
-        start = shard * BATCHES
-        found: Iterator[Batch] = itertools.islice(_batches(context, source, start=start), BATCHES)
-        count, total = measurer.total(found, group=0)
+        count, total = measurer.total(_part(context, source, first), group=0)
         return {"count": np.array([count], np.int64), "sum": total["conv"]}
-    classes = range(shard * CLASSES, min((shard + 1) * CLASSES, context.config.dataset.num_classes))
+    classes = range(first * CLASSES, min((first + 1) * CLASSES, context.config.dataset.num_classes))
     means = []
     for cls in classes:
         found = _batches(context, _class(source, cls), shuffle=False)
@@ -271,57 +282,81 @@ def _class(source: ImageSource, cls: int) -> Subset:
     return members
 
 
-def _group(context: Context, source: ImageSource, number: int) -> Iterator[Batch]:
-    """A group's images of all classes, in a drawn order, in batches as large as in training.
+def _part_of_group(context: Context, number: int, part: int) -> Iterator[Batch]:
+    """A part of a group's images of all classes, in batches as large as in training.
 
     All have one size, at most that of the smallest group; what the last one lacks are the first
     images again.
     """
-    squeeze = context.config.squeeze
-    of_classes = context.once("groups", lambda: _all_groups(context, source))
-    sizes = [sum(map(len, group)) for group in zip(*of_classes, strict=True)]
-    at = np.concatenate([of_class[number] for of_class in of_classes])
-    at = rng.generator(squeeze.seed, GROUP_ORDER, number).permutation(at)
-    size = min(squeeze.batch_size, *sizes)
+    size, groups = _drawn_groups(context)
+    at = groups[number]
     whole = np.resize(at, num_batches(len(at), size) * size)
-    return _batches(context, Subset(source, whole), shuffle=False, batch_size=size)
+    images = Subset(context.inputs.open("train"), whole)
+    return _part(context, images, part, shuffle=False, batch_size=size)
 
 
-def _all_groups(context: Context, source: ImageSource) -> list[list[np.ndarray]]:
-    """Of every class its groups; positions in the source."""
-    found = []
+def _drawn_groups(context: Context) -> tuple[int, list[np.ndarray]]:
+    """The size of groups' batches, and every group's images of all classes in a drawn order."""
+    groups = context.once("groups", lambda: _all_groups(context))
+    return min(context.config.squeeze.batch_size, *map(len, groups)), groups
+
+
+def _all_groups(context: Context) -> list[np.ndarray]:
+    source, of_classes = context.inputs.open("train"), []
     for cls in range(context.config.dataset.num_classes):
         members = np.flatnonzero(source.labels_N == cls)
-        found.append([members[group] for group in groups(context, cls)])
-    return found
+        of_classes.append([members[group] for group in groups(context, cls)])
+    return [
+        rng.generator(context.config.squeeze.seed, GROUP_ORDER, number).permutation(
+            np.concatenate(group)
+        )
+        for number, group in enumerate(zip(*of_classes, strict=True))
+    ]
+
+
+def _part(context: Context, source: ImageSource, part: int, **options: Any) -> Iterator[Batch]:
+    """One of the parts into which a pass over images is cut."""
+    found = _batches(context, source, start=part * BATCHES, **options)
+    return itertools.islice(found, BATCHES)
 
 
 def _batches(context: Context, source: ImageSource, **options: Any) -> Iterator[Batch]:
+    """Batches of one pass; a stop is honoured before each, and the shard they are of is redone."""
     squeeze = context.config.squeeze
     options = {"batch_size": squeeze.batch_size, **options}
-    return batches(
+    for batch in batches(
         source, epochs=1, seed=squeeze.seed, name=ORDER,
         threads=context.config.dataset.threads, **options,
-    )  # fmt: skip
+    ):  # fmt: skip
+        context.stop.check()
+        yield batch
 
 
 def _put_together(context: Context, teacher: str, kind: str) -> None:
     root = folder(context, teacher, kind)
     if (root / RECORD).exists():
         return
-    names = [_shard_name(shard) for shard in range(_shards(context, kind))]
-    contents = ((root / "shards" / name).read_bytes() for name in names)
+    names = _shards(context, kind)
+    contents = ((root / "shards" / _shard_name(shard)).read_bytes() for shard in names)
     if kind in OF_IMAGES:
         workdir.write_record(root / RECORD, {"sha256": [sha256(data) for data in contents]})
         return
     shards = [weights.unpack(data) for data in contents]
     if kind == "conv":
-        tree = measuring.mean([(int(shard["count"][0]), shard["sum"]) for shard in shards])
+        tree = _mean(shards)
     elif kind == "group":
-        tree = jax.tree.map(lambda *x: np.stack(x), *shards)
+        of_groups: dict[int, list[PyTree]] = {}
+        for (group, _), shard in zip(names, shards, strict=True):
+            of_groups.setdefault(group, []).append(shard)
+        tree = jax.tree.map(lambda *x: np.stack(x), *map(_mean, of_groups.values()))
     else:
         tree = jax.tree.map(lambda *x: np.concatenate(x), *shards)
     data = weights.pack(tree)
     workdir.write_bytes(root / FILE, data)
     workdir.write_record(root / RECORD, {"sha256": sha256(data)})
     workdir.remove(root / "shards")
+
+
+def _mean(shards: list[PyTree]) -> PyTree:
+    """The mean over all images of some shards, each the sum over its own."""
+    return measuring.mean([(int(shard["count"][0]), shard["sum"]) for shard in shards])

@@ -60,6 +60,7 @@ class Start:
       patches, scorer: for the initialisers that look for good real images.
       features: of the images of a class, for those that select in them.
       groups: a class's ``ipc`` groups of difficulty, for those that take an image of each.
+      kept: ``(class, find) -> find(class)``, or what that found in a run that was stopped.
     """
 
     source: ImageSource | None
@@ -73,6 +74,7 @@ class Start:
     scorer: Scorer | None = None
     features: Callable[[int], Features] | None = None
     groups: Callable[[int], list[np.ndarray]] | None = None
+    kept: Callable[[int, Callable[[int], list]], list] = lambda cls, find: find(cls)
     # What was found per class: whichever slots are asked for, a class is scored once.
     found: dict[int, list] = dataclasses.field(default_factory=dict, compare=False)
 
@@ -261,7 +263,7 @@ def _mosaics(start: Start, classes_B: np.ndarray, slots_B: np.ndarray) -> list[n
         for k in range(factor**2):
             at, box = ranked[k * start.ipc + int(slot)]
             (top, bottom), (left, right) = (edges[i : i + 2] for i in divmod(k, factor))
-            patch = cut(start.source.original(at), box, size // factor)
+            patch = cut(start.source.original(at), Box(*box), size // factor)
             rows = np.arange(bottom - top) * len(patch) // (bottom - top)
             columns = np.arange(right - left) * len(patch) // (right - left)
             image[top:bottom, left:right] = patch[rows][:, columns]  # nearest, where one is wider
@@ -340,7 +342,7 @@ def scorer(teacher: Teacher, variables: PyTree, normalisation: Normalisation, si
 
 def _found(start: Start, cls: int, find: Callable[[int], list]) -> list:
     if cls not in start.found:
-        start.found[cls] = find(cls)
+        start.found[cls] = start.kept(cls, find)
     return start.found[cls]
 
 

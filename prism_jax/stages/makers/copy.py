@@ -27,7 +27,7 @@ def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Ma
     """Read the initial images of units."""
     for unit in waiting:
         started = time.monotonic()
-        images_BHWC = initial_images(context, *members(context.config, unit))
+        images_BHWC = initial_images(context, *members(context.config, unit), keep=root)
         # Not recover.rounding: nearest gives back the very pixels that were read.
         yield Made(unit, images_BHWC, "nearest", time.monotonic() - started, {})
         context.stop.check()

@@ -26,6 +26,7 @@ from prism_jax.errors import UserError
 from prism_jax.models.import_torch import variable_shapes
 from prism_jax.stages import fingerprints, guiding, statistics
 from prism_jax.stages.context import Context
+from prism_jax.stages.coordination import Interrupted
 from prism_jax.stages.makers.made import Made, record_path
 from prism_jax.stages.makers.start import initial_images, retrieved_images
 from prism_jax.synthesis import course
@@ -141,9 +142,16 @@ def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Ma
         while queue or any(lanes):
             for at, lane in enumerate(lanes):
                 if lane is None and queue:
-                    lanes[at] = lane = _start(
-                        context, root, engine, pool, recipe, queue.popleft(), at
-                    )
+                    try:
+                        unit = queue.popleft()
+                        lanes[at] = lane = _start(context, root, engine, pool, recipe, unit, at)
+                    except Interrupted:  # between two classes of a unit's initial images
+                        writer.flush()
+                        for other in filter(None, lanes):
+                            if other.done:
+                                _save(engine, other)
+                            other.checkpoints.close()
+                        raise
                     bar.advance(lane.done)
             for at, lane in enumerate(lanes):
                 if lane is not None:
@@ -200,7 +208,7 @@ def engine_of(
 def _start(context: Context, root: epath.Path, engine, pool, recipe, unit: Unit, at: int) -> Lane:
     """Put a unit on a lane: from its checkpoint, or from its initial images."""
     config, budget = context.config, unit_budget(context.config, unit)
-    batch, start_BHWC = batch_of(context, unit)
+    batch, start_BHWC = batch_of(context, unit, keep=root)
     phases = course.phases_of(recipe, budget, start_BHWC)
 
     def state_after(step: int) -> SynthState:
@@ -225,7 +233,7 @@ def _start(context: Context, root: epath.Path, engine, pool, recipe, unit: Unit,
     batches = [(batch, start_BHWC)]
     if config.recover.perturb_accumulates:
         earlier = [unit._replace(block=block) for block in range(unit.block)]
-        batches = [batch_of(context, u) for u in earlier] + batches
+        batches = [batch_of(context, u, keep=root) for u in earlier] + batches
     batch = jax.device_get(course.prepare(pool, recipe, batches, config.seed))
     done = int(state.step)
     return Lane(
@@ -234,8 +242,10 @@ def _start(context: Context, root: epath.Path, engine, pool, recipe, unit: Unit,
     )  # fmt: skip
 
 
-def batch_of(context: Context, unit: Unit) -> tuple[synthesis.UnitBatch, np.ndarray]:
-    """A unit's coordinates and labels, and its initial images."""
+def batch_of(
+    context: Context, unit: Unit, *, keep: epath.Path | None = None
+) -> tuple[synthesis.UnitBatch, np.ndarray]:
+    """A unit's coordinates and labels, and its initial images; see ``initial_images``."""
     classes, slots = members(context.config, unit)
     restarts = context.config.recover.round_robin_restarts
     before = 0 if restarts else _iterations_before(context, unit)
@@ -243,7 +253,7 @@ def batch_of(context: Context, unit: Unit) -> tuple[synthesis.UnitBatch, np.ndar
     batch = synthesis.UnitBatch(
         np.int32(slots[0]), np.int32(unit.block), np.int32(budget), classes, np.int32(before)
     )
-    return batch, initial_images(context, classes, slots)
+    return batch, initial_images(context, classes, slots, keep=keep)
 
 
 def _iterations_before(context: Context, unit: Unit) -> int:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from prism_jax.config import SELECTED_CONTROLS, Experiment
 from prism_jax.core import pixels, views
+from prism_jax.data import workdir
 from prism_jax.data.pipeline import read_images
 from prism_jax.errors import UserError
 from prism_jax.stages import statistics
@@ -28,12 +32,41 @@ from prism_jax.synthesis.start import (
 from prism_jax.teachers import TeacherPool
 from prism_jax.types import Array, PyTree
 
+CHOSEN = "chosen"  # in recover's folder, while it works: what initialisers found of each class
 
-def initial_images(context: Context, classes_B: np.ndarray, slots_B: np.ndarray) -> np.ndarray:
-    """Where recover starts with these images: float32, normalised."""
+
+def initial_images(
+    context: Context,
+    classes_B: np.ndarray,
+    slots_B: np.ndarray,
+    *,
+    keep: epath.Path | None = None,
+) -> np.ndarray:
+    """Where recover starts with these images: float32, normalised.
+
+    Args:
+      keep: recover's folder, while it works: what is found of a class is kept there, so that a run
+        that was stopped does not look for it again.
+
+    Raises:
+      Interrupted: a stop was requested; every class that was looked through is kept.
+    """
     initialise = INITIALISERS[context.config.recover.initialise]
     start = context.once("start", lambda: _start(context))
+    if keep is not None:
+        start = dataclasses.replace(start, kept=functools.partial(_kept, context, keep / CHOSEN))
     return initialise(start, classes_B, slots_B)
+
+
+def _kept(context: Context, folder: epath.Path, cls: int, find: Callable[[int], list]) -> list[Any]:
+    """What is found of a class, written down; what is written down is not looked for again."""
+    path = folder / f"{cls:05d}.json"
+    if path.exists():
+        return workdir.read_record(path)["found"]
+    context.stop.check()
+    found = find(cls)
+    workdir.write_record(path, {"found": found})
+    return found
 
 
 def _start(context: Context) -> Start:
