@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from prism_jax.core import batching, pixels
+from prism_jax.core.statistics import by_layer
 from prism_jax.errors import UserError
 from prism_jax.models import first_layers, layers
 from prism_jax.types import Array, Normalisation, PyTree, Reading
@@ -127,6 +130,8 @@ class TeacherPool:
         """
         if not members:
             raise UserError("a teacher pool needs at least one network; none was given")
+        for name, (module, variables) in members.items():
+            check(name, module, variables, image_shape)
         teachers = tuple(
             describe(name, module, image_shape) for name, (module, _) in members.items()
         )
@@ -172,6 +177,50 @@ def describe(
     return Teacher(
         name, module, normalisation, class_indices, first[layers.BatchNorm], first[layers.Conv]
     )
+
+
+def check(
+    name: str, module: nn.Module, variables: PyTree, image_shape: tuple[int, int, int]
+) -> None:
+    """Refuse a network of which moments cannot be matched, by tracing it once, abstractly.
+
+    Raises:
+      UserError: variables that are not the module's, running statistics that no
+        ``models.layers.BatchNorm`` keeps, or one such layer that several calls share.
+    """
+    calls: Counter[str] = Counter()
+
+    def count(run, arguments, keywords, context):
+        if isinstance(context.module, layers.BatchNorm) and context.method_name == "__call__":
+            calls["/".join(context.module.path)] += 1
+        return run(*arguments, **keywords)
+
+    images_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    try:
+        with nn.intercept_methods(count):
+            _, sown = jax.eval_shape(
+                lambda v, x: module.apply(v, x, mutable=[STATISTICS]), variables, images_BHWC
+            )
+    except flax.errors.FlaxError as error:
+        raise UserError(f"the variables of teacher {name} are not its module's: {error}") from error
+    kept = by_layer(variables.get("batch_stats", {}))
+    told = by_layer(sown.get(STATISTICS, {}))
+    if untold := sorted("/".join(path) for path in kept.keys() - told.keys()):
+        raise UserError(
+            f"teacher {name} keeps running statistics of {_some(untold)}, and tells no moments of "
+            f"them when it reads images: a BatchNorm must be prism_jax.models.layers.BatchNorm, "
+            f"and run in evaluation too; build the network with these and give it the same weights"
+        )
+    if shared := sorted(path for path, number in calls.items() if number > 1):
+        raise UserError(
+            f"teacher {name} calls {_some(shared)} more than once in a pass, and only the last "
+            f"call's moments would be matched; give each call a BatchNorm of its own"
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 @contextlib.contextmanager

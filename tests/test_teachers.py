@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from helpers.networks import COLOUR, random_variables
 from configs import tiny
 from prism_jax import models
 from prism_jax.config import resolve
+from prism_jax.errors import UserError
+from prism_jax.models import layers
 from prism_jax.stages.context import Context
-from prism_jax.teachers import STATISTICS, describe
+from prism_jax.teachers import STATISTICS, TeacherPool, describe
 from prism_jax.types import Normalisation
 
 OWN = Normalisation(mean=(0.1, 0.6, 0.3), std=(0.4, 0.15, 0.35))
@@ -87,3 +90,49 @@ def test_a_run_gives_teachers_what_their_weights_were_made_for(tmp_path, monkeyp
     assert first.normalisation is None and second.normalisation == Normalisation((0.3,), (0.6,))
     indices = dataclasses.replace(second, class_indices=COLUMNS)
     assert indices != second  # both are static in a trace: another program
+
+
+class Net(nn.Module):
+    """Three convolutions, each with a BatchNorm: ours, Flax's, or one of ours for all."""
+
+    norms: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        shared = layers.BatchNorm(name="shared")
+        for at, kind in enumerate(self.norms):
+            x = layers.Conv(4, 3, padding=1, name=f"conv{at}")(x)
+            if kind == "flax":
+                x = nn.BatchNorm(use_running_average=not train, name=f"flax{at}")(x)
+            elif kind == "shared":
+                x = shared(x, train)
+            elif kind == "ours" or train or self.is_initializing():
+                x = layers.BatchNorm(name=f"bn{at}")(x, train)
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("norms", "said"),
+    [
+        (("flax", "flax"), "running statistics of flax0, flax1, and tells no moments"),
+        (("ours", "flax", "ours"), "running statistics of flax1, and tells no moments"),
+        (("ours", "in training"), "running statistics of bn1, and tells no moments"),
+        (("ours", "shared", "shared"), "calls shared more than once in a pass"),
+    ],
+)
+def test_a_member_whose_moments_cannot_be_matched_is_refused(norms, said):
+    module = Net(norms)
+    members = {"mine": (module, random_variables(module, SHAPE, 0))}
+    with pytest.raises(UserError, match=f"teacher mine .*{said}.* BatchNorm"):
+        TeacherPool.of(members, image_shape=SHAPE, normalisation=COLOUR)
+
+
+@pytest.mark.parametrize("norms", [("ours", "ours"), ("ours", "shared"), ()])
+def test_other_members_are_taken_with_their_own_variables(norms):
+    module = Net(norms)
+    variables = random_variables(module, SHAPE, 0)
+    pool = TeacherPool.of({"mine": (module, variables)}, image_shape=SHAPE, normalisation=COLOUR)
+    assert pool.teachers[0].has_batch_norm == ("ours" in norms)
+    del variables["params"]["head"]
+    with pytest.raises(UserError, match="the variables of teacher mine are not its module's"):
+        TeacherPool.of({"mine": (module, variables)}, image_shape=SHAPE, normalisation=COLOUR)
