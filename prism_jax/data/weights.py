@@ -148,7 +148,11 @@ def read(
         )
     if (file / WEIGHTS).is_file() and (file / RECORD).is_file():
         return _read_teacher(file)
-    if checkpoint := read_newest(file):
+    try:
+        checkpoint = read_newest(file)
+    except UserError as error:
+        raise UserError(f"{error}; name one before it, if those weights will do") from error
+    if checkpoint:
         step, arrays, meta = checkpoint
         averaged = meta.get("averaged", False)
         tensors = _named(arrays, averaged, architecture, width, depth, stem, path)
