@@ -303,9 +303,16 @@ def experiment_of(config: Any, cell: Cell) -> Any:
     problems: list[str] = []
     fields = parsed(config, cell, problems)
     try:
-        return resolve(fields, problems)
+        experiment = resolve(fields, problems)
     except UserError as error:
         raise UserError(f"{cell.name}: {error}") from error
+    if experiment.recover.ipc != cell.ipc:
+        raise UserError(
+            f"{cell.name}: recover.ipc is {experiment.recover.ipc}, and its column IPC {cell.ipc}: "
+            f"an override states it, or the row's config does not read its argument "
+            f"(get_config(argument) with 'ipc{cell.ipc}' in it); leave it to ipcs"
+        )
+    return experiment
 
 
 def parsed(config: Any, cell: Cell, problems: list[str]) -> Any:

@@ -448,6 +448,8 @@ def test_starts_and_choices_that_there_are_not_are_refused(tmp_path, override, s
         ((TINY, "--from=/no/such/dir", "--processes=2"), "--processes is a flag of prism_jax.main"),
         ((TINY, "--config.seeds=(0.5,)"), "seeds has 0.5; a seed is a whole number"),
         ((TINY, "--config.seeds=('a',)"), "seeds has 'a'; a seed is a whole number"),
+        ((TINY, "--config.shared=('recover.ipc=4',)", "--plan"),
+         "prism/ipc1/seed0/own: recover.ipc is 4, and its column IPC 1"),
         ((TINY, "--config.control_sets=('random_real','full_real')"),
          "random_real is a row, and a set that the row random_real trains on beside"),
     ],
