@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -468,6 +469,18 @@ def test_a_teacher_is_trained_further_from_weights(tmp_path, reference):
         assert (tested.top1 == top1) == equal
     again = refused(tmp_path / "new", *given[:-3], f"--config.networks.first.start_from={folder}")
     assert "network.start_from" in again and "was made from other settings" in again
+
+
+def test_a_teacher_that_was_refused_is_made_as_the_message_says(tmp_path, reference):
+    """Where nothing was made, nothing is of other settings."""
+    folder = reference / "squeeze/first"
+    given = ("--stages=squeeze", f"--config.networks.first.start_from={folder}")
+    given += ("--config.dataset.mean=(0.7,)", "--config.dataset.std=(0.2,)")
+    status, _, said = call(TINY, f"--workdir={tmp_path / 'run'}", *given)
+    assert status == 2
+    flags = re.findall(r"--config\.networks\.first\.(?:mean|std)=[\d.,]+", said)
+    assert len(flags) == 2, said
+    ok(tmp_path / "run", *given, *(flag.rstrip(".,") for flag in flags))
 
 
 def test_weights_that_were_made_for_other_pixels_are_refused(tmp_path, reference):

@@ -220,7 +220,10 @@ def _is_done(context: Context, name: str) -> bool:
     found = workdir.read_fingerprint(folder)
     if found is None:
         return False
-    if lines := workdir.differences(found, fingerprints.teacher(context, name)):
+    lines = workdir.differences(found, fingerprints.teacher(context, name))
+    if lines and workdir.names(folder) == {workdir.FINGERPRINT}:
+        return False  # it was begun, and refused before anything was made
+    if lines:
         raise UserError(refusal(f"teacher {name}", folder, lines))
     if not (folder / RECORD).exists():
         return False
