@@ -60,7 +60,11 @@ WRITERS: dict[str, Callable[[str, Content], None]] = {
     "npz": npz.write,
 }
 ONE_BY_ONE = ("folder", "parquet", "fkd")  # formats whose images are files: not all in memory
-WITHOUT_MEANS = ("folder", "fkd")  # formats that hold no mean soft labels: none are worked out
+# Formats that hold no mean soft labels, which are not worked out then: what they hold instead.
+WITHOUT_MEANS = {
+    "folder": "class folders alone; the run's soft labels are not in this format",
+    "fkd": "the logits of every stored view",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,6 +128,8 @@ def export(
     if form not in ONE_BY_ONE:
         images = images[:]
     reader, how = _labels(root, ran, provenance, control)
+    if reader is not None and form in WITHOUT_MEANS:
+        how["what"] = WITHOUT_MEANS[form]
     classes = class_table(
         DATASETS.get(ran["experiment"]["dataset"]["name"]),
         *(provenance[key] for key in ("num_classes", "class_names", "imagenet_indices")),
@@ -322,8 +328,11 @@ def command(root: epath.Path, ran: dict[str, Any], stages: str, control: str | N
     flags = joined(ran_by[3:])
     replaced = ("--workdir=", "--stages=", "--from=")
     flags = [flag for flag in flags if not flag.startswith(replaced)]
-    if control and control not in ran["experiment"]["validate"]["controls"]:
-        flags.append(f"--config.validate.controls={control}")
+    controls = ran["experiment"]["validate"]["controls"]
+    if control and control not in controls:  # beside those that the run has
+        name = "--config.validate.controls="
+        flags = [flag for flag in flags if not flag.startswith(name)]
+        flags.append(f"{name}{','.join([*controls, control])}")
     flags += [f"--workdir={root}", f"--stages={stages}"]
     return "python -m prism_jax.main " + shlex.join(flags)
 

@@ -64,6 +64,9 @@ def compared(folders: Sequence[str]) -> str:
         alike.setdefault(_what_is_equal(folder, found), {})[folder] = found
     notes = [note for runs in alike.values() for note in _left_out(runs)]
     merged = [summary.merge(list(runs.values()), _image_seeds(runs)) for runs in alike.values()]
+    datasets = {found.get("dataset", {}).get("name") for found in merged}
+    for found in merged if len(datasets) > 1 else ():  # numbers of several do not compare
+        found["config"] = f"{found['config']} on {found.get('dataset', {}).get('name')}"
     configs = [found["config"] for found in merged]
     for found, runs in zip(merged, alike.values(), strict=True):
         if configs.count(found["config"]) > 1:  # other settings of one config

@@ -365,6 +365,12 @@ def test_runs_whose_settings_differ_have_rows_of_their_own(summary, tmp_path):
     apart = results.compared([one, _write(tmp_path / "fewer", other, fewer)])
     assert "over 2 runs" not in apart
     assert f"{summary['config']}, {tmp_path / 'fewer'}" in apart
+    elsewhere = json.loads(json.dumps(summary))
+    elsewhere["dataset"]["name"] = "shapes"
+    both = results.compared([one, _write(tmp_path / "shapes", elsewhere)])
+    for name in ("digits", "shapes"):  # whose numbers do not compare
+        assert f"{summary['config']} on {name}" in both
+    assert " on digits" not in alike
     with pytest.raises(UserError, match="named twice"):
         results.compared([one, f"{one}/"])
     assert results.main([str(tmp_path)]) == 2

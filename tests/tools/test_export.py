@@ -148,7 +148,9 @@ def test_real_images_that_a_teacher_chose_are_exported_too(finished, tmp_path, c
     arguments = (f"--workdir={finished}", f"--to={tmp_path / 'set'}", "--control=real_confident")
     said = refused(capsys, *arguments).strip().splitlines()[-1]
     command = said.split("python -m prism_jax.main ")[1].split()
-    assert "--config.validate.controls=real_confident" in command
+    controls = workdir.read_run(finished)["experiment"]["validate"]["controls"]
+    asked = f"--config.validate.controls={','.join([*controls, 'real_confident'])}"
+    assert controls and asked in command  # beside those that the run has
     status, _, err = call(*command)
     assert status == 0, err
     assert run(capsys, *arguments)[0] == 0

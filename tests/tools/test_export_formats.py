@@ -90,6 +90,7 @@ def test_it_comes_back(made, pixels, mean_labels, form, file, stated):
 def test_the_card_has_what_made_it_the_licence_and_the_controls(made, reference):
     summary = workdir.read_json(reference / "summary.json")
     text = (made("folder", "--licence=cc-by-4.0") / "README.md").read_text()
+    assert "- labels: class folders alone" in text
     head, body = text.removeprefix("---\n").split("\n---\n")
     assert "license: cc-by-4.0" in head.splitlines()
     for name in ("synthetic", "random real, soft labels", "random real, hard labels"):
