@@ -304,6 +304,7 @@ def relabel(
     classes = given.num_classes(pool.teachers[0].module, images.shape[1:])
     if top_k is not None and not 0 < top_k < classes:
         raise UserError(f"relabel got top_k={top_k}; it must be from 1 to {classes - 1}")
+    given.one_of("ensemble", ensemble, ENSEMBLES)
     how, coding = Augment(crop_min, flip, mix), Coding(precision, top_k)
     labeller = Labeller(pool, LabelRecipe(how, ensemble, batch_size, **recipe))
     return [

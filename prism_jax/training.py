@@ -571,6 +571,12 @@ def fit(
         recipe = {"loss": "mse_gt", "ce_weight": 0.1, **recipe}
         numbers = TrainRecipe("relabel/view", how, epochs=epochs, **recipe)
         records = list(soft_labels)
+        labelled = np.unique(np.concatenate([record.index_B for record in records]))
+        if len(labelled) != len(images) or labelled[-1] >= len(images):
+            raise UserError(
+                f"fit got {len(images)} images and soft labels of {len(labelled)} (up to number "
+                f"{labelled[-1]}); they must be those of these images"
+            )
         per_epoch = 1 + max(record.batch for record in records)
         repeated = itertools.islice(itertools.cycle(records), epochs * per_epoch)
         batches = soft_batches(images, labels, repeated, per_epoch=per_epoch)

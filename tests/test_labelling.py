@@ -19,6 +19,7 @@ from prism_jax.core import batching
 from prism_jax.core.augment import Augment, augment
 from prism_jax.data import label_store
 from prism_jax.data.label_store import LabelPlan
+from prism_jax.errors import UserError
 from prism_jax.labelling import (
     ORDER,
     VIEWS,
@@ -356,6 +357,16 @@ def test_labels_that_come_again_show_the_same_views_at_later_rates():
     early, late = (batches[i]._replace(logits_BK=wrong) for i in (0, 20))
     moved = [trainer.step(state, b)[0].params["bias"] - state.params["bias"] for b in (early, late)]
     assert np.abs(moved[1]).max() < 0.5 * np.abs(moved[0]).max()
+
+
+def test_soft_labels_of_other_images_and_unknown_ensembles_are_refused():
+    records = prism_jax.relabel(mirror_pool(), images()[:-1], epochs=1, batch_size=BATCH)
+    with pytest.raises(UserError, match=f"fit got {COUNT} images and soft labels of {COUNT - 1}"):
+        prism_jax.fit(
+            Mirror(), images(), np.zeros(COUNT), normalisation=GREY, soft_labels=records
+        )  # fmt: skip
+    with pytest.raises(UserError, match=r"ensemble is 'meen' \(did you mean 'mean'\?\)"):
+        prism_jax.relabel(mirror_pool(), images(), ensemble="meen")
 
 
 @pytest.mark.usefixtures("fast_programs")
