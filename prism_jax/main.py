@@ -352,6 +352,11 @@ def _explain(config: Any, argument: str, error: Exception) -> str:
             near = difflib.get_close_matches(field, known, n=3)
             meant = f"; did you mean {' or '.join(near)}?" if near else ""
             return f"{argument}: the config has no field {field}{meant}"
+        if known[field] is type(None):
+            return (
+                f"{argument}: the config sets {field} to None, which has no type for a flag; write "
+                f"the value there, or ml_collections.config_dict.placeholder(int) in place of None"
+            )
         wanted = KINDS.get(known[field], "a group of fields")
         return f"{argument}: {field} is {value!r}; it must be {wanted}"
     if isinstance(error, flags.UnrecognizedFlagError):

@@ -101,8 +101,9 @@ def _readable(e: Experiment, where: str, name: str) -> Iterator[str]:
     if network.architecture in ARCHITECTURES:
         smallest = ARCHITECTURES[network.architecture].smallest(network.stem, network.depth)
         if e.dataset.image_size < smallest:
+            small = "" if network.stem == "small" else f"set networks.{name}.stem='small', "
             yield (
                 f"dataset.image_size is {e.dataset.image_size}, and {name} "
                 f"({network.architecture} with the {network.stem} stem) needs {smallest} or "
-                f"more; enlarge the images, set networks.{name}.stem='small', or leave it out"
+                f"more; enlarge the images, {small}or leave it out"
             )
