@@ -144,7 +144,9 @@ def test_what_only_reads_a_run_reads_the_finished_one(folder, reference):
     said = run([word for word in table if word != "runs/digits_sre2l_ipc10"])
     assert "| IPC | trained on |" in said and "| **prism** |" in said
     (out,) = (words for words in commands() if "prism_jax.tools.export" in words)
-    assert run(out).startswith("prism_digits_ipc10: 8 images of 4 classes; soft labels: the mean")
+    assert run(out).startswith(
+        "prism_digits_ipc10: 8 images of 4 classes; soft labels: class folders"
+    )
     card = (folder / "prism_digits_ipc10" / "README.md").read_text()
     assert "license: cc-by-4.0" in card and "random real, soft labels" in card
 

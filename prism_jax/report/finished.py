@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from prism_jax.analysis.words import SYNTHETIC
-from prism_jax.config import Experiment, restore
+from prism_jax.config import STAGES, Experiment, restore
 from prism_jax.config.sections import Path
 from prism_jax.data import image_set, label_store, workdir
 from prism_jax.data.lazy import Images
@@ -22,6 +22,7 @@ from prism_jax.errors import UserError
 from prism_jax.stages import analyse, controls, fingerprints, validate
 from prism_jax.stages.context import Context
 from prism_jax.stages.makers.optimise import kept_folder
+from prism_jax.tools.export import command
 from prism_jax.types import PyTree
 
 
@@ -226,8 +227,8 @@ def _open(root: str, name: str, data: str | None) -> Run:
     for file in ("recover/manifest.json", workdir.SUMMARY):
         if not (folder / file).exists():
             raise UserError(
-                f"{root} is not finished: it has no {file}. Run its command again, which continues "
-                f"it: {ran['provenance'].get('command', '(not recorded)')}"
+                f"{root} is not finished: it has no {file}. Finish it with\n"
+                f"    {command(folder, ran, ','.join(STAGES))}"
             )
     try:
         experiment = restore(ran["experiment"], fingerprints.LATER)

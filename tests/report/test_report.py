@@ -145,7 +145,9 @@ def test_what_cannot_be_used_is_one_message(reference, finished, tmp_path):
     workdir.write_record(finished / "config.json", ran)
     assert "dataset.num_classes=4" in refused(reference, finished, to)
     (finished / "summary.json").unlink()
-    assert "is not finished: it has no summary.json" in refused(finished, to)
+    said = refused(finished, to)
+    assert "is not finished: it has no summary.json" in said
+    assert "--stages=squeeze,recover,relabel,validate,analyse" in said  # whichever it last ran
     (finished / "config.json").write_text('{"model_type": "resnet"}')
     assert "its config.json is of something else" in refused(finished, to)
     assert not (tmp_path / "page.html").exists()
