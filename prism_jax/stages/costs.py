@@ -71,7 +71,7 @@ def squeezed(context: Context, name: str) -> float | None:
 def makers(context: Context) -> list[str]:
     """The networks that the synthetic images are made with."""
     config = context.config
-    names = [*config.recover.pool]
+    names = [*config.recover.pool] if config.recover.iterations else fingerprints.rankers(config)
     if config.recover.initialise in ASKING or config.recover.inject_from == "retrieved":
         names.append(config.recover.scorer or config.recover.primary)
     if generator.wanted(context):

@@ -93,6 +93,8 @@ def test_images_that_begin_with_another_rows_count_what_made_those():
         ({"initialise": "real_confident"}, True),
         ({"initialise": "noise", "inject_from": "retrieved"}, True),
         ({"initialise": "real_random"}, False),
+        ({"initialise": "real_herding", "iterations": 0}, True),
+        ({"initialise": "real_random", "iterations": 0}, False),
     ],
 )
 def test_who_chose_the_real_images_is_among_those_who_made_the_set(recover, asked):
@@ -100,7 +102,8 @@ def test_who_chose_the_real_images_is_among_those_who_made_the_set(recover, aske
     pool = {"pool": ("resnet18",), "scorer": "outside", **recover}
     config = dataclasses.replace(config, recover=dataclasses.replace(config.recover, **pool))
     made_by = costs.makers(SimpleNamespace(config=config))
-    assert made_by == ["resnet18", *(["outside"] if asked else [])]
+    read = ["resnet18"] if recover.get("iterations", 1) else []  # else nobody of the pool was
+    assert made_by == [*read, *(["outside"] if asked else [])]
 
 
 @pytest.fixture(autouse=True)
