@@ -232,11 +232,15 @@ def check_seeds(name: str, *values: Any) -> None:
     """Refuse what is no seed.
 
     Raises:
-      UserError: not all of them are whole numbers from zero on.
+      UserError: not all of them are whole numbers of 32 bits.
     """
+    from prism_jax.config.rules.common import SEEDS
+
     for value in values:
-        if not isinstance(value, int) or value < 0:
-            raise UserError(f"{name} has {value!r}; a seed is a whole number, zero or positive")
+        if not isinstance(value, int) or not 0 <= value < SEEDS:
+            raise UserError(
+                f"{name} has {value!r}; a seed is a whole number, zero or positive, below {SEEDS}"
+            )
 
 
 def check_root(path: str, kind: str) -> None:

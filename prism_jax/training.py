@@ -571,11 +571,11 @@ def fit(
         recipe = {"loss": "mse_gt", "ce_weight": 0.1, **recipe}
         numbers = TrainRecipe("relabel/view", how, epochs=epochs, **recipe)
         records = list(soft_labels)
-        labelled = np.unique(np.concatenate([record.index_B for record in records]))
-        if len(labelled) != len(images) or labelled[-1] >= len(images):
+        labelled = {int(number) for record in records for number in record.index_B}
+        if labelled != set(range(len(images))):
             raise UserError(
-                f"fit got {len(images)} images and soft labels of {len(labelled)} (up to number "
-                f"{labelled[-1]}); they must be those of these images"
+                f"fit got {len(images)} images and soft labels of {len(labelled)}, up to number "
+                f"{max(labelled, default=0)}; they must be those of these images"
             )
         per_epoch = 1 + max(record.batch for record in records)
         repeated = itertools.islice(itertools.cycle(records), epochs * per_epoch)

@@ -157,6 +157,7 @@ def test_what_cannot_be_audited_is_one_message(tmp_path):
           for alphas in ("()", "(-1.0,)", "(0.0,1.0)", "('a',)")),
         ((TINY, "--config.gradients.draws=0"), "gradients.draws is 0; noise is what differs"),
         ((TINY, "--config.seed=-1"), "seed has -1; a seed is a whole number"),
+        ((TINY, f"--config.seed={2**32}"), "zero or positive, below 4294967296"),
         ((TINY, "--stages=squeeze"), "--stages is a flag of prism_jax.main, and means nothing to"),
         ((TINY, "--plan", "--target=h100"), "--target is a flag of prism_jax.main"),
         ((TINY, "--config.rows.prism=None"), "it must be a row: medoids"),

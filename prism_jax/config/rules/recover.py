@@ -182,10 +182,9 @@ def _unread(e: Experiment) -> Iterator[str]:
     subset = "subset" in samplers, "nobody draws a subset (recover.logits_by, statistics_by)"
     votes = "committee" in samplers and r.priors is not None, "no recover.priors vote"
     falls = r.crop_curriculum != "constant", "recover.crop_curriculum is 'constant'"
-    votes_are_cast = "committee" in samplers or r.committee not in sampling.COMMITTEES
-    committees = votes_are_cast, "nobody is a committee (recover.logits_by, statistics_by)"
+    meets = "committee" in samplers or r.committee not in sampling.COMMITTEES  # said elsewhere
     for name, (read, why) in {
-        "committee": committees,
+        "committee": (meets, "nobody is a committee (recover.logits_by, statistics_by)"),
         "subset_others": subset,
         "subset_probability": subset,
         "prior_temperature": votes,
