@@ -75,7 +75,7 @@ def test_cells_and_their_experiments(monkeypatch):
 @pytest.mark.parametrize(
     "name",
     ["digits", "digits:quick", "cifar10", "diffusion_digits", "cifar10:ipc1",
-     "cifar10:ipc50", "cifar10:crop", "cifar10:batch", "cifar10:published",
+     "cifar10:ipc50", "cifar10:variants", "cifar10:crop", "cifar10:batch", "cifar10:published",
      "cifar10:ipc1,published", "cifar10:crop,published", "imagenette", "imagenet",
      "studies:crop", "studies:batch", "studies:selection", "studies:crop,digits",
      "studies:selection,digits", "studies:regularisation",

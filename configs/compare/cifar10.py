@@ -10,6 +10,7 @@ images is held out: who is best is said by them. The published teachers have see
 Arguments after the colon, separated by commas:
   ipc10         the default: all rows under one protocol, then every method's own
   ipc1, ipc50   other sizes under the one protocol; at 50 images the rows named in LEADING
+  variants      prism and the rows prism_* alone, ten images, under the one protocol
   crop, batch   PRISM's tables 3 and 4 as far as ten classes allow, IPC 10, PRISM's own labels and
                 training. The slots of a batch share a draw of teachers, so the size of a batch and
                 the number of draws are mixed: batch_* as the draw falls, fixed_* with the
@@ -55,7 +56,7 @@ PUBLISHED = tuple(cifar10_ipc10.CHECKPOINTS)  # the primary first
 PRIMARY, MOBILENET = PUBLISHED[0], "mobilenet_v2"
 STUDENTS = ("resnet20", "convnet_d3")
 LEADING = ("prism", "psm", "prism_plus")
-STUDIES = ("ipc1", "ipc10", "ipc50", "crop", "batch")
+STUDIES = ("ipc1", "ipc10", "ipc50", "variants", "crop", "batch")
 
 ALONE = f"recover.pool={PRIMARY}"
 STEPS = f"recover.iterations={ITERATIONS}"
@@ -96,6 +97,8 @@ def get_config(arg: str = "") -> ConfigDict:
     rows = {"prism": prism, **_methods(pool, ipc), **variants}
     if study == "ipc50":
         rows = {name: rows[name] for name in LEADING}
+    elif study == "variants":
+        rows = {"prism": prism, **variants}
     elif study == "crop":
         rows = {"prism": prism}
     elif study == "batch":
