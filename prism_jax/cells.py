@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 from prism_jax.errors import UserError
 
 TEACHERS, GENERATORS, CELLS = "teachers", "generators", "cells"
+# The share of the machine's memory at which the programs of finished cells are given up. A row of
+# networks for small images leaves some 0.4 GB of them on a CPU.
+MOST_MEMORY = 0.25
 
 
 class Cell(NamedTuple):
@@ -97,6 +100,7 @@ class Cells(abc.ABC):
         if todo:
             self._check_finished()
             progress.say(parallel.devices_in_words())
+        most_memory = MOST_MEMORY
         try:
             with parallel.shared_programs():
                 for number, cell in enumerate(todo, 1):
@@ -104,6 +108,7 @@ class Cells(abc.ABC):
                     squeezed = self._squeeze(cell, with_teachers[cell], stop, made_by)
                     self._run(cell, squeezed, stop, made_by)
                     self.write_tables()
+                    most_memory = _forget(most_memory)
         finally:
             self.write_tables(whole=True)
         self.show()
@@ -199,6 +204,20 @@ class Cells(abc.ABC):
             workdir.write_record(root / "cell.json", record)
         finally:
             context.work.lock.release()
+
+
+def _forget(most: float) -> float:
+    """Give up the programs of finished cells where memory has grown; from where on it has next.
+
+    What else the process holds, data sets say, does not shrink: then it may first double again.
+    """
+    from prism_jax import environment, parallel
+
+    if environment.used_memory() < most:
+        return most
+    parallel.forget_programs()
+    environment.return_freed_memory()
+    return max(MOST_MEMORY, 2 * environment.used_memory())
 
 
 def check_fields(config: Any, kind: str, wanted: Sequence[str], there: Sequence[str] = ()) -> None:

@@ -70,11 +70,19 @@ def keep_freed_memory() -> None:
     zeroes them for the next one: a third of a small network's step (measured). The main thread's
     heap alone keeps pieces of any size, see ``prepare_environment``.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-        libc.mallopt(option, 1 << 30)
+    if libc := _glibc():
+        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            libc.mallopt(option, 1 << 30)
+
+
+def return_freed_memory() -> None:
+    """Let glibc give back to the system, once, what is freed."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def collect_less() -> None:
@@ -85,6 +93,15 @@ def collect_less() -> None:
     """
     gc.freeze()
     gc.set_threshold(10_000)
+
+
+def used_memory() -> float:
+    """The share of the machine's memory that this process holds; 0 where nobody says."""
+    try:
+        resident = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # no Linux
+        return 0.0
+    return resident / os.sysconf("SC_PHYS_PAGES")
 
 
 def cache_folder(jax_version: str) -> pathlib.Path:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import gc
 import importlib.util
 import itertools
 import json
@@ -91,6 +92,14 @@ def shared_programs() -> Iterator[None]:
         yield
     finally:
         _SHARED.reset(token)
+
+
+def forget_programs() -> None:
+    """Give back the memory of all compiled programs; what is run again comes from JAX's cache."""
+    if (programs := _SHARED.get()) is not None:
+        programs.clear()
+    jax.clear_caches()
+    gc.collect()
 
 
 class LaneMap:

@@ -8,6 +8,7 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -18,7 +19,7 @@ from PIL import Image
 
 from configs.digits import config as digits
 from prism_jax import cells as runs
-from prism_jax import compare
+from prism_jax import compare, environment, parallel
 from prism_jax.analysis import comparison
 from prism_jax.analysis.cells import Entry, to_records
 from prism_jax.analysis.differences import Choices
@@ -96,6 +97,30 @@ def test_every_cell_of_the_shipped_comparisons_can_be_used(name, monkeypatch):
     # All share their teachers, and the process.
     runs.check_environment(experiments)
     assert len({e.squeeze for e in runs.with_all_teachers(experiments).values()}) == 1
+
+
+def test_programs_of_finished_cells_are_given_up_where_memory_grows(monkeypatch):
+    # Shares of the machine's memory as they are asked for: before, and after it is given up.
+    shares, given_up = iter([0.1, 0.3, 0.2, 0.35, 0.45, 0.05, 0.24]), []
+    monkeypatch.setattr(environment, "used_memory", lambda: next(shares))
+    monkeypatch.setattr(parallel, "forget_programs", lambda: given_up.append(True))
+    most = runs._forget(runs.MOST_MEMORY)
+    assert most == 0.25 and not given_up
+    most = runs._forget(most)  # 0.3, then 0.2: data, which may double
+    assert most == 0.4 and len(given_up) == 1
+    most = runs._forget(most)  # 0.35
+    assert most == 0.4 and len(given_up) == 1
+    most = runs._forget(most)  # 0.45, then 0.05
+    assert most == 0.25 and len(given_up) == 2
+    assert runs._forget(most) == 0.25 and len(given_up) == 2
+
+
+def test_used_memory_is_that_of_the_system():
+    before = environment.used_memory()
+    held = b"1" * (1 << 28)
+    grown = (environment.used_memory() - before) * os.sysconf("SC_PHYS_PAGES")
+    grown *= os.sysconf("SC_PAGE_SIZE")
+    assert 0.9 * len(held) < grown < 1.5 * len(held)
 
 
 def test_finished_cells_stay_finished_where_a_younger_field_means_what_they_had():

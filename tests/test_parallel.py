@@ -222,8 +222,11 @@ def test_maps_of_equal_keys_share_a_program_and_not_their_weights():
         assert traced == ["a", "b"]
         assert [made(2, None), made(2, None)] == [6.0, 6.0]  # nothing is known of what they do
         assert traced == ["a", "b", None, None]
+        parallel.forget_programs()
+        assert [made(4, "a"), made(6, "a")] == [12.0, 18.0]
+        assert traced == ["a", "b", None, None, "a"]
     # Twin: outside, every map has its own.
-    assert [made(2, "a"), made(5, "a")] == [6.0, 15.0] and traced[4:] == ["a", "a"]
+    assert [made(2, "a"), made(5, "a")] == [6.0, 15.0] and traced[5:] == ["a", "a"]
 
 
 def test_an_unknown_map_lists_the_known_ones():
