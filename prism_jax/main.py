@@ -12,6 +12,7 @@ import errno
 import functools
 import os
 import pathlib
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from ml_collections import config_flags
 
 from prism_jax.config import KINDS, STAGES
 from prism_jax.environment import prepare_environment, provenance
-from prism_jax.errors import Unreachable, UserError
+from prism_jax.errors import EarlyInterrupt, Unreachable, UserError
 from prism_jax.paths import at_home
 
 HELP = """\
@@ -98,10 +99,16 @@ def guarded(run: Callable[[list[str]], int], argv: Sequence[str] | None, help_te
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     as_it_was, warnings.formatwarning = warnings.formatwarning, _warnings_once()
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    if handlers[signal.SIGINT] is signal.default_int_handler:
+        signal.signal(signal.SIGINT, EarlyInterrupt())
     try:
         return _guarded(run, argv, help_text)
     finally:
         warnings.formatwarning = as_it_was
+        for signum, handler in handlers.items():
+            if handler is not None:  # None: of a program that Python is a part of
+                signal.signal(signum, handler)
 
 
 def _warnings_once() -> Callable[..., str]:

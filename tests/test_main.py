@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import typing
@@ -15,6 +16,7 @@ from helpers.command import ROOT, TINY, call, environment, run, snapshot
 from prism_jax import config, main
 from prism_jax import environment as prepared
 from prism_jax.config import STAGES
+from prism_jax.stages import coordination
 
 
 @pytest.fixture(autouse=True)
@@ -241,6 +243,28 @@ def test_ctrl_c_before_any_work(monkeypatch):
     monkeypatch.setattr(main, "prepare_environment", interrupt)
     status, _, err = call(TINY, "--workdir=run")
     assert status == 130 and err.startswith("stopped by SIGINT")
+
+
+@pytest.mark.parametrize("lost", [True, False], ids=["lost", "twin, none came"])
+def test_a_ctrl_c_that_a_callback_swallows_still_stops(monkeypatch, lost):
+    """What is raised in a callback of the collector, JAX's among them, is printed and lost."""
+    worked = []
+
+    def at_work(argv):
+        try:
+            if lost:
+                signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            pass
+        coordination.StopSignal().install()
+        worked.append(argv)
+        return 0
+
+    monkeypatch.setattr(main, "_main", at_work)
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    status = main.main(["--config=x"])
+    assert (status, len(worked)) == ((130, 0) if lost else (0, 1))
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 LATE = {"grain", "jinja2", "matplotlib", "orbax", "scipy", "sklearn", "tensorflow_datasets"}

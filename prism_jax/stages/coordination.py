@@ -14,7 +14,7 @@ from etils import epath
 from prism_jax import parallel, progress
 from prism_jax.config import Experiment, to_dict
 from prism_jax.data import workdir
-from prism_jax.errors import UserError
+from prism_jax.errors import UserError, raise_early_interrupt
 
 
 class Interrupted(Exception):
@@ -53,7 +53,11 @@ class StopSignal:
 
         Each kind counts for itself: Ctrl-C reaches a process and the script that started it, which
         asks with SIGTERM.
+
+        Raises:
+          KeyboardInterrupt: one came before.
         """
+        raise_early_interrupt()
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._request)
 
