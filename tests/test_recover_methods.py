@@ -13,7 +13,7 @@ import pytest
 from helpers.command import TINY, call, reference
 from PIL import Image
 
-from prism_jax import parallel, pipeline
+from prism_jax import parallel, pipeline, synthesis
 from prism_jax.config import resolve, units
 from prism_jax.core import pixels
 from prism_jax.data import image_set, workdir
@@ -112,6 +112,12 @@ def whole(tmp_path_factory, reference):
         return images_of(context)
 
     return run
+
+
+def test_every_method_that_optimises_is_among_them():
+    generated = {"d4m", "mgd3", "ddoq", "cao2"}
+    others = {*synthesis.METHODS} - {name.split()[0] for name in METHODS}
+    assert others == {"prism", *generated}, "METHODS of this file: a small recipe of each"
 
 
 SLOW = [
@@ -453,6 +459,9 @@ def test_statistics_are_made_once_resumed_by_shard_and_shared(reference, tmp_pat
     pipeline.adopt(other, tmp_path / "whole")
     assert statistics.is_done(other)
     assert not statistics.is_done(context_of(tmp_path / "whole", "gvbsm", "statistic_patch=2"))
+    with monkeypatch.context() as patch:  # a kind that was not measured
+        patch.setattr(fingerprints, "NAMES", (*fingerprints.NAMES, "skew"))
+        assert not statistics.is_done(context_of(tmp_path / "whole", "gvbsm"))
 
 
 def group_tables(context: Context) -> list:

@@ -1,8 +1,8 @@
 """Statistics of a batch inside a network, and their distance from those of real images.
 
 The statistics of one network are ``{path of a layer: {name: vector}}``. A BatchNorm tells
-"mean" and "var" of its input over (B, H, W); a convolution, of its input, these and "patch_mean"
-and "patch_var" (G-VBSM). Targets have the same shape: running statistics, those of the training
+"mean" and "var" of its input over (B, H, W); a convolution, of its input, what the rows of
+``OF_CONVOLUTIONS`` say. Targets have the same shape: running statistics, those of the training
 set, or those of the batch's classes (EDC).
 """
 
@@ -23,9 +23,6 @@ from prism_jax.core.views import resize
 from prism_jax.errors import UserError
 from prism_jax.models.layers import at_least_float32
 from prism_jax.types import AnyArray, Array, PyTree
-
-NAMES = ("mean", "var", "patch_mean", "patch_var")
-VARIANCES = ("var", "patch_var")
 
 Path = tuple[str, ...]
 Layers = dict[Path, dict[str, Array]]
@@ -76,10 +73,44 @@ def patch_moments(x_BHWC: Array, patch: int) -> dict[str, Array]:
     return {"patch_mean": mean.ravel(), "patch_var": var.ravel()}
 
 
-def of_inputs(inputs: dict[Path, Array], *, channels: bool, patch: int | None) -> Layers:
-    """The statistics of convolutions' inputs: of channels, of patches (None: not), or of both."""
+class Kind(NamedTuple):
+    """A kind of statistics of a convolution's input.
+
+    Attributes:
+      names: of its vectors, which no other kind has.
+      of: ``(x_BHWC, side of patches) -> {name: vector}``.
+    """
+
+    names: tuple[str, ...]
+    of: Callable[[Array, int], dict[str, Array]]
+
+
+# What ``recover.match`` may name: what BatchNorms keep of their inputs, and these (G-VBSM), which
+# are measured in the real images (``synthesis.measuring`` measures all of them).
+OF_CONVOLUTIONS: dict[str, Kind] = {
+    "conv": Kind(("mean", "var"), lambda x_BHWC, patch: channel_moments(x_BHWC)),
+    "patch": Kind(("patch_mean", "patch_var"), patch_moments),
+}
+KINDS = ("bn", *OF_CONVOLUTIONS)
+NAMES = tuple(name for kind in OF_CONVOLUTIONS.values() for name in kind.names)
+VARIANCES = ("var", "patch_var")  # the names that ``variance_weight`` weighs
+
+
+def of_convolutions(match: Iterable[str]) -> list[str]:
+    """The kinds of convolutions' statistics among those that are matched, in the table's order."""
+    return [kind for kind in OF_CONVOLUTIONS if kind in set(match)]
+
+
+def of_inputs(inputs: dict[Path, Array], kinds: Iterable[str], *, patch: int) -> Layers:
+    """Statistics of convolutions' inputs.
+
+    Args:
+      kinds: rows of ``OF_CONVOLUTIONS``.
+      patch: side of patches.
+    """
+    rows = [OF_CONVOLUTIONS[kind] for kind in of_convolutions(kinds)]
     return {
-        path: (channel_moments(x) if channels else {}) | (patch_moments(x, patch) if patch else {})
+        path: {name: vector for row in rows for name, vector in row.of(x, patch).items()}
         for path, x in inputs.items()
     }
 
@@ -116,11 +147,16 @@ def alignment(
       UserError: batch and target differ in their layers, or ``first`` is none of them.
     """
     named = [{(path, n) for path, layer in side.items() for n in layer} for side in (batch, target)]
-    if odd := {path for path, _ in named[0] ^ named[1]}:
+    if odd := sorted(named[0] ^ named[1]):
+        sides = ["its targets" if one in named[0] else "the batch" for one in odd[:5]]
+        lacking = ", ".join(
+            f"{name} of {'/'.join(path)} in {side}"
+            for (path, name), side in zip(odd, sides, strict=False)
+        )
         raise UserError(
-            f"the statistics of the batch and their targets name different layers "
-            f"({', '.join('/'.join(path) for path in sorted(odd)[:5])}); every BatchNorm and "
-            f"convolution must be of models.layers and be called exactly once"
+            f"the statistics of a batch and their targets differ; missing: {lacking}. Every "
+            f"BatchNorm and convolution must be of models.layers and be called exactly once, and "
+            f"targets must be measured of the same layers and kinds"
         )
     if first not in batch:
         raise UserError(

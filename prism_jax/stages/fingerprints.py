@@ -22,6 +22,7 @@ from prism_jax.config.layout import PAINTED, paints_classes
 from prism_jax.config.sections import Generate
 from prism_jax.core import batching
 from prism_jax.core.augment import Augment
+from prism_jax.core.statistics import NAMES, of_convolutions
 from prism_jax.data import weights, workdir
 from prism_jax.diffusion import huggingface, prompts
 from prism_jax.diffusion.anchors import CHUNKS
@@ -62,6 +63,8 @@ TOGETHER = "of two images at least"  # BatchNorm groups, where equal ones would 
 # Raised when a change of code changes the bits that the same settings give, so that a workdir
 # begun before it is not continued after it.
 BITS_VERSION = 2
+# What statistics of convolutions hold whose fingerprint does not say.
+MEASURED = ("mean", "var", "patch_mean", "patch_var")
 USUAL_PRECISION = "high"  # what work was made with whose fingerprint does not say
 
 
@@ -170,6 +173,8 @@ def statistics(context: Context, name: str) -> dict[str, dict[str, Any]]:
         **_bits(context),
     }
     found = {kind: {"kind": kind, **fields} for kind in kinds}
+    if NAMES != MEASURED:
+        found |= {k: {**found[k], "names": NAMES} for k in ("conv", "class") if k in found}
     if "class" in found:
         found["class"]["views"] = "of whole batches"  # those of a short one were its own before
     if "group" in found:
@@ -184,7 +189,7 @@ def statistic_kinds(config: Experiment, name: str) -> list[str]:
     """The kinds of statistics of real images that recover matches in a teacher."""
     recover, kinds = config.recover, []
     if recover.iterations and recover.alpha_bn:
-        kinds += ["conv"] if {"conv", "patch"} & set(recover.match) else []
+        kinds += ["conv"] if of_convolutions(recover.match) else []
         kinds += ["class"] if recover.class_share else []
         kinds += ["group"] if recover.targets == "groups" and name in rankers(config) else []
     return kinds

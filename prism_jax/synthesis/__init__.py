@@ -33,7 +33,6 @@ from prism_jax.synthesis.objective import (
 from prism_jax.synthesis.parametrisation import PARAMETRISATIONS, resolutions_of
 from prism_jax.synthesis.recipe import (
     FLATNESS_MOMENTUM,
-    KINDS,
     METHODS,
     ChunkReport,
     Memory,
@@ -59,7 +58,6 @@ __all__ = [
     "Engine",
     "FLATNESS_MOMENTUM",
     "Guide",
-    "KINDS",
     "METHODS",
     "Memory",
     "PARAMETRISATIONS",

@@ -145,7 +145,7 @@ def _statistics(
     """Of BatchNorms' inputs ("bn") and of convolutions' ("conv"), nested as the modules are."""
     reading = teacher.read(variables, images_BHWC, normalisation, statistics=bn, conv_inputs=True)
     inputs = {p: x["x"] for p, x in statistics.by_layer(reading.conv_inputs).items()}
-    conv = statistics.of_inputs(inputs, channels=True, patch=patch)
+    conv = statistics.of_inputs(inputs, statistics.OF_CONVOLUTIONS, patch=patch)
     return {"bn": reading.statistics, "conv": traverse_util.unflatten_dict(conv)}
 
 

@@ -27,7 +27,7 @@ def teacher_gradient(recipe: Recipe, teacher: Teacher, normalisation: Normalisat
       ``logit_weight * (ce + flatness) + alpha_bn * statistic_weight * bn``.
     """
     align = recipe.alpha_bn > 0 and has_statistics(recipe, teacher)
-    bn, conv = "bn" in recipe.match, not {"conv", "patch"}.isdisjoint(recipe.match)
+    bn, conv = "bn" in recipe.match, bool(statistics.of_convolutions(recipe.match))
 
     def energy(viewed_BHWC, variables, shown, memory):
         reading = teacher.read(
@@ -67,9 +67,7 @@ def misalignment(
     target = statistic_targets(recipe, teacher, variables)
     inputs = {path: layer["x"] for path, layer in statistics.by_layer(reading.conv_inputs).items()}
     batch = statistics.by_layer(reading.statistics) | statistics.of_inputs(
-        inputs,
-        channels="conv" in recipe.match,
-        patch=recipe.statistic_patch * ("patch" in recipe.match),
+        inputs, recipe.match, patch=recipe.statistic_patch
     )
     keep = None
     if recipe.drop:
@@ -97,7 +95,7 @@ def has_statistics(recipe: Recipe, teacher: Teacher) -> bool:
 def first_layer(recipe: Recipe, teacher: Teacher) -> statistics.Path | None:
     """The layer with the multiplier: the first of the wanted kind, else the first of the other."""
     firsts = {"bn": teacher.first_bn if "bn" in recipe.match else None, "conv": None}
-    if not {"conv", "patch"}.isdisjoint(recipe.match):
+    if statistics.of_convolutions(recipe.match):
         firsts["conv"] = teacher.first_conv
     return firsts[recipe.first_layer] or firsts["bn"] or firsts["conv"]
 
@@ -152,16 +150,15 @@ def class_targets(
 
 def _targets(recipe: Recipe, teacher: Teacher, bn: PyTree, conv: PyTree | None):
     found = statistics.by_layer(bn) if "bn" in recipe.match else {}
-    names = [("mean", "var")] * ("conv" in recipe.match)
-    names += [("patch_mean", "patch_var")] * ("patch" in recipe.match)
-    if not names or teacher.first_conv is None:
+    kinds = statistics.of_convolutions(recipe.match)
+    wanted = {name for kind in kinds for name in statistics.OF_CONVOLUTIONS[kind].names}
+    if not wanted or teacher.first_conv is None:
         return found
     if conv is None:
         raise UserError(
             f"recover.match names statistics of convolutions, and teacher {teacher.name} has "
             f"none of the real images; collect them first (stage squeeze, or synthesis.measuring)"
         )
-    wanted = {name for pair in names for name in pair}
     layers = statistics.by_layer(conv).items()
     return found | {path: {n: x[n] for n in x if n in wanted} for path, x in layers}
 

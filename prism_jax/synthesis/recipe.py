@@ -49,8 +49,6 @@ METHODS: dict[str, Supervision] = {
     "ddoq": Supervision("fixed", "fixed"),
     "cao2": Supervision("fixed", "fixed"),
 }
-# Kinds of statistics: BatchNorms' inputs; convolutions' inputs by channel and by patch.
-KINDS = ("bn", "conv", "patch")
 GRANULARITIES = ("per_slot", "per_batch", "per_iteration")  # how long a draw holds
 FLATNESS_MOMENTUM = 0.99  # of the average images that flatness looks at (EDC)
 

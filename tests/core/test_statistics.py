@@ -77,9 +77,9 @@ def test_alignment_does_not_depend_on_the_order_of_keys():
 
 def test_different_layers_are_an_error_that_names_them():
     only_stem = layers32({"stem": BATCH["stem"]})
-    with pytest.raises(UserError, match="block/bn"):
+    with pytest.raises(UserError, match="of block/bn in the batch"):
         alignment(only_stem, layers32(RUNNING), first=("stem",), first_multiplier=1.0)
-    with pytest.raises(UserError, match="different layers .stem"):
+    with pytest.raises(UserError, match="missing: var of stem in the batch"):
         no_var = {("stem",): {"mean": only_stem["stem",]["mean"]}}
         alignment(no_var, only_stem, first=("stem",), first_multiplier=1.0)
 
@@ -140,7 +140,7 @@ def by_package(x, target, *, memory=None, keep=None, moments=statistics.channel_
     inputs = {path: inside(x) for path, inside in MAPS.items()}
     batch = {path: moments(y) for path, y in inputs.items()}
     for path, stats in statistics.of_inputs(
-        {path: inputs[path] for path in CONVS}, channels=False, patch=PATCH
+        {path: inputs[path] for path in CONVS}, ("patch",), patch=PATCH
     ).items():
         batch[path] |= stats
     if memory is not None:

@@ -10,11 +10,12 @@ from helpers.networks import COLOUR, TwoConvs, random_variables
 from scipy import ndimage
 
 from prism_jax import rng
-from prism_jax.core import pixels, views
+from prism_jax.core import pixels, statistics, views
 from prism_jax.data.pipeline import batches
 from prism_jax.data.sources import ArraySource
+from prism_jax.errors import UserError
 from prism_jax.models import build
-from prism_jax.synthesis import measuring
+from prism_jax.synthesis import Recipe, Shown, measuring, misalignment
 from prism_jax.teachers import describe
 
 __all__ = ["fast_programs"]  # a fixture
@@ -266,3 +267,40 @@ def test_complexity_against_scipy():
     assert found[1] < 1e-10 < found[2] < found[0]
     rough = np.stack(np.gradient(images[0].astype(np.float64).mean(-1) / 255))
     assert (rough**2).sum(0).var() > 2 * found[0]  # twin: not smoothed
+
+
+def skew(x_BHWC, patch):
+    """A kind of statistics that is not here."""
+    x = x_BHWC - x_BHWC.mean((0, 1, 2))
+    return {"skew": (x**3).mean((0, 1, 2))}
+
+
+@pytest.mark.usefixtures("fast_programs")
+@pytest.mark.parametrize("kind", [*statistics.KINDS, "skew"])
+def test_every_kind_is_measured_and_matched(kind, monkeypatch):
+    """Also one that is a row of the table and nothing else."""
+    monkeypatch.setitem(statistics.OF_CONVOLUTIONS, "skew", statistics.Kind(("skew",), skew))
+    monkeypatch.setattr(statistics, "NAMES", (*statistics.NAMES, "skew"))
+    teacher = describe("a", MODULE, SHAPE)
+    _, found = measurer(False).total(read(), group=0)
+    conv = jax.tree.map(lambda x: (x / len(IMAGES)).astype(np.float32), found["conv"])
+    variables = {**VARIABLES, measuring.CONV: conv}
+    images = pixels.normalise(IMAGES[:4], COLOUR)
+    labels = np.zeros(4, np.int32)
+
+    def far(match):
+        recipe = Recipe(match=match, statistic_patch=PATCH)
+        reading = teacher.read(
+            variables, images, COLOUR, statistics="bn" in match, conv_inputs=match != ("bn",)
+        )
+        shown = Shown(labels, 1.0, 1.0)
+        return float(misalignment(recipe, teacher, variables, reading, shown, None)[0])
+
+    alone, others = far((kind,)), tuple(k for k in (*statistics.KINDS, "skew") if k != kind)
+    assert alone > 0
+    assert far((*others, kind)) > far(others) + 1e-3
+    # Twin: what is not measured is named, not left out.
+    del conv["conv1"]["skew"]
+    if kind == "skew":
+        with pytest.raises(UserError, match="missing: skew of conv1 in its targets"):
+            far((kind,))

@@ -17,10 +17,11 @@ from prism_jax.config.rules.common import (
 )
 from prism_jax.config.sections import SELECTED_CONTROLS, Experiment
 from prism_jax.core import priors, schedules
+from prism_jax.core.statistics import KINDS, OF_CONVOLUTIONS, of_convolutions
 from prism_jax.data.sets.floats import WHITENING, WHITENINGS
 from prism_jax.errors import UserError
 from prism_jax.models import ARCHITECTURES
-from prism_jax.synthesis import KINDS, METHODS, PARAMETRISATIONS, Recipe, sampling
+from prism_jax.synthesis import METHODS, PARAMETRISATIONS, Recipe, sampling
 from prism_jax.synthesis.selection import GROUPED
 from prism_jax.synthesis.start import ASKING, INITIALISERS, Patches, needed_images
 
@@ -34,7 +35,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": without_milestones(),
     "crop_curriculum": ("constant", *schedules.CURRICULA),
     "initialise": tuple(INITIALISERS),
-    "match": tuple(KINDS),
+    "match": KINDS,
     "parametrisation": tuple(PARAMETRISATIONS),
 }
 
@@ -121,7 +122,7 @@ def supervised_by(e: Experiment) -> tuple[str, str]:
 
 
 def _convolutions(e: Experiment) -> bool:
-    return not {"conv", "patch"}.isdisjoint(e.recover.match)
+    return bool(of_convolutions(e.recover.match))
 
 
 def _supervision(e: Experiment, layout: Layout | None) -> Iterator[str]:
@@ -203,7 +204,7 @@ def _unread(e: Experiment) -> Iterator[str]:
 def _statistics(e: Experiment) -> Iterator[str]:
     r, convolutions = e.recover, _convolutions(e)
     if not r.match:
-        yield "recover.match is empty; name one of bn, conv, patch, or set recover.alpha_bn=0"
+        yield (f"recover.match is empty; name one of {', '.join(KINDS)}, or set recover.alpha_bn=0")
     if r.first_layer == "conv" and not convolutions:
         yield (
             "recover.first_layer is 'conv', but recover.match names no statistics of "
@@ -225,7 +226,8 @@ def _statistics(e: Experiment) -> Iterator[str]:
             yield (
                 f"recover.pool ({', '.join(rows)}) has no BatchNorm and so no statistics that "
                 f"recover.match ({', '.join(r.match)}) names; put a network that has some into "
-                f"it, match those of convolutions (conv, patch) too, or set recover.alpha_bn=0"
+                f"it, match those of convolutions ({', '.join(OF_CONVOLUTIONS)}) too, or set "
+                f"recover.alpha_bn=0"
             )
         elif not r.count_no_bn:
             for name in without:
