@@ -4,8 +4,8 @@ The Python API, without config or working directory:
 
     pool = TeacherPool.of({"name": (module, variables), ...}, image_shape=..., normalisation=...)
     images = synthesise(pool, start_images, labels, iterations=1000)
-    labels = relabel(pool, images, epochs=100)
-    student = fit(module, images, labels, soft_labels=labels, ...)
+    soft_labels = relabel(pool, images, epochs=100)
+    student = fit(module, images, labels, soft_labels=soft_labels, epochs=100, normalisation=...)
 
 Imports are lazy, and importing this package creates no JAX backend: on a CPU the bits of a run
 depend on the size of XLA's thread pool, which ``NPROC`` in the environment sets, and only

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -268,6 +268,18 @@ def _show(how: Augment, normalisation: Normalisation, seed, epoch, batch, images
     return augment(key, images_uint8_BHWC, how, normalisation)[0]
 
 
+class LabelledEpochs(list[SoftLabels]):
+    """Soft labels of a set in memory, with what their views and mixes were drawn by.
+
+    Attributes:
+      augment, seed: a student replays the same from them, see ``training.fit``.
+    """
+
+    def __init__(self, records: Iterable[SoftLabels], augment: Augment, seed: int):
+        super().__init__(records)
+        self.augment, self.seed = augment, seed
+
+
 def relabel(
     pool: TeacherPool,
     images_uint8_NHWC: np.ndarray,
@@ -282,7 +294,7 @@ def relabel(
     top_k: int | None = None,
     seed: int = 0,
     **recipe,
-) -> list[SoftLabels]:
+) -> LabelledEpochs:
     """Label a set in memory.
 
     Args:
@@ -294,21 +306,24 @@ def relabel(
       **recipe: further fields of ``LabelRecipe``.
 
     Returns:
-      One record per batch and epoch, with float32 logits as they are read from a store. A
-      student replays the views from the same ``seed``, ``crop_min``, ``flip`` and ``mix``.
+      A list of one record per batch and epoch, with float32 logits as they are read from a store.
+      It knows ``seed``, ``crop_min``, ``flip`` and ``mix``, from which ``fit`` replays the views.
 
     Raises:
-      UserError: images that are not uint8 NHWC, or a ``top_k`` that drops nothing.
+      UserError: images that are not uint8 NHWC, a field that is none, or a ``top_k`` that drops
+        nothing.
     """
     images = given.images("relabel", images_uint8_NHWC)
     classes = given.num_classes(pool.teachers[0].module, images.shape[1:])
     if top_k is not None and not 0 < top_k < classes:
         raise UserError(f"relabel got top_k={top_k}; it must be from 1 to {classes - 1}")
     given.one_of("ensemble", ensemble, ENSEMBLES)
+    given.fields_of("relabel", recipe, LabelRecipe)
     how, coding = Augment(crop_min, flip, mix), Coding(precision, top_k)
     labeller = Labeller(pool, LabelRecipe(how, ensemble, batch_size, **recipe))
-    return [
+    records = (
         rounded(record, coding)
         for epoch in range(epochs)
         for record in labeller.epoch(images, epoch, seed=seed)
-    ]
+    )
+    return LabelledEpochs(records, how, seed)

@@ -25,6 +25,7 @@ from prism_jax.data.answers import NONE
 from prism_jax.data.lazy import Images, read_ahead
 from prism_jax.data.pipeline import continuous_index, num_batches, read_batches
 from prism_jax.errors import UserError
+from prism_jax.labelling import LabelledEpochs
 from prism_jax.models import layers
 from prism_jax.types import (
     AnyArray,
@@ -518,6 +519,24 @@ def hard_batches(
     return read_batches(range(start, epochs * per_epoch), read, threads=_ahead(images_uint8_NHWC))
 
 
+def _views_of(
+    soft_labels: Iterable[SoftLabels] | None, stated: dict[str, Any]
+) -> tuple[Augment, int]:
+    """The views of ``fit``, and the seed of those of soft labels."""
+    if isinstance(soft_labels, LabelledEpochs):
+        known = {**dataclasses.asdict(soft_labels.augment), "label_seed": soft_labels.seed}
+        for name, value in stated.items():
+            if value != known[name]:
+                raise UserError(
+                    f"fit got {name}={value!r}, and its soft labels were made with "
+                    f"{known[name]!r}: they say nothing of other views. Leave {name} out"
+                )
+        return soft_labels.augment, soft_labels.seed
+    views = {"crop_min": 0.25, "flip": True, "mix": "cutmix" if soft_labels else "none"} | stated
+    seed = views.pop("label_seed", 0)
+    return Augment(**views), seed
+
+
 def fit(
     module: nn.Module,
     images_uint8_NHWC: np.ndarray,
@@ -528,9 +547,9 @@ def fit(
     epochs: int = 10,
     batch_size: int = 64,
     seed: int = 0,
-    label_seed: int = 0,
-    crop_min: float = 0.25,
-    flip: bool = True,
+    label_seed: int | None = None,
+    crop_min: float | None = None,
+    flip: bool | None = None,
     mix: str | None = None,
     devices: int = 1,
     **recipe,
@@ -541,11 +560,11 @@ def fit(
       module: a ``flax.linen`` module called as ``module(images, train=...)``.
       images_uint8_NHWC, labels_N: the set.
       normalisation: applied to the pixels.
-      soft_labels: the records of ``relabel``; then ``label_seed``, ``crop_min``, ``flip`` and
-        ``mix`` must be those they were made with, and the loss is MSE + 0.1 CE unless stated.
-        Records of fewer than ``epochs`` epochs come again in the same order.
-      mix: "none", "cutmix" or "mixup"; by default what ``relabel`` does by default with soft
-        labels ("cutmix"), and none without.
+      soft_labels: the records of ``relabel``, which know their views; the loss is then MSE +
+        0.1 CE unless stated. Records of fewer than ``epochs`` epochs come again in the same order.
+      label_seed, crop_min, flip, mix: of the views. Of soft labels they are what ``relabel`` was
+        given, and may be left out; of records that do not know it, by default what ``relabel`` does
+        by default. Without soft labels 0.25, True and "none".
       devices: how many share each batch, see ``Trainer``.
       **recipe: further fields of ``TrainRecipe``.
 
@@ -553,14 +572,15 @@ def fit(
       The network's variables, "params" and "batch_stats"; their averages with ``ema``.
 
     Raises:
-      UserError: images that are not uint8 NHWC, labels that are not a class for each, or a loss
-        that is not finite.
+      UserError: images that are not uint8 NHWC, labels that are not a class for each, a field that
+        is none, other views than those of the soft labels, or a loss that is not finite.
     """
     images = given.images("fit", images_uint8_NHWC)
     classes = given.num_classes(module, images.shape[1:])
     labels = given.labels("fit", labels_N, len(images), classes)
-    mix = mix or ("none" if soft_labels is None else "cutmix")
-    how = Augment(crop_min=crop_min, flip=flip, mix=mix)
+    given.fields_of("fit", recipe, TrainRecipe)
+    stated = {"crop_min": crop_min, "flip": flip, "mix": mix, "label_seed": label_seed}
+    how, label_seed = _views_of(soft_labels, {k: v for k, v in stated.items() if v is not None})
     if soft_labels is None:
         numbers = TrainRecipe("train/view", how, epochs=epochs, **recipe)
         batches = hard_batches(

@@ -367,6 +367,10 @@ def test_soft_labels_of_other_images_and_unknown_ensembles_are_refused():
         )  # fmt: skip
     with pytest.raises(UserError, match=r"ensemble is 'meen' \(did you mean 'mean'\?\)"):
         prism_jax.relabel(mirror_pool(), images(), ensemble="meen")
+    with pytest.raises(UserError, match=r"a keyword of relabel is 'ordr' \(did you mean 'order'"):
+        prism_jax.relabel(mirror_pool(), images(), ordr="torch")
+    with pytest.raises(UserError, match="a keyword of fit is 'learning_rat'"):
+        prism_jax.fit(Mirror(), images(), np.zeros(COUNT), normalisation=GREY, learning_rat=1.0)
 
 
 @pytest.mark.usefixtures("fast_programs")
@@ -386,9 +390,16 @@ def test_relabel_and_fit_agree_by_default_and_from_the_same_seed():
         )  # fmt: skip
         return float(np.abs(student["params"]["scale"] - 1).max())
 
+    assert drift() < 1e-3  # the records know their views
     assert drift(label_seed=5) < 1e-3
-    assert drift(label_seed=6) > 1e-2
-    assert drift(label_seed=5, mix="none") > 1e-2
+    for other in ({"label_seed": 6}, {"mix": "none"}, {"flip": False}, {"crop_min": 0.5}):
+        with pytest.raises(UserError, match=f"fit got {next(iter(other))}=.* were made with"):
+            drift(**other)
+    # Records that do not know them: what ``relabel`` does by default, or what is stated.
+    plain = list(records)
+    assert drift(soft_labels=plain, label_seed=5) < 1e-3
+    assert drift(soft_labels=plain, label_seed=6) > 1e-2
+    assert drift(soft_labels=plain, label_seed=5, mix="none") > 1e-2
     # Five epochs go through the two labelled ones again, with their views.
     assert drift(label_seed=5, epochs=5) < 1e-3
     assert drift(label_seed=5, epochs=5, soft_labels=[r._replace(epoch=1) for r in records]) > 1e-2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -60,9 +61,19 @@ def one_of(name: str, given: Any, allowed: Iterable[str]) -> None:
     """
     known = list(allowed)
     if given not in known:
-        near = difflib.get_close_matches(str(given), known, n=1)
+        near = difflib.get_close_matches(str(given).lower(), known, n=1)
         meant = f" (did you mean {near[0]!r}?)" if near else ""
         raise UserError(f"{name} is {given!r}{meant}; allowed: {', '.join(known)}")
+
+
+def fields_of(of: str, given: Iterable[str], recipe: type) -> None:
+    """Check keywords: the names of a dataclass's fields.
+
+    Raises:
+      UserError: one of them is none.
+    """
+    for name in given:
+        one_of(f"a keyword of {of}", name, [field.name for field in dataclasses.fields(recipe)])
 
 
 def num_classes(module: nn.Module, image_shape: Sequence[int]) -> int:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prism_jax import rng
-from prism_jax.core import given, losses, pixels, schedules, views
+from prism_jax.core import given, losses, pixels, priors, schedules, statistics, views
 from prism_jax.core.perturbation import ascend
 from prism_jax.errors import UserError
 from prism_jax.synthesis.guide import Guide
@@ -35,6 +35,7 @@ _WORDS: dict[str, Iterable[str]] = {
     "granularity": GRANULARITIES,
     "committee": COMMITTEES,
 }
+_WEIGHTS = ("alpha_ce", "alpha_bn", *priors.PRIORS, "flatness", "clip")
 
 
 class Phase(NamedTuple):
@@ -192,23 +193,19 @@ def synthesise(
       uint8 images of the same shape.
 
     Raises:
-      UserError: images that are not uint8 NHWC, labels that are not a class for each, a word or
-        number that nothing has, a pool without statistics to align, or a loss that is not finite.
+      UserError: images that are not uint8 NHWC, labels that are not a class for each, a field,
+        word or number that nothing has, a pool without statistics to align, or a loss that is not
+        finite.
     """
     images = given.images("synthesise", images_uint8_BHWC)
     known = given.num_classes(pool.teachers[0].module, images.shape[1:])
     labels = given.labels("synthesise", labels_B, len(images), known)
+    given.fields_of("synthesise", recipe, Recipe)
     for name, allowed in _WORDS.items():
         if recipe.get(name) is not None:
             given.one_of(name, recipe[name], allowed)
-    if iterations < 0:
-        raise UserError(f"synthesise got iterations={iterations}; it must be zero or positive")
     numbers = Recipe(primary=pool.index(primary) if primary else 0, **recipe)
-    if numbers.phase_sizes and numbers.phase_sizes[-1] != images.shape[1]:
-        raise UserError(
-            f"phase_sizes is {numbers.phase_sizes}; the last must be the images' own size, "
-            f"{images.shape[1]}"
-        )
+    _check(numbers, pool, iterations, images)
     run = engine(pool, numbers, guide=guide)
     start = pixels.normalise(jnp.asarray(images), pool.normalisation)
     unit = UnitBatch(np.int32(slot), np.int32(0), np.int32(iterations), labels)
@@ -227,3 +224,34 @@ def synthesise(
         state = run.fetch(state)
     made = state.images_BHWC
     return np.asarray(pixels.to_uint8(made, pool.normalisation, rounding=rounding))
+
+
+def _check(recipe: Recipe, pool: TeacherPool, iterations: int, images_BHWC: np.ndarray) -> None:
+    """Refuse numbers that have no meaning, of which the rules of a config tell a command.
+
+    Raises:
+      UserError: one has none.
+    """
+    weights = {name: getattr(recipe, name) for name in _WEIGHTS}
+    for name, value in {"iterations": iterations, **weights}.items():
+        if value < 0:
+            raise UserError(f"synthesise got {name}={value}; it must be zero or positive")
+    for word in recipe.match:
+        given.one_of("match", word, statistics.KINDS)
+    if kinds := statistics.of_convolutions(recipe.match):
+        without = [t.name for t in pool.teachers if t.first_conv is None]
+        if without and recipe.alpha_bn:
+            raise UserError(
+                f"match names {', '.join(kinds)}, and {', '.join(without)} has no convolution of "
+                f"models.layers whose input it could tell; build it with layers.Conv"
+            )
+    if recipe.densification and recipe.slots == 1:
+        raise UserError(
+            "densification compares the images of a class; give several of each, class by class, "
+            "and say how many with slots"
+        )
+    if recipe.phase_sizes and recipe.phase_sizes[-1] != images_BHWC.shape[1]:
+        raise UserError(
+            f"phase_sizes is {recipe.phase_sizes}; the last must be the images' own size, "
+            f"{images_BHWC.shape[1]}"
+        )

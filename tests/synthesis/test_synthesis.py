@@ -437,11 +437,24 @@ def test_a_pool_without_statistics_is_refused_unless_alignment_is_off(pixels_and
         ({"granularity": "never"}, "granularity is 'never'; allowed: per_slot, per_batch"),
         ({"iterations": -1}, "iterations=-1; it must be zero or positive"),
         ({"phase_sizes": (8, 4)}, "the last must be the images' own size, 8"),
+        ({"alpha_BN": 1.0}, r"a keyword of synthesise is 'alpha_BN' \(did you mean 'alpha_bn'"),
+        ({"alpha_bn": -1.0}, "alpha_bn=-1.0; it must be zero or positive"),
+        ({"total_variation": -1.0}, "total_variation=-1.0; it must be zero or positive"),
+        ({"match": ("bn", "convs")}, r"match is 'convs' \(did you mean 'conv'\?\); allowed: bn"),
+        ({"densification": 1.0}, "give several of each, class by class"),
     ],
 )
 def test_words_and_numbers_that_nothing_has_are_refused(pixels_and_labels, given, said):
     with pytest.raises(UserError, match=said):
         prism_jax.synthesise(small_pool(1), *pixels_and_labels, **given)
+
+
+def test_statistics_of_convolutions_need_some_of_ours(pixels_and_labels):
+    module = NoNorm()
+    members = {"plain": (module, random_variables(module, (8, 8, 1), 0))}
+    pool = TeacherPool.of(members, image_shape=(8, 8, 1), normalisation=GREY)
+    with pytest.raises(UserError, match="match names conv, and plain has no convolution of models"):
+        prism_jax.synthesise(pool, *pixels_and_labels, iterations=2, match=("bn", "conv"))
 
 
 def test_an_unknown_primary_lists_the_pool(pixels_and_labels):
