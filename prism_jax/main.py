@@ -358,6 +358,13 @@ def _explain(config: Any, argument: str, error: Exception) -> str:
         if field not in known:
             near = difflib.get_close_matches(field, known, n=3)
             meant = f"; did you mean {' or '.join(near)}?" if near else ""
+            group, _, rest = field.partition(".")
+            network = rest.partition(".")[0]
+            if group == "networks" and f"networks.{network}" not in known:
+                meant += (
+                    f". A network comes into a config file: c.networks.{network} = "
+                    f"base.network(architecture=...)"
+                )
             return f"{argument}: the config has no field {field}{meant}"
         if known[field] is type(None):
             return (

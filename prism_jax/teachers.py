@@ -86,8 +86,7 @@ class Teacher:
         """The penultimate features (B, D) and the logits over the images' classes (B, K)."""
         images_BHWC = pixels.renormalise(images_BHWC, source, self.normalisation)
         logits_BK, sown = self.module.apply(variables, images_BHWC, mutable=["features"])
-        (embedding_BD,) = jax.tree.leaves(sown["features"])
-        return layers.at_least_float32(embedding_BD), self._classes(logits_BK)
+        return layers.at_least_float32(_embedding(self.module, sown)), self._classes(logits_BK)
 
     def _classes(self, logits_BK: Array) -> Array:
         """Those of the images' classes, at least in float32."""
@@ -249,5 +248,14 @@ def batch_statistics(batch: int, group: int | None = None, parts: int = 1) -> It
 def embed(module: nn.Module, variables: PyTree, images_BHWC: Array) -> Array:
     """The penultimate features (B, D) that a module sows as ``features/embedding``."""
     _, sown = module.apply(variables, images_BHWC, mutable=["features"])
-    (embedding_BD,) = jax.tree.leaves(sown["features"])
-    return embedding_BD
+    return _embedding(module, sown)
+
+
+def _embedding(module: nn.Module, sown: PyTree) -> Array:
+    found = jax.tree.leaves(sown.get("features", {}))
+    if len(found) != 1:
+        raise UserError(
+            f"{type(module).__name__} tells {len(found)} penultimate features; call "
+            f"layers.sow_embedding(self, x_BD) once, on what its last layer reads"
+        )
+    return found[0]

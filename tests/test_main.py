@@ -36,6 +36,10 @@ WRONG = {
         [field("recover.itertions", 5)],
         ["--config.recover.itertions=5", "no field", "did you mean recover.iterations"],
     ),
+    "unknown network": (
+        [field("networks.lenet.architecture", "lenet")],
+        ["no field networks.lenet.architecture", "c.networks.lenet = base.network(architecture="],
+    ),
     "wrong type": ([field("recover.iterations", "many")], ["'many'", "a whole number"]),
     "value apart from its flag": (["--config.seed", "x"], ["seed is 'x'", "a whole number"]),
     "not a number": ([field("recover.learning_rate", "nan")], ["nan", "a number"]),

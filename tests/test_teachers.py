@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from helpers.networks import COLOUR, random_variables
+from helpers.networks import COLOUR, TwoConvs, random_variables
 
 from configs import tiny
 from prism_jax import models
@@ -136,3 +136,10 @@ def test_other_members_are_taken_with_their_own_variables(norms):
     del variables["params"]["head"]
     with pytest.raises(UserError, match="the variables of teacher mine are not its module's"):
         TeacherPool.of({"mine": (module, variables)}, image_shape=SHAPE, normalisation=COLOUR)
+
+
+def test_a_network_without_features_is_named_with_what_it_lacks():
+    module = TwoConvs()
+    variables = random_variables(module, SHAPE, 0)
+    with pytest.raises(UserError, match="TwoConvs tells 0 penultimate.*layers.sow_embedding"):
+        describe("a", module, SHAPE).read_features(variables, np.zeros((2, *SHAPE)), COLOUR)

@@ -39,13 +39,14 @@ class Architecture:
       make: the module's constructor, called with ``num_classes`` and the attributes of
         :func:`build`.
       family: the name of its design.
-      paper: arXiv number.
+      paper: arXiv number; empty where there is none.
       parameters: trainable parameters at width 1, depth 1, with ``classes`` and ``image_size``.
       batch_norms: number of BatchNorm layers at depth 1.
       first_bn: path of the first of them; None without any.
       classes, image_size: of the published weights.
       min_image_size: smallest side in pixels per stem.
-      weights: the weight files' layouts (``models.layouts``) that are read for it.
+      weights: the weight files' layouts (``models.layouts``) that are read for it; none where no
+        files are published.
     """
 
     make: Callable[..., nn.Module]

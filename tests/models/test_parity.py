@@ -132,15 +132,16 @@ def test_full_networks_match_pytorch(case):
 
 
 def test_every_architecture_has_a_case():
-    assert {case.architecture for case in parity.FAST} == set(ARCHITECTURES)
+    published = {name for name, row in ARCHITECTURES.items() if row.weights}
+    assert {case.architecture for case in parity.FAST} == published
     trained = {case.architecture for case in parity.FAST if case.train}
-    assert trained == set(ARCHITECTURES)
+    assert trained == published
     compared = {ARCHITECTURES[c.architecture].family for c in parity.FAST
                 if c.architecture not in LIKE_ANOTHER}  # fmt: skip
-    assert compared == {row.family for row in ARCHITECTURES.values()}
+    assert compared == {row.family for row in ARCHITECTURES.values() if row.weights}
     small = {ARCHITECTURES[c.architecture].family for c in parity.FAST if c.stem == "small"}
     one_stem = {ARCHITECTURES[name].family for name in parity.CIFAR} | {"convnet"}
-    assert {row.family for row in ARCHITECTURES.values()} - small <= one_stem
+    assert {row.family for row in ARCHITECTURES.values() if row.weights} - small <= one_stem
 
 
 # --- the twins: one operation is another, and the comparison sees it --------------------------
