@@ -29,8 +29,11 @@ DATASETS = ("imagenet", "tiny_imagenet", "cifar100", "cifar10", "digits")
 SMALL = ("tiny_imagenet", "cifar100", "cifar10")
 CIFAR = ("cifar100", "cifar10")
 # Initial images that a teacher chooses.
+
+# Initial images that a teacher chooses: ``synthesis.start.ASKING``, which is not imported here, for
+# a config is read before JAX is.
 ASKING = (
-    *("mosaic", "real_median"),
+    *("mosaic", "mosaic_shuffled", "real_median"),
     *("real_herding", "real_feature_medoids", "real_confident", "real_balanced"),
 )
 
@@ -109,10 +112,8 @@ def begin(
         )
     at = At(method, named[0], ipcs[0], rest)
     if at.dataset not in (*datasets, "digits"):
-        raise ValueError(
-            f"{method} has no recipe for {at.dataset}; its papers and code give "
-            f"{', '.join(datasets)}, and there is one for digits"
-        )
+        there = f"its papers and code give {', '.join(datasets)}, and " if datasets else ""
+        raise ValueError(f"{method} has no recipe for {at.dataset}; {there}there is one for digits")
     if at.official and not_official:
         raise ValueError(f"argument {arg!r}; leave out official: {not_official}")
     c = base.get_config()
@@ -223,7 +224,7 @@ def finish(c: ConfigDict, at: At) -> ConfigDict:
     for word in sorted(at.words):
         c.name += f"_{word}"
     r = c.recover
-    asking = r.initialise.startswith(ASKING) or r.inject_from == "retrieved"
+    asking = r.initialise in ASKING or r.inject_from == "retrieved"
     asked = (r.scorer or r.primary,) if asking else ()
     measuring = (c.analyse.network,) if c.analyse.network else ()
     c.squeeze.teachers = tuple(dict.fromkeys((*r.pool, *c.relabel.teachers, *asked, *measuring)))

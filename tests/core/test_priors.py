@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.compiling import FAST
 
+from prism_jax.config.sections import Recover
 from prism_jax.core.priors import PRIORS, flatness
+from prism_jax.synthesis import Recipe
 
 PER_CLASS = 3
 
@@ -76,6 +80,14 @@ TWINS = {
         lambda x: density(x, of_singular_values=True),
     ],
 }
+
+
+@pytest.mark.parametrize("name", sorted(PRIORS))
+def test_every_term_has_its_weight_in_config_and_engine(name):
+    """The weight of a term is a field of its name."""
+    assert {f.name for f in dataclasses.fields(Recover)} >= {name}, "config/sections.py: Recover"
+    assert getattr(Recipe, name, None) == 0.0, "synthesis/recipe.py: Recipe, by default 0.0"
+    assert name in BY_NUMPY and name in TWINS, "a formula and its twins in BY_NUMPY and TWINS"
 
 
 @pytest.mark.parametrize("name", sorted(PRIORS))

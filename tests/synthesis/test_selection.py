@@ -31,7 +31,7 @@ def choice(rows, count, log_probability=None, seed=0) -> Choice:
 
 
 def test_controls_and_initialisers_have_the_same_names():
-    assert SELECTED_CONTROLS == tuple(SELECTIONS)
+    assert SELECTED_CONTROLS == tuple(SELECTIONS), "config/sections.py: SELECTED_CONTROLS"
     assert {*SELECTIONS, *GROUPED} < set(INITIALISERS)
 
 
