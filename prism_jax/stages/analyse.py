@@ -329,8 +329,9 @@ def protocol(context: Context) -> dict[str, Any]:
         *(["warmup_epochs", "warmup_start"] if not validate.warmup_epochs else []),
     ]
     of_rate = [name for name in OF_RATE if name not in idle]
+    stated = {name: getattr(validate, name) for name in (*names, *of_rate)}
     return {
-        **{name: getattr(validate, name) for name in (*names, *of_rate)},
+        **{name: list(x) if isinstance(x, tuple) else x for name, x in stated.items()},
         **({"ema_statistics": False} if raw else {}),
         "temperature": None if validate.loss in ("mse_gt", "ce") else validate.temperature,
         "ce_weight": None if validate.loss == "ce" else validate.ce_weight,

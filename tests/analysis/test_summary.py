@@ -231,7 +231,7 @@ def test_all_that_decides_the_rate_is_in_the_protocol(summary, changes, said):
     validate = dataclasses.replace(config.validate, **usual)
     context = SimpleNamespace(config=dataclasses.replace(config, validate=validate))
     summary["protocol"] = analyse.protocol(context)
-    summaries.validate(json.loads(json.dumps(summary)))
+    summaries.validate(summary)
     assert said in words.protocol(summary)
 
 

@@ -6,22 +6,26 @@ import dataclasses
 import importlib
 import itertools
 import pathlib
+from types import SimpleNamespace
 
 import pytest
 from helpers.command import call
 
 from configs.methods import cao2, recipes
 from prism_jax import plan, synthesis
+from prism_jax.analysis import summary
 from prism_jax.config import Experiment, batch_layout, resolve
 from prism_jax.config.generation import clustering_of
 from prism_jax.config.rules.recover import one_draw
 from prism_jax.config.sections import Refine
 from prism_jax.diffusion.anchors import Clustering
+from prism_jax.stages import analyse
 from prism_jax.synthesis import start
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "configs" / "methods"
 METHODS = sorted(p.stem for p in FOLDER.glob("*.py") if "def get_config" in p.read_text())
 IPCS = (1, 10, 50)
+PROTOCOL = summary.SCHEMA["properties"]["protocol"]
 
 
 def experiment(name: str, *words: str) -> Experiment:
@@ -90,6 +94,8 @@ def test_every_recipe_resolves_and_plans_with_every_word(name, capsys):
             assert all(files) if dataset == "imagenet" else not any(files)
             plan.show(e, "run", measure=False)
             said = capsys.readouterr().out
+            protocol = analyse.protocol(SimpleNamespace(config=e))
+            assert not [*summary.violations(protocol, PROTOCOL, "summary.protocol")]
             assert e.name in said and f"{e.recover.ipc * e.dataset.num_classes:,} (" in said
 
 
