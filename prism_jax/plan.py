@@ -16,7 +16,7 @@ from rich.table import Table
 from prism_jax import parallel, programs, progress, synthesis, training
 from prism_jax.accelerators.targets import Target
 from prism_jax.analysis.words import size as size_of
-from prism_jax.config import Experiment, Layout, batch_layout, budget_of
+from prism_jax.config import SOFT_CONTROLS, Dtype, Experiment, Layout, batch_layout, budget_of
 from prism_jax.config.generation import SCHEDULES, fitting_of, sampling_of
 from prism_jax.config.layout import LEAST_IMAGES
 from prism_jax.config.rules.recover import one_draw
@@ -34,6 +34,7 @@ from prism_jax.stages.makers import maker_of, optimise
 from prism_jax.teachers import TeacherPool, describe
 
 DISPATCHES = 3
+PNG_BYTES = 100  # at most, beside pixels and a byte a row
 DRAWS = 4  # of teachers, in which an iteration of recover is timed
 
 
@@ -127,7 +128,8 @@ def show(
     )
     dataset = experiment.dataset
     side, channels = dataset.image_size, info_of(dataset.name, dataset.path).channels
-    image_bytes = images * side * side * channels
+    sets = 1 + sum(name in SOFT_CONTROLS for name in experiment.validate.controls)
+    image_bytes = sets * images * (side * (side * channels + 1) + PNG_BYTES)
     labels = relabel.plan_for(programs.shapes_of(experiment), images)
     times, online = relabel.labelled_times(experiment), labelling.mode == "online"
     label_bytes = 0 if online else int(times) * labels.stored_bytes
@@ -138,6 +140,8 @@ def show(
             f"{labelling.epochs} epochs, {batches:,} batches by {', '.join(labelling.teachers)}"
             + (", while every student trains" if online else f", of {times:g} set(s)")
         )
+        if (read := experiment.validate.epochs) < labelling.epochs and not online:
+            labels_said += f"; students read {read} of the epochs (validate.epochs)"
     if labelling.labels_from and experiment.soft_labels:
         others = f"; of controls {labels_said}" if times else ""
         labels_said = f"read from {labelling.labels_from}{others}"
@@ -162,8 +166,7 @@ def show(
         "validate": f"{len(experiment.validate.students)} students x "
         f"{len(experiment.validate.seeds)} seeds x {1 + len(experiment.validate.controls)} sets",
         "disk": f"at most {size_of(image_bytes)} of images, {size_of(label_bytes)} of soft labels"
-        + "; latents, anchors and images of controls are not counted"
-        * (recover.maker == "generate"),
+        + "; latents and anchors are not counted" * (recover.maker == "generate"),
     }
     if target:
         rows |= forecast.rows(experiment, target)
@@ -307,7 +310,7 @@ def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, s
             f"this machine has {len(devices)} device(s)"
         }
     context = Context(e, "unused")
-    pool = programs.with_blank_statistics(context, _random_pool(e, e.recover.pool))
+    pool = programs.with_blank_statistics(context, _random_pool(e, e.recover.pool, e.recover.dtype))
     recipe = optimise.recipe_of(e)
     guide = _random_guide(context)
     engine = synthesis.engine(
@@ -380,12 +383,12 @@ def _measured_images(e: Experiment) -> dict[str, str]:
     return rows
 
 
-def _random_pool(e: Experiment, names: tuple[str, ...]) -> TeacherPool:
+def _random_pool(e: Experiment, names: tuple[str, ...], dtype: Dtype) -> TeacherPool:
     """Teachers with random weights."""
     context = programs.shapes_of(e)
     teachers, variables = [], []
     for name in names:
-        module = context.networks.build(name)
+        module = context.networks.build(name, dtype=dtype)
         indices = context.networks.class_indices(name)
         teachers.append(describe(name, module, context.inputs.image_shape, class_indices=indices))
         image = np.zeros((1, *context.inputs.image_shape), np.float32)
@@ -410,12 +413,16 @@ def _mean_images(e: Experiment) -> float:
 def _time_draws(e: Experiment, engine: synthesis.Engine, pool, recipe, size: int) -> float:
     """Mean seconds of an iteration over some draws of teachers.
 
-    The first two dispatches compile and warm up. A device other than a CPU is given as many
-    iterations as a run gives it: one alone would be counted with the way to it and back.
+    The first two dispatches compile and warm up. A device is given as many iterations as a run
+    gives it: one alone would be counted with the way to it and back. A CPU is given as many of them
+    as take a second.
     """
-    layout, seconds = batch_layout(e), []
-    count = 1 if parallel.on_cpu() else e.recover.steps_per_dispatch
+    layout, seconds = batch_layout(e), list[float]()
+    most = e.recover.steps_per_dispatch
+    count = 1 if parallel.on_cpu() else most
     for draw in range(2 + DRAWS):
+        if draw == 2 and parallel.on_cpu():
+            count = max(1, min(most, int(1 / seconds[-1])))
         slot = draw % layout.groups * layout.slots
         lane = _random_lane(e, engine, pool, recipe, size, slot=slot, step=1 + draw, count=count)
         began = time.monotonic()
@@ -457,7 +464,7 @@ def _time(function) -> float:
 
 
 def _time_labels(e: Experiment, size: int) -> float:
-    pool = _random_pool(e, e.relabel.teachers)
+    pool = _random_pool(e, e.relabel.teachers, e.relabel.dtype)
     labeller = Labeller(pool, relabel.recipe_of(e, size))
     shape = Inputs(e).image_shape
     images = np.random.default_rng(0).integers(0, 256, (size, *shape), np.uint8)

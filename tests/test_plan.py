@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.command import TINY, call
 
 from configs import tiny, tiny_d4m
 from configs.methods import delt, prism
@@ -59,16 +62,19 @@ def test_an_iteration_of_phases_with_fewer_images_by_hand():
     assert plan._mean_images(resolve(prism.get_config("imagenet,ipc10"))) == 1
 
 
-@pytest.mark.parametrize(("on_cpu", "count"), [(True, 1), (False, 50)])
-def test_an_iteration_is_timed_over_several_draws(monkeypatch, on_cpu, count):
+@pytest.mark.parametrize(
+    ("on_cpu", "warm", "first", "count"),
+    [(True, 50, 1, 1), (True, 0.125, 1, 8), (True, 0.001, 1, 50), (False, 50, 50, 50)],
+)
+def test_an_iteration_is_timed_over_several_draws(monkeypatch, on_cpu, warm, first, count):
     """Five slots draw; the first two dispatches, which compile and warm up, do not count.
 
-    Off a CPU a dispatch is one of a run's length.
+    A dispatch is one of a run's length, on a CPU of what takes a second.
     """
     monkeypatch.setattr(plan.parallel, "on_cpu", lambda: on_cpu)
     c = prism.get_config("digits")
     c.recover.ipc = 5
-    ticks, asked = iter([0, 100, 0, 50, 0, 1, 0, 2, 0, 3, 0, 6]), []
+    ticks, asked = iter([0, 100, 0, warm, 0, 1, 0, 2, 0, 3, 0, 6]), []
     monkeypatch.setattr(plan.time, "monotonic", lambda: next(ticks))
 
     def lane(*given, slot, step, count):
@@ -77,7 +83,49 @@ def test_an_iteration_is_timed_over_several_draws(monkeypatch, on_cpu, count):
     monkeypatch.setattr(plan, "_random_lane", lane)
     found = plan._time_draws(resolve(c), lambda seed, lanes: lanes, None, None, 10)
     assert found == 3.0 / count
-    assert asked == [(s, n, count) for s, n in [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (0, 6)]]
+    slots, counts = (0, 1, 2, 3, 4, 0), (first, first, *[count] * 4)
+    assert asked == list(zip(slots, range(1, 7), counts, strict=True))
+
+
+def test_disk_holds_what_a_run_writes(tmp_path):
+    """The images of the set and of its control, as files."""
+    root = tmp_path / "run"
+    assert call(TINY, f"--workdir={root}", "--stages=squeeze,recover,relabel")[0] == 0
+    written = sum(
+        path.stat().st_size
+        for folder in ("recover/images", "controls")
+        for path in (root / folder).rglob("*.png")
+    )
+    said = re.search(r"at most ([\d.]+) kB of images", call(TINY, "--plan")[1])
+    assert 0.5 < written / (1e3 * float(said[1])) < 1
+
+
+def test_plan_builds_networks_in_the_numbers_that_a_run_has(monkeypatch):
+    c = tiny.get_config()
+    c.recover.dtype, c.relabel.dtype = "bfloat16", "float32"
+    e = resolve(c)
+    for names, dtype in ((e.recover.pool, e.recover.dtype), (e.relabel.teachers, e.relabel.dtype)):
+        pool = plan._random_pool(e, names, dtype)
+        assert {jnp.dtype(t.module.dtype).name for t in pool.teachers} == {dtype}
+    built = []
+    monkeypatch.setattr(plan, "_random_pool", lambda *given: built.append(given[1:]) or 1 / 0)
+    for measure in (
+        lambda: plan._measured_recover(e, 8, 10),
+        lambda: plan._time_labels(e, 8),
+    ):
+        with pytest.raises(ZeroDivisionError):
+            measure()
+    assert built == [(e.recover.pool, "bfloat16"), (e.relabel.teachers, "float32")]
+
+
+def test_epochs_of_labels_that_no_student_reads_are_said(capsys):
+    c = tiny.get_config()
+    c.relabel.epochs, c.validate.epochs = 6, 2
+    plan.show(resolve(c), "run", measure=False)
+    assert "students read 2 of the epochs" in " ".join(capsys.readouterr().out.split())
+    c.validate.epochs = 6
+    plan.show(resolve(c), "run", measure=False)
+    assert "of the epochs" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
