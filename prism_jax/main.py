@@ -20,7 +20,7 @@ from typing import Any
 
 from absl import flags
 from etils import epath
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from prism_jax.config import KINDS, STAGES
 from prism_jax.environment import prepare_environment, provenance
@@ -195,6 +195,8 @@ def _joined(
     experiment = resolve(config, problems)
     workdir = given.workdir or f"runs/{experiment.name}"
     source = getattr(given, "from")
+    if source == "":
+        raise UserError("--from= names no working directory; name one, or leave it out")
     for flag, path in (("workdir", workdir), ("from", source)):
         try:
             _ = path and epath.Path(path).exists()
@@ -210,6 +212,10 @@ def _joined(
     if given.plan:
         from prism_jax import plan
 
+        if idle := [f"--{name}" for name in ("stages", "from") if getattr(given, name) is not None]:
+            raise UserError(
+                f"--plan shows the whole run, whatever is there; leave out {' and '.join(idle)}"
+            )
         plan.show(experiment, workdir, measure=True, target=target)
         return 0
     check_requirements(experiment, workdir)
@@ -289,6 +295,7 @@ def parse(argv: Sequence[str], problems: list[str]) -> tuple[Any, flags.FlagValu
     except Exception as error:  # whatever a file of Python may raise
         raise UserError(f"the config {path} cannot be loaded: {_reason(error)}") from error
     unset = [a for a in argv if a.startswith("--config.") and a.endswith("=None")]
+    stated = {a.split("=")[0]: a for a in argv}  # of a field that is named twice, the last
     good, others = chosen[-1:], [a for a in argv if a not in (*chosen, *unset)]
     try:
         config, given = _parse([*good, *others])
@@ -302,7 +309,9 @@ def parse(argv: Sequence[str], problems: list[str]) -> tuple[Any, flags.FlagValu
         config, given = _parse(good)
     for argument in unset:  # a flag of ml_collections has no word for it
         *groups, last = argument.removeprefix("--config.").removesuffix("=None").split(".")
-        if ".".join((*groups, last)) in _fields(config):
+        if stated[argument.removesuffix("=None")] != argument:
+            continue
+        if _fields(config).get(".".join((*groups, last)), ConfigDict) is not ConfigDict:
             functools.reduce(lambda node, key: node[key], groups, config)[last] = None
         else:
             problems.append(_explain(config, argument, ValueError()))
@@ -371,7 +380,7 @@ def _explain(config: Any, argument: str, error: Exception) -> str:
                 f"{argument}: the config sets {field} to None, which has no type for a flag; write "
                 f"the value there, or ml_collections.config_dict.placeholder(int) in place of None"
             )
-        wanted = KINDS.get(known[field], "a group of fields")
+        wanted = KINDS.get(known[field], "a group of fields, of which each is set by itself")
         return f"{argument}: {field} is {value!r}; it must be {wanted}"
     if isinstance(error, flags.UnrecognizedFlagError):
         names = ("config", *(flag[2:] for flag in _WITH_VALUE), "plan", "help")

@@ -591,6 +591,11 @@ def start_processes(
     if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
         raise UserError(f"--coordinator={coordinator} names no port; write HOST:PORT")
     explicit = coordinator is not None
+    if mode == "off" and explicit:
+        raise UserError(
+            f"--distributed=off runs this process alone, and --coordinator={coordinator} names "
+            f"others; leave one of them out"
+        )
     if mode == "off" or (mode == "auto" and not explicit and cluster(os.environ) is None):
         return
     arguments: dict[str, Any] = {}

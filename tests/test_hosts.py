@@ -321,6 +321,7 @@ def test_slurms_process_of_a_node_sees_all_gpus(monkeypatch, nodes, seen):
         ({"mode": "auto", "processes": 2, "process": 0}, "go together"),
         ({"mode": "auto", "coordinator": "a:1", "processes": 2, "process": 2}, "not one of 0 to 1"),
         ({"mode": "auto", "coordinator": "a", "processes": 2, "process": 0}, "names no port"),
+        ({"mode": "off", "coordinator": "a:1", "processes": 2, "process": 0}, "names others"),
     ],
 )
 def test_what_cannot_be_joined_is_refused(given, said):

@@ -178,6 +178,12 @@ def test_none_unsets_a_field():
     given = [TINY, "--config.validate.ema=None", "--config.recover.priors=None"]
     config, _ = main.parse(given, problems := [])
     assert config.validate.ema is None and config.recover.priors is None and not problems
+    for values in (("None", "0.9"), ("0.9", "None")):  # of a field that is named twice, the last
+        twice = [f"--config.validate.ema={value}" for value in values]
+        found = main.parse([TINY, *twice], problems)[0].validate.ema
+        assert found == (None if values[1] == "None" else 0.9) and not problems
+    status, _, err = call(TINY, "--config.parallel=None")
+    assert status == 2 and "parallel is 'None'; it must be a group of fields" in err
     main.parse([TINY, "--config.validate.emma=None"], problems)
     assert "no field validate.emma; did you mean validate.ema" in problems[0]
     status, _, err = call(TINY, "--config.recover.ipc=None")
@@ -191,6 +197,13 @@ def test_plan_writes_nothing():
         assert part in out
     for measured in ("recover takes", "memory", "relabel takes"):
         assert measured in out
+
+
+def test_plan_is_of_the_whole_run():
+    status, _, err = call(TINY, "--plan", "--stages=validate", "--from=elsewhere")
+    assert status == 2 and "leave out --stages and --from" in err
+    status, _, err = call(TINY, "--from=")
+    assert status == 2 and "--from= names no working directory" in err
 
 
 def test_plan_of_a_teacher_without_batch_norm():

@@ -27,6 +27,11 @@ def violations(e: Experiment) -> Iterator[str]:
     elif d.name.startswith(datasets.TFDS) and d.source != "tfds":
         yield f"dataset.source is {d.source!r}; dataset.name={d.name} needs 'tfds'"
     yield from one_of("dataset.source", d.source, sources.SOURCES)
+    if d.source == "sklearn" and d.path is not None:
+        yield (
+            f"dataset.path is {d.path!r}, and dataset.source='sklearn' reads the digits that come "
+            f"with scikit-learn, no path; for images of your own see configs/own_folder.py"
+        )
     yield from normalisation("dataset.", d.mean, d.std)
     if not 0 <= d.held_out < 1:
         yield (

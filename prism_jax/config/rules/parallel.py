@@ -28,6 +28,11 @@ def _spans(e: Experiment) -> Iterator[str]:
     layout, _ = recover.layout_of(e)
     if layout is None:
         return  # recover's rules say why
+    if e.recover.maker != "optimise":
+        yield (
+            f"parallel.recover_devices is {span}, and recover.maker={e.recover.maker!r} gives "
+            f"every device a batch of its own; leave it at 1"
+        )
     if any(size % span for size in layout.sizes):
         allowed = [d for d in range(1, layout.size + 1) if not any(n % d for n in layout.sizes)]
         yield (
