@@ -219,10 +219,10 @@ def recover_curves(lines: Iterable[Mapping[str, Any]], *, primary: str) -> Figur
     """Draw the loss terms of recover: cross entropy, and BN alignment per teacher.
 
     Args:
-      lines: records {"step": int, "ce": {teacher: float or None}, "bn": {...}, "told": [teacher,
-        ...], "drawn": [...]} of any number of image batches: whose logits and whose statistics
-        count. A term that was not read is None; a teacher that was read and does not count is
-        dashed, from its first value to its last.
+      lines: records {"unit": name, "step": int, "ce": {teacher: float or None}, "bn": {...},
+        "told": [teacher, ...], "drawn": [...]} of any number of image batches: whose logits and
+        whose statistics count. A term that was not read is None; a teacher that was read and does
+        not count is dashed, from its first value to its last, over the batches that have both.
       primary: the teacher whose logits count in lines without "told", which are older.
 
     Returns:
@@ -241,14 +241,16 @@ def recover_curves(lines: Iterable[Mapping[str, Any]], *, primary: str) -> Figur
     ):
         for teacher in teachers:
             supervising: dict[int, list[float]] = collections.defaultdict(list)
-            others: dict[int, list[float]] = collections.defaultdict(list)
+            others: dict[Any, dict[int, float]] = collections.defaultdict(dict)
             for line in lines:
                 who = line.get("told", [primary]) if term == "ce" else line["drawn"]
                 supervises = teacher in who
                 value = line[term].get(teacher)
-                if value is not None and value > 0:
-                    (supervising if supervises else others)[line["step"]].append(value)
-            ends = {step: others[step] for step in (min(others), max(others))} if others else {}
+                if value is not None and value > 0 and supervises:
+                    supervising[line["step"]].append(value)
+                elif value is not None and value > 0:
+                    others[line.get("unit")][line["step"]] = value
+            ends = _ends(list(others.values()))
             _mean_and_range(axes, ends, band=False, **styles[teacher] | NOT_SUPERVISING)
             _mean_and_range(axes, supervising, **styles[teacher])
         log_scale(axes, "y")
@@ -259,6 +261,16 @@ def recover_curves(lines: Iterable[Mapping[str, Any]], *, primary: str) -> Figur
     legend.append(Line2D([], [], color=QUIET, label="read, not supervising", **NOT_SUPERVISING))
     figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 5))
     return figure
+
+
+def _ends(batches: Sequence[Mapping[int, float]]) -> dict[int, list[float]]:
+    """First and last values of those batches that have theirs at the same iterations as most."""
+    spans = [(min(batch), max(batch)) for batch in batches]
+    if not spans:
+        return {}
+    usual = collections.Counter(spans).most_common(1)[0][0]
+    of_usual = [batch for batch, span in zip(batches, spans, strict=True) if span == usual]
+    return {step: [batch[step] for batch in of_usual] for step in usual}
 
 
 @styled

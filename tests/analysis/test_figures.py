@@ -98,6 +98,22 @@ def test_recover_curves_show_who_supervised(whose):
     assert curves(**{whose: ["a"]}) == curves()  # what an older line, without "told", means
 
 
+def test_the_ends_of_a_line_are_of_the_same_batches():
+    """A batch that has no last value of a teacher does not move the first."""
+    whole = [{0: 8.0, 99: 2.0}, {0: 6.0, 99: 1.0}]
+    assert figures._ends([*whole, {0: 100.0}]) == {0: [8.0, 6.0], 99: [2.0, 1.0]}
+    assert figures._ends([{50: 3.0}]) == {50: [3.0]} and figures._ends([]) == {}
+    lines = losses(3)
+    at = lines.index(next(x for x in lines if (x["unit"], x["step"]) == (2, 99)))
+
+    def drawn(first):
+        lines[at]["bn"]["b"] = None  # the last of the third
+        lines[at - 2]["bn"]["b"] = first
+        return figures.recover_curves(lines, primary="a")
+
+    assert drawn(1.0) == drawn(2.0)
+
+
 def test_terms_that_are_zero_or_unknown_are_left_out():
     def drawn(a, b):
         lines = losses(1)
