@@ -10,15 +10,18 @@ again. Nothing here keeps global state of matplotlib, and equal inputs give equa
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import inspect
 import io
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -100,13 +103,48 @@ def in_forms(
       forms: of ``FORMS``.
     """
     found = {}
-    with matplotlib.rc_context(matplotlib.rcParamsDefault | STYLE):
+    style = matplotlib.rcParamsDefault | STYLE | {"font.family": _fonts()}
+    with matplotlib.rc_context(style), _letters_that_no_font_has():
         figure = inspect.unwrap(draw)(*args, **kwargs)
         for form in forms:
             buffer = io.BytesIO()
             figure.savefig(buffer, format=form, facecolor="white", metadata=FORMS[form])
             found[form] = buffer.getvalue()
     return found
+
+
+# Of letters that matplotlib's own font lacks, where the machine has one of these.
+OTHER_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei"),
+    *("WenQuanYi Micro Hei", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans"),
+    *("Malgun Gothic", "Apple SD Gothic Neo", "NanumGothic", "Noto Sans Devanagari", "Noto Sans"),
+    *("Noto Sans Thai", "Arial Unicode MS", "Noto Color Emoji"),
+)
+
+
+@functools.cache
+def _fonts() -> list[str]:
+    """Matplotlib's own font, and after it those of the machine that have more letters."""
+    there = {font.name for font in font_manager.fontManager.ttflist}
+    return ["DejaVu Sans", *(name for name in OTHER_FONTS if name in there)]
+
+
+@contextlib.contextmanager
+def _letters_that_no_font_has() -> Iterator[None]:
+    """One line in place of matplotlib's for every letter and every figure."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    lacking = [one for one in caught if "missing from font" in str(one.message)]
+    for one in caught:
+        if one not in lacking:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    if lacking:
+        warnings.warn(
+            "no font of this machine has some letters of the names in figures, which stand as "
+            "boxes; install one that does (Noto Sans CJK, say)",
+            stacklevel=2,
+        )
 
 
 def short(name: str, most: int = LONGEST) -> str:

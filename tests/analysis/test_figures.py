@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,6 +69,26 @@ def test_large_images_and_ragged_classes_fit():
     canvas = pixels(figures.grid(images_NHWC, images_NHWC, np.array([0, 1, 1, 1, 2]),
                                  class_names=names))  # fmt: skip
     assert canvas.shape[1] < 1300
+
+
+@pytest.mark.parametrize("letter", ["\u9b5a", "e"], ids=["of no font", "twin, of one"])
+def test_letters_that_no_font_has_are_said_once(letter, monkeypatch, recwarn):
+    monkeypatch.setattr(figures, "_fonts", lambda: ["DejaVu Sans"])
+    images_NHWC = np.zeros((2, 12, 12, 3), np.uint8)
+    names = [3 * letter, f"fish {letter}"]
+    figures.grid(images_NHWC, images_NHWC, np.arange(2), class_names=names)
+    said = [str(one.message) for one in recwarn if "font" in str(one.message)]
+    assert len(said) == (letter != "e")
+    assert all("stand as boxes; install one" in one for one in said)
+
+
+def test_other_fonts_come_after_our_own_and_only_where_they_are(monkeypatch):
+    fonts = [
+        SimpleNamespace(name=name) for name in ("Noto Sans", "DejaVu Sans", "Noto Sans CJK SC")
+    ]
+    monkeypatch.setattr(figures.font_manager.fontManager, "ttflist", fonts)
+    found = figures._fonts.__wrapped__()
+    assert found == ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans"]
 
 
 def losses(units: int, *, undrawn: bool = True) -> list[dict]:
