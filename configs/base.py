@@ -60,7 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.recover.rounds = 8  # of "early_late"
     c.recover.learning_rate = 0.05
     c.recover.schedule = "cosine"
-    c.recover.betas = (0.5, 0.9)
+    c.recover.betas = (0.5, 0.9)  # of Adam
     # Who supervises: fixed, subset, round_robin, uniform or committee; unset: as the method does.
     c.recover.primary = "resnet18"
     c.recover.pool = POOL
@@ -85,7 +85,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.recover.variance_weight = 1.0
     c.recover.statistic_patch = 16  # side of a patch
     c.recover.class_share = 0.0  # of the target that is the batch's classes', not all images'
-    c.recover.class_patch_swapped = False
+    c.recover.class_patch_swapped = False  # as EDC's code stores them
     c.recover.ema = 0.0  # momentum of the statistics that are matched; 0: the batch's own
     c.recover.ema_from_zero = False
     c.recover.drop = 0.0  # probability with which a convolution is left out
@@ -161,9 +161,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.generate.fit.steps = 3500
     c.generate.fit.batch_size = 64
     c.generate.fit.learning_rate = 2e-3
-    c.generate.fit.warmup = 100
-    c.generate.fit.class_dropout = 0.1
-    c.generate.fit.average = 0.998
+    c.generate.fit.warmup = 100  # steps in which the rate rises
+    c.generate.fit.class_dropout = 0.1  # how often a class is hidden, for guidance
+    c.generate.fit.average = 0.998  # decay of the average of weights that is kept
     c.generate.class_names = placeholder(str)  # a file, a line a class; unset: the data set's
     c.generate.template = "{}"  # prompt of a class
     c.generate.negative = ""  # what guidance leads away from
@@ -187,7 +187,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.generate.strength = 0.7  # 0: the anchors, decoded; 1: no anchor
     c.generate.guidance = 1.5  # 1: none
     c.generate.guided_channels = placeholder(int)
-    c.generate.eta = 0.0
+    c.generate.eta = 0.0  # of DDIM's noise, 0 to 1
     c.generate.variance = "small"  # of ddpm: large, learned
     c.generate.slip = False  # PNDM as released
     c.generate.clip = True  # estimates, to what latents of real images lie between
@@ -256,14 +256,14 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.analyse = ConfigDict()
     c.analyse.network = placeholder(str)  # whose features measure diversity
-    c.analyse.grid_classes = 10
-    c.analyse.grid_slots = 10
+    c.analyse.grid_classes = 10  # that the grid of images shows,
+    c.analyse.grid_slots = 10  # and images of each
 
     c.parallel = ConfigDict()
     c.parallel.map = "shard_map"
     c.parallel.recover_devices = 1  # that share an image batch
     c.parallel.train_devices = placeholder(int)  # unset: as many as share a batch
-    c.parallel.deterministic = True
+    c.parallel.deterministic = True  # of a GPU: the same bits again; False promises none
     c.parallel.matmul_precision = "high"  # of float32 on a GPU or TPU: docs/precision.md
     return c
 

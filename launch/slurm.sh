@@ -34,7 +34,7 @@ if [[ -n ${DRY_RUN:-} ]]; then
 fi
 
 # srun gives the highest status of all. 143: all were asked to stop and have saved; where one failed,
-# the others end with 1, and its status is the highest.
+# no other ends with a higher one than its own.
 status=0
 "${command[@]}" || status=$?
 if ((status == 143)) && [[ -n ${SLURM_JOB_ID:-} ]]; then

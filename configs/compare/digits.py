@@ -1,4 +1,4 @@
-"""All methods on the embedded digits: IPC 1 and 10, three seeds, two students, three protocols.
+"""All methods but denoisers on the embedded digits: two IPCs, three seeds, three protocols.
 
     python -m prism_jax.compare --config=configs/compare/digits.py
 

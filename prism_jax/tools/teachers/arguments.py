@@ -104,7 +104,11 @@ def parser() -> argparse.ArgumentParser:
     )
 
     add = evaluating.add_argument
-    add("--dataset", required=True, help=f"{', '.join(DATASETS)}, or tfds:<builder>")
+    add(
+        "--dataset",
+        required=True,
+        help=f"{', '.join(DATASETS)}, tfds:<builder>, or a name for images of your own",
+    )
     add("--source", required=True, help=", ".join(SOURCES))
     add("--path", type=at_home, help="where the images are")
     add(
