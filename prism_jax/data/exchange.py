@@ -17,6 +17,7 @@ from prism_jax.data.datasets import DatasetInfo
 from prism_jax.data.image_set import DamagedFile
 from prism_jax.data.sets.base import NOTHING_STATED, Stated
 from prism_jax.data.sets.classes import class_map
+from prism_jax.data.sets.columns import in_our_order
 from prism_jax.data.sources import ImageSource, decode
 from prism_jax.data.sources.decoding import square
 from prism_jax.errors import UserError
@@ -40,7 +41,6 @@ class ImageSet:
       stated, classes: what a person says of the set, see ``Stated`` and ``class_map``.
 
     Attributes:
-      soft_NK: float32 logits over our labels, one label per image; None: the set has none.
       weights_N: float32 of mean 1; None: the images count alike.
       notes: what a person should know of how it was read.
       places_N: the place of each image in the set's own order; of folders, ImageFolder's.
@@ -68,8 +68,8 @@ class ImageSet:
         self.class_names, self.imagenet_indices = real.class_names, real.imagenet_indices
         self.left_out = found.left_out
         self.labels_N = np.repeat(np.arange(num_classes, dtype=np.int32), ipc)
-        order = class_map(root, found, real, info, classes)
-        images = {found.classes[at]: np.flatnonzero(found.labels_N == at) for at in order}
+        self._root, self._order_K = root, class_map(root, found, real, info, classes)
+        images = {found.classes[at]: np.flatnonzero(found.labels_N == at) for at in self._order_K}
         short = [f"{name} has {len(here)}" for name, here in images.items() if len(here) < ipc]
         most, least = (f(map(len, images.values())) for f in (max, min))
         if short:
@@ -85,10 +85,33 @@ class ImageSet:
                 stacklevel=2,
             )
         self.places_N = np.concatenate([here[:ipc] for here in images.values()])
-        soft, weights = found.soft_NK, found.weights_N
-        self.soft_NK = None if soft is None else soft[self.places_N][:, order]
+        weights = found.weights_N
         self.weights_N = None if weights is None else _of_mean_one(root, weights[self.places_N])
         self._said_resized = False
+
+    @property
+    def soft_NK(self) -> np.ndarray | None:
+        """Float32 logits over our labels, one label per image; None: the set has none.
+
+        Raises:
+          UserError: they contradict the labels.
+        """
+        return self._soft[0]
+
+    @property
+    def soft_note(self) -> str | None:
+        """What a person should know of the order of their columns."""
+        return self._soft[1]
+
+    @functools.cached_property
+    def _soft(self) -> tuple[np.ndarray | None, str | None]:
+        found = self._found
+        if found.soft_NK is None:
+            return None, None
+        official = self._info.class_names
+        return in_our_order(
+            self._root, found, self._order_K, self.places_N, self.labels_N, official
+        )
 
     def __len__(self) -> int:
         return len(self.places_N)

@@ -35,7 +35,8 @@ def check(context: Context) -> None:
     """Say how an imported set was read, and refuse, before any work, what cannot be done with it.
 
     Raises:
-      UserError: weights under a loss that knows none, or soft labels that are not there.
+      UserError: weights under a loss that knows none, or soft labels that are not there or
+        contradict the set's labels.
     """
     source, config = context.inputs.start, context.config
     if not isinstance(source, ImageSet):
@@ -50,6 +51,8 @@ def check(context: Context) -> None:
         )
     if config.relabel.labels_from == OF_THE_SET:
         _soft_of_set(context)
+        if source.soft_note and parallel.is_main():
+            context.say(source.soft_note)
 
 
 def _soft_of_set(context: Context) -> np.ndarray:

@@ -115,6 +115,10 @@ def test_what_a_set_lacks_or_a_loss_cannot_is_refused(run):
     with pytest.raises(UserError, match="'set', and set.npz has no soft labels"):
         imported.check(run(None, labels_from="set")[0])
     imported.check(run(None, labels_from="set", soft_labels=certain(LABELS))[0])
+    others = certain((LABELS + 1) % CLASSES)
+    imported.check(run(None, soft_labels=others)[0])  # nobody reads them
+    with pytest.raises(UserError, match="soft labels contradict its labels"):
+        imported.check(run(None, labels_from="set", soft_labels=others)[0])
 
 
 def test_labels_of_other_batches_are_refused_before_any_work(run, tmp_path):

@@ -63,7 +63,7 @@ def class_map(
     def ordered(order: Sequence[str]) -> np.ndarray:
         return np.array([at[name] for name in order], np.int64)
 
-    numbers = _numbers(names)
+    numbers = numbers_of(names)
     as_text = sorted(names)
     as_numbers = [names[i] for i in np.argsort(numbers, kind="stable")] if numbers else None
     if stated:
@@ -142,7 +142,7 @@ def _by_number(path, found, real, names, numbers, as_text, as_numbers) -> Sequen
     )
 
 
-def _numbers(names: Sequence[str]) -> list[int] | None:
+def numbers_of(names: Sequence[str]) -> list[int] | None:
     """The number of each name, where all are one text and a number of their own."""
     if all(map(_WNID.fullmatch, names)):
         return None
