@@ -85,7 +85,12 @@ def test_a_pod_is_made_filled_and_started():
 
 GCLOUD = """#!/bin/bash
 echo "$4" >>"$SEEN"
-if [[ $4 == describe ]]; then [[ -n ${NO_SLICE:-} ]] || echo READY; exit; fi
+if [[ $4 == describe ]]; then
+  state=$(sed -n 1p "$STATES"; sed -i '1{$!d}' "$STATES")
+  [[ $state == *:* ]] || { echo "$state"; exit; }
+  echo "ERROR: (gcloud) $state" >&2
+  exit 1
+fi
 if [[ $4 == create ]]; then
   (($(grep -c create "$SEEN") > 3)) && exit
   echo 'ERROR: (gcloud) {"code": 8, "message": "There is no more capacity in the zone"}' >&2
@@ -101,14 +106,25 @@ exit 0
 """
 
 
-def run_pod(tmp_path, ends, **environ) -> tuple[subprocess.CompletedProcess, list[str]]:
-    """The script beside a gcloud whose runs end as stated: how it ended, and what it asked for."""
+NONE = "NOT_FOUND: Resource 'projects/p/locations/zone/nodes/name' was not found"
+
+
+def run_pod(
+    tmp_path, ends, states=("READY",), **environ
+) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """The script beside a gcloud whose runs end as stated: how it ended, and what it asked for.
+
+    Args:
+      states: of the slice, or errors; the last one stays.
+    """
     for name, text in {"gcloud": GCLOUD, "sleep": "#!/bin/sh\n"}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     (tmp_path / "ends").write_text("\n".join(ends) + "\n")
+    (tmp_path / "states").write_text("\n".join(states) + "\n")
     environ = {
         **os.environ, **POD, "SEEN": str(tmp_path / "seen"), "ENDS": str(tmp_path / "ends"),
+        "STATES": str(tmp_path / "states"),
         "PATH": f"{tmp_path}:{os.environ['PATH']}", **environ,
     }  # fmt: skip
     script = [ROOT / "launch" / "tpu_pod.sh", *GIVEN]
@@ -134,10 +150,40 @@ def test_a_pod_whose_preparation_fails_is_tried_again(tmp_path, ends, status, se
 
 
 def test_waiting_for_a_slice_is_no_attempt(tmp_path):
-    done, asked = run_pod(tmp_path, ["0"], NO_SLICE="1", RETRIES="1")
+    done, asked = run_pod(tmp_path, ["0"], [NONE], RETRIES="1")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("asking again") == 3
     assert asked.count("create") == 5  # the first copy is lost
+    assert "delete" not in asked  # there is nothing
+
+
+@pytest.mark.parametrize("state", ["CREATING", "STARTING", "RESTARTING", "REPAIRING"])
+def test_a_slice_that_is_not_ready_yet_is_waited_for(tmp_path, state):
+    done, asked = run_pod(tmp_path, ["0"], [state] * 3 + ["READY"], RETRIES="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"name is {state}; looking again") == 3
+    assert not {"delete", "create"} & set(asked)
+
+
+@pytest.mark.parametrize("state", ["PREEMPTED", "TERMINATED", "STOPPED", "FAILED"])
+def test_a_slice_that_is_gone_is_made_again(tmp_path, state):
+    done, asked = run_pod(tmp_path, ["0"], [state] * 4 + ["READY"], RETRIES="1")
+    assert done.returncode == 0, done.stderr
+    assert asked.count("delete") == asked.count("create") == 4
+    assert asked.index("delete") < asked.index("create")
+
+
+@pytest.mark.parametrize(
+    "state", ["UNAUTHENTICATED: log in again", "UNAVAILABLE: no network", "HIDDEN", ""]
+)
+def test_a_slice_of_which_nothing_is_known_is_left_alone(tmp_path, state):
+    """It may be in the middle of a run."""
+    done, asked = run_pod(tmp_path, ["0"], [state], RETRIES="2")
+    assert done.returncode == 1 and asked == ["describe"] * 3
+    assert state in done.stderr and done.stderr.count("nothing of it is changed") == 3
+    done, asked = run_pod(tmp_path, ["0"], [state, "READY"], RETRIES="2")
+    assert done.returncode == 0, done.stderr
+    assert not {"delete", "create"} & set(asked)
 
 
 @pytest.mark.parametrize(
