@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 
-from prism_jax.data.sets.base import Found, Stated
+from prism_jax.data.sets.base import CLASS_TABLE, Found, Stated, called
 from prism_jax.data.sets.folder import images_of, in_order
 from prism_jax.data.sources import ImageSource, kinds, tars
 from prism_jax.data.sources.base import file_state
@@ -50,10 +50,13 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
     root, files = images_of(list(sizes), lambda name: io.BytesIO(read_member(name)), others)
     folders = sorted({f.split("/")[0] for f in files})
     names, labels = in_order(folders, files)
+    around = [f"{at}/{CLASS_TABLE}".lstrip("/") for at in (root[:-1], os.path.dirname(root[:-1]))]
+    tables = (read_member(name) for name in around if name in sizes)
+    classes, numbered = called(tuple(folders), False, tables)
     return Found(
         "archive",
-        tuple(folders),
-        False,
+        classes,
+        numbered,
         "class folders",
         labels,
         name=lambda i: f"{path}/{root}{names[i]}",

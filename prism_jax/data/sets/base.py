@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from prism_jax.errors import UserError
 
 # What columns of tables are called that say more than the class.
 WEIGHTS, SOFT = ("weight", "weights"), ("soft_label", "soft_labels")
+# What ``tools.export`` writes beside folders and tensors: folder, index and name of every class.
+CLASS_TABLE = "classes.json"
 
 
 class Stated(NamedTuple):
@@ -76,6 +79,44 @@ def by_position(labels: Sequence[int | str]) -> tuple[tuple[str, ...], bool, np.
     names = sorted(set(map(str, labels)))
     at = {name: i for i, name in enumerate(names)}
     return tuple(names), False, np.array([at[str(label)] for label in labels], np.int64)
+
+
+def called(
+    classes: tuple[str, ...], numbered: bool, tables: Iterable[bytes]
+) -> tuple[tuple[str, ...], bool]:
+    """Classes that are numbers, by the names in the first table that ``tools.export`` wrote.
+
+    Args:
+      classes, numbered: see ``Found``.
+      tables: contents of files called ``CLASS_TABLE``; others' are passed over, and so are those
+        of other classes or of names that several have.
+
+    Returns:
+      Names in the order of the numbers, which then are stated; else what was given.
+    """
+    for table in tables:
+        try:
+            rows = {int(row["folder"]): (row["index"], row["name"]) for row in json.loads(table)}
+            numbers = [int(name) for name in classes]
+            names = {number: rows[number][1] for number in numbers}
+        except (ValueError, KeyError, TypeError):  # also of folders called by WordNet IDs
+            continue
+        own = numbers == sorted(numbers) and all(index == at for at, (index, _) in rows.items())
+        texts = {name for name in names.values() if isinstance(name, str)}
+        whole = numbered or len(rows) == len(classes)
+        if own and whole and len(texts) == len(names) == len(classes):
+            return tuple(names[number] for number in numbers), True
+    return classes, numbered
+
+
+def tables_beside(folder: str) -> Iterable[bytes]:
+    """The tables of classes in a folder and in the one around it."""
+    for root in (folder, os.path.dirname(os.path.abspath(folder))):
+        try:
+            with open(os.path.join(root, CLASS_TABLE), "rb") as file:
+                yield file.read()
+        except OSError:
+            continue
 
 
 def pixel_stamp(image_HWC: np.ndarray) -> str:

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from prism_jax.data.sets.base import Found, Stated
+from prism_jax.data.sets.base import Found, Stated, called, tables_beside
 from prism_jax.data.sets.card import card
 from prism_jax.data.sets.content import Content
 from prism_jax.data.sets.table import LABELS, TABLES
@@ -37,10 +37,11 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
             return file.read()
 
     names, labels = in_order(folders, files)
+    classes, numbered = called(tuple(folders), False, tables_beside(root))
     return Found(
         "folder",
-        tuple(folders),
-        False,
+        classes,
+        numbered,
         "class folders" + _unused_table(path),
         labels,
         name=lambda i: os.path.join(root, names[i]),

@@ -16,9 +16,11 @@ from prism_jax.data.sets.base import (
     Found,
     Stated,
     by_position,
+    called,
     checked_soft,
     checked_weights,
     inside,
+    tables_beside,
 )
 from prism_jax.data.sources import ImageSource
 from prism_jax.errors import UserError
@@ -55,6 +57,9 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
         if row.get(label) in (None, ""):
             raise UserError(f"{path}: its table gives {file} no {label}")
     classes, numbered, labels = by_position([_number(row[label]) for row in rows])
+
+    if numbered:
+        classes, _ = called(classes, numbered, tables_beside(os.path.dirname(_files(path)[0])))
 
     def read(index: int) -> bytes:
         with open(files[index], "rb") as file:

@@ -18,9 +18,11 @@ from prism_jax.data.sets.base import (
     Found,
     Stated,
     by_position,
+    called,
     checked_soft,
     checked_weights,
     pixel_stamp,
+    tables_beside,
 )
 from prism_jax.data.sets.floats import MEAN, STD, WHITENING, to_pixels
 from prism_jax.data.sources import ImageSource
@@ -62,6 +64,7 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
         )
     pixels = to_pixels(file, images, stated._replace(whitening=whitening), real)
     classes, numbered, labels_N, soft, more = _labels(file, labels, len(pixels), real.num_classes)
+    classes, numbered = called(classes, numbered, tables_beside(folder))
     weights = os.path.join(folder, "weights.pt")
     return Found(
         "tensors",

@@ -610,3 +610,72 @@ def test_what_is_no_set(tmp_path):
     for path in (tmp_path, tmp_path / "notes.txt"):
         with pytest.raises(UserError, match="is no set that can be read; .*metadata.csv"):
             opened(path)
+
+
+# --- names of classes beside them -------------------------------------------------------------
+
+EXPORTED = [{"folder": f"{c:05d}", "index": c, "name": name} for c, name in enumerate(CLASSES)]
+OTHER_ORDER = tuple(sorted(CLASSES))
+
+
+def numbered_tree(root):
+    return {
+        f"{root}{LABELS[i]:05d}/{i % IPC:05d}.png": png(image) for i, image in enumerate(PIXELS)
+    }
+
+
+def write_kind(folder, kind, root):
+    """A set with numbers for classes, in a way that ``tools.export`` writes."""
+    if kind == "tensors":
+        write_tensors(folder, images=PIXELS, labels=LABELS)
+        return folder
+    files = numbered_tree(root) | {"classes.json": json.dumps(EXPORTED).encode()}
+    if kind == "zip":
+        with zipfile.ZipFile(folder / "set.zip", "w") as archive:
+            for name, data in files.items():
+                archive.writestr(f"set/{name}", data)
+        return folder / "set.zip"
+    write_tree(folder, files)
+    if kind == "table":
+        rows = [
+            {"file_name": name.removeprefix(root), "label": int(label), "weight": 1.0}
+            for name, label in zip(numbered_tree(root), LABELS, strict=True)
+        ]
+        (folder / root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "root"),
+    [("tensors", ""), ("folder", ""), ("folder", "train/"), ("table", "train/"), ("zip", "train/")],
+)
+def test_classes_that_our_own_table_names_are_matched_by_name(tmp_path, kind, root):
+    """The data may number them otherwise, as class folders do: by the alphabet."""
+    path, table = write_kind(tmp_path, kind, root), tmp_path / "classes.json"
+    table.write_text(json.dumps(EXPORTED))
+
+    def names_of_images():
+        real = ArraySource(np.zeros((3, SIZE, SIZE, 3), np.uint8), np.arange(3), num_classes=3)
+        real.class_names = OTHER_ORDER
+        found = ImageSet(path, DATASETS["imagenet"], real, ipc=IPC, image_size=SIZE)
+        at = [int(np.flatnonzero((PIXELS == x).all((1, 2, 3)))[0]) for x in read_all(found)[0]]
+        return [CLASSES[LABELS[i]] for i in at], [OTHER_ORDER[c] for c in found.labels_N]
+
+    images, labels = names_of_images()
+    assert images == labels
+    if kind == "zip":
+        return
+    # Twins: tables of something else, which are passed over.
+    swapped = [dict(row, index=2 - row["index"]) for row in EXPORTED]
+    for other in ("{}", "[1]", '["a"]', "{", json.dumps(swapped), json.dumps(EXPORTED[:2])):
+        table.write_text(other)
+        images, labels = names_of_images()
+        assert images != labels
+
+
+def test_names_that_are_in_no_table_of_ours_are_not_guessed(tmp_path):
+    """Names of other classes than the data's are asked about, where numbers were taken."""
+    write_kind(tmp_path, "folder", "")
+    with pytest.raises(UserError, match="=numbers   its label 0 .b_cat. is the data's class 0"):
+        opened(tmp_path, names=("x", "y", "z"))
+    assert_same(tmp_path, names=None)  # the data has none
