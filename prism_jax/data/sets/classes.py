@@ -58,7 +58,13 @@ def class_map(
         )
     at = {name: position for name, position in zip(names, present, strict=True)}
     if len(at) < len(names):
-        raise UserError(f"{path} gives two classes one name: {', '.join(_repeated(names)[:3])}")
+        if stated == ("numbers",) and found.numbered:
+            return np.array(present, np.int64)
+        raise UserError(
+            f"{path} gives two classes one name ({', '.join(_repeated(names)[:3])}), by which "
+            f"they cannot be told apart. Where its label 0 ({found.classes[0]}) is the data's "
+            f"class 0, and so on, state --config.{FLAG}=numbers; else give each a name of its own"
+        )
 
     def ordered(order: Sequence[str]) -> np.ndarray:
         return np.array([at[name] for name in order], np.int64)

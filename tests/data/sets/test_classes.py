@@ -88,3 +88,13 @@ def test_classes_that_no_image_has_are_no_classes():
     assert class_map("SET", found, real, DATASETS["imagenet"]).tolist() == [0, 2]
     with pytest.raises(UserError, match="SET has 3 classes, but dataset.num_classes is 2"):
         class_map("SET", found._replace(labels_N=np.arange(3)), real, DATASETS["imagenet"])
+
+
+def test_two_classes_of_one_name_are_told_apart_by_their_numbers():
+    """As ImageNet's two cranes are."""
+    names, known = ["crane", "a", "crane"], {"class_names": ("x", "y", "z")}
+    with pytest.raises(UserError, match="one name .crane..*initialise_classes=numbers; else give"):
+        ordered(names, numbered=True, **known)
+    assert ordered(names, numbered=True, stated=("numbers",), **known) == names
+    with pytest.raises(UserError, match="one name"):
+        ordered(names, stated=("numbers",), **known)
