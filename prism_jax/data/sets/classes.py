@@ -104,7 +104,17 @@ def class_map(
                 f"{_some(as_text)}"
             )
         )
-    return np.array(present, np.int64) if found.numbered else ordered(as_text)
+    if found.numbered:
+        return np.array(present, np.int64)
+    naturally = sorted(names, key=_natural)
+    if naturally != as_text:
+        warnings.warn(
+            f"the numbers in the names of {path} say no order that is known; sorted as text, as "
+            f"ImageFolder has them, they are {', '.join(as_text[:4])}, ..., by their numbers "
+            f"{', '.join(naturally[:4])}, ...; --config.{FLAG}=NAME,NAME,... states another order",
+            stacklevel=2,
+        )
+    return ordered(as_text)
 
 
 def _stated(path, stated, names, as_text, as_numbers) -> Sequence[str]:
@@ -158,6 +168,12 @@ def numbers_of(names: Sequence[str]) -> list[int] | None:
         return None
     numbers = [int(match[2]) for match in matches]
     return numbers if len(set(numbers)) == len(numbers) else None
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts the numbers in names as numbers."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(int(part) if i % 2 else 0, part) for i, part in enumerate(parts)]
 
 
 def _repeated(names: Sequence[str]) -> list[str]:

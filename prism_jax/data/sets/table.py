@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from prism_jax.data.sources import ImageSource
 from prism_jax.errors import UserError
 
 TABLES = ("metadata.csv", "metadata.jsonl")
+_WHOLE = re.compile(r"(0|[1-9][0-9]*)(\.0*)?")  # 10, and 10.0 as pandas writes it
 FILE, LABELS = "file_name", ("label", "labels", "class", "class_name")
 
 
@@ -134,7 +136,8 @@ def _number(label: Any) -> int | str:
     if isinstance(label, (int, np.integer)) and not isinstance(label, bool):
         return int(label)
     text = str(label)
-    return int(text) if text.isascii() and text.isdigit() and str(int(text)) == text else text
+    whole = _WHOLE.fullmatch(text)
+    return int(whole[1]) if whole else text
 
 
 def _value(cell: Any) -> Any:

@@ -72,6 +72,14 @@ def test_two_readings_are_refused_with_the_flag_that_decides(names, numbered, kn
         assert part in str(caught.value)
 
 
+def test_names_whose_numbers_sort_otherwise_as_text_are_warned_of():
+    names = ["a1_x9", "a10_x8", "a2_x7"]
+    with pytest.raises(UserWarning, match=r"they are a10_x8, a1_x9, .*numbers a1_x9, a2_x7, .*="):
+        ordered(names)
+    assert ordered(names, stated=("a2_x7", "a1_x9", "a10_x8")) == ["a2_x7", "a1_x9", "a10_x8"]
+    assert ordered(["a2_x7", "b_1"]) == ["a2_x7", "b_1"]  # numbers that change nothing
+
+
 def test_a_stated_order_decides():
     names, known = ["a", "b", "c"], {"class_names": ("x", "y", "z")}
     assert ordered(names, stated=("c", "a", "b"), **known) == ["c", "a", "b"]

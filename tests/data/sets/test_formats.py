@@ -212,6 +212,17 @@ def test_images_with_a_table(tmp_path, kind, named):
         assert opened(tmp_path).describe() != found.describe()
 
 
+def test_numbers_that_a_table_writes_as_fractions_are_numbers(tmp_path):
+    """As pandas does with a column that lacked one: class 10.0 came before 2.0."""
+    for i in range(12):
+        write_tree(tmp_path, {f"{i}.png": png(np.full((SIZE, SIZE, 3), i, np.uint8))})
+    rows = [f"{i}.png,{i}.0" for i in range(12)]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    real = ArraySource(np.zeros((12, SIZE, SIZE, 3), np.uint8), np.arange(12), num_classes=12)
+    found = ImageSet(tmp_path, DATASETS["imagenet"], real, ipc=1, image_size=SIZE)
+    assert [int(found.image(i)[0, 0, 0]) for i in range(12)] == list(range(12))
+
+
 def test_a_table_that_names_a_file_that_is_not_there(tmp_path):
     write_tree(tmp_path, tree())
     rows = [{"file_name": name, "label": name.split("/")[0]} for name in tree()]
