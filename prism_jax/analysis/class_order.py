@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+from scipy.special import log_softmax
 from scipy.stats import binom
 
 # A suspicion is reported when chance would bring it about less than once in a million times;
@@ -62,19 +63,31 @@ def confusion(logits_NH: np.ndarray, labels_N: np.ndarray, classes: int) -> np.n
     return counts_KH
 
 
-def assign(counts_KH: np.ndarray, stated_K: np.ndarray | None) -> np.ndarray:
-    """The one-to-one order under which most predictions are right.
+def likelihoods(logits_NH: np.ndarray, labels_N: np.ndarray, classes: int) -> np.ndarray:
+    """The sum over each class's images of the log-softmax of every output: float64 (K, H).
+
+    It also tells outputs apart that are the largest for no image of a class.
+    """
+    sums_KH = np.zeros((classes, logits_NH.shape[1]), np.float64)
+    finite_N = np.isfinite(logits_NH).all(1)
+    for c in np.unique(labels_N[finite_N]):
+        sums_KH[c] = log_softmax(logits_NH[finite_N & (labels_N == c)], axis=1).sum(0)
+    return sums_KH
+
+
+def assign(gain_KH: np.ndarray, stated_K: np.ndarray | None) -> np.ndarray:
+    """The one-to-one order that gains most; with :func:`likelihoods` the likeliest one.
 
     The assignment problem is solved exactly; of equally good orders, one that keeps the stated
     places.
 
     Args:
-      counts_KH: see :func:`confusion`.
+      gain_KH: of each output for each class.
       stated_K: the order the user stated; None: none.
     """
-    gain_KH = counts_KH.astype(np.float64)
+    gain_KH = gain_KH.astype(np.float64)
     if stated_K is not None:
-        # Less than one image, even over all classes.
+        # Less than one image that is not told apart, even over all classes.
         gain_KH[np.arange(len(stated_K)), stated_K] += 0.5 / len(stated_K)
     return linear_sum_assignment(gain_KH, maximize=True)[1]
 
@@ -120,9 +133,9 @@ def find_order(
     """Find out whether the network's classes stand in another order than stated.
 
     First the usual mistakes: each is one fixed order, and is compared with the stated one on the
-    images of the classes it moves. Then the best of all orders, by the assignment problem over
-    the confusion matrix. Chosen among K! it fits any images too well, so the images are halved
-    within each class and either half is judged by the order that the other one gave.
+    images of the classes it moves. Then the likeliest of all orders, by the assignment problem.
+    Chosen among K! it fits any images too well, so the images are halved within each class and
+    either half is judged by the order that the other one gave.
 
     An order is reported where ``far_above`` holds on the images of the classes it moves, and the
     network looks trained under it: classes that a random network confuses are no permutation.
@@ -156,12 +169,12 @@ def find_order(
     right, moved = never.copy(), never.copy()
     for half in (0, 1):
         seen, unseen = half_N == half, half_N != half
-        order_K = assign(confusion(logits_NH[seen], labels_N[seen], classes), best_order)
+        order_K = assign(likelihoods(logits_NH[seen], labels_N[seen], classes), best_order)
         right[unseen] = ranks(logits_NH[unseen], labels_N[unseen], order_K) == 0
         moved[unseen] = best_order is None or (order_K != best_order)[labels_N[unseen]]
     if looks_trained(right, classes) and far_above(right[moved], best[moved], classes):
         best, why = right, None
-        best_order = assign(confusion(logits_NH, labels_N, classes), best_order)
+        best_order = assign(likelihoods(logits_NH, labels_N, classes), best_order)
     if best is stated:
         return None
     assert best_order is not None  # it came with a better reading

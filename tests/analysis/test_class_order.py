@@ -46,6 +46,19 @@ def test_the_assignment_is_the_best_of_all_orders():
     assert greedy_is_worse
 
 
+def test_an_output_that_is_never_the_largest_is_found_too():
+    """By counts alone, any output that is left over would do, and was given."""
+    logits, labels = readings(4, 30, 1.0, [5, 2, 7, 3], head=9)
+    third = labels == 2
+    logits[third, 7] = 15  # of this class it is the second, behind that of another class
+    logits[third, 5] = 20
+    logits[np.flatnonzero(third)[0], 8] = 25  # and once behind one of no class
+    found = class_order.find_order(logits, labels, None, 4)
+    assert found.order_K.tolist() == [5, 2, 7, 3]
+    by_counts = class_order.assign(class_order.confusion(logits, labels, 4), None)
+    assert by_counts.tolist() == [5, 2, 8, 3]  # the twin
+
+
 def test_a_tie_keeps_the_stated_order():
     stated = np.array([2, 0, 3, 1])
     assert (class_order.assign(np.ones((4, 4), np.int64), stated) == stated).all()

@@ -174,6 +174,24 @@ def test_a_larger_head_is_refused_explained_and_searched(capsys, tmp_path, netwo
     assert "no choice of 10 outputs" in err
 
 
+def test_an_output_is_doubted_or_not_named_where_no_image_speaks_for_it(capsys, tmp_path, network):
+    columns = [-1, 4, 8, -1, 0, 2, 9, 7, 1, 3, 6, 5, -1]
+    variables = with_head(network[1], columns)
+    find = [*ON_DIGITS, "--class-indices=find"]
+    _, out, _ = run(capsys, "evaluate", saved(tmp_path / "a.safetensors", variables), *find)
+    assert "not sure" not in out
+    head = variables["params"]["classifier"]
+    head["bias"] = head["bias"].copy()
+    head["bias"][columns.index(3)] -= 12
+    path = saved(tmp_path / "b.safetensors", variables)
+    _, out, _ = run(capsys, "evaluate", path, *find)
+    wanted = ",".join(str(columns.index(c)) for c in range(10))
+    assert f"--class-indices={wanted};" in out
+    assert re.search(r"not sure of 1 classes.*: 3.* look at them first\n +to use it", out)
+    err = refused(capsys, "evaluate", path, *find, "--limit=12")
+    assert re.search(r"\d classes of digits have none among these 12: .*Take more images", err)
+
+
 def test_a_smaller_head_offers_no_indices(capsys, tmp_path, network):
     path = saved(tmp_path / "small.safetensors", with_head(network[1], range(4)))
     for more in ([], ["--class-indices=find"]):

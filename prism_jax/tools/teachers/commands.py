@@ -33,12 +33,14 @@ from prism_jax.tools.teachers.network import FIND, Weights, load_weights, stated
 from prism_jax.tools.teachers.reading import class_names, read_logits
 from prism_jax.tools.teachers.saying import (
     in_words,
+    listed,
     per_class,
     percent,
     say_finding,
     say_normalisation,
     say_order,
     say_weights,
+    unsure,
 )
 from prism_jax.types import Normalisation
 
@@ -144,13 +146,20 @@ def evaluate_command(options: argparse.Namespace) -> None:
     elif weights.num_classes < classes:
         stated_order(*question, None)  # says why it cannot be
 
+    at_N = _chosen(len(source), options.limit)
+    labels_N = np.asarray(source.labels_N)[at_N]
+    absent = np.setdiff1d(np.arange(classes), labels_N)
+    if searched and len(absent):
+        raise UserError(
+            f"--class-indices={FIND} looks for the output of a class by its images, and "
+            f"{len(absent)} classes of {info.name} have none among these {len(at_N)}: "
+            f"{listed(absent, names)}. Take more images (--limit, --path), or state the outputs"
+        )
     say_weights(options, weights)
     started = time.monotonic()
-    at_N = _chosen(len(source), options.limit)
     read = functools.partial(read_logits, weights, source, batch_size=options.batch_size)
     logits_NH = read(at_N, normalisation, title="evaluate")
     seconds = time.monotonic() - started
-    labels_N = np.asarray(source.labels_N)[at_N]
     official = info.class_names if classes == info.num_classes else None
     known = {"class_names": names, "official_names": official}
     finding = find_order(logits_NH, labels_N, order_K, classes, **known)
@@ -166,7 +175,7 @@ def evaluate_command(options: argparse.Namespace) -> None:
             f"the classes are among the outputs: top-1 {percent(finding.top1)} on images "
             "that were not used to find them"
         )
-        say_order(options, order_K)
+        say_order(options, order_K, unsure(order_K, logits_NH, labels_N, names))
 
     assert order_K is not None  # stated or found
     rank_N = ranks(logits_NH, labels_N, order_K)

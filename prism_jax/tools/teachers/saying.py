@@ -66,24 +66,48 @@ def say_finding(options, finding: Finding, stated_K, logits_NH, labels_N, names,
     for c in surest[(order_K != stated_K)[surest]][:3]:
         output = _class(order_K[c], names) if same else str(order_K[c])
         progress.say(f"  your class {_class(c, names)} looks like the network's class {output}")
-    say_order(options, order_K)
+    doubt = None if finding.why else unsure(order_K, logits_NH, labels_N, names)
+    say_order(options, order_K, doubt)
 
 
-def say_order(options: argparse.Namespace, order_K: np.ndarray) -> None:
-    """Say how to use an order, and write it where that was asked for."""
-    listed = ",".join(map(str, order_K))
+def unsure(
+    order_K: np.ndarray, logits_NH: np.ndarray, labels_N: np.ndarray, names: Sequence[str] | None
+) -> str | None:
+    """The classes for most of whose images another output is the largest; None: there are none."""
+    counts_KH = confusion(logits_NH, labels_N, len(order_K))
+    own_K = counts_KH[np.arange(len(order_K)), order_K]
+    few = np.flatnonzero(2 * own_K < np.bincount(labels_N, minlength=len(order_K)))
+    if not len(few):
+        return None
+    return (
+        f"it is not sure of {len(few)} classes, for most of whose images another output is the "
+        f"largest: {listed(few, names)}; look at them first"
+    )
+
+
+def listed(some: np.ndarray, names: Sequence[str] | None) -> str:
+    """Classes by number and name, the first ten."""
+    shown = ", ".join(_class(c, names) for c in some[:10])
+    return shown + (", ..." if len(some) > 10 else "")
+
+
+def say_order(options: argparse.Namespace, order_K: np.ndarray, doubt: str | None) -> None:
+    """Say how to use an order, and what to doubt of it; write it where that was asked for."""
+    if doubt:
+        progress.say(f"  {doubt}")
+    indices = ",".join(map(str, order_K))
     if np.array_equal(order_K, np.arange(len(order_K))) and not options.save_order:
         progress.say("  to use it: leave out --class-indices (and networks.NAME.class_indices)")
         return
     if options.save_order:
         workdir.write_json(options.save_order, order_K.tolist())
-        listed = options.save_order
-        progress.say(f"  the order is in {listed}")
+        indices = options.save_order
+        progress.say(f"  the order is in {indices}")
     elif len(order_K) > 100:
-        listed = "FILE"
+        indices = "FILE"
         progress.say("  add --save-order=FILE to have the order in a file")
     progress.say(
-        f"  to use it: --class-indices={listed}; in a config networks.NAME.class_indices; or put "
+        f"  to use it: --class-indices={indices}; in a config networks.NAME.class_indices; or put "
         "the images into the network's order"
     )
 
