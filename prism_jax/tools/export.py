@@ -31,12 +31,14 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from scipy.special import softmax
 
 from prism_jax import parallel
 from prism_jax.analysis import words
-from prism_jax.config import ANCHOR_CONTROLS, SOFT_CONTROLS
+from prism_jax.config import ANCHOR_CONTROLS, SOFT_CONTROLS, restore
 from prism_jax.data import image_set, workdir
 from prism_jax.data.datasets import DATASETS, DatasetInfo
+from prism_jax.data.exchange import ImageSet
 from prism_jax.data.label_store import MANIFEST, LabelReader
 from prism_jax.data.lazy import Images
 from prism_jax.data.sets import dd_ranking, fkd, folder, npz, parquet
@@ -47,6 +49,9 @@ from prism_jax.errors import UserError
 from prism_jax.labelling import drawn
 from prism_jax.main import joined
 from prism_jax.paths import at_home
+from prism_jax.stages.fingerprints import LATER
+from prism_jax.stages.imported import OF_THE_SET
+from prism_jax.stages.inputs import Inputs
 from prism_jax.tools import cli
 from prism_jax.types import Mix, SoftLabels, View
 
@@ -130,6 +135,9 @@ def export(
     reader, how = _labels(root, ran, provenance, control)
     if reader is not None and form in WITHOUT_MEANS:
         how["what"] = WITHOUT_MEANS[form]
+    soft = None
+    if form not in WITHOUT_MEANS:
+        soft = _of_the_set(root, ran, control) if reader is None else mean_soft_labels(reader)
     classes = class_table(
         DATASETS.get(ran["experiment"]["dataset"]["name"]),
         *(provenance[key] for key in ("num_classes", "class_names", "imagenet_indices")),
@@ -146,7 +154,7 @@ def export(
         labels,
         classes,
         ipc=provenance["ipc"],
-        soft_NK=None if reader is None or form in WITHOUT_MEANS else mean_soft_labels(reader),
+        soft_NK=soft,
         weights_N=None if weights is None else np.array(weights, np.float32),
         reader=reader,
         drawn=shown,
@@ -278,7 +286,11 @@ def _labels(
 ) -> tuple[LabelReader | None, dict[str, Any]]:
     """The stored soft labels of the set, and how they were made."""
     folder = (root if control is None else root / "controls" / control) / "relabel"
-    if control is None and (where := ran["experiment"]["relabel"].get("labels_from")):
+    where = ran["experiment"]["relabel"].get("labels_from")
+    if control is None and where == OF_THE_SET:
+        what = "softmax of the one label per image that came with the imported set"
+        return None, {"what": what}
+    if control is None and where:
         return None, {"what": f"none, relabel.labels_from={where} reads labels made elsewhere"}
     settings = ran["experiment"]["relabel"]
     if settings["mode"] == "online":  # what may be there is of other settings
@@ -303,6 +315,34 @@ def _labels(
     if (mix := manifest["view"].get("mix", "none")) != "none":
         what += f"; the views are mixed ({mix}) with other images of the set"
     return reader, {"what": what, **manifest}
+
+
+def _of_the_set(root: epath.Path, ran: dict[str, Any], control: str | None) -> np.ndarray | None:
+    """The labels that came with an imported set, as probabilities: float32 (N, K).
+
+    None: the students of the set to be exported learned from others.
+
+    Raises:
+      UserError: the set is not there any more, or is another one.
+    """
+    if control is not None or ran["experiment"]["relabel"].get("labels_from") != OF_THE_SET:
+        return None
+    inputs = Inputs(restore(ran["experiment"], LATER))
+    try:
+        source = inputs.start
+        there = inputs.fields(source)
+        said = (workdir.read_fingerprint(root / "recover") or {}).get("data", {})
+        # Versions add keys.
+        if any(there[key] != value for key, value in said.items() if key in there):
+            raise UserError(f"{inputs.config.recover.initialise_from} is another set now")
+        logits_NK = source.soft_NK if isinstance(source, ImageSet) else None
+    except UserError as error:
+        raise UserError(
+            f"{error}. The soft labels of {root} are those of that set (relabel.labels_from=set): "
+            "have it there again, or export with --format=folder, which holds none"
+        ) from error
+    assert logits_NK is not None  # students learned from them
+    return softmax(logits_NK.astype(np.float64), axis=1).astype(np.float32)
 
 
 def mean_soft_labels(reader: LabelReader) -> np.ndarray:

@@ -352,6 +352,35 @@ def test_views_that_fkd_has_no_place_for_are_refused(finished, tmp_path):
     assert not (tmp_path / "set").exists()
 
 
+def test_labels_that_came_with_a_set_go_out_with_it(made, reference, tmp_path, capsys):
+    """They were left out, in every format, as those of other views are."""
+    root, given, to = tmp_path / "run", made("npz"), tmp_path / "again"
+    status, _, err = call(
+        TINY, f"--workdir={root}", f"--from={reference}", "--config.recover.initialise=folder",
+        "--config.recover.iterations=0", "--config.recover.pool=()", "--config.relabel.mix=none",
+        f"--config.recover.initialise_from={given}", "--config.relabel.labels_from=set",
+        "--stages=squeeze,recover,relabel",
+    )  # fmt: skip
+    assert status == 0, err
+    export.export(root, to, form="npz")
+    assert "soft labels: softmax of the one label per image" in capsys.readouterr().out
+    wanted, found = (np.load(folder / "set.npz") for folder in (given, to))
+    np.testing.assert_array_equal(found["images"], wanted["images"])
+    np.testing.assert_allclose(found["soft_labels"], wanted["soft_labels"], atol=1e-6)
+    assert json.loads(str(found["provenance"]))["soft_labels"]["what"].startswith("softmax")
+    with pytest.raises(export.UserError, match="soft labels of every view; this run has none"):
+        export.export(root, tmp_path / "fkd", form="fkd")
+    # The labels are in the set alone: another one, or none, is seen.
+    changed = dict(wanted, images=255 - wanted["images"])
+    np.savez(given / "set.npz", **changed)
+    with pytest.raises(export.UserError, match="is another set now. The soft labels of"):
+        export.export(root, tmp_path / "other", form="npz")
+    shutil.rmtree(given)
+    with pytest.raises(export.UserError, match="there is no folder .*have it there again"):
+        export.export(root, tmp_path / "none")
+    export.export(root, tmp_path / "folder", form="folder")
+
+
 # --- used as any set --------------------------------------------------------------------------
 
 
