@@ -24,6 +24,7 @@ from prism_jax.data.sets.base import (
     pixel_stamp,
     tables_beside,
 )
+from prism_jax.data.sets.columns import least_agreement
 from prism_jax.data.sets.floats import MEAN, STD, WHITENING, to_pixels
 from prism_jax.data.sources import ImageSource
 from prism_jax.errors import UserError
@@ -138,11 +139,20 @@ def _labels(
         note = "its hard labels are the largest of the soft ones"
         return numbers, True, largest, soft, [note]
     share = float((largest == in_turn).mean())
-    note = (
-        f"its images stand class after class, which the soft labels say of {share:.0%} of them "
-        f"({1 / num_classes:.1%} would be chance)"
+    said = f"which the soft labels say of {share:.0%} of them ({1 / num_classes:.1%} is chance)"
+    if share >= least_agreement(num_classes, count):
+        return numbers, True, in_turn, soft, [f"its images stand class after class, {said}"]
+    if (np.bincount(largest) == count // num_classes).all():
+        note = (
+            f"its images do not stand class after class, {said}; its hard labels are the largest "
+            "of the soft ones, as many of each class"
+        )
+        return numbers, True, largest, soft, [note]
+    raise UserError(
+        f"{file}: which image is of which class is not known. They do not stand class after class, "
+        f"{said}, and the largest soft labels are not as many of each class. Sort images and "
+        "labels by class, or save the classes as labels, integers in place of soft ones"
     )
-    return numbers, True, in_turn, soft, [note]
 
 
 def _described(folder: str) -> tuple[Stated, list[str]]:

@@ -543,6 +543,24 @@ def test_one_soft_label_per_image(tmp_path, probabilities):
     np.testing.assert_allclose(back, odds, rtol=1e-5)
 
 
+def test_soft_labels_say_the_classes_of_images_in_another_order(tmp_path):
+    """They were taken class after class, whatever the labels said."""
+    soft = np.full((6, 3), 0.05) + 0.85 * np.eye(3)[LABELS]
+    turn = np.array([2, 4, 0, 3, 1, 5])  # no image in its place, but the last
+    write_tensors(tmp_path, images=PIXELS[turn], labels=soft[turn])
+    found = opened(tmp_path)
+    assert any("do not stand class after class" in note for note in found.notes)
+    shown, labels = read_all(found)
+    at = [int(np.flatnonzero((PIXELS == x).all((1, 2, 3)))[0]) for x in shown]
+    assert LABELS[at].tolist() == labels.tolist() == found.soft_NK.argmax(1).tolist()
+    write_tensors(tmp_path, images=PIXELS, labels=soft[[2, 2, 5, 3, 1, 0]])
+    with pytest.raises(UserError, match=r"which image .* is not known.* say of 17%.*Sort images"):
+        opened(tmp_path)
+    soft[0] = soft[5]  # the twin: one label of six is wrong, in place
+    write_tensors(tmp_path, images=PIXELS, labels=soft)
+    assert any("class after class, which the" in note for note in assert_same(tmp_path).notes)
+
+
 def test_sets_of_mtt_and_datm(tmp_path):
     folder = write_tensors(tmp_path / "best", images_best=FLOATS, labels_best=LABELS)
     with pytest.raises(UserError, match="whitened where they were made with --zca"):
