@@ -27,7 +27,7 @@ from prism_jax.data.datasets import DATASETS
 from prism_jax.data.weight_files import foreign
 from prism_jax.errors import UserError
 from prism_jax.models import build, import_torch, lookup
-from prism_jax.models.fitting import compare, fit, guess_architecture
+from prism_jax.models.fitting import compare, fit, guess_architecture, lacks_head
 from prism_jax.models.layouts import rename
 from prism_jax.models.registry import check_image_size
 from prism_jax.models.selection import select
@@ -78,8 +78,8 @@ def load(
       path: see the module.
       architecture, num_classes, image_shape, width, depth, stem: as for ``fitting.fit``.
       key: see ``read``.
-      head: variables of this architecture, whose head is taken where the weights' has other
-        classes; None: then they do not fit.
+      head: variables of this architecture, whose head is taken where the weights have none, or
+        one of other classes; None: then they do not fit.
       say: is told how a file was read.
 
     Returns:
@@ -102,6 +102,10 @@ def load(
         raise UserError(f"{path} was made with {'; '.join(wrong)}: state what it was made with")
     tensors = found.tensors
     if head is not None:
+        if absent := lacks_head(tensors, **asked, form=form):
+            ours = import_torch.to_state_dict(head)
+            tensors = {**tensors, **{name: ours[name] for name in absent}}
+            say(f"{path}: it has no head; a new one of {num_classes} classes is drawn")
         others = compare(tensors, **asked, form=form)
         if others is not None and others.only_classes is not None:
             ours = import_torch.to_state_dict(head)

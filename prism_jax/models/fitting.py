@@ -88,10 +88,32 @@ def fit(
                 "It lacks BatchNorm's running statistics, without which the network is another: "
                 "save the whole state_dict(), buffers too (of Flax, batch_stats beside params)."
             )
+        if lacks_head(tensors, architecture, num_classes, image_shape, form):
+            hints.append(
+                "Only the head is missing: in a config networks.NAME.start_from in place of "
+                "checkpoint draws a new one and trains the network."
+            )
     hints += [f"{also}."] if also else []
     if not hints:
         hints.append("State the architecture, width, depth and stem it was trained with.")
     raise UserError(_misfit(path, architecture, tensors, leaves, misshapen, hints))
+
+
+def lacks_head(
+    tensors: dict[str, np.ndarray],
+    architecture: str,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    form: dict[str, Any],
+) -> set[str]:
+    """The names of a network's head, where tensors lack some of it and nothing else; else none."""
+    ours, more = (
+        torch_leaves(variable_shapes(build(architecture, classes, **form), image_shape))
+        for classes in (num_classes, num_classes + 1)
+    )
+    head = {name for name, leaf in ours.items() if leaf.torch_shape != more[name].torch_shape}
+    missing = ours.keys() - tensors.keys()
+    return head if missing and missing <= head and tensors.keys() <= ours.keys() else set()
 
 
 class Others(NamedTuple):

@@ -118,6 +118,28 @@ def test_a_head_of_other_classes_is_replaced_where_one_is_given(network, tmp_pat
     assert "another size" in refused(path, classes=4, head=fresh, shape=(32, 32, 3))
 
 
+def test_weights_without_a_head_get_the_new_one(network, tmp_path):
+    """Backbones of self-supervised training: the head would be drawn anew in any case."""
+    fresh, said = random_variables(network[0], SHAPE, 1), []
+    tensors = to_state_dict(network[1])
+    bare = {name: t for name, t in tensors.items() if not name.startswith("classifier")}
+    assert len(tensors) - len(bare) == 2
+    path = tmp_path / "bare.npz"
+    np.savez(path, **{f"backbone.{name}": tensor for name, tensor in bare.items()})
+    loaded = load(path, head=fresh, say=said.append)
+    assert said[-1] == f"{path}: it has no head; a new one of 10 classes is drawn"
+    found, drawn = to_state_dict(loaded), to_state_dict(fresh)
+    for name, tensor in found.items():
+        wanted = (bare if name in bare else drawn)[name]
+        np.testing.assert_array_equal(tensor, wanted)
+    assert "Only the head is missing: in a config networks.NAME.start_from" in refused(path)
+    # The twin: something else is missing, too.
+    np.savez(path, **dict(list(bare.items())[1:]))
+    with pytest.raises(UserError, match="tensors missing from the file"):
+        load(path, head=fresh, say=said.append)
+    assert "Only the head" not in refused(path)
+
+
 def test_a_key_is_for_files_with_several_networks(network, tmp_path):
     for write in (as_teacher, as_tree, as_step):
         path = write(tmp_path / write.__name__, network[1])
