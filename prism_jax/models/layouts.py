@@ -114,6 +114,10 @@ LAYOUTS: dict[str, Layout] = {
     "torchvision": Layout(),
     "timm": Layout(),  # also for resnets and densenets, whose names are torchvision's
     "cifar": Layout(),
+    "cifar_fc": Layout(r"^fc\.", ((r"^fc\.", "linear."),)),
+    "kuangliu": Layout(  # pytorch-cifar's, with the small stem
+        r"^linear\.", ((r"^linear\.", "fc."), (r"^(layer\d\.\d+)\.shortcut\.", r"\1.downsample."))
+    ),
     "condensation": Layout(),
     "densenet_2017": Layout(
         rules=((r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2."),),

@@ -102,7 +102,11 @@ def _row(make, parameters: int, batch_norms: int, first_bn: str | None, **known)
     )
 
 
-_RESNET = {"family": "resnet", "paper": "1512.03385"}
+_RESNET = {
+    "family": "resnet",
+    "paper": "1512.03385",
+    "weights": ("torchvision", "kuangliu"),
+}
 _CIFAR = {
     "min_image_size": dict.fromkeys(STEMS, 8),
     "classes": 10,
@@ -120,7 +124,8 @@ _VIT = {"min_image_size": {"imagenet": 16, "small": 4}, "weights": ("timm",)}
 
 def _cifar_resnet(blocks: int, parameters: int) -> Architecture:
     make = partial(CifarResNet, blocks=blocks)
-    return _row(make, parameters, 6 * blocks + 1, "bn1", **_RESNET, **_CIFAR)
+    known = {**_RESNET, **_CIFAR, "weights": ("cifar", "cifar_fc")}
+    return _row(make, parameters, 6 * blocks + 1, "bn1", **known)
 
 
 ARCHITECTURES: dict[str, Architecture] = {

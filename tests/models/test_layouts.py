@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from prism_jax.data import weights
-from prism_jax.models import ARCHITECTURES, build, layouts
+from prism_jax.errors import UserError
+from prism_jax.models import ARCHITECTURES, build, import_torch, layouts
 
 
 def names(architecture, *given):
@@ -105,6 +106,16 @@ def names(architecture, *given):
             },
         ),
         (
+            "resnet18",
+            {
+                "layer2.0.shortcut.0.weight": "layer2.0.downsample.0.weight",
+                "layer2.0.shortcut.1.running_var": "layer2.0.downsample.1.running_var",
+                "linear.weight": "fc.weight",
+                "layer1.0.conv1.weight": "layer1.0.conv1.weight",
+            },
+        ),
+        ("resnet20", {"fc.weight": "linear.weight", "layer1.0.bn1.bias": "layer1.0.bn1.bias"}),
+        (
             "vgg11_bn",
             {"pre_logits.fc2.weight": "classifier.3.weight", "head.fc.bias": "classifier.6.bias"},
         ),
@@ -116,9 +127,9 @@ def test_names_of_other_code_bases(architecture, renamed):
 
 def test_our_own_names_stay_and_counters_go():
     for architecture in ARCHITECTURES:
-        assert names(architecture, "features.0.0.weight", "stem.0.weight", "fc.bias") == [
-            "features.0.0.weight", "stem.0.weight", "fc.bias",
-        ]  # fmt: skip
+        head = "linear.bias" if "cifar_fc" in ARCHITECTURES[architecture].weights else "fc.bias"
+        ours = ["features.0.0.weight", "stem.0.weight", head]
+        assert names(architecture, *ours) == ours
     index = "layers.0.blocks.1.attn.relative_position_index"
     assert names("swin_tiny", "norm.weight", index) == ["norm.weight"]
 
@@ -126,6 +137,38 @@ def test_our_own_names_stay_and_counters_go():
 def test_layouts_are_known():
     named = {layout for row in ARCHITECTURES.values() for layout in row.weights}
     assert named == set(layouts.LAYOUTS)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "stem", "theirs"),
+    [
+        ("resnet18", "small", (("fc", "linear"), ("downsample", "shortcut"))),
+        ("resnet50", "small", (("fc", "linear"), ("downsample", "shortcut"))),
+        ("resnet20", "imagenet", (("linear", "fc"),)),
+    ],
+)
+def test_files_of_cifars_resnets_under_other_names(architecture, stem, theirs, tmp_path):
+    shape = (32, 32, 3)
+    module = build(architecture, 10, width=0.0625, stem=stem)
+    like = import_torch.variable_shapes(module, shape)
+    draw = np.random.default_rng(0)
+    variables = jax.tree.map(lambda s: draw.normal(size=s.shape).astype(np.float32), like)
+    tensors = {}
+    for name, tensor in import_torch.to_state_dict(variables).items():
+        for ours, other in theirs:
+            name = name.replace(ours, other)
+        tensors[f"net.module.{name}"] = tensor
+    asked = {"image_shape": shape, "width": 0.0625}
+    path = str(tmp_path / "w.npz")
+    np.savez(path, **tensors)
+    loaded = weights.load(path, architecture, 10, stem=stem, **asked)
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded, variables))
+    if stem == "small":  # the twin: the same file as a network of the large stem
+        with pytest.raises(UserError, match="It fits with --stem=small"):
+            weights.load(path, architecture, 10, **asked)
+    np.savez(path, **{n: t for n, t in tensors.items() if not n.endswith("conv1.weight")})
+    with pytest.raises(UserError, match="tensors missing from the file"):
+        weights.load(path, architecture, 10, stem=stem, **asked)
 
 
 TIMM = {

@@ -356,7 +356,7 @@ def test_list_names_and_table(capsys):
     (row,) = (line for line in out.splitlines() if line.startswith("resnet18 "))
     assert row.split() == [
         *("resnet18", "resnet", "11,689,512", "20", "bn1", "32", "/", "8"),
-        *("torchvision", "1512.03385"),
+        *("torchvision,", "1512.03385"),
     ]
     assert max(map(len, out.splitlines())) <= 120
     for name in ARCHITECTURES:
