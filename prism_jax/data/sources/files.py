@@ -6,7 +6,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -57,7 +57,9 @@ def open_folder(info: DatasetInfo, path: str | None, split: str, size: int) -> I
             return file.read()
 
     others = kinds.Others(list)
-    files = _labelled(walk(root, others), others, classes, opened, root, expected)
+    there = {os.path.basename(at): _folders(at) for at in roots if os.path.isdir(at)}
+    instead = _instead(os.path.basename(root), there, classes)
+    files = _labelled(walk(root, others), others, classes, opened, root, expected, instead)
 
     def states() -> list[tuple[str, int, int]]:
         return [file_state(os.path.join(root, path)) for path in files.paths]
@@ -121,7 +123,13 @@ def open_tar(info: DatasetInfo, path: str | None, split: str, size: int) -> Imag
     def opened(name: str) -> BinaryIO:
         return io.BytesIO(tars.read(path, place(name), limit=_HEAD))
 
-    files = _labelled(tree, others, classes or None, opened, path, expected)
+    there = {
+        name: {inside.split("/")[0] for inside in trees[name] if "/" in inside}
+        for name in names
+        if name in trees
+    }
+    instead = _instead(found, there, classes)
+    files = _labelled(tree, others, classes or None, opened, path, expected, instead)
     members = [tree.get(name, name) for name in files.paths]
     places = [place(name) for name in files.paths]
 
@@ -315,6 +323,21 @@ def class_order(names: Sequence[str] | set[str]) -> list[str]:
     return as_text
 
 
+def _instead(taken: str, there: Mapping[str, Iterable[str]], classes: Iterable[str] | None) -> str:
+    """What to do where a split has no classes and one that stands back for it has them.
+
+    Args:
+      taken: the name of the split.
+      there: those that it could be, with their folders.
+      classes: of the training split.
+    """
+    wanted = set(classes or ())
+    for name, folders in there.items():
+        if name != taken and wanted and wanted <= set(folders):
+            return f"{name}/ has these classes: rename {taken}/, or remove it; "
+    return ""
+
+
 def _labelled(
     paths: Iterable[str],
     others: kinds.Others,
@@ -322,6 +345,7 @@ def _labelled(
     opened: Callable[[str], BinaryIO],
     root: str,
     expected: str,
+    instead: str,
 ) -> _Files:
     """The images among the files of a split, in ImageFolder's order, with labels.
 
@@ -331,6 +355,7 @@ def _labelled(
       train_classes: the folders of the training split; None: there is none.
       opened: opens a file of the split.
       root, expected: for messages.
+      instead: what is said before the latter of a split without its classes.
     """
     paths = list(paths)
     class_of = _classified(paths, opened)
@@ -345,11 +370,12 @@ def _labelled(
         folder, _, file = path.rpartition("/")
         if cls not in images:
             raise UserError(
-                f"{root}/{cls} is a class that the training split does not have; {expected}"
+                f"{root}/{cls} is a class that the training split does not have; {instead}"
+                f"{expected}"
             )
         images[cls].append((folder, file))
     if not classes:
-        raise UserError(f"{root} has no class folders; {expected}")
+        raise UserError(f"{root} has no class folders; {instead}{expected}")
     if nameless := [cls for cls in classes if not is_text(cls)]:
         raise UserError(
             f"{root} has a class folder whose name is no UTF-8, {os.fsencode(nameless[0])!r}; "
@@ -358,7 +384,7 @@ def _labelled(
     if empty := [cls for cls in classes if not images[cls]]:
         raise UserError(
             f"{root} has no image for {len(empty)} of {len(classes)} classes "
-            f"({', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}); {expected}"
+            f"({', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}); {instead}{expected}"
         )
     ordered = [(cls, *at) for cls in classes for at in sorted(images[cls])]
     paths = [f"{folder}/{file}" if folder else file for _, folder, file in ordered]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import tarfile
 import warnings
 
@@ -245,6 +246,31 @@ def test_trees_that_cannot_be_right_are_refused(tmp_path):
     root = write_tree(tmp_path / "e", classes=[f"c{i:02d}" for i in range(11)])
     with pytest.raises(UserError, match="holds 11 classes, but imagenette has 10"):
         open_source(name="imagenette", source="folder", path=root, split="train", image_size=8)
+
+
+@pytest.mark.parametrize("source", ["folder", "tar"])
+@pytest.mark.parametrize("around", ["", "test/"])
+def test_a_test_split_without_classes_that_hides_a_good_one_is_said(tmp_path, source, around):
+    """As Kaggle's competitions have it: images whose classes are secret."""
+    root = write_tree(tmp_path / "set", splits=["train", "val"])
+    (root / "test" / around).mkdir(parents=True)
+    for i in range(3):
+        image = encoded(random_pixels(8, 8, 3, seed=i))
+        (root / "test" / around / f"{i}.png").write_bytes(image)
+
+    def opened():
+        path = root if source == "folder" else write_tar(root, tmp_path / "set.tar")
+        return open_source(name="own", source=source, path=path, split="test", image_size=8)
+
+    with pytest.raises(UserError, match="val/ has these classes: rename test/, or remove it; "):
+        opened()
+    (root / "val" / "n01").rename(root / "val" / "n07")  # the twin: it has not
+    with pytest.raises(UserError) as caught:
+        opened()
+    assert "has these classes" not in str(caught.value)
+    (root / "val" / "n07").rename(root / "val" / "n01")
+    shutil.rmtree(root / "test")
+    assert len(opened()) == 6
 
 
 @pytest.mark.parametrize("source", ["folder", "tar"])
