@@ -100,6 +100,10 @@ def _made_so(images: np.ndarray) -> str:
     """What makes images of arrays that are none, where that can be seen."""
     if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[-1] not in (1, 3):
         return ": channels come last, images.transpose(0, 2, 3, 1)"
+    if images.ndim == 4 and images.shape[-1] == 4:
+        return ": of red, green, blue and opacity leave the last out, images[..., :3]"
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+        return ""  # another dtype would not help
     if images.dtype.kind in "iuf" and images.size and 0 <= images.min() <= images.max() <= 255:
         fraction = images.dtype.kind == "f" and images.max() <= 1
         return f": {'(images * 255)' if fraction else 'images'}.round().astype('uint8')"

@@ -41,6 +41,26 @@ def test_digits_split_is_fixed_stratified_and_disjoint():
     assert test.labels_N.dtype == np.int32
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "said"),
+    [
+        ((2, 8, 8, 4), np.uint8, "leave the last out, images[..., :3]"),
+        ((2, 8, 8, 4), np.float32, "leave the last out, images[..., :3]"),
+        ((2, 3, 8, 8), np.uint8, "images.transpose(0, 2, 3, 1)"),
+        ((2, 8, 8, 3), np.float32, "(images * 255).round().astype('uint8')"),
+        ((2, 8, 8, 3), np.int64, "images.round().astype('uint8')"),
+        ((2, 8, 8, 5), np.uint8, None),
+        ((2, 192), np.int64, None),
+    ],
+)
+def test_arrays_that_are_no_images_are_refused_with_what_makes_them_so(shape, dtype, said):
+    """A remedy that does not help is none: other numbers of another shape."""
+    with pytest.raises(UserError) as caught:
+        ArraySource(np.ones(shape, dtype), np.arange(2), num_classes=2)
+    _, _, remedy = str(caught.value).partition("(N, H, W, 1 or 3)")
+    assert (said in remedy) if said else remedy == ""
+
+
 def test_digits_are_resized_bilinearly():
     small, large = digits("test", 8), digits("test", 16)
     wanted = Image.fromarray(small.image(5)[..., 0]).resize((16, 16), Image.Resampling.BILINEAR)
