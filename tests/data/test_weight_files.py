@@ -91,9 +91,10 @@ def test_views_of_a_storage(tmp_path, monkeypatch):
     beyond = Stored("0", base[2:8].reshape(2, 3), rebuild, offset=9, stride=(1, 2))
     # A stride of zero: a tensor of any size within one element.
     endless = Stored("0", np.broadcast_to(base[:1], (2**40,)), rebuild, stride=(0,))
-    for wrong in (beyond, endless):
+    expand = "repeats 12 numbers .* save it with .contiguous"
+    for wrong, said in ((beyond, "beyond its storage"), (endless, expand)):
         path = zipped({"w": base}, {"w": wrong}, kind, tmp_path / "beyond.pth")
-        with pytest.raises(UserError, match="beyond its storage"):
+        with pytest.raises(UserError, match=said):
             read_all(path)
 
 

@@ -163,6 +163,11 @@ def _tensor(storage: tuple[np.dtype, bytes], offset: int, shape, stride, *_: Any
     size = math.prod(shape)
     sound = min((offset, *shape, *stride)) >= 0
     if not sound or (size and offset + reach >= len(values)) or size > len(values):
+        if sound and 0 in stride and offset + reach < len(values):
+            raise UserError(
+                f"a tensor of shape {tuple(shape)} repeats {len(values)} numbers (torch's expand), "
+                "which is not read; save it with .contiguous()"
+            )
         raise EOFError(f"a tensor of shape {tuple(shape)} reaches beyond its storage")
     strides = [s * values.itemsize for s in stride]
     return np.lib.stride_tricks.as_strided(values[offset:], tuple(shape), strides).copy()

@@ -415,6 +415,11 @@ def _array(tensor: Tensor, storage: bytes) -> np.ndarray:
     sound = min((tensor.offset, *tensor.shape, *tensor.stride)) >= 0
     size = math.prod(tensor.shape)
     if not sound or (size and tensor.offset + reach >= len(values)) or size > len(values):
+        if sound and 0 in tensor.stride and tensor.offset + reach < len(values):
+            raise UserError(
+                f"a tensor of shape {tensor.shape} repeats {len(values)} numbers (torch's expand), "
+                "which is not read; save it with .contiguous()"
+            )
         raise EOFError(f"tensor of shape {tensor.shape} reaches beyond its storage")
     strides = [s * tensor.dtype.itemsize for s in tensor.stride]
     return np.lib.stride_tricks.as_strided(values[tensor.offset :], tensor.shape, strides).copy()

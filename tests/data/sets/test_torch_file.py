@@ -150,6 +150,11 @@ def test_damage_is_named(tmp_path):
     _zip(path, pickled, [data[:-8]])  # the twin: a storage that lost a number
     with pytest.raises(UserError, match="reaches beyond its storage"):
         torch_file.load(path)
+    one, none = (b"(\x8a\x01%ct" % stride for stride in (1, 0))
+    assert one in pickled
+    _zip(path, pickled.replace(one, none), [data[:8]])  # expand(100) of a number is no damage
+    with pytest.raises(UserError, match="repeats 1 numbers .* save it with .contiguous"):
+        torch_file.load(path)
     path.write_bytes(b"\x80\x02l...")
     with pytest.raises(UserError, match="is not written by torch.save; load it in the program"):
         torch_file.load(path)
