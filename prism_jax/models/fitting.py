@@ -93,6 +93,12 @@ def fit(
                 "Only the head is missing: in a config networks.NAME.start_from in place of "
                 "checkpoint draws a new one and trains the network."
             )
+    if _ends_in_full(tensors):
+        hints.append(
+            "It is narrower than width 1 and has all 1,280 channels at its end, as torchvision's "
+            "and timm's have; prism_jax's narrow networks have fewer there, and such files are not "
+            "read: take weights of width 1 or more."
+        )
     hints += [f"{also}."] if also else []
     if not hints:
         hints.append("State the architecture, width, depth and stem it was trained with.")
@@ -266,6 +272,21 @@ def _misshapen(tensors: dict[str, np.ndarray], leaves: dict[str, Leaf]) -> dict[
         for name, leaf in leaves.items()
         if name in tensors and tensors[name].shape != leaf.torch_shape
     }
+
+
+def _ends_in_full(tensors: dict[str, np.ndarray]) -> bool:
+    """Whether it is a narrow MobileNetV2 or MnasNet of others: only its last layers are not."""
+    ends = (
+        ("features.0.0.weight", "features.18.0.weight"),
+        ("layers.0.weight", "layers.14.weight"),
+    )
+    return any(
+        first in tensors
+        and last in tensors
+        and len(tensors[first]) < 32
+        and len(tensors[last]) == 1280
+        for first, last in ends
+    )
 
 
 def _hints(others: Others, num_classes: int, image_shape: tuple[int, int, int]) -> list[str]:
