@@ -11,6 +11,7 @@ Nothing in them is ever run, and nothing is written.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,6 +38,14 @@ WEIGHTS = "weights.safetensors"
 RECORD = "record.json"
 FILES = (".pth", ".pt", ".th", ".ckpt", ".bin", ".safetensors", ".msgpack", ".npz", ".index.json")
 STATED = ("architecture", "width", "depth", "stem")  # what a record says of a network's form
+
+# Names of networks that differ in what no tensor shows, and what to say of them.
+_UNSEEN = {
+    "tf_": "named as TensorFlow's networks, which pad more on the right and below, and whose "
+    "BatchNorm has an epsilon of 0.001: tensors show neither, and ours has neither. Evaluate it",
+    "resnet(aa|blur)": "named as networks that blur before they take every second pixel, which "
+    "tensors do not show and ours does not do. Evaluate it",
+}
 
 
 class Found(NamedTuple):
@@ -194,6 +203,7 @@ def _read_file(
         named = ", ".join(contents.skipped[:4]) + (", ..." if len(contents.skipped) > 4 else "")
         notes.append(f"beside the weights it names {named}; nothing of that was run")
     name = epath.Path(path).name
+    notes += [note for sign, note in _UNSEEN.items() if re.match(sign, name)]
     suspicion = weight_files.other_hash(name, sha)
     if suspicion:
         notes.append(f"{suspicion} (if it is a date, this is as it should be)")

@@ -140,6 +140,23 @@ def test_weights_without_a_head_get_the_new_one(network, tmp_path):
     assert "Only the head" not in refused(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("tf_efficientnet_b0_ns.npz", "epsilon of 0.001"),
+        ("resnetaa50_a1h.npz", "blur before"),
+        ("resnetblur50.npz", "blur before"),
+        ("resnet50.npz", None),
+        ("not_tf_x.npz", None),
+    ],
+)
+def test_what_no_tensor_shows_is_said_by_a_files_name(network, tmp_path, name, said):
+    notes = []
+    np.savez(tmp_path / name, **to_state_dict(network[1]))
+    load(tmp_path / name, say=notes.append)
+    assert [said in note for note in notes if "ours" in note] == ([True] if said else [])
+
+
 def test_a_key_is_for_files_with_several_networks(network, tmp_path):
     for write in (as_teacher, as_tree, as_step):
         path = write(tmp_path / write.__name__, network[1])
