@@ -50,9 +50,35 @@ def check(context: Context) -> None:
             "differently; choose another validate.loss"
         )
     if config.relabel.labels_from == OF_THE_SET:
-        _soft_of_set(context)
-        if source.soft_note and parallel.is_main():
-            context.say(source.soft_note)
+        soft_NK = _soft_of_set(context)
+        if parallel.is_main():
+            _say_of_soft(context, source, soft_NK)
+
+
+def _say_of_soft(context: Context, source: ImageSet, soft_NK: np.ndarray) -> None:
+    """Say in which order the columns of a set's soft labels were taken, and what speaks against it.
+
+    Labels fit well enough where some classes alone change places.
+    """
+    from prism_jax.analysis.class_order import find_order  # scipy takes long
+
+    if source.soft_note:
+        context.say(source.soft_note)
+    classes = soft_NK.shape[1]
+    other = find_order(soft_NK, source.labels_N, np.arange(classes), classes)
+    if other is not None:
+        context.say(
+            f"warning: the largest soft label is the class of its image for "
+            f"{other.stated_top1:.1%}; with the columns in another order for {other.top1:.1%}: "
+            f"images of class {_moved(other.order_K)}. Ask those who made the set"
+        )
+
+
+def _moved(order_K: np.ndarray) -> str:
+    """The first classes that look like others."""
+    moved = np.flatnonzero(order_K != np.arange(len(order_K)))
+    seen = [f"{c} look like {order_K[c]}" for c in moved[:5]]
+    return ", ".join(seen) + (", ..." if len(moved) > 5 else "")
 
 
 def _soft_of_set(context: Context) -> np.ndarray:
@@ -166,12 +192,10 @@ def say_top1(
             official_names=official if official and len(official) == classes else None,
         )
         if other is not None:
-            moved = np.flatnonzero(other.order_K != np.arange(classes))
-            seen = [f"{c} look like {other.order_K[c]}" for c in moved[:5]]
             context.say(
                 f"warning: with the classes in another order it would be {other.top1:.1%}"
-                f"{f' ({other.why})' if other.why else ''}: images of class {', '.join(seen)}"
-                f"{', ...' if len(moved) > 5 else ''}. State the order with --config.{FLAG}"
+                f"{f' ({other.why})' if other.why else ''}: images of class "
+                f"{_moved(other.order_K)}. State the order with --config.{FLAG}"
             )
         elif not looks_trained(right_N, classes):
             context.say(

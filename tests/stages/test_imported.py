@@ -121,6 +121,18 @@ def test_what_a_set_lacks_or_a_loss_cannot_is_refused(run):
         imported.check(run(None, labels_from="set", soft_labels=others)[0])
 
 
+def test_soft_labels_of_which_two_columns_changed_places_are_warned_of(run):
+    order = np.arange(CLASSES)
+    order[[2, 5, 7]] = 5, 7, 2
+    context, _ = run(None, labels_from="set", soft_labels=certain(order[LABELS]))
+    imported.check(context)
+    (said,) = context.said
+    assert "for 70.0%; with the columns in another order for 100.0%: images of class 2 look" in said
+    context, _ = run(None, labels_from="set", soft_labels=certain(LABELS))
+    imported.check(context)
+    assert not context.said
+
+
 def test_labels_of_other_batches_are_refused_before_any_work(run, tmp_path):
     order = fkd.torch_orders(len(LABELS), 1)[0]
     for size in (40, 20):
