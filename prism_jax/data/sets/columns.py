@@ -83,7 +83,7 @@ def in_our_order(
 def _orders(
     found: Found, order_K: np.ndarray, official: Sequence[str] | None
 ) -> list[tuple[str, np.ndarray]]:
-    """The orders in which people write the columns of classes that have names alone."""
+    """The orders in which people write the columns of classes that have names alone, each once."""
     names = found.classes
     orders = [("sorted as text", np.arange(len(names)))]
     if numbers := numbers_of(names):
@@ -95,7 +95,10 @@ def _orders(
         orders.append(("in the data set's official order", official_K))
     _, first = np.unique(found.labels_N, return_index=True)
     orders.append(("as its images name them first", np.argsort(first)))
-    return orders
+    different: dict[bytes, tuple[str, np.ndarray]] = {}
+    for words, at_K in orders:
+        different.setdefault(at_K.astype(np.int64).tobytes(), (words, at_K))
+    return [*different.values()]
 
 
 def _inverse(order_K: np.ndarray) -> np.ndarray:

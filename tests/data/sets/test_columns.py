@@ -77,6 +77,13 @@ def test_columns_in_no_known_order_are_refused(numbered, classes, ipc):
         read(names, soft, labels, numbered=numbered)
 
 
+def test_each_order_is_tried_once():
+    labels = np.arange(4)
+    soft = np.roll(soft_of(labels, 4), 1, axis=1)
+    with pytest.raises(UserError, match=r"columns sorted as text: 0.0% \(chance"):
+        read(["a1", "a2", "a3", "a4"], soft, labels)
+
+
 @pytest.mark.parametrize(
     ("classes", "ipc", "agree"),
     [(2, 500, 0.2), (2, 20, 0.6), (10, 10, 0.2), (100, 1, 0.1), (1000, 10, 0.02), (3, 1, 1.0)],
