@@ -88,6 +88,12 @@ def begun(sampling: Sampling) -> int:
     return min(int(sampling.steps * sampling.strength), sampling.steps)
 
 
+def least_strength(steps: int) -> float:
+    """The least strength that leaves a step to run, in a few digits: rounded up, never down."""
+    scale = 10 ** (len(str(steps)) + 1)
+    return -(-scale // steps) / scale
+
+
 def evaluations(sampling: Sampling) -> int:
     """How often the denoiser reads an image, each half of guidance counted as one."""
     if sampling.sampler != "pndm" or not begun(sampling):
@@ -126,8 +132,8 @@ def check(sampling: Sampling) -> None:
     if sampling.strength > 0 and count == 0:
         raise UserError(
             f"strength {sampling.strength} of {sampling.steps} steps leaves no step to run; "
-            f"choose at least {1 / sampling.steps:.2g}, more steps, or strength 0 for the anchors "
-            f"as they are"
+            f"choose at least {least_strength(sampling.steps):g}, more steps, or strength 0 for "
+            f"the anchors as they are"
         )
     if sampling.strength > 0:
         guidance.check(sampling.terms, sampling.steps, count)

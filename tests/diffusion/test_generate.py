@@ -385,6 +385,16 @@ def test_refused(changes, said):
     samplers.check(COSINE)
 
 
+def test_the_strength_that_is_advised_leaves_a_step():
+    for steps in range(1, 1001):
+        sampling = samplers.Sampling(noise.COSINE, "ddim", steps, 1e-6, 1.0)
+        with pytest.raises(UserError, match="leaves no step") as caught:
+            samplers.check(sampling)
+        advised = float(str(caught.value).partition("at least ")[2].partition(",")[0])
+        samplers.check(dataclasses.replace(sampling, strength=advised))
+        assert 1 / steps <= advised <= min(1.0, 1.1 / steps)  # and little more than is needed
+
+
 def test_a_variance_that_is_not_there_is_refused():
     with pytest.raises(UserError, match="returns 2 channels for latents of 2"):
         made(sampled("ddpm", variance="learned"), toy=Toy(2))
