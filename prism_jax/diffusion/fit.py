@@ -92,6 +92,11 @@ def check(fitting: Fitting) -> None:
             f"class_dropout is {fitting.class_dropout}; allowed: 0 to below 1, of which the class "
             f"would never be told"
         )
+    if not 0 <= fitting.average < 1:
+        raise UserError(
+            f"average is {fitting.average}, the decay of the weights that are kept; allowed: 0 "
+            f"(the last ones) to below 1, at which no training would count"
+        )
 
 
 def optimiser(fitting: Fitting) -> optax.GradientTransformation:

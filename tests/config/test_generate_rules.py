@@ -111,6 +111,7 @@ REFUSED = {
     "width": ({"generate__denoiser__width": 130}, "must be a multiple of four and of"),
     "size": ({"generate__image_size": 32}, "leave it unset"),
     "warm-up": ({"generate__fit__warmup": 3500}, "shorter than the steps"),
+    "an average of nothing": ({"generate__fit__average": 2.0}, "average is 2.0, the decay"),
     "nothing to fit": ({"generate__fit__learning_rate": 0.0}, "generate.fit.learning_rate is 0.0"),
     "anchors for nothing": (
         {"generate__strength": 1.0}, "images do not depend on anchors, and generate.anchors is",

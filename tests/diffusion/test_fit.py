@@ -159,6 +159,8 @@ def test_training_finds_the_classes():
     (dict(warmup=12), "shorter than the steps"),
     (dict(batch_size=0), "of 0 images"),
     (dict(class_dropout=1.0), "class_dropout is 1.0"),
+    (dict(average=1.0), "average is 1.0"),
+    (dict(average=-0.1), "allowed: 0 .* to below 1"),
     (dict(schedule=noise.Schedule("steep")), "scaled_linear"),
 ])  # fmt: skip
 def test_refused(changes, said):

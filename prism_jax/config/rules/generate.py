@@ -33,7 +33,7 @@ def violations(e: Experiment) -> Iterator[str]:
         yield f"generate.refine.steps is {g.refine.steps}; it must be zero or positive"
     for group in ("denoiser", "fit"):
         for name, value in dataclasses.asdict(getattr(g, group)).items():
-            if value <= 0 and name != "warmup" and name != "class_dropout":
+            if value <= 0 and name not in ("warmup", "class_dropout", "average"):
                 yield f"generate.{group}.{name} is {value}; it must be positive"
     yield from one_of("generate.resampler", g.resampler, pixels.RESAMPLERS)
     if g.guidance < 0 or g.mode_weight < 0:
