@@ -110,6 +110,7 @@ REFUSED = {
     "patch": ({"generate__codec": "patches", "generate__patch": 5}, "dataset.image_size=16"),
     "width": ({"generate__denoiser__width": 130}, "must be a multiple of four and of"),
     "size": ({"generate__image_size": 32}, "leave it unset"),
+    "view": ({"generate__view": "squashed"}, "learns images that are cropped"),
     "warm-up": ({"generate__fit__warmup": 3500}, "shorter than the steps"),
     "an average of nothing": ({"generate__fit__average": 2.0}, "average is 2.0, the decay"),
     "nothing to fit": ({"generate__fit__learning_rate": 0.0}, "generate.fit.learning_rate is 0.0"),
@@ -150,6 +151,7 @@ ALLOWED = {
         "generate__mode_window": (26, 49),
     },
     "read": READ,
+    "read squashed": {**READ, "generate__view": "squashed"},
     "variance that was learned": {
         **READ, "generate__sampler": "ddpm", "generate__variance": "learned",
     },

@@ -142,6 +142,12 @@ def _form(e: Experiment) -> Iterator[str]:
             f"generate.image_size is {g.image_size}; a generator that is trained here reads "
             f"images of dataset.image_size={size}: leave it unset"
         )
+    if g.view != "cropped":
+        yield (
+            f"generate.view is {g.view!r}; a generator that is trained here learns images that are "
+            f"cropped, as students see them, and anchors of others would be strange to it: set it "
+            f"to 'cropped'"
+        )
     if g.codec == "patches" and size % g.patch:
         yield (
             f"generate.patch is {g.patch}, which does not divide dataset.image_size={size}; "
