@@ -170,10 +170,13 @@ def sample_size(path: str, part: str) -> int | None:
 
 
 def schedule(path: str, otherwise: noise.Schedule) -> noise.Schedule:
-    """The noise that a pipeline's denoiser was trained with; ``otherwise`` where it does not say.
+    """The noise that a pipeline's denoiser was trained with; ``otherwise`` where it has no file.
+
+    How its scheduler would sample is not read: which one it is, ``clip_sample`` (of latents, which
+    diffusers' own pipeline of Stable Diffusion overrules where it is true).
 
     Raises:
-      UserError: it says what is not implemented.
+      UserError: it says what is not implemented, or not what noise there was.
     """
     file = epath.Path(path) / "scheduler" / "scheduler_config.json"
     if not file.is_file():
@@ -182,8 +185,10 @@ def schedule(path: str, otherwise: noise.Schedule) -> noise.Schedule:
         config = json.loads(file.read_text())
         found = {ours: config[theirs] for theirs, ours in SCHEDULER.items() if theirs in config}
         trained = config.get("num_train_timesteps", noise.TRAINED)
-        unknown = [key for key in ("trained_betas", "rescale_betas_zero_snr") if config.get(key)]
+        unknown = [key for key in OTHER_NOISE if config.get(key)]
         spacing = config.get("timestep_spacing") or "leading"
+        absent = [key for key in BETAS if config.get(key) is None]
+        name = config.get("_class_name") or "scheduler"
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{file} is damaged ({error}); download it again") from None
     if found.get("prediction") == "v_prediction":
@@ -195,20 +200,46 @@ def schedule(path: str, otherwise: noise.Schedule) -> noise.Schedule:
             f"{file}: {unknown[0]} is {config[unknown[0]]!r}, and noise of that kind is not "
             f"implemented; choose a denoiser that was trained without"
         )
+    if absent:
+        raise UserError(
+            f"{file}, of a {name}, states no {' and no '.join(absent)}, so that it does not tell "
+            f"the noise that its denoiser was trained with. Only betas are implemented: download "
+            f"scheduler/ of the repository that the denoiser is from, as Stable Diffusion 1 and 2 "
+            f"and DiT have it"
+        )
     if otherwise.spacing != "leading":  # what follows is of the spacing of Stable Diffusion's
         found = {key: found[key] for key in found.keys() - {"offset", "ends_clean"}}
-    elif spacing in SPACED:
+    elif spacing in tuple(SPACED):
         found["spacing"] = SPACED[spacing]
     else:
         raise UserError(
             f"{file}: timestep_spacing is {spacing!r}; allowed: {', '.join(SPACED)}. State "
             f"the one that the images are to be sampled with"
         )
+    first, last = found["first"], found["last"]
+    if not (_is(first, int, float) and _is(last, int, float) and 0 < first <= last < 1):
+        raise UserError(
+            f"{file}: beta_start is {first!r} and beta_end is {last!r}; they are numbers above 0 "
+            f"and below 1, the second not the smaller one. Download it again"
+        )
+    for theirs, kind, what in (
+        ("steps_offset", int, "a whole number"),
+        ("set_alpha_to_one", bool, "true or false"),
+    ):
+        if not _is(found.get(SCHEDULER[theirs], kind()), kind):
+            raise UserError(
+                f"{file}: {theirs} is {config[theirs]!r}; it is {what}. Download it again"
+            )
     try:
         noise.check(dataclasses.replace(otherwise, **found), 1)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     return dataclasses.replace(otherwise, **found)
+
+
+def _is(value: Any, *kinds: type) -> bool:
+    """Whether a value of JSON is of one of these types; true and false are no numbers."""
+    return type(value) in kinds
 
 
 def check_there(path: str, part: str) -> None:
@@ -339,6 +370,8 @@ SCHEDULER = {
     "set_alpha_to_one": "ends_clean",
     "prediction_type": "prediction",
 }
+BETAS = ("beta_schedule", "beta_start", "beta_end")  # without these there is another noise
+OTHER_NOISE = ("trained_betas", "rescale_betas_zero_snr", "use_flow_sigmas", "thresholding")
 # Of ``timestep_spacing``, and of ours.
 SPACED = {"leading": "leading", "trailing": "trailing", "linspace": "even"}
 # The first that is there is read: one without pickles, of full precision.

@@ -178,10 +178,29 @@ def test_what_is_not_there(pipeline, tmp_path):
     )
 
 
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 2e-2}
+SD15 = {  # as published
+    **BETAS, "_class_name": "PNDMScheduler", "num_train_timesteps": 1000, "clip_sample": False,
+    "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
+}  # fmt: skip
+DIT = {  # as diffusers writes it
+    **LINEAR, "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "clip_sample": False,
+    "set_alpha_to_one": True, "steps_offset": 0, "prediction_type": "epsilon",
+    "trained_betas": None,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
         ({}, noise.STABLE_DIFFUSION),
+        (SD15, noise.STABLE_DIFFUSION),
+        (
+            {**SD15, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},  # 2.1
+            dataclasses.replace(noise.STABLE_DIFFUSION, prediction="v"),
+        ),
+        ({"clip_sample": True}, noise.STABLE_DIFFUSION),  # diffusers' pipeline overrules it
         (
             {"prediction_type": "v_prediction", "beta_end": 0.02, "clip_sample": False},
             dataclasses.replace(noise.STABLE_DIFFUSION, prediction="v", last=0.02),
@@ -204,6 +223,20 @@ def test_what_is_not_there(pipeline, tmp_path):
         ({"timestep_spacing": "karras"}, "scheduler_config.json: timestep_spacing is 'karras'"),
         ({"trained_betas": [0.1, 0.2]}, r"scheduler_config.json: trained_betas is \[0.1, 0.2\]"),
         ({"rescale_betas_zero_snr": True}, "json: rescale_betas_zero_snr is True"),
+        ({"thresholding": True}, "json: thresholding is True"),
+        ({"use_flow_sigmas": True}, "json: use_flow_sigmas is True"),
+        ({"timestep_spacing": ["leading"]}, r"timestep_spacing is \['leading'\]"),
+        ({"beta_start": "0.00085"}, "beta_start is '0.00085' and beta_end is 0.012; they are numb"),
+        ({"beta_start": -1.0}, "beta_start is -1.0"),
+        ({"beta_end": 12}, "beta_end is 12;"),
+        ({"beta_start": 0.02}, "the second not the smaller one"),
+        ({"beta_start": float("nan")}, "beta_start is nan"),
+        ({"beta_start": None}, "states no beta_start, so"),
+        ({"beta_schedule": None, "beta_end": None}, "states no beta_schedule and no beta_end"),
+        ({"steps_offset": None}, "steps_offset is None; it is a whole number"),
+        ({"steps_offset": 1.5}, "steps_offset is 1.5"),
+        ({"steps_offset": True}, "steps_offset is True"),
+        ({"set_alpha_to_one": "false"}, "set_alpha_to_one is 'false'; it is true or false"),
         ([], "is damaged"),
     ],
 )
@@ -212,7 +245,7 @@ def test_a_scheduler_s_config_says_what_noise_a_denoiser_knows(said, expected, t
     assert huggingface.schedule(str(tmp_path), found) == found
     file = tmp_path / "scheduler" / "scheduler_config.json"
     file.parent.mkdir()
-    file.write_text(json.dumps(said))
+    file.write_text(json.dumps({**BETAS, **said} if isinstance(said, dict) else said))
     if isinstance(expected, str):
         with pytest.raises(UserError, match=expected):
             huggingface.schedule(str(tmp_path), found)
@@ -220,13 +253,34 @@ def test_a_scheduler_s_config_says_what_noise_a_denoiser_knows(said, expected, t
         assert huggingface.schedule(str(tmp_path), found) == expected
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+        {"_class_name": "EDMEulerScheduler", "sigma_max": 80, "prediction_type": "epsilon"},
+        {"_class_name": "UnCLIPScheduler", "prediction_type": "epsilon"},
+        {"_class_name": "DDIMScheduler"},  # diffusers' would be linear, of 1e-4 to 2e-2
+    ],
+)
+@pytest.mark.parametrize("usual", [noise.STABLE_DIFFUSION, noise.DIT])
+def test_noise_that_a_file_does_not_tell_is_not_taken_for_the_usual(other, usual, tmp_path):
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"num_train_timesteps": 1000, **other}))
+    said = f"of a {other['_class_name']}, states no beta_schedule and no beta_start and no beta_end"
+    with pytest.raises(UserError, match=said):
+        huggingface.schedule(str(tmp_path), usual)
+
+
 @pytest.mark.parametrize("spacing", ["leading", "linspace"])
 def test_a_dit_has_its_own_spacing(spacing, tmp_path):
     file = tmp_path / "scheduler" / "scheduler_config.json"
     file.parent.mkdir()
-    file.write_text(json.dumps({"timestep_spacing": spacing, "trained_betas": None}))
+    file.write_text(json.dumps({**DIT, "timestep_spacing": spacing}))
     assert huggingface.schedule(str(tmp_path), noise.DIT) == noise.DIT
-    file.write_text(json.dumps({"rescale_betas_zero_snr": True}))
+    file.write_text(json.dumps({**DIT, "steps_offset": None}))  # of a spacing that is not DiT's
+    assert huggingface.schedule(str(tmp_path), noise.DIT) == noise.DIT
+    file.write_text(json.dumps({**DIT, "rescale_betas_zero_snr": True}))
     with pytest.raises(UserError, match="rescale_betas_zero_snr"):
         huggingface.schedule(str(tmp_path), noise.DIT)
 
