@@ -309,7 +309,7 @@ def without_position_table(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarr
     found = dict(tensors)
     table = found.pop("pos_embed", None)
     if table is not None:
-        side = round(table.shape[-2] ** 0.5)
+        side = _tokens_a_side(table)
         ours = position_table(side, side, table.shape[-1])
         if table.shape != (1, *ours.shape) or not np.allclose(table[0], ours, atol=1e-5):
             raise UserError(
@@ -317,3 +317,18 @@ def without_position_table(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarr
                 "to other images, and this transformer cannot hold it"
             )
     return found
+
+
+def trained_side(tensors: dict[str, np.ndarray]) -> int | None:
+    """The side of the latents that a file in the released code's layout was trained on.
+
+    Its position table tells it; None where there is none.
+    """
+    table, patches = tensors.get("pos_embed"), tensors.get("x_embedder.proj.weight")
+    if table is None or patches is None:
+        return None
+    return _tokens_a_side(table) * patches.shape[-1]
+
+
+def _tokens_a_side(table: np.ndarray) -> int:
+    return round(table.shape[-2] ** 0.5) if table.ndim == 3 else 0

@@ -164,7 +164,7 @@ def sample_size(path: str, part: str) -> int | None:
     """The side of the latents that a denoiser was trained on; None where nothing says it."""
     file = epath.Path(path)
     if file.is_file():
-        return None
+        return dit.trained_side(_read(file))
     side = _config(_folder(file, part), part).get("sample_size")
     return side if isinstance(side, int) else None
 

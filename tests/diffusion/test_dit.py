@@ -112,6 +112,22 @@ def test_a_trained_position_table_is_refused(tmp_path):
         huggingface.load(str(path), "transformer")
 
 
+def test_a_file_says_what_latents_it_was_trained_on(tmp_path):
+    """By its position table; a directory says so in its config."""
+    folder, tensors, _ = written(tmp_path)
+    path = tmp_path / "released.safetensors"
+    assert huggingface.sample_size(str(folder), "transformer") == 8
+    for rows, side in ((4, 8), (8, 16)):
+        table = {"pos_embed": dit.position_table(rows, rows, 16)[None]}
+        safetensors.numpy.save_file(released(tensors) | table, path)
+        assert huggingface.sample_size(str(path), "transformer") == side  # patches of 2
+    safetensors.numpy.save_file(released(tensors), path)
+    assert huggingface.sample_size(str(path), "transformer") is None
+    safetensors.numpy.save_file(released(tensors) | {"pos_embed": np.zeros(3, np.float32)}, path)
+    with pytest.raises(UserError, match="not the fixed table"):
+        huggingface.load(str(path), "transformer")
+
+
 def test_size():
     """DiT-XL/2 as published: 675.13 M, of which the fixed position table is 0.29 M."""
     module = dit.DiT()
