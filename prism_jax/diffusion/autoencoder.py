@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prism_jax.diffusion.blocks import Attention, Doubled, GroupNorm, Resnet, silu
-from prism_jax.diffusion.forms import stated
+from prism_jax.diffusion.forms import check_divides, counts, stated
 from prism_jax.errors import UserError
 from prism_jax.models import layers
 from prism_jax.types import Array, PyTree
@@ -153,7 +153,7 @@ def from_config(config: dict[str, Any]) -> AutoencoderKL:
     Raises:
       UserError: it states another form.
     """
-    widths = tuple(config.get("block_out_channels", (64,)))
+    widths = counts(config, "AutoencoderKL", "block_out_channels", (64,))
     found = stated(
         config,
         "AutoencoderKL",
@@ -175,6 +175,7 @@ def from_config(config: dict[str, Any]) -> AutoencoderKL:
         },
         idle=("block_out_channels", "sample_size", "force_upcast"),
     )
+    check_divides("AutoencoderKL", "norm_num_groups", found["norm_num_groups"], widths)
     return AutoencoderKL(
         channels=found["in_channels"],
         latent_channels=found["latent_channels"],

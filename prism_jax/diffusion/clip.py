@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prism_jax.diffusion.blocks import Attention, gelu
-from prism_jax.diffusion.forms import stated
+from prism_jax.diffusion.forms import check_divides, stated
 from prism_jax.errors import UserError
 from prism_jax.models import layers
 from prism_jax.types import Array, Normalisation, PyTree
@@ -185,7 +185,10 @@ def _encoder(config: dict[str, Any], what: str, free: dict[str, Any]) -> dict[st
         },
         fixed={},
         idle=config.keys(),
+        optional=("eos_token_id", "projection_dim"),
     )
+    heads = found["num_attention_heads"]
+    check_divides(what, "num_attention_heads", heads, [found["hidden_size"]])
     if found["hidden_act"] not in ACTIVATIONS:
         raise UserError(
             f"this {what} has hidden_act={found['hidden_act']!r}; "

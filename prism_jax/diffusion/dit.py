@@ -206,11 +206,18 @@ def from_config(config: dict[str, Any]) -> DiT:
     returned = found["out_channels"] or channels
     if returned not in (channels, 2 * channels):
         raise UserError(f"this DiT makes {returned} channels of {channels}; once or twice as many")
+    width = found["num_attention_heads"] * found["attention_head_dim"]
+    if width % 4:
+        raise UserError(
+            f"this DiT has num_attention_heads={found['num_attention_heads']} and "
+            f"attention_head_dim={found['attention_head_dim']}; their product must be a multiple "
+            f"of four. Download its config again"
+        )
     return DiT(
         classes=found["num_embeds_ada_norm"],
         channels=channels,
         patch=found["patch_size"],
-        width=found["num_attention_heads"] * found["attention_head_dim"],
+        width=width,
         depth=found["num_layers"],
         heads=found["num_attention_heads"],
         learned_variance=returned != channels,

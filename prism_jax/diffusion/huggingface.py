@@ -121,14 +121,14 @@ def load(path: str, part: str) -> Loaded:
     if part == "transformer" and file.is_file():
         tensors = dit.without_position_table(_read(file))
         released = dit.from_released(tensors)
-        return Loaded(released, lay_out(tensors, shapes(part, released), path, part))
+        return Loaded(released, lay_out(tensors, _shapes(part, released, path), path, part))
     folder = _folder(file, part)
     module = _built(folder, part)
     try:
         tensors = PARTS[part].rename(_tensors(folder))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    return Loaded(module, lay_out(tensors, shapes(part, module), str(folder), part))
+    return Loaded(module, lay_out(tensors, _shapes(part, module, folder), str(folder), part))
 
 
 def form(path: str, part: str) -> nn.Module:
@@ -145,12 +145,27 @@ def form(path: str, part: str) -> nn.Module:
     return _built(_folder(file, part), part)
 
 
+def formed(path: str, part: str) -> tuple[nn.Module, PyTree]:
+    """The same, and the shapes of its parameters.
+
+    Raises:
+      UserError: as of ``form``; the entries of its config do not belong together.
+    """
+    module = form(path, part)
+    return module, _shapes(part, module, path)
+
+
 def _built(folder: epath.Path, part: str) -> nn.Module:
     config = _config(folder, part)
     try:
         return PARTS[part].build(config)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
+    except Exception as error:  # of a config that nobody writes
+        raise UserError(
+            f"{folder / CONFIG} is not the config of a {part} ({type(error).__name__}: {error}). "
+            f"Download {PARTS[part].source} again"
+        ) from error
 
 
 def planned(path: str, part: str) -> nn.Module:
@@ -270,9 +285,28 @@ def digest(path: str, part: str) -> str:
 
 
 def shapes(part: str, module: nn.Module) -> PyTree:
-    """The shapes of a network's parameters."""
+    """The shapes of a network's parameters.
+
+    Raises:
+      UserError: the entries of its config do not belong together.
+    """
     key = jax.random.key(0, impl="threefry2x32")
-    return jax.eval_shape(module.init, key, *PARTS[part].arguments(module))["params"]
+    try:
+        return jax.eval_shape(module.init, key, *PARTS[part].arguments(module))["params"]
+    except UserError:
+        raise
+    except Exception as error:  # flax raises several kinds
+        raise UserError(
+            f"no {part} can be built of what its config states ({type(error).__name__}: {error}). "
+            f"Download {PARTS[part].source} again"
+        ) from error
+
+
+def _shapes(part: str, module: nn.Module, where: epath.PathLike) -> PyTree:
+    try:
+        return shapes(part, module)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _folder(path: epath.Path, part: str) -> epath.Path:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from prism_jax.diffusion.blocks import Attention, Doubled, GroupNorm, Resnet, gelu, silu
 from prism_jax.diffusion.dit import time_waves
-from prism_jax.diffusion.forms import stated
+from prism_jax.diffusion.forms import check_divides, counts, stated
 from prism_jax.errors import UserError
 from prism_jax.models import layers
 from prism_jax.types import Array, PyTree
@@ -168,15 +168,21 @@ def from_config(config: dict[str, Any]) -> UNet2DCondition:
       UserError: it states another form.
     """
     down = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
-    widths = tuple(config.get("block_out_channels", (320, 640, 1280, 1280)))
+    what = "UNet2DConditionModel"
+    widths = counts(config, what, "block_out_channels", (320, 640, 1280, 1280))
     levels = len(widths)
     plain = ["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"]
     types = config.get("down_block_types", plain)
+    if not isinstance(types, list) or len(types) != levels or not {*map(type, types)} <= {str}:
+        raise UserError(
+            f"this {what} has down_block_types={types!r}; it must be a list of {levels} words, as "
+            f"many as block_out_channels has numbers. Download its config again"
+        )
     # Whether a level attends is free; going up, it attends where it did going down.
     up = [kind.replace("Down", "Up") for kind in reversed(types)]
     found = stated(
         config,
-        "UNet2DConditionModel",
+        what,
         free={
             "in_channels": 4,
             "layers_per_block": 2,
@@ -209,22 +215,47 @@ def from_config(config: dict[str, Any]) -> UNet2DCondition:
             "block_out_channels", "sample_size", "dropout", "upcast_attention",
             "addition_embed_type_num_heads",
         ),
+        listed=(
+            "layers_per_block", "cross_attention_dim", "transformer_layers_per_block",
+            "attention_head_dim", "num_attention_heads",
+        ),
+        optional=("use_linear_projection",),
     )  # fmt: skip
 
-    def per_level(value: Any) -> tuple[Any, ...]:
-        return (value,) * levels if isinstance(value, int) else tuple(value)
+    def per_level(key: str) -> tuple[int, ...]:
+        value = found[key]
+        if isinstance(value, list) and len(value) != levels:
+            raise UserError(
+                f"this {what} has {key}={value!r}; it must be one number, or {levels}, as many as "
+                f"block_out_channels has. Download its config again"
+            )
+        return tuple(value) if isinstance(value, list) else (value,) * levels
+
+    def alike(key: str) -> int:
+        first, *others = per_level(key)
+        if {*others} - {first}:
+            raise UserError(
+                f"this {what} has {key}={found[key]!r}; only one number for all levels is "
+                f"implemented. Take weights of the plain form"
+            )
+        return first
 
     # diffusers keeps the number of heads under the name of their width.
-    heads = found["num_attention_heads"] or found["attention_head_dim"]
+    key = "num_attention_heads" if found["num_attention_heads"] else "attention_head_dim"
+    heads, attends = per_level(key), tuple(down[kind] for kind in types)
+    check_divides(what, "norm_num_groups", found["norm_num_groups"], widths)
+    for level, (width, parts) in enumerate(zip(widths, heads, strict=True)):
+        if attends[level] or level == levels - 1:  # in the middle, there is attention, too
+            check_divides(what, key, parts, [width])
     return UNet2DCondition(
         channels=found["in_channels"],
         widths=widths,
-        attends=tuple(down[kind] for kind in types),
-        heads=per_level(heads),
-        blocks=found["layers_per_block"],
-        transformers=per_level(found["transformer_layers_per_block"]),
-        context=found["cross_attention_dim"],
-        linear=found["use_linear_projection"],
+        attends=attends,
+        heads=heads,
+        blocks=alike("layers_per_block"),
+        transformers=per_level("transformer_layers_per_block"),
+        context=alike("cross_attention_dim"),
+        linear=bool(found["use_linear_projection"]),
         groups=found["norm_num_groups"],
         epsilon=found["norm_eps"],
     )

@@ -328,3 +328,75 @@ def test_other_forms_of_the_others_are_refused(name, entry, value, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, entry: value}))
     assert str(value) in refused(tmp_path, case.part)
+
+
+@pytest.mark.parametrize(
+    "name, entry, value, told",
+    [
+        ("unet_1", "attention_head_dim", 3, "=3, which does not divide its 8 channels"),
+        ("unet_1", "attention_head_dim", [2], "must be one number, or 2"),
+        ("unet_1", "block_out_channels", None, "block_out_channels=None; it must be a list"),
+        ("unet_1", "block_out_channels", [8, 16, 24], "must be a list of 3 words"),
+        ("unet_1", "down_block_types", "DownBlock2D", "must be a list of 2 words"),
+        ("unet_1", "layers_per_block", [1, 2], "only one number for all levels is implemented"),
+        ("unet_1", "cross_attention_dim", None, "it must be a whole number above 0"),
+        ("unet_1", "norm_num_groups", 3, "=3, which does not divide its 8 channels"),
+        ("unet_1", "norm_num_groups", None, "it must be a whole number above 0"),
+        ("vae_decode", "norm_num_groups", 3, "=3, which does not divide its 8 channels"),
+        ("vae_decode", "scaling_factor", None, "scaling_factor=None; it must be a number above 0"),
+        ("vae_decode", "scaling_factor", "0.18", "scaling_factor='0.18'"),
+        ("vae_decode", "scaling_factor", 0, "scaling_factor=0"),
+        ("vae_decode", "block_out_channels", [], "it must be a list"),
+        ("clip_text", "max_position_embeddings", None, "it must be a whole number above 0"),
+        ("clip_text", "num_attention_heads", 5, "=5, which does not divide its 16 channels"),
+        ("clip_text", "hidden_act", ["gelu"], "it must be a word"),
+        ("clip_image", "patch_size", True, "patch_size=True"),
+        ("dit", "num_embeds_ada_norm", None, "it must be a whole number above 0"),
+        ("dit", "attention_head_dim", 7, "their product must be a multiple of four"),
+    ],
+)
+def test_an_entry_that_means_nothing_is_named(name, entry, value, told, tmp_path):
+    case = parity.BY_NAME[name]
+    parity.write(case, tmp_path)
+    huggingface.formed(str(tmp_path), case.part)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, entry: value}))
+    with pytest.raises(UserError) as caught:
+        huggingface.formed(str(tmp_path), case.part)
+    message = str(caught.value)
+    assert told in message and entry in message and str(tmp_path) in message
+
+
+# How many refusals there are at least, of entries that decide the form.
+FORMS = {"unet_1": 60, "vae_decode": 40, "clip_text": 40, "clip_whole_image": 10, "dit": 40}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_no_entry_of_a_config_ends_in_a_traceback(name, tmp_path):
+    """Whatever stands there, it is a form, or a person is told."""
+    case = parity.BY_NAME[name]
+    parity.write(case, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    built, refusals = set(), 0
+    for key in config:
+        for value in (None, "7", [], {}, -1, 0, 1.5, [3, 3, 3], [["x"]], float("nan")):
+            (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+            try:
+                module = huggingface.form(str(tmp_path), case.part)
+                if module not in built:  # it takes a second
+                    built.add(module)
+                    huggingface.formed(str(tmp_path), case.part)
+            except UserError as error:
+                refusals += str(tmp_path) in str(error)
+    assert refusals >= FORMS[name]
+
+
+@pytest.mark.parametrize(
+    "entry, value", [("layers_per_block", [2, 2]), ("cross_attention_dim", [12, 12])]
+)
+def test_a_number_for_every_level_is_the_number(entry, value, tmp_path):
+    parity.write(parity.BY_NAME["unet_1"], tmp_path)
+    expected = huggingface.form(str(tmp_path), "unet")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, entry: value}))
+    assert huggingface.form(str(tmp_path), "unet") == expected
