@@ -18,6 +18,7 @@ from etils import epath
 
 from prism_jax.data import weights, workdir
 from prism_jax.diffusion import huggingface
+from prism_jax.diffusion.clip import TextEncoder
 from prism_jax.errors import UserError
 from prism_jax.types import Array, PyTree
 
@@ -25,6 +26,7 @@ TENSORS, RECORD = "prompts.safetensors", "record.json"
 START, END = "<|startoftext|>", "<|endoftext|>"
 PADDING = ("special_tokens_map.json", "tokenizer_config.json")  # the first that says it counts
 FILES = ("vocab.json", "merges.txt", *PADDING)
+OTHERS = "they are of different models. Download tokenizer/ and text_encoder/ of one repository"
 BATCH = 16  # prompts that are encoded at once
 # A text falls into: the special tokens, English endings, words, single digits, runs of signs.
 WORDS = (
@@ -68,20 +70,22 @@ def of_classes(names: Sequence[str], template: str = "{}") -> list[str]:
     return [template.replace("{}", name) for name in names]
 
 
-def tokenise(directory: str, texts: Iterable[str], length: int) -> np.ndarray:
+def tokenise(directory: str, texts: Iterable[str], encoder: TextEncoder) -> np.ndarray:
     """Cut texts into a CLIP's tokens, between its marks of start and end, and pad them.
 
     Args:
       directory: a pipeline's, with ``tokenizer/``, or a CLIP's own.
       texts: what is encoded.
-      length: tokens of each, with marks and padding.
+      encoder: what reads them: how many tokens of a text, with marks and padding, and which.
 
     Returns:
       (B, length) int32.
 
     Raises:
-      UserError: the package tokenizers or the files are not there; a text is too long.
+      UserError: the package tokenizers or the files are not there; a text is too long; the tokens
+        are others than the encoder's.
     """
+    length = encoder.length
     folder = tokenizer_folder(directory)
     tokenizer = _tokenizer(folder)
     start, end, pad = (tokenizer.token_to_id(token) for token in (START, END, _padding(folder)))
@@ -99,6 +103,16 @@ def tokenise(directory: str, texts: Iterable[str], length: int) -> np.ndarray:
                 "name or the template"
             )
         rows.append([start, *ids, end, *[pad] * (length - 2 - len(ids))])
+        if max(rows[-1]) >= encoder.vocabulary:  # any other index would be taken for the last
+            raise UserError(
+                f"the tokenizer in {folder} makes token {max(rows[-1])} of {text!r}, and the text "
+                f"encoder knows {encoder.vocabulary}, from 0 on: {OTHERS}"
+            )
+    if encoder.projection is not None and encoder.end not in (None, end):
+        raise UserError(
+            f"the tokenizer in {folder} ends texts with token {end}, and the text encoder reads "
+            f"what a text says at token {encoder.end}: {OTHERS}"
+        )
     return np.array(rows, np.int32)
 
 
@@ -189,7 +203,8 @@ def encode(directory: str, texts: Sequence[str]) -> Encoded:
       UserError: see :func:`tokenise` and ``huggingface.load``.
     """
     module, params = huggingface.load(directory, "text_encoder")
-    tokens_BN = tokenise(directory, texts, module.length)
+    assert isinstance(module, TextEncoder)
+    tokens_BN = tokenise(directory, texts, module)
     run = jax.jit(module.encode)
     params = jax.device_put(params)
     parts = []

@@ -189,7 +189,7 @@ def _check_forms(context: Context) -> None:
                 f"U-Net reads {denoiser.context}: they are of different models; download them again"
             )
         said = prompts.of_classes(context.inputs.spoken_names, g.template)
-        prompts.tokenise(str(g.directory), [*said, g.negative], texts.length)
+        prompts.tokenise(str(g.directory), [*said, g.negative], texts)
     size = g.image_size or context.config.dataset.image_size
     params = huggingface.shapes(part, denoiser)
     _, *told = huggingface.PARTS[part].arguments(denoiser)

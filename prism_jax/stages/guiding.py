@@ -105,7 +105,7 @@ def check(context: Context) -> None:
     if not (is_done(context) or offered):
         for part in PARTS:
             huggingface.load(directory, part)
-        prompts.tokenise(directory, _said(context), texts.length)
+        prompts.tokenise(directory, _said(context), texts)
 
 
 def run(context: Context) -> None:

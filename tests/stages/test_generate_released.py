@@ -68,7 +68,7 @@ def told(command, monkeypatch, tmp_path):
     (tmp_path / "networks" / "tokenizer").mkdir(parents=True)
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / "networks" / "tokenizer" / name).write_text("{}")
-    monkeypatch.setattr(prompts, "tokenise", lambda directory, given, length: None)
+    monkeypatch.setattr(prompts, "tokenise", lambda directory, given, encoder: None)
 
     def encode(directory, given):
         texts.extend(given)
