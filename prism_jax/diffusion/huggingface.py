@@ -145,7 +145,7 @@ def form(path: str, part: str) -> nn.Module:
     return _built(_folder(file, part), part)
 
 
-def formed(path: str, part: str) -> tuple[nn.Module, PyTree]:
+def formed(path: str, part: str) -> tuple[Any, PyTree]:
     """The same, and the shapes of its parameters.
 
     Raises:

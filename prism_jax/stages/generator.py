@@ -152,10 +152,14 @@ def check(context: Context) -> None:
     latent = channels if g.codec == "none" else g.components
     if g.generator == "dit" and (g.guided_channels or 0) > latent:
         raise UserError(_too_many(g, latent))
-    if is_done(context) or g.generator == "dit":
+    done = is_done(context)
+    if g.generator == "dit" or (done and _made(context)):
         return
-    if not context.offers(f"squeeze/{FOLDER}", fingerprints.generator(context)):
-        _check_forms(context)
+    _check_forms(context)
+    if g.generator == "stable_diffusion" and not (
+        done or context.offers(f"squeeze/{FOLDER}", fingerprints.generator(context))
+    ):  # else what prompts say is kept
+        _check_prompts(context)
 
 
 def _too_many(g: Generate, channels: int) -> str:
@@ -169,45 +173,58 @@ def _check_forms(context: Context) -> None:
     """Refuse, by what the configs of released networks say, those that do not fit together.
 
     Raises:
-      UserError: another network, latents that it does not read, other classes, a prompt that is
-        too long or cannot be cut into tokens, a variance that is not returned, or more guided
-        channels than there are.
+      UserError: another network, latents that it does not read, other classes, steps that its noise
+        does not have, a variance that is not returned, or more guided channels than there are.
     """
     g = context.config.generate
-    vae: Any = huggingface.form(fingerprints.part_path(context, "vae"), "vae")
     part = "unet" if g.generator == "stable_diffusion" else "transformer"
-    denoiser: Any = huggingface.form(fingerprints.part_path(context, part), part)
+    path = fingerprints.part_path(context, part)
+    vae, codec = huggingface.formed(fingerprints.part_path(context, "vae"), "vae")
+    denoiser, params = huggingface.formed(path, part)
     if part == "transformer":
         _imagenet_labels(context, denoiser.classes)
-    else:
-        texts: Any = huggingface.form(
-            fingerprints.part_path(context, "text_encoder"), "text_encoder"
+    elif (texts := _texts(context)).width != denoiser.context:
+        raise UserError(
+            f"the text encoder in {g.directory} gives states of {texts.width} numbers, and its "
+            f"U-Net reads {denoiser.context}: they are of different models; download them again"
         )
-        if texts.width != denoiser.context:
-            raise UserError(
-                f"the text encoder in {g.directory} gives states of {texts.width} numbers, and its "
-                f"U-Net reads {denoiser.context}: they are of different models; download them again"
-            )
-        said = prompts.of_classes(context.inputs.spoken_names, g.template)
-        prompts.tokenise(str(g.directory), [*said, g.negative], texts)
+    if vae.latent_channels != denoiser.channels:
+        raise UserError(
+            f"the autoencoder in {g.directory} makes latents of {vae.latent_channels} channels, "
+            f"and the {part} in {path} reads {denoiser.channels}: they are of different models; "
+            f"download them again"
+        )
+    samplers.check(sampling_of(g, huggingface.schedule(str(g.directory), SCHEDULES[g.generator])))
     size = g.image_size or context.config.dataset.image_size
-    params = huggingface.shapes(part, denoiser)
     _, *told = huggingface.PARTS[part].arguments(denoiser)
     try:
-        shape = latent_shape(vae, huggingface.shapes("vae", vae), size, 3)
+        shape = latent_shape(vae, codec, size, 3)
         noisy = jax.ShapeDtypeStruct((1, *shape), np.float32)
         with _reading(shape):
             returned = jax.eval_shape(denoiser.predict, params, noisy, *told).shape[-1]
     except UserError as error:
         raise UserError(f"generate.image_size is {size}: {error}") from None
     _check_channels(g, returned, shape[-1])
-    trained = huggingface.sample_size(fingerprints.part_path(context, part), part)
+    trained = huggingface.sample_size(path, part)
     if trained not in (None, shape[0]):
         warnings.warn(
-            f"the denoiser in {g.directory} was trained on latents of {trained} x {trained}, and "
+            f"the denoiser in {path} was trained on latents of {trained} x {trained}, and "
             f"generate.image_size={size} gives it {shape[0]} x {shape[1]}",
             stacklevel=2,
         )
+
+
+def _check_prompts(context: Context) -> None:
+    """Refuse prompts that cannot be cut into tokens, or not into such as the encoder reads."""
+    g = context.config.generate
+    said = prompts.of_classes(context.inputs.spoken_names, g.template)
+    prompts.tokenise(str(g.directory), [*said, g.negative], _texts(context))
+
+
+def _texts(context: Context) -> Any:
+    """The form of the text encoder."""
+    part = "text_encoder"
+    return huggingface.formed(fingerprints.part_path(context, part), part)[0]
 
 
 def _check_channels(g: Generate, returned: int, channels: int) -> None:
@@ -227,10 +244,7 @@ def missing(context: Context) -> list[str]:
     if g.generator == "dit":
         return []
     looks: list[Callable[[], Any]] = []
-    if not (
-        (folder(context) / RECORD).exists()
-        and (context.root / "recover" / "manifest.json").exists()
-    ):
+    if not ((folder(context) / RECORD).exists() and _made(context)):
         looks += [
             functools.partial(huggingface.check_there, fingerprints.part_path(context, part), part)
             for part in fingerprints.generator_parts(context)
@@ -246,6 +260,11 @@ def missing(context: Context) -> list[str]:
         except UserError as error:
             found.append(str(error))
     return found
+
+
+def _made(context: Context) -> bool:
+    """Whether the images are there, after which it is read no more."""
+    return (context.root / "recover" / "manifest.json").exists()
 
 
 def run(context: Context) -> None:

@@ -262,7 +262,42 @@ def test_another_size_or_other_classes_are_refused(command, tmp_path, told):
     assert "latents of 9 x 9 do not divide into patches of 2" in odd
     config = tmp_path / "networks" / "vae" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "latent_channels": 3}))
-    assert "does not read latents of 8 x 8 x 3" in refused(root, *command, *DIT)
+    message = refused(root, *command, *DIT)
+    assert "latents of 3 channels, and the transformer in" in message
+    assert "reads 4: they are of different models" in message and "image_size" not in message
+    names = f"--config.generate.class_names={tmp_path / 'names.txt'}"
+    assert "the unet in" in refused(root, *command, *DIFFUSION, names)
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_generator_that_is_there_is_looked_at_before_anything_is_made(command, tmp_path, here):
+    """In the run, or in one that it is taken over from: what is asked of it may be other things."""
+    made, root = tmp_path / "made", tmp_path / ("made" if here else "run")
+    ok(*command, *DIT, f"--workdir={made}", "--stages=squeeze")
+    shutil.rmtree(made / "squeeze" / "first")
+    flags = (*command, *DIT, f"--workdir={root}", *([] if here else [f"--from={made}"]))
+    before = snapshot(made)
+    for asked, said in (
+        ("image_size=18", "latents of 9 x 9 do not divide into patches"),
+        ("guided_channels=5", "guided_channels is 5, and the latents have 4"),
+    ):
+        assert said in refused(root, *flags, f"--config.generate.{asked}")
+    assert snapshot(made) == before and root.exists() == here
+    with pytest.warns(UserWarning, match="trained on latents of 8 x 8, and generate.image_size=32"):
+        refused(root, *flags, "--config.generate.image_size=32", "--stages=analyse")
+
+
+def test_noise_without_the_steps_is_refused_before_anything_is_made(command, tmp_path, told):
+    names = f"--config.generate.class_names={tmp_path / 'names.txt'}"
+    file = tmp_path / "networks" / "scheduler" / "scheduler_config.json"
+    file.parent.mkdir()
+    late = {
+        "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 2e-2, "steps_offset": 900,
+    }  # fmt: skip
+    file.write_text(json.dumps(late))
+    message = refused(tmp_path / "run", *command, *DIFFUSION, names)
+    assert "with offset 900 begin at time" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_images_of_other_classes_are_other_images(monkeypatch):
