@@ -319,6 +319,11 @@ def _folder(path: epath.Path, part: str) -> epath.Path:
     for folder in (path / part, path):
         if (folder / CONFIG).is_file():
             return folder
+    if part == "transformer" and path.suffix in SUFFIXES and not path.exists():
+        raise UserError(
+            f"there is no file {path}; name a DiT's file in the released code's layout, or unset "
+            f"it and download {PARTS[part].source}"
+        )
     raise UserError(
         f"there is no {part} at {path}: neither {path / part / CONFIG} nor {path / CONFIG}. "
         f"Download {PARTS[part].source} into {path / part}"
@@ -413,6 +418,7 @@ STEMS = {
     ".safetensors": ("diffusion_pytorch_model", "model"),
     ".bin": ("diffusion_pytorch_model", "pytorch_model"),
 }
+SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # of a file by itself
 VARIANTS = ("", ".fp16", ".bf16")
 WRAPPERS = ("ema", "state_dict", "model")  # around a network in a file, the first before others
 

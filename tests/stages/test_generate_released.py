@@ -287,6 +287,12 @@ def test_a_generator_that_is_there_is_looked_at_before_anything_is_made(command,
         refused(root, *flags, "--config.generate.image_size=32", "--stages=analyse")
 
 
+def test_a_file_that_is_not_there_is_called_a_file(command, tmp_path):
+    path = tmp_path / "none.pt"
+    message = refused(tmp_path / "run", *command, *DIT, f"--config.generate.transformer={path}")
+    assert f"there is no file {path}" in message and "config.json" not in message
+
+
 def test_noise_without_the_steps_is_refused_before_anything_is_made(command, tmp_path, told):
     names = f"--config.generate.class_names={tmp_path / 'names.txt'}"
     file = tmp_path / "networks" / "scheduler" / "scheduler_config.json"
