@@ -175,7 +175,7 @@ def anchors(
             centres_ID = np.array(centres_ID)
             centres_ID[empty] = rows_ND[kept[taken[empty]]]
             distances_NI = pairwise_distances(rows_ND[kept], centres_ID)
-    owner_N = distances_NI.argmin(1)
+    owner_N = _owners(distances_NI)
     nearest_I = kept[nearest_members(distances_NI, owner_N)]
     if clustering.mode == "medoid":
         centres_ID = rows_ND[nearest_I]
@@ -184,6 +184,24 @@ def anchors(
         np.bincount(owner_N, minlength=ipc),
         nearest_I,
     )
+
+
+def _owners(distances_NI: np.ndarray) -> np.ndarray:
+    """The centre that each row belongs to: the nearest.
+
+    Where images are copies, centres may be equal, and the first would have all of their rows: these
+    are dealt out, the nearest first, so that every centre has some.
+    """
+    owner_N = distances_NI.argmin(1)
+    alike: dict[int, list[int]] = {}
+    for empty in _without_rows(distances_NI):
+        first = int(owner_N[distances_NI[:, empty].argmin()])
+        alike.setdefault(first, [first]).append(int(empty))
+    for first, centres in alike.items():
+        rows = np.flatnonzero(owner_N == first)
+        rows = rows[np.argsort(distances_NI[rows, first], kind="stable")]
+        owner_N[rows] = np.resize(centres, len(rows))
+    return owner_N
 
 
 def _without_rows(distances_NI: np.ndarray) -> np.ndarray:

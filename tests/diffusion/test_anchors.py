@@ -118,6 +118,20 @@ def test_a_centre_that_stands_twice_gives_way_to_a_real_latent(monkeypatch):
     np.testing.assert_array_equal(found.latents_IHWC[0].ravel(), twice[0])  # the first stays
 
 
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+@pytest.mark.parametrize("mode", ["kmeans", "minibatch", "medoid"])
+def test_copies_of_an_image_share_its_rows(mode):
+    """The second of two equal centres would lose every tie, and its image would weigh nothing."""
+    rows = clusters((3, 3, 3, 3))
+    rows[1] = rows[2] = rows[0]
+    found = of(mode, rows, ipc=12)
+    assert found.sizes_I.tolist() == [1] * 12 and sorted(found.nearest_I) == list(range(12))
+    fewer = of(mode, np.repeat(rows[:1], 5, 0), ipc=3)  # all are one
+    assert sorted(fewer.sizes_I.tolist()) == [1, 2, 2] and len({*fewer.nearest_I}) == 3
+    distinct = np.random.default_rng(0).random((9, 4))
+    assert (anchors_module._owners(distinct) == distinct.argmin(1)).all()  # the rule, as it was
+
+
 def test_without_anchors_any_number_and_equal_shares():
     found = of("none", clusters()[:3], ipc=7)
     assert not found.latents_IHWC.any() and found.latents_IHWC.shape == (7, 2, 2, 1)
