@@ -126,8 +126,18 @@ def _recover(context: Context) -> None:
     if not recover.is_done(context):
         squeeze.check(context)
         recover.run(context)
+    read = [name for name in anchoring.controls_of(context) if _reads(context, name)]
     with parallel.enough_memory(_fewer_at_once(context)):
-        anchoring.run_controls(context)
+        anchoring.run_controls(context, read)
+
+
+def _reads(context: Context, name: str) -> bool:
+    """Whether something that is not finished reads the images of a generated control."""
+    labelled = controls.labelled_set(context, name)
+    if validate.pending(context, labelled):
+        return True
+    written = controls.is_written(context, labelled) and relabel.is_done(context, labelled)
+    return labelled.soft and not written
 
 
 def _fewer_at_once(context: Context) -> str:

@@ -136,9 +136,9 @@ def run(context: Context, names: Sequence[str] | None = None) -> None:
             _run(context, name, make)
 
 
-def run_controls(context: Context) -> None:
-    """Make the images of controls, and what they are made of."""
-    left = [name for name in controls_of(context) if not _is_done(context, name)]
+def run_controls(context: Context, names: Sequence[str]) -> None:
+    """Make the images of these controls, and what they are made of."""
+    left = [name for name in names if not _is_done(context, name)]
     before = [name for name in needed(context) if name != "candidates"]
     if left:
         run(context, [*(before if left != ["no_anchors"] else []), *left])

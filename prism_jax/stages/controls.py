@@ -79,18 +79,25 @@ def labelled_set(context: Context, name: str) -> LabelledSet:
 def write(context: Context, labelled: LabelledSet) -> None:
     """Write a control's images beside its labels, for people to look at."""
     folder, (classes, slots) = labelled.root / "images", _order(context)
-    if labelled.name == "full_real" or not parallel.is_main():
-        return
-    found = workdir.read_fingerprint(folder)  # older ones do not say what they are
-    other = found is not None and bool(workdir.differences(found, labelled.fields))
-    if not other and image_set.is_whole(folder, len(classes)):
+    if labelled.name == "full_real" or not parallel.is_main() or is_written(context, labelled):
         return
     context.work.acquire()
-    if other:
+    if _is_other(labelled):
         workdir.remove(folder)
     workdir.write_fingerprint(folder, labelled.fields)
     digest = image_set.write_set(folder, labelled.images_uint8_NHWC, classes, slots)
     workdir.write_record(folder / RECORD, {"digest": digest})
+
+
+def is_written(context: Context, labelled: LabelledSet) -> bool:
+    """Whether a control's images are there to be looked at."""
+    whole = image_set.is_whole(labelled.root / "images", len(_order(context)[0]))
+    return whole and not _is_other(labelled)
+
+
+def _is_other(labelled: LabelledSet) -> bool:
+    found = workdir.read_fingerprint(labelled.root / "images")  # older ones have none
+    return found is not None and bool(workdir.differences(found, labelled.fields))
 
 
 def _order(context: Context) -> tuple[np.ndarray, np.ndarray]:

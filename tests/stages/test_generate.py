@@ -363,6 +363,19 @@ def test_controls_of_generated_images(made, tmp_path):
     assert status == 2 and "the images of the control medoids are not in" in err
 
 
+@pytest.mark.parametrize("loss", ["kl", "ce"])
+def test_a_finished_run_needs_none_of_what_its_images_were_made_from(made, loss):
+    stages = ("--stages=squeeze,recover,relabel,validate", f"--config.validate.loss={loss}")
+    ok(made, CONTROLS, *stages)
+    shutil.rmtree(made / "generate")
+    before = snapshot(made)
+    ok(made, CONTROLS, *stages)
+    assert snapshot(made) == before  # it is only read
+    # The twin: another student's training reads them, and they are made again.
+    ok(made, "--config.validate.controls=medoids", *stages, "--config.validate.seeds=(0,1)")
+    assert {path.name for path in (made / "generate").iterdir()} == {*KEPT, "medoids"}
+
+
 def test_damage_is_named(made):
     shutil.rmtree(made / "recover")
     path = made / "generate" / "anchors" / "00002.safetensors"
