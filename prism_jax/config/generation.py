@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from prism_jax.config.sections import Generate
+from prism_jax.config.sections import Generate, Refine
 from prism_jax.diffusion import fit, guidance, noise, samplers
 from prism_jax.diffusion.anchors import Clustering
 from prism_jax.diffusion.refine import Refining
@@ -17,6 +18,18 @@ SCHEDULES = {
     "dit_released": noise.DIT,
     "stable_diffusion": noise.STABLE_DIFFUSION,
 }
+
+
+# Fields that some settings do not read, as configs/base.py leaves them: any other value is refused
+# there. (Fingerprints say these of older work that has another.)
+IDLE: dict[str, Any] = {
+    "patch": 4,
+    "components": 8,
+    "expand": 10,
+    "resampler": "bicubic",
+    "guided_channels": None,
+}
+IDLE_REFINE = Refine(0, 6e-4, 10.0, (1, 11))
 
 
 def clustering_of(g: Generate) -> Clustering:

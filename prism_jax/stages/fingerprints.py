@@ -17,7 +17,7 @@ from etils import epath
 
 from prism_jax.config import SELECTED_CONTROLS, Experiment, Network, batch_layout, bn_group_of
 from prism_jax.config.generation import FOLDER as GENERATOR
-from prism_jax.config.generation import SCHEDULES
+from prism_jax.config.generation import IDLE, SCHEDULES
 from prism_jax.config.layout import PAINTED, paints_classes
 from prism_jax.config.sections import Generate
 from prism_jax.core import batching
@@ -243,8 +243,8 @@ def _generate(context: Context, names: Sequence[str]) -> dict[str, Any]:
 
 def _idle(generate: Generate) -> dict[str, int]:
     """Fields that nothing reads in these settings: they count as they are left by default."""
-    idle = {} if generate.codec == "patches" else {"patch": 4, "components": 8}
-    return idle | ({} if generate.anchors in CHUNKS else {"expand": 10})
+    names = () if generate.codec == "patches" else ("patch", "components")
+    return {name: IDLE[name] for name in (*names, *(["expand"] * (generate.anchors not in CHUNKS)))}
 
 
 def generator(context: Context) -> dict[str, Any]:

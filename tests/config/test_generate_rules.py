@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from ml_collections import ConfigDict
 
-from configs import d4m_digits
-from prism_jax.config import resolve
+from configs import base, d4m_digits
+from prism_jax.config import generation, resolve
 from prism_jax.errors import UserError
 
 
@@ -95,6 +97,25 @@ REFUSED = {
     "judge": ({"generate__judge": "resnet50"}, "generate.judge is 'resnet50', which is not in"),
     "no directory": ({"generate__generator": "dit_released", **{
         k: READ[k] for k in ("generate__codec", "generate__clip")}}, "generate.directory=DIR"),
+    "rounded otherwise": (
+        {"recover__rounding": "truncate"}, "recover.rounding is 'truncate', which counts for",
+    ),
+    "another start": ({"recover__initialise": "noise"}, "which starts from no images; leave it at"),
+    "another dtype": ({"recover__dtype": "bfloat16"}, "which computes in generate.dtype"),
+    "components of none": (
+        {"generate__components": 3},
+        "generate.components is 3, which counts for nothing: generate.codec is 'none'; leave it at "
+        "generate.components=8",
+    ),
+    "patch of a directory": ({**READ, "generate__patch": 8}, "generate.codec is 'directory'"),
+    "chunks of all": ({"generate__expand": 3}, "'kmeans' has no chunks"),
+    "resampled to its size": ({"generate__resampler": "box"}, "changes no size; leave it at"),
+    "channels without guidance": (
+        {"generate__guidance": 1.0, "generate__guided_channels": 1}, "at which none is guided",
+    ),
+    "refined in no step": (
+        {"generate__refine__window": (1, 5)}, "and no step refines anything; set",
+    ),
     "directory of ours": ({"generate__directory": "d"}, "reads no directory"),
     "codec of others": ({**READ, "generate__codec": "patches"}, "set it to 'directory'"),
     "variance of ours": (
@@ -151,6 +172,10 @@ ALLOWED = {
         "generate__mode_window": (26, 49),
     },
     "read": READ,
+    "read, resampled": {**READ, "generate__resampler": "box"},
+    "chunks": {"generate__anchors": "chunked", "generate__expand": 3},
+    "a recipe's chunks without anchors": {**NO_ANCHORS, "generate__expand": 1},
+    "channels": {"generate__guided_channels": 1},
     "read squashed": {**READ, "generate__view": "squashed"},
     "variance that was learned": {
         **READ, "generate__sampler": "ddpm", "generate__variance": "learned",
@@ -164,6 +189,12 @@ ALLOWED = {
         "validate__controls": ("random_real",),
     },
 }  # fmt: skip
+
+
+def test_what_is_left_alone_is_left_as_the_base_has_it():
+    generate = base.get_config().generate
+    assert {name: generate[name] for name in generation.IDLE} == generation.IDLE
+    assert generate.refine.to_dict() == dataclasses.asdict(generation.IDLE_REFINE)
 
 
 @pytest.mark.parametrize("name", ALLOWED)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 
 from prism_jax.config.generation import (
     FOLDER,
+    IDLE,
+    IDLE_REFINE,
     SCHEDULES,
     clustering_of,
     fitting_of,
@@ -18,6 +20,7 @@ from prism_jax.config.sections import Experiment
 from prism_jax.diffusion import fit, pixels, refine, samplers
 from prism_jax.diffusion.anchors import check as check_anchors
 from prism_jax.errors import UserError
+from prism_jax.synthesis.start import INITIALISERS
 
 
 def violations(e: Experiment) -> Iterator[str]:
@@ -56,6 +59,7 @@ def violations(e: Experiment) -> Iterator[str]:
                     f"strength"
                 )
     yield from _with_others(e)
+    yield from _unread(e)
     yield from _networks(e)
     yield from _anchors(e)
     schedule = SCHEDULES[g.generator]
@@ -85,6 +89,17 @@ def _with_others(e: Experiment) -> Iterator[str]:
         )
     if e.recover.initialise == "folder":
         yield "recover.maker is 'generate', which reads no folder; set recover.initialise='real'"
+    said = ("folder", *({e.recover.initialise} - {*INITIALISERS}))  # of it, here and elsewhere
+    for field, idle, why in (
+        ("initialise", "real", "starts from no images"),
+        ("rounding", "nearest", "rounds its own pixels, to the nearest"),
+        ("dtype", "float32", "computes in generate.dtype"),
+    ):
+        if (value := getattr(e.recover, field)) != idle and value not in said:
+            yield (
+                f"recover.{field} is {value!r}, which counts for nothing: recover.maker is "
+                f"'generate', which {why}; leave it at {idle!r}"
+            )
     if FOLDER in e.squeeze.teachers:
         yield (
             f"squeeze.teachers names {FOLDER!r}, which is the name of the generator's own folder; "
@@ -95,6 +110,33 @@ def _with_others(e: Experiment) -> Iterator[str]:
         yield (
             f"generate.judge is {e.judge!r}, which is not in squeeze.teachers "
             f"({', '.join(e.squeeze.teachers)}); name one of them"
+        )
+
+
+def _unread(e: Experiment) -> Iterator[str]:
+    """Numbers that somebody stated and nothing reads."""
+    g = e.generate
+    patches = g.codec == "patches", f"generate.codec is {g.codec!r}"
+    for name, (read, why) in {
+        "patch": patches,
+        "components": patches,
+        # without anchors, a recipe's may stay
+        "expand": (g.anchors not in ("kmeans", "medoid"), f"{g.anchors!r} has no chunks"),
+        "resampler": (
+            g.generator != "dit" or g.resampler not in pixels.RESAMPLERS,  # said elsewhere
+            "a generator that is trained here changes no size",
+        ),
+        "guided_channels": (g.guidance != 1, "generate.guidance is 1, at which none is guided"),
+    }.items():
+        if not read and (value := getattr(g, name)) != IDLE[name]:
+            yield (
+                f"generate.{name} is {value!r}, which counts for nothing: {why}; leave it at "
+                f"generate.{name}={IDLE[name]!r}, or change that"
+            )
+    if g.refine.steps == 0 and g.refine != IDLE_REFINE:
+        yield (
+            f"generate.refine is {dataclasses.asdict(g.refine)}, and no step refines anything; set "
+            f"generate.refine.steps above 0, or leave it at {dataclasses.asdict(IDLE_REFINE)}"
         )
 
 
