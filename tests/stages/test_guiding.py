@@ -184,6 +184,17 @@ def test_encoders_of_two_models_do_not_belong_together(tmp_path):
     assert not (tmp_path / "run" / "squeeze").exists()
 
 
+def test_a_tokenizer_of_another_model_is_said_before_any_work(tmp_path):
+    directory = write_clip(tmp_path / "clip")
+    file = directory / "vocab.json"
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps({word: number + 5000 for word, number in known.items()}))
+    flags = (STAGES, *GUIDED, f"--config.recover.clip_directory={directory}")
+    err = refused(*flags, f"--workdir={tmp_path / 'run'}")
+    assert f"knows {len(known)}, from 0 on: they are of different models" in err
+    assert not (tmp_path / "run" / "squeeze").exists()
+
+
 def test_what_cannot_be_read_is_said_before_any_work(directory, tmp_path):
     guided = (STAGES, *GUIDED, f"--config.recover.clip_directory={directory}")
     root = tmp_path / "run"
