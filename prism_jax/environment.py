@@ -36,7 +36,8 @@ def prepare_environment(config: Any, problems: list[str]) -> None:
     nproc = os.environ.setdefault("NPROC", "8")
     if not nproc.isdecimal() or int(nproc) == 0:
         problems.append(f"NPROC in the environment is {nproc!r}; it must be a positive number")
-    deterministic = config.get("parallel", {}).get("deterministic") is True
+    parallel = config.get("parallel") or {}  # what may be unset there is said later
+    deterministic = parallel.get("deterministic") is True
     if deterministic and "xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -54,7 +55,7 @@ def prepare_environment(config: Any, problems: list[str]) -> None:
     if deterministic:
         # What XLA tuned without that flag would be taken over, an algorithm of other bits with it.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-    precision = config.get("parallel", {}).get("matmul_precision")
+    precision = parallel.get("matmul_precision")
     if precision in FLOAT32:
         jax.config.update("jax_default_matmul_precision", precision)
     # A CPU's programs run in the thread that calls them, whose heap keeps their temporaries

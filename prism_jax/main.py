@@ -20,7 +20,7 @@ from typing import Any
 
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from prism_jax.config import KINDS, STAGES
 from prism_jax.environment import prepare_environment, provenance
@@ -311,7 +311,7 @@ def parse(argv: Sequence[str], problems: list[str]) -> tuple[Any, flags.FlagValu
         *groups, last = argument.removeprefix("--config.").removesuffix("=None").split(".")
         if stated[argument.removesuffix("=None")] != argument:
             continue
-        if _fields(config).get(".".join((*groups, last)), ConfigDict) is not ConfigDict:
+        if ".".join((*groups, last)) in _fields(config):
             functools.reduce(lambda node, key: node[key], groups, config)[last] = None
         else:
             problems.append(_explain(config, argument, ValueError()))
@@ -380,7 +380,7 @@ def _explain(config: Any, argument: str, error: Exception) -> str:
                 f"{argument}: the config sets {field} to None, which has no type for a flag; write "
                 f"the value there, or ml_collections.config_dict.placeholder(int) in place of None"
             )
-        wanted = KINDS.get(known[field], "a group of fields, of which each is set by itself")
+        wanted = KINDS.get(known[field], "a group of fields")
         return f"{argument}: {field} is {value!r}; it must be {wanted}"
     if isinstance(error, flags.UnrecognizedFlagError):
         names = ("config", *(flag[2:] for flag in _WITH_VALUE), "plan", "help")

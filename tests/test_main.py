@@ -183,7 +183,7 @@ def test_none_unsets_a_field():
         found = main.parse([TINY, *twice], problems)[0].validate.ema
         assert found == (None if values[1] == "None" else 0.9) and not problems
     status, _, err = call(TINY, "--config.parallel=None")
-    assert status == 2 and "parallel is 'None'; it must be a group of fields" in err
+    assert status == 2 and "parallel" in err and "Traceback" not in err, err
     main.parse([TINY, "--config.validate.emma=None"], problems)
     assert "no field validate.emma; did you mean validate.ema" in problems[0]
     status, _, err = call(TINY, "--config.recover.ipc=None")
