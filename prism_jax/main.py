@@ -210,13 +210,11 @@ def _joined(
     if epath.Path(workdir).exists() and not epath.Path(workdir).is_dir():
         raise UserError(f"--workdir={workdir} is a file; name a folder, or one that is not there")
     if given.plan:
-        from prism_jax import plan
+        from prism_jax import plan, progress
 
-        if idle := [f"--{name}" for name in ("stages", "from") if getattr(given, name) is not None]:
-            raise UserError(
-                f"--plan shows the whole run, whatever is there; leave out {' and '.join(idle)}"
-            )
         plan.show(experiment, workdir, measure=True, target=target)
+        if idle := [f"--{name}" for name in ("stages", "from") if getattr(given, name) is not None]:
+            progress.say(f"(of the whole run, whatever is there: {' and '.join(idle)} set aside)")
         return 0
     check_requirements(experiment, workdir)
 

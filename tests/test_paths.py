@@ -42,7 +42,7 @@ def test_only_a_leading_tilde_is_the_home_directory(home):
 
 def test_every_path_of_a_config(home):
     config = digits_ipc10.get_config()
-    config.dataset.path = "~/data_{split}.tar"
+    config.dataset.source, config.dataset.path = "tar", "~/data_{split}.tar"
     config.recover.initialise, config.recover.initialise_from = "folder", "~/set"
     name = config.squeeze.teachers[0]
     with config.networks[name].unlocked():
