@@ -204,8 +204,8 @@ def test_results_stay_on_their_device_and_placed_copies_are_the_maps_own():
     np.testing.assert_array_equal(mine, np.zeros(4))  # donation took the copy
 
 
-def test_maps_of_equal_keys_share_a_program_and_not_their_weights():
-    traced = []
+def test_maps_of_equal_keys_share_a_program_and_not_their_weights(monkeypatch):
+    traced, cleared = [], []
 
     def made(shared, key):
         def function(shared, seed, x):
@@ -222,7 +222,10 @@ def test_maps_of_equal_keys_share_a_program_and_not_their_weights():
         assert traced == ["a", "b"]
         assert [made(2, None), made(2, None)] == [6.0, 6.0]  # nothing is known of what they do
         assert traced == ["a", "b", None, None]
-        parallel.forget_programs()
+        with monkeypatch.context() as patch:  # others in this process would compile anew
+            patch.setattr(jax, "clear_caches", lambda: cleared.append(True))
+            parallel.forget_programs()
+        assert cleared
         assert [made(4, "a"), made(6, "a")] == [12.0, 18.0]
         assert traced == ["a", "b", None, None, "a"]
     # Twin: outside, every map has its own.

@@ -198,7 +198,7 @@ def test_what_is_not_frozen_has_the_stem_of_every_platform(frozen, train, on_tpu
 
 @pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5", "densenet121"])
 def test_networks_are_the_same_by_phases(name, on_tpu):
-    module = build(name, num_classes=3, width=0.25, depth=0.3)
+    module = build(name, num_classes=3, width=0.25, depth=0.1)
     x = np.random.default_rng(2).standard_normal((2, 64, 64, 3)).astype(np.float32)
     frozen = layers.freeze(variables_of(module, x.shape))
     wanted = read(module, frozen, x)
