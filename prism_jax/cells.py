@@ -6,11 +6,12 @@ What is finished is never done again, so a command that makes cells continues wh
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prism_jax.errors import UserError
@@ -105,8 +106,9 @@ class Cells(abc.ABC):
             with parallel.shared_programs():
                 for number, cell in enumerate(todo, 1):
                     progress.say(f"cell {number} of {len(todo)}: {cell.name}")
-                    squeezed = self._squeeze(cell, with_teachers[cell], stop, made_by)
-                    self._run(cell, squeezed, stop, made_by)
+                    with _named(cell):
+                        squeezed = self._squeeze(cell, with_teachers[cell], stop, made_by)
+                        self._run(cell, squeezed, stop, made_by)
                     self.write_tables()
                     most_memory = _forget(most_memory)
         finally:
@@ -204,6 +206,17 @@ class Cells(abc.ABC):
             workdir.write_record(root / "cell.json", record)
         finally:
             context.work.lock.release()
+
+
+@contextlib.contextmanager
+def _named(cell: Cell) -> Iterator[None]:
+    """Say of which cell a refusal is; its remedies are those of a run."""
+    try:
+        yield
+    except UserError as error:
+        ours = ". (These cells take no --from: in another --workdir all is made anew.)"
+        error.args = (f"{cell.name}: {error}{ours if '--from=' in str(error) else ''}",)
+        raise
 
 
 def _forget(most: float) -> float:

@@ -26,7 +26,7 @@ from prism_jax.analysis.differences import Choices
 from prism_jax.analysis.intervals import Resampling
 from prism_jax.config import resolve, to_dict
 from prism_jax.data import workdir
-from prism_jax.errors import UserError
+from prism_jax.errors import Unreachable, UserError
 from prism_jax.main import parse
 from prism_jax.stages import fingerprints, imported
 from prism_jax.stages.context import Context
@@ -113,6 +113,18 @@ def test_programs_of_finished_cells_are_given_up_where_memory_grows(monkeypatch)
     most = runs._forget(most)  # 0.45, then 0.05
     assert most == 0.25 and len(given_up) == 2
     assert runs._forget(most) == 0.25 and len(given_up) == 2
+
+
+@pytest.mark.parametrize("kind", [UserError, Unreachable])
+def test_a_refusal_names_its_cell_and_no_flag_that_is_not_there(kind):
+    cell = runs.Cell("prism", 1, 0, "own")
+    with pytest.raises(kind) as refused, runs._named(cell):
+        raise kind("use another --workdir (with --from=x)")
+    said = str(refused.value)
+    assert said.startswith("prism/ipc1/seed0/own: use another --workdir")
+    assert "take no --from" in said
+    with pytest.raises(kind, match="^prism/ipc1/seed0/own: no such file$"), runs._named(cell):
+        raise kind("no such file")
 
 
 def test_used_memory_is_that_of_the_system():
