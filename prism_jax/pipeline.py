@@ -126,6 +126,8 @@ def _recover(context: Context) -> None:
     if not recover.is_done(context):
         squeeze.check(context)
         recover.run(context)
+    else:
+        recover.say_kept(context)
     read = [name for name in anchoring.controls_of(context) if _reads(context, name)]
     with parallel.enough_memory(_fewer_at_once(context)):
         anchoring.run_controls(context, read)

@@ -181,7 +181,7 @@ def test_lanes_in_different_phases_run_apart(whole, reference, tmp_path, monkeyp
     np.testing.assert_array_equal(images_of(again), whole("delt"))
 
 
-def test_kept_images_change_nothing_and_come_again(whole, reference, tmp_path, monkeypatch):
+def test_kept_images_change_nothing_and_come_again(whole, reference, tmp_path, monkeypatch, capsys):
     kept = ("keep_at=(3,12)", "steps_per_dispatch=5")
     context = context_of(tmp_path / "run", "fadrm", *kept)
     assert fingerprints.recover(context) == fingerprints.recover(context_of(tmp_path, "fadrm"))
@@ -207,6 +207,12 @@ def test_kept_images_change_nothing_and_come_again(whole, reference, tmp_path, m
         image_set.read_images(optimise.kept_folder(root, 12), 4, 1)[0], last[::2]
     )
     assert (first != last[::2]).any()
+
+    capsys.readouterr()  # finished: what was not kept is said, and nothing is made
+    for asked, said in (("(3,5,7)", "after iteration 5, 7 (recover.keep_at)"), ("(3,12)", "")):
+        recover.say_kept(context_of(tmp_path / "run", "fadrm", f"keep_at={asked}"))
+        out = capsys.readouterr().out
+        assert said in out and bool(said) == bool(out)
 
 
 def test_images_are_kept_before_the_checkpoint_that_goes_on_behind_them(

@@ -26,7 +26,7 @@ from prism_jax.data.metrics import gather
 from prism_jax.errors import UserError
 from prism_jax.stages import fingerprints
 from prism_jax.stages.context import Context, LabelledSet
-from prism_jax.stages.makers import Made, maker_of
+from prism_jax.stages.makers import Made, maker_of, optimise
 from prism_jax.stages.makers.made import record_path
 from prism_jax.stages.makers.start import CHOSEN
 from prism_jax.types import Unit
@@ -92,6 +92,17 @@ def weights(context: Context) -> np.ndarray | None:
     path = folder(context) / "manifest.json"
     found = workdir.read_record(path).get("weights") if path.exists() else None
     return None if found is None else np.array(found, np.float32)
+
+
+def say_kept(context: Context) -> None:
+    """Say which images on the way a finished set did not keep: they are not made again."""
+    asked, root = context.config.recover.keep_at, folder(context)
+    if lacking := [at for at in asked if not optimise.kept_folder(root, at).exists()]:
+        context.say(
+            f"note: recover is finished and kept no images after iteration "
+            f"{', '.join(map(str, lacking))} (recover.keep_at); another --workdir, where images "
+            f"are made, keeps them"
+        )
 
 
 def run(context: Context) -> None:
