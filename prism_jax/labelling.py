@@ -279,6 +279,10 @@ class LabelledEpochs(list[SoftLabels]):
         super().__init__(records)
         self.augment, self.seed = augment, seed
 
+    def __getitem__(self, at):  # some of the epochs, say
+        found = super().__getitem__(at)
+        return LabelledEpochs(found, self.augment, self.seed) if isinstance(at, slice) else found
+
 
 def relabel(
     pool: TeacherPool,

@@ -14,6 +14,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -99,10 +100,11 @@ def guarded(run: Callable[[list[str]], int], argv: Sequence[str] | None, help_te
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     as_it_was, warnings.formatwarning = warnings.formatwarning, _warnings_once()
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    if handlers[signal.SIGINT] is signal.default_int_handler:
-        signal.signal(signal.SIGINT, EarlyInterrupt())
+    ours = threading.current_thread() is threading.main_thread()  # others handle no signals
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM) if ours}
     try:
+        if handlers.get(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, EarlyInterrupt())
         return _guarded(run, argv, help_text)
     finally:
         warnings.formatwarning = as_it_was

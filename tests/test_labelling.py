@@ -395,6 +395,9 @@ def test_relabel_and_fit_agree_by_default_and_from_the_same_seed():
     for other in ({"label_seed": 6}, {"mix": "none"}, {"flip": False}, {"crop_min": 0.5}):
         with pytest.raises(UserError, match=f"fit got {next(iter(other))}=.* were made with"):
             drift(**other)
+    assert drift(soft_labels=records[:5], epochs=1) < 1e-3  # the first epoch alone
+    with pytest.raises(UserError, match="were made with"):
+        drift(soft_labels=records[:5], epochs=1, label_seed=6)
     # Records that do not know them: what ``relabel`` does by default, or what is stated.
     plain = list(records)
     assert drift(soft_labels=plain, label_seed=5) < 1e-3

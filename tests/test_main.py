@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import typing
 import warnings
 
@@ -260,6 +261,15 @@ def test_ctrl_c_before_any_work(monkeypatch):
     monkeypatch.setattr(main, "prepare_environment", interrupt)
     status, _, err = call(TINY, "--workdir=run")
     assert status == 130 and err.startswith("stopped by SIGINT")
+
+
+def test_a_plan_needs_no_signals():
+    """In another thread none are handled."""
+    found, before = [], warnings.formatwarning
+    thread = threading.Thread(target=lambda: found.append(main.main(["--help"])))
+    thread.start()
+    thread.join()
+    assert found == [0] and warnings.formatwarning is before
 
 
 @pytest.mark.parametrize("lost", [True, False], ids=["lost", "twin, none came"])

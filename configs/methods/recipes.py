@@ -28,8 +28,6 @@ from configs import digits as digits_config
 DATASETS = ("imagenet", "tiny_imagenet", "cifar100", "cifar10", "digits")
 SMALL = ("tiny_imagenet", "cifar100", "cifar10")
 CIFAR = ("cifar100", "cifar10")
-# Initial images that a teacher chooses.
-
 # Initial images that a teacher chooses: ``synthesis.start.ASKING``, which is not imported here, for
 # a config is read before JAX is.
 ASKING = (

@@ -410,7 +410,7 @@ SCHEDULER = {
     "prediction_type": "prediction",
 }
 BETAS = ("beta_schedule", "beta_start", "beta_end")  # without these there is another noise
-OTHER_NOISE = ("trained_betas", "rescale_betas_zero_snr", "use_flow_sigmas", "thresholding")
+OTHER_NOISE = ("trained_betas", "rescale_betas_zero_snr", "use_flow_sigmas")
 # Of ``timestep_spacing``, and of ours.
 SPACED = {"leading": "leading", "trailing": "trailing", "linspace": "even"}
 # The first that is there is read: one without pickles, of full precision.

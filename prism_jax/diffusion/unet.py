@@ -219,7 +219,10 @@ def from_config(config: dict[str, Any]) -> UNet2DCondition:
             "layers_per_block", "cross_attention_dim", "transformer_layers_per_block",
             "attention_head_dim", "num_attention_heads",
         ),
-        optional=("use_linear_projection",),
+        optional=(
+            "use_linear_projection",
+            *(["attention_head_dim"] if config.get("num_attention_heads") else []),
+        ),
     )  # fmt: skip
 
     def per_level(key: str) -> tuple[int, ...]:

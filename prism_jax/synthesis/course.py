@@ -239,7 +239,10 @@ def _check(recipe: Recipe, pool: TeacherPool, iterations: int, images_BHWC: np.n
     for word in recipe.match:
         given.one_of("match", word, statistics.KINDS)
     if kinds := statistics.of_convolutions(recipe.match):
-        without = [t.name for t in pool.teachers if t.first_conv is None]
+        known = "bn" in recipe.match
+        without = [
+            t.name for t in pool.teachers if t.first_conv is None and not (known and t.first_bn)
+        ]
         if without and recipe.alpha_bn:
             raise UserError(
                 f"match names {', '.join(kinds)}, and {', '.join(without)} has no convolution of "

@@ -240,19 +240,9 @@ REFUSED = {
     "no device": ({"parallel__train_devices": 0}, "parallel.train_devices is 0", "positive"),
     "ema": ({"validate__ema": 1.0}, "validate.ema is 1.0", "between 0 and 1"),
     "momentum": ({"validate__momentum": 1.0}, "validate.momentum is 1.0", "[0, 1)"),
-    "momentum of nothing": (
-        {"validate__momentum": 0.5}, "counts for nothing: validate.optimiser is 'adamw'", "=0.9",
-    ),
     "a warm-up that begins above its end": (
         {"validate__warmup_epochs": 5, "validate__warmup_start": 1.5},
         "validate.warmup_start is 1.5", "(0, 1]",
-    ),
-    "a warm-up of no epochs": (
-        {"validate__warmup_start": 0.5}, "counts for nothing: validate.warmup_epochs is 0", "0.01",
-    ),
-    "a mix of nothing": (
-        {"relabel__mix": "none", "relabel__mix_per": "image"}, "relabel.mix_per is 'image'",
-        "choose a mix",
     ),
     "a path that nothing reads": (
         {"dataset__path": "/photos"}, "dataset.path is '/photos'", "configs/own_folder.py",

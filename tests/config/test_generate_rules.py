@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import pytest
 from ml_collections import ConfigDict
@@ -97,11 +98,6 @@ REFUSED = {
     "judge": ({"generate__judge": "resnet50"}, "generate.judge is 'resnet50', which is not in"),
     "no directory": ({"generate__generator": "dit_released", **{
         k: READ[k] for k in ("generate__codec", "generate__clip")}}, "generate.directory=DIR"),
-    "rounded otherwise": (
-        {"recover__rounding": "truncate"}, "recover.rounding is 'truncate', which counts for",
-    ),
-    "another start": ({"recover__initialise": "noise"}, "which starts from no images; leave it at"),
-    "another dtype": ({"recover__dtype": "bfloat16"}, "which computes in generate.dtype"),
     "components of none": (
         {"generate__components": 3},
         "generate.components is 3, which counts for nothing: generate.codec is 'none'; leave it at "
@@ -109,10 +105,6 @@ REFUSED = {
     ),
     "patch of a directory": ({**READ, "generate__patch": 8}, "generate.codec is 'directory'"),
     "chunks of all": ({"generate__expand": 3}, "'kmeans' has no chunks"),
-    "resampled to its size": ({"generate__resampler": "box"}, "changes no size; leave it at"),
-    "channels without guidance": (
-        {"generate__guidance": 1.0, "generate__guided_channels": 1}, "at which none is guided",
-    ),
     "refined in no step": (
         {"generate__refine__window": (1, 5)}, "and no step refines anything; set",
     ),
@@ -161,6 +153,29 @@ def test_what_has_no_meaning_is_refused_by_name(name):
     message = str(caught.value)
     assert said in message, message
     assert "\n" not in message  # one thing is wrong, and nothing else is said
+
+
+SAID = {  # refused, finished work would be: its fingerprints have them
+    "rounded otherwise": ({"recover__rounding": "truncate"}, "recover.rounding is 'truncate'"),
+    "another start": ({"recover__initialise": "noise"}, "recover.initialise is 'noise'"),
+    "another dtype": ({"recover__dtype": "bfloat16"}, "recover.dtype is 'bfloat16'"),
+    "resampled to its size": ({"generate__resampler": "box"}, "changes no size"),
+    "channels without guidance": (
+        {"generate__guidance": 1.0, "generate__guided_channels": 1}, "at which none is guided",
+    ),
+    "momentum of nothing": ({"validate__momentum": 0.5}, "validate.optimiser is 'adamw', not"),
+    "a warm-up of no epochs": ({"validate__warmup_start": 0.5}, "validate.warmup_epochs is 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_counts_for_nothing_is_said(name):
+    fields, said = SAID[name]
+    with pytest.warns(UserWarning, match=said):
+        resolve(changed(**fields))
+    with warnings.catch_warnings():  # and nothing else is
+        warnings.simplefilter("error")
+        resolve(changed())
 
 
 ALLOWED = {

@@ -223,7 +223,6 @@ DIT = {  # as diffusers writes it
         ({"timestep_spacing": "karras"}, "scheduler_config.json: timestep_spacing is 'karras'"),
         ({"trained_betas": [0.1, 0.2]}, r"scheduler_config.json: trained_betas is \[0.1, 0.2\]"),
         ({"rescale_betas_zero_snr": True}, "json: rescale_betas_zero_snr is True"),
-        ({"thresholding": True}, "json: thresholding is True"),
         ({"use_flow_sigmas": True}, "json: use_flow_sigmas is True"),
         ({"timestep_spacing": ["leading"]}, r"timestep_spacing is \['leading'\]"),
         ({"beta_start": "0.00085"}, "beta_start is '0.00085' and beta_end is 0.012; they are numb"),
@@ -328,6 +327,17 @@ def test_other_forms_of_the_others_are_refused(name, entry, value, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, entry: value}))
     assert str(value) in refused(tmp_path, case.part)
+
+
+def test_a_width_of_heads_that_nothing_reads_may_be_null(tmp_path):
+    parity.write(parity.BY_NAME["unet_1"], tmp_path)
+    plain = huggingface.form(str(tmp_path), "unet")
+    config = json.loads((tmp_path / "config.json").read_text())
+    heads = {"num_attention_heads": config["attention_head_dim"], "attention_head_dim": None}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **heads}))
+    assert huggingface.form(str(tmp_path), "unet") == plain
+    (tmp_path / "config.json").write_text(json.dumps({**config, "attention_head_dim": None}))
+    assert "attention_head_dim=None" in refused(tmp_path, "unet")  # the twin: where it is read
 
 
 @pytest.mark.parametrize(

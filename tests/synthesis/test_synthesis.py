@@ -20,7 +20,7 @@ from prism_jax import rng, synthesis
 from prism_jax.core import statistics, views
 from prism_jax.errors import UserError
 from prism_jax.models import layers
-from prism_jax.synthesis import sampling
+from prism_jax.synthesis import Recipe, course, sampling
 from prism_jax.teachers import TeacherPool
 from prism_jax.types import Draw
 
@@ -455,6 +455,10 @@ def test_statistics_of_convolutions_need_some_of_ours(pixels_and_labels):
     pool = TeacherPool.of(members, image_shape=(8, 8, 1), normalisation=GREY)
     with pytest.raises(UserError, match="match names conv, and plain has no convolution of models"):
         prism_jax.synthesise(pool, *pixels_and_labels, iterations=2, match=("bn", "conv"))
+    # Its BatchNorms are aligned alone where they are matched, too.
+    known = dataclasses.replace(pool.teachers[0], first_bn=("bn",))
+    course._check(Recipe(match=("bn", "conv")), dataclasses.replace(pool, teachers=(known,)), 1,
+                  pixels_and_labels[0])  # fmt: skip
 
 
 def test_an_unknown_primary_lists_the_pool(pixels_and_labels):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args, get_origin
 
@@ -100,6 +101,19 @@ def shifted(e: Experiment, section: str) -> Iterator[str]:
             f"{section}.crop_min is {group.crop_min}, but {section}.crop_pad={group.crop_pad} "
             f"shifts images and crops none; set {section}.crop_min=1.0, or unset {section}.crop_pad"
         )
+
+
+def passed_over(section: str, values: dict[str, tuple[Any, Any]], why: str) -> None:
+    """Warn of values that nothing reads and that finished work may have in its fingerprints.
+
+    Args:
+      values: of fields, each with what stands there where nobody states it.
+    """
+    for name, (value, usual) in values.items():
+        if value != usual:
+            warnings.warn(
+                f"{section}.{name} is {value!r}, which counts for nothing: {why}", stacklevel=2
+            )
 
 
 def repeated(values: Sequence[Any]) -> list[Any]:

@@ -15,12 +15,11 @@ from prism_jax.config.generation import (
     refining_of,
     sampling_of,
 )
-from prism_jax.config.rules.common import literals_of, one_of, positive
+from prism_jax.config.rules.common import literals_of, one_of, passed_over, positive
 from prism_jax.config.sections import Experiment
 from prism_jax.diffusion import fit, pixels, refine, samplers
 from prism_jax.diffusion.anchors import check as check_anchors
 from prism_jax.errors import UserError
-from prism_jax.synthesis.start import INITIALISERS
 
 
 def violations(e: Experiment) -> Iterator[str]:
@@ -89,17 +88,12 @@ def _with_others(e: Experiment) -> Iterator[str]:
         )
     if e.recover.initialise == "folder":
         yield "recover.maker is 'generate', which reads no folder; set recover.initialise='real'"
-    said = ("folder", *({e.recover.initialise} - {*INITIALISERS}))  # of it, here and elsewhere
-    for field, idle, why in (
-        ("initialise", "real", "starts from no images"),
-        ("rounding", "nearest", "rounds its own pixels, to the nearest"),
-        ("dtype", "float32", "computes in generate.dtype"),
-    ):
-        if (value := getattr(e.recover, field)) != idle and value not in said:
-            yield (
-                f"recover.{field} is {value!r}, which counts for nothing: recover.maker is "
-                f"'generate', which {why}; leave it at {idle!r}"
-            )
+    usual = {"initialise": "real", "rounding": "nearest", "dtype": "float32"}
+    if e.recover.initialise != "folder":
+        values = {name: (getattr(e.recover, name), idle) for name, idle in usual.items()}
+        passed_over(
+            "recover", values, "recover.maker='generate' has its own start, pixels and dtype"
+        )
     if FOLDER in e.squeeze.teachers:
         yield (
             f"squeeze.teachers names {FOLDER!r}, which is the name of the generator's own folder; "
@@ -122,17 +116,18 @@ def _unread(e: Experiment) -> Iterator[str]:
         "components": patches,
         # without anchors, a recipe's may stay
         "expand": (g.anchors not in ("kmeans", "medoid"), f"{g.anchors!r} has no chunks"),
-        "resampler": (
-            g.generator != "dit" or g.resampler not in pixels.RESAMPLERS,  # said elsewhere
-            "a generator that is trained here changes no size",
-        ),
-        "guided_channels": (g.guidance != 1, "generate.guidance is 1, at which none is guided"),
     }.items():
         if not read and (value := getattr(g, name)) != IDLE[name]:
             yield (
                 f"generate.{name} is {value!r}, which counts for nothing: {why}; leave it at "
                 f"generate.{name}={IDLE[name]!r}, or change that"
             )
+    for name, read, why in (
+        ("resampler", g.generator != "dit", "a generator that is trained here changes no size"),
+        ("guided_channels", g.guidance != 1, "generate.guidance is 1, at which none is guided"),
+    ):
+        if not read:
+            passed_over("generate", {name: (getattr(g, name), IDLE[name])}, why)
     if g.refine.steps == 0 and g.refine != IDLE_REFINE:
         yield (
             f"generate.refine is {dataclasses.asdict(g.refine)}, and no step refines anything; set "

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from prism_jax.config.rules.common import not_negative, one_of, positive, share, shifted
 from prism_jax.config.sections import Experiment
 from prism_jax.core import ensemble
-from prism_jax.core.augment import Augment
 from prism_jax.labelling import LabelRecipe
 
 
@@ -51,13 +50,6 @@ def violations(e: Experiment) -> Iterator[str]:
                 yield (
                     f"relabel.{name} is {value}, but relabel.ensemble is {r.ensemble!r}, in which "
                     f"nobody votes; set it to 'committee', or relabel.{name}={idle}"
-                )
-    if r.mix == "none":
-        for name in ("mix_alpha", "mix_per"):
-            if (value := getattr(r, name)) != (idle := getattr(Augment, name)):
-                yield (
-                    f"relabel.{name} is {value!r}, but relabel.mix is 'none' and mixes nothing; "
-                    f"leave it at relabel.{name}={idle}, or choose a mix"
                 )
     if r.bn_group is not None and r.teacher_mode == "eval":
         yield (

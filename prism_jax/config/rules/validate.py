@@ -6,7 +6,15 @@ from collections.abc import Iterator
 
 from prism_jax import training
 from prism_jax.config.layout import bn_group_of
-from prism_jax.config.rules.common import not_negative, one_of, positive, repeated, seed, share
+from prism_jax.config.rules.common import (
+    not_negative,
+    one_of,
+    passed_over,
+    positive,
+    repeated,
+    seed,
+    share,
+)
 from prism_jax.config.sections import (
     ANCHOR_CONTROLS,
     CONTROLS,
@@ -38,7 +46,13 @@ def violations(e: Experiment) -> Iterator[str]:
     yield from _schedule(e)
     if not 0 <= v.momentum < 1:
         yield f"validate.momentum is {v.momentum}; it must be in [0, 1)"
-    yield from _unread(e)
+    for name, read, why in (
+        ("momentum", v.optimiser == "sgd", f"validate.optimiser is {v.optimiser!r}, not 'sgd'"),
+        ("warmup_start", v.warmup_epochs, "validate.warmup_epochs is 0"),
+    ):
+        if not read:
+            usual = getattr(training.TrainRecipe, name)
+            passed_over("validate", {name: (getattr(v, name), usual)}, why)
     if v.nesterov and (v.optimiser != "sgd" or not v.momentum):
         yield (
             f"validate.nesterov needs validate.optimiser='sgd' with momentum, not "
@@ -55,21 +69,6 @@ def violations(e: Experiment) -> Iterator[str]:
         yield from batch(e)
         if e.recover.ipc > 0 and e.dataset.num_classes > 0:
             yield from _alone(e)
-
-
-def _unread(e: Experiment) -> Iterator[str]:
-    """Numbers that somebody stated and nothing reads."""
-    v = e.validate
-    for name, read, why in (
-        ("momentum", v.optimiser == "sgd", f"validate.optimiser is {v.optimiser!r}, not 'sgd'"),
-        ("warmup_start", v.warmup_epochs, "validate.warmup_epochs is 0"),
-    ):
-        value, idle = getattr(v, name), getattr(training.TrainRecipe, name)
-        if not read and value != idle:
-            yield (
-                f"validate.{name} is {value}, which counts for nothing: {why}; leave it at "
-                f"validate.{name}={idle}, or change that"
-            )
 
 
 def _controls(e: Experiment) -> Iterator[str]:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from prism_jax.data.sources import ImageSource
 from prism_jax.errors import UserError
 
 TABLES = ("metadata.csv", "metadata.jsonl")
-_WHOLE = re.compile(r"(0|[1-9][0-9]*)(\.0*)?")  # 10, and 10.0 as pandas writes it
+_WHOLE = re.compile(r"^(0|[1-9][0-9]*)\.0*$")  # 10.0, as pandas writes 10 where some are not there
 FILE, LABELS = "file_name", ("label", "labels", "class", "class_name")
 
 
@@ -58,7 +59,7 @@ def open_set(path: str, stated: Stated, real: ImageSource) -> Found:
     for file, row in zip(files, rows, strict=True):
         if row.get(label) in (None, ""):
             raise UserError(f"{path}: its table gives {file} no {label}")
-    classes, numbered, labels = by_position([_number(row[label]) for row in rows])
+    classes, numbered, labels = by_position(_numbers([row[label] for row in rows]))
 
     if numbered:
         classes, _ = called(classes, numbered, tables_beside(os.path.dirname(_files(path)[0])))
@@ -131,13 +132,18 @@ def _read(file: str) -> list[dict[str, Any]]:
     return rows if any(named) else []
 
 
+def _numbers(labels: Sequence[Any]) -> list[int | str]:
+    """Labels as numbers where they are: a table of text has no other way to say it."""
+    found = [_number(label) for label in labels]
+    wholes = [_number(_WHOLE.sub(r"\1", str(label))) for label in labels]
+    return wholes if all(isinstance(label, int) for label in wholes) else found
+
+
 def _number(label: Any) -> int | str:
-    """A label as a number where it is one: a table of text has no other way to say it."""
     if isinstance(label, (int, np.integer)) and not isinstance(label, bool):
         return int(label)
     text = str(label)
-    whole = _WHOLE.fullmatch(text)
-    return int(whole[1]) if whole else text
+    return int(text) if text.isascii() and text.isdigit() and str(int(text)) == text else text
 
 
 def _value(cell: Any) -> Any:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from prism_jax.data.datasets import DATASETS
 from prism_jax.data.exchange import ImageSet
-from prism_jax.data.sets import torch_file
+from prism_jax.data.sets import table, torch_file
 from prism_jax.data.sets.base import NOTHING_STATED, Stated
 from prism_jax.data.sources import ArraySource, read_all
 from prism_jax.errors import UserError
@@ -221,6 +221,13 @@ def test_numbers_that_a_table_writes_as_fractions_are_numbers(tmp_path):
     real = ArraySource(np.zeros((12, SIZE, SIZE, 3), np.uint8), np.arange(12), num_classes=12)
     found = ImageSet(tmp_path, DATASETS["imagenet"], real, ipc=1, image_size=SIZE)
     assert [int(found.image(i)[0, 0, 0]) for i in range(12)] == list(range(12))
+
+
+def test_names_that_look_like_fractions_stay_names():
+    labels = ["1.0", "1.5", "2.0"]
+    assert table._numbers(labels) == labels
+    assert table._numbers(["1.0", "2.0", 3]) == [1, 2, 3]
+    assert table._numbers(["01", "2"]) == ["01", 2]
 
 
 def test_a_table_that_names_a_file_that_is_not_there(tmp_path):
