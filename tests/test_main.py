@@ -288,10 +288,15 @@ def test_a_ctrl_c_that_a_callback_swallows_still_stops(monkeypatch, lost):
         return 0
 
     monkeypatch.setattr(main, "_main", at_work)
+    # Where the tests run in the background of a shell, SIGINT is ignored.
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    status = main.main(["--config=x"])
-    assert (status, len(worked)) == ((130, 0) if lost else (0, 1))
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    try:
+        status = main.main(["--config=x"])
+        assert (status, len(worked)) == ((130, 0) if lost else (0, 1))
+        assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    finally:
+        signal.signal(signal.SIGINT, outside)
 
 
 LATE = {"grain", "jinja2", "matplotlib", "orbax", "scipy", "sklearn", "tensorflow_datasets"}
