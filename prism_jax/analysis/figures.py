@@ -302,11 +302,15 @@ def recover_curves(lines: Iterable[Mapping[str, Any]], *, primary: str) -> Figur
 
 
 def _ends(batches: Sequence[Mapping[int, float]]) -> dict[int, list[float]]:
-    """First and last values of those batches that have theirs at the same iterations as most."""
+    """First and last values of those batches that have theirs at the same iterations as most.
+
+    A batch with one value alone counts where all are such.
+    """
     spans = [(min(batch), max(batch)) for batch in batches]
     if not spans:
         return {}
-    usual = collections.Counter(spans).most_common(1)[0][0]
+    lines = [span for span in spans if span[0] < span[1]]
+    usual = collections.Counter(lines or spans).most_common(1)[0][0]
     of_usual = [batch for batch, span in zip(batches, spans, strict=True) if span == usual]
     return {step: [batch[step] for batch in of_usual] for step in usual}
 

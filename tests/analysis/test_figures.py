@@ -124,6 +124,7 @@ def test_the_ends_of_a_line_are_of_the_same_batches():
     whole = [{0: 8.0, 99: 2.0}, {0: 6.0, 99: 1.0}]
     assert figures._ends([*whole, {0: 100.0}]) == {0: [8.0, 6.0], 99: [2.0, 1.0]}
     assert figures._ends([{50: 3.0}]) == {50: [3.0]} and figures._ends([]) == {}
+    assert figures._ends([{99: 7.0}, {99: 7.0}, whole[0]]) == {0: [8.0], 99: [2.0]}
     lines = losses(3)
     at = lines.index(next(x for x in lines if (x["unit"], x["step"]) == (2, 99)))
 
