@@ -214,7 +214,7 @@ def _named(cell: Cell) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        ours = ". (These cells take no --from: in another --workdir all is made anew.)"
+        ours = " (These cells take no --from: in another --workdir all is made anew.)"
         error.args = (f"{cell.name}: {error}{ours if '--from=' in str(error) else ''}",)
         raise
 

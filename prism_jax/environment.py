@@ -13,9 +13,10 @@ import os
 import pathlib
 import platform
 import shlex
+import signal
 import subprocess
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -103,6 +104,26 @@ def used_memory() -> float:
     except OSError:  # no Linux
         return 0.0
     return resident / os.sysconf("SC_PHYS_PAGES")
+
+
+class EarlyInterrupt:
+    """Handles Ctrl-C until there is work to save: raises KeyboardInterrupt, and remembers that.
+
+    What is raised while JAX's callback collects garbage is printed and lost.
+    """
+
+    came = False
+
+    def __call__(self, signum: int, frame: Any) -> NoReturn:
+        self.came = True
+        raise KeyboardInterrupt
+
+
+def raise_early_interrupt() -> None:
+    """Raise the KeyboardInterrupt that came and was lost, if one was."""
+    handler = signal.getsignal(signal.SIGINT)
+    if isinstance(handler, EarlyInterrupt) and handler.came:
+        raise KeyboardInterrupt
 
 
 def cache_folder(jax_version: str) -> pathlib.Path:

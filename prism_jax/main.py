@@ -24,8 +24,8 @@ from etils import epath
 from ml_collections import config_flags
 
 from prism_jax.config import KINDS, STAGES
-from prism_jax.environment import prepare_environment, provenance
-from prism_jax.errors import EarlyInterrupt, Unreachable, UserError
+from prism_jax.environment import EarlyInterrupt, prepare_environment, provenance
+from prism_jax.errors import Unreachable, UserError
 from prism_jax.paths import at_home
 
 HELP = """\

@@ -418,10 +418,10 @@ def _time_draws(e: Experiment, engine: synthesis.Engine, pool, recipe, size: int
     as take a second.
     """
     layout, seconds = batch_layout(e), list[float]()
-    most = e.recover.steps_per_dispatch
-    count = 1 if parallel.on_cpu() else most
+    most, on_cpu = e.recover.steps_per_dispatch, parallel.on_cpu()
+    count = 1 if on_cpu else most
     for draw in range(2 + DRAWS):
-        if draw == 2 and parallel.on_cpu():
+        if draw == 2 and on_cpu:
             count = max(1, min(most, int(1 / seconds[-1])))
         slot = draw % layout.groups * layout.slots
         lane = _random_lane(e, engine, pool, recipe, size, slot=slot, step=1 + draw, count=count)

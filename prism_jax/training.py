@@ -532,9 +532,10 @@ def _views_of(
                     f"{known[name]!r}: they say nothing of other views. Leave {name} out"
                 )
         return soft_labels.augment, soft_labels.seed
-    views = {"crop_min": 0.25, "flip": True, "mix": "cutmix" if soft_labels else "none"} | stated
-    seed = views.pop("label_seed", 0)
-    return Augment(**views), seed
+    mix = "none" if soft_labels is None else "cutmix"
+    views: dict[str, Any] = {"crop_min": 0.25, "flip": True, "mix": mix, "label_seed": 0} | stated
+    label_seed = views.pop("label_seed")
+    return Augment(**views), label_seed
 
 
 def fit(

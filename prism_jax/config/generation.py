@@ -20,8 +20,8 @@ SCHEDULES = {
 }
 
 
-# Fields that some settings do not read, as configs/base.py leaves them: any other value is refused
-# there. (Fingerprints say these of older work that has another.)
+# Fields that some settings do not read, as configs/base.py leaves them. Another value is refused
+# there, or only said where it is in fingerprints (which have the first three as they are here).
 IDLE: dict[str, Any] = {
     "patch": 4,
     "components": 8,

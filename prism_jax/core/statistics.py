@@ -105,8 +105,9 @@ def of_inputs(inputs: dict[Path, Array], kinds: Iterable[str], *, patch: int) ->
     """Statistics of convolutions' inputs.
 
     Args:
-      kinds: rows of ``OF_CONVOLUTIONS``.
-      patch: side of patches.
+      inputs: (B, H, W, C) by the path of their convolution.
+      kinds: of ``KINDS``, of which those of convolutions count.
+      patch: side of patches in pixels of the map.
     """
     rows = [OF_CONVOLUTIONS[kind] for kind in of_convolutions(kinds)]
     return {

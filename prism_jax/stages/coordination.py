@@ -14,7 +14,8 @@ from etils import epath
 from prism_jax import parallel, progress
 from prism_jax.config import Experiment, to_dict
 from prism_jax.data import workdir
-from prism_jax.errors import UserError, raise_early_interrupt
+from prism_jax.environment import raise_early_interrupt
+from prism_jax.errors import UserError
 
 
 class Interrupted(Exception):

@@ -239,9 +239,9 @@ def _check(recipe: Recipe, pool: TeacherPool, iterations: int, images_BHWC: np.n
     for word in recipe.match:
         given.one_of("match", word, statistics.KINDS)
     if kinds := statistics.of_convolutions(recipe.match):
-        known = "bn" in recipe.match
+        norms = "bn" in recipe.match  # which a teacher may have alone
         without = [
-            t.name for t in pool.teachers if t.first_conv is None and not (known and t.first_bn)
+            t.name for t in pool.teachers if t.first_conv is None and not (norms and t.first_bn)
         ]
         if without and recipe.alpha_bn:
             raise UserError(

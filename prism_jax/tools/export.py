@@ -42,6 +42,7 @@ from prism_jax.data.exchange import ImageSet
 from prism_jax.data.label_store import MANIFEST, LabelReader
 from prism_jax.data.lazy import Images
 from prism_jax.data.sets import dd_ranking, fkd, folder, npz, parquet
+from prism_jax.data.sets.base import CLASS_TABLE
 from prism_jax.data.sets.classes import wnids
 from prism_jax.data.sets.content import Content
 from prism_jax.data.weights import RECORD
@@ -172,7 +173,7 @@ def export(
             npz.write(os.fspath(temporary), content)
         else:
             WRITERS[form](os.fspath(temporary), content)
-        workdir.write_json(temporary / "classes.json", classes)
+        workdir.write_json(temporary / CLASS_TABLE, classes)
         workdir.write_json(temporary / "provenance.json", content.provenance)
         temporary.rename(to)
     except BaseException:

@@ -103,17 +103,15 @@ def shifted(e: Experiment, section: str) -> Iterator[str]:
         )
 
 
-def passed_over(section: str, values: dict[str, tuple[Any, Any]], why: str) -> None:
-    """Warn of values that nothing reads and that finished work may have in its fingerprints.
+def passed_over(name: str, value: Any, usual: Any, why: str) -> None:
+    """Warn of a value that nothing reads and that finished work may have in its fingerprints.
 
     Args:
-      values: of fields, each with what stands there where nobody states it.
+      name: of the field, with its section.
+      usual: what stands there where nobody states it.
     """
-    for name, (value, usual) in values.items():
-        if value != usual:
-            warnings.warn(
-                f"{section}.{name} is {value!r}, which counts for nothing: {why}", stacklevel=2
-            )
+    if value != usual:
+        warnings.warn(f"{name} is {value!r}, which counts for nothing: {why}", stacklevel=2)
 
 
 def repeated(values: Sequence[Any]) -> list[Any]:

@@ -88,12 +88,11 @@ def _with_others(e: Experiment) -> Iterator[str]:
         )
     if e.recover.initialise == "folder":
         yield "recover.maker is 'generate', which reads no folder; set recover.initialise='real'"
-    usual = {"initialise": "real", "rounding": "nearest", "dtype": "float32"}
-    if e.recover.initialise != "folder":
-        values = {name: (getattr(e.recover, name), idle) for name, idle in usual.items()}
-        passed_over(
-            "recover", values, "recover.maker='generate' has its own start, pixels and dtype"
-        )
+    else:
+        why = "recover.maker='generate' has its own start, pixels and dtype"
+        usual = {"initialise": "real", "rounding": "nearest", "dtype": "float32"}
+        for name, value in usual.items():
+            passed_over(f"recover.{name}", getattr(e.recover, name), value, why)
     if FOLDER in e.squeeze.teachers:
         yield (
             f"squeeze.teachers names {FOLDER!r}, which is the name of the generator's own folder; "
@@ -127,7 +126,7 @@ def _unread(e: Experiment) -> Iterator[str]:
         ("guided_channels", g.guidance != 1, "generate.guidance is 1, at which none is guided"),
     ):
         if not read:
-            passed_over("generate", {name: (getattr(g, name), IDLE[name])}, why)
+            passed_over(f"generate.{name}", getattr(g, name), IDLE[name], why)
     if g.refine.steps == 0 and g.refine != IDLE_REFINE:
         yield (
             f"generate.refine is {dataclasses.asdict(g.refine)}, and no step refines anything; set "

@@ -204,7 +204,7 @@ def _unread(e: Experiment) -> Iterator[str]:
 def _statistics(e: Experiment) -> Iterator[str]:
     r, convolutions = e.recover, _convolutions(e)
     if not r.match:
-        yield (f"recover.match is empty; name one of {', '.join(KINDS)}, or set recover.alpha_bn=0")
+        yield f"recover.match is empty; name one of {', '.join(KINDS)}, or set recover.alpha_bn=0"
     if r.first_layer == "conv" and not convolutions:
         yield (
             "recover.first_layer is 'conv', but recover.match names no statistics of "

@@ -52,7 +52,7 @@ def violations(e: Experiment) -> Iterator[str]:
     ):
         if not read:
             usual = getattr(training.TrainRecipe, name)
-            passed_over("validate", {name: (getattr(v, name), usual)}, why)
+            passed_over(f"validate.{name}", getattr(v, name), usual, why)
     if v.nesterov and (v.optimiser != "sgd" or not v.momentum):
         yield (
             f"validate.nesterov needs validate.optimiser='sgd' with momentum, not "
