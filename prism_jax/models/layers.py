@@ -1009,7 +1009,7 @@ def max_pool(x_BHWC: Array, size: int, stride: int, padding: int = 0) -> Array:
     """PyTorch's MaxPool2d, as a maximum of shifted maps.
 
     The gradient of XLA's own pooling is 8 times slower on a CPU (measured) and is a scatter on
-    a GPU. Where maxima tie, the gradient is shared instead of going to the first.
+    a GPU. Where maxima tie, the first of a window has the gradient.
     """
     windows = _windows(x_BHWC, (size, size), stride, padding, fill=-np.inf)
     return functools.reduce(jnp.maximum, [window for _, window in windows])
@@ -1018,61 +1018,76 @@ def max_pool(x_BHWC: Array, size: int, stride: int, padding: int = 0) -> Array:
 def _max_pool_forward(x_BHWC: Array, size: int, stride: int, padding: int):
     y_BHWC = max_pool(x_BHWC, size, stride, padding)
 
-    def count(x_BHWC: Array, y_BHWC: Array) -> tuple[Array, Array]:
+    def find(x_BHWC: Array, y_BHWC: Array) -> tuple[Array, Array]:
         """Now, while the windows are at hand; without the barrier XLA would read them again."""
-        ties_BHWC = _ties(x_BHWC, y_BHWC, size, stride, padding).astype(jnp.int8)
-        return lax.optimization_barrier((y_BHWC, ties_BHWC))
+        first_BHWC = _first(x_BHWC, size, stride, padding)
+        return lax.optimization_barrier((y_BHWC, first_BHWC))
 
-    y_BHWC, ties_BHWC = lax.platform_dependent(
-        x_BHWC, y_BHWC, cpu=lambda _, y: (y, jnp.zeros(y.shape, jnp.int8)), default=count
+    y_BHWC, first_BHWC = lax.platform_dependent(
+        x_BHWC, y_BHWC, cpu=lambda _, y: (y, jnp.zeros(y.shape, jnp.int8)), default=find
     )
-    return y_BHWC, (x_BHWC, y_BHWC, ties_BHWC)
+    return y_BHWC, (x_BHWC, first_BHWC)
 
 
-def _ties(x_BHWC: Array, y_BHWC: Array, size: int, stride: int, padding: int) -> Array:
-    """How many entries of each window are its maximum."""
-    windows = [w for _, w in _windows(x_BHWC, (size, size), stride, padding, fill=-np.inf)]
-    return functools.reduce(operator.add, [(w == y_BHWC).astype(w.dtype) for w in windows])
+def _first(x_BHWC: Array, size: int, stride: int, padding: int) -> Array:
+    """Where in each window its first maximum is, as int8: row by row of the window.
+
+    Found by what is greater, never by what equals the maximum: XLA computes a map anew wherever it
+    is read, and a product and a sum that are rounded once in one place and twice in another give
+    values of which none is the maximum.
+    """
+    (_, best), *others = _windows(x_BHWC, (size, size), stride, padding, fill=-np.inf)
+    first = jnp.zeros(best.shape, jnp.float32)  # of integers XLA:TPU makes a pass of its own
+    for (i, j), window in others:
+        higher = window > best
+        best = jnp.where(higher, window, best)
+        first = jnp.where(higher, float(i * size + j), first)
+    return first.astype(jnp.int8)
 
 
 def _max_pool_backward(size: int, stride: int, padding: int, saved, dy_BHWC: Array):
-    def gradient(form: str) -> Callable[..., Array]:
-        return functools.partial(POOLS[form], size=size, stride=stride, padding=padding)
+    x_BHWC, first_BHWC = saved
+    where = {"sizes": x_BHWC.shape[1:3], "size": size, "stride": stride, "padding": padding}
+
+    def gathered(x_BHWC: Array, _: Array, dy_BHWC: Array) -> Array:
+        first_BHWC = _first(x_BHWC, size, stride, padding)
+        return _pool_gradient_by_gather(first_BHWC, dy_BHWC, **where)
+
+    def by_phases(_: Array, first_BHWC: Array, dy_BHWC: Array) -> Array:
+        return _pool_gradient_by_phases(first_BHWC, dy_BHWC, **where)
 
     dx_BHWC = lax.platform_dependent(
-        *saved, dy_BHWC, cpu=gradient("gather"), tpu=gradient("phases"), default=gradient("phases")
+        x_BHWC, first_BHWC, dy_BHWC, cpu=gathered, tpu=by_phases, default=by_phases
     )
     return (dx_BHWC,)
 
 
 def _pool_gradient_by_gather(
-    x_BHWC, y_BHWC, ties_BHWC, dy_BHWC, *, size: int, stride: int, padding: int
+    first_BHWC, dy_BHWC, *, sizes: tuple[int, int], size: int, stride: int, padding: int
 ) -> Array:
     """Every entry looks at all windows that could hold it, spread out by the stride."""
-    del ties_BHWC
-    rows, columns = x_BHWC.shape[1:3]
-    where = (x_BHWC.shape[1:3], (size, size), stride, padding)
-    maxima = _spread(y_BHWC, *where, fill=np.nan)
-    shares = dy_BHWC / _ties(x_BHWC, y_BHWC, size, stride, padding)
-    shares = _spread(shares, *where, fill=0.0)
-    dx_BHWC = jnp.zeros_like(x_BHWC)
+    rows, columns = sizes
+    spread = functools.partial(
+        _spread, size=sizes, kernel=(size, size), stride=stride, padding=padding
+    )
+    first, dy = spread(first_BHWC, fill=-1), spread(dy_BHWC, fill=0.0)
+    dx_BHWC = jnp.zeros((dy_BHWC.shape[0], *sizes, dy_BHWC.shape[3]), dy_BHWC.dtype)
     for i, j in itertools.product(range(size), repeat=2):
         near = (slice(None), slice(i, i + rows), slice(j, j + columns))
-        dx_BHWC += jnp.where(x_BHWC == maxima[near], shares[near], 0.0)
+        place = (size - 1 - i) * size + size - 1 - j
+        dx_BHWC += jnp.where(first[near] == place, dy[near], 0.0)
     return dx_BHWC
 
 
 def _pool_gradient_by_phases(
-    x_BHWC, y_BHWC, ties_BHWC, dy_BHWC, *, size: int, stride: int, padding: int
+    first_BHWC, dy_BHWC, *, sizes: tuple[int, int], size: int, stride: int, padding: int
 ) -> Array:
     """Entries of one phase of the stride lie alike in the windows that hold them.
 
     At stride 2 a quarter of the gather's comparisons. XLA:CPU does not vectorise the strides.
     """
-    sizes = x_BHWC.shape[1:3]
     reach = (size - 1) // stride  # back to the first window that holds an entry
     ahead = (stride - 1 + padding) // stride
-    shares_BHWC = dy_BHWC / ties_BHWC.astype(dy_BHWC.dtype)
 
     def beyond(map_BHWC: Array, fill: float) -> Array:
         counts = zip(sizes, map_BHWC.shape[1:3], strict=True)
@@ -1080,31 +1095,33 @@ def _pool_gradient_by_phases(
         blank = jnp.asarray(fill, map_BHWC.dtype)
         return lax.pad(map_BHWC, blank, [(0, 0, 0), *edges, (0, 0, 0)])
 
-    def holding(phase: int, count: int) -> list[slice]:
-        """The windows that hold entries ``phase``, ``phase + stride``, ...: nearest, and back."""
-        last = reach + (phase + padding) // stride
-        back = range((size - 1 - (phase + padding) % stride) // stride + 1)
-        return [slice(last - k, last - k + count) for k in back]
+    def holding(phase: int, count: int) -> list[tuple[int, slice]]:
+        """The windows that hold entries ``phase``, ``phase + stride``, ...: nearest, and back.
 
-    maxima, shares = beyond(y_BHWC, np.nan), beyond(shares_BHWC, 0.0)
-    dx_BHWC = jnp.zeros_like(x_BHWC)
+        Each with where in it they are.
+        """
+        at, nearest = (phase + padding) % stride, reach + (phase + padding) // stride
+        back = range((size - 1 - at) // stride + 1)
+        return [(at + k * stride, slice(nearest - k, nearest - k + count)) for k in back]
+
+    first, dy = beyond(first_BHWC, -1), beyond(dy_BHWC, 0.0)
+    dx_BHWC = jnp.zeros((dy_BHWC.shape[0], *sizes, dy_BHWC.shape[3]), dy_BHWC.dtype)
     for corner in itertools.product(range(stride), repeat=2):
-        rows, columns = (slice(phase, None, stride) for phase in corner)
-        part = x_BHWC[:, rows, columns]
-        windows = map(holding, corner, part.shape[1:3])
-        near = [(slice(None), *pair) for pair in itertools.product(*windows)]
-        if 0 in part.shape or not near:
+        counts = [len(range(phase, n, stride)) for phase, n in zip(corner, sizes, strict=True)]
+        looked = []
+        for (i, rows), (j, columns) in itertools.product(*map(holding, corner, counts)):
+            near = (slice(None), rows, columns)
+            looked.append(jnp.where(first[near] == i * size + j, dy[near], 0.0))
+        if 0 in counts or not looked:
             continue
-        looked = [jnp.where(part == maxima[n], shares[n], 0.0) for n in near]
-        counts = zip(sizes, part.shape[1:3], corner, strict=True)
-        apart = [(i, n - 1 - i - (m - 1) * stride, stride - 1) for n, m, i in counts]
+        places = zip(sizes, counts, corner, strict=True)
+        apart = [(i, n - 1 - i - (m - 1) * stride, stride - 1) for n, m, i in places]
         spread = functools.reduce(operator.add, looked)
         zero = jnp.zeros((), spread.dtype)
         dx_BHWC += lax.pad(spread, zero, [(0, 0, 0), *apart, (0, 0, 0)])
     return dx_BHWC
 
 
-POOLS = {"gather": _pool_gradient_by_gather, "phases": _pool_gradient_by_phases}
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 

@@ -3,8 +3,7 @@
 A comparison with NumPy or PyTorch says as much of a program that is compiled in either way. Where
 two programs must have the same bits, they are compiled as users get them, or ``FAST_ALIKE``: XLA's
 older emitters, which ``FAST`` has where there still are any (JAX 0.10), round otherwise on eight
-devices than on one, and give some networks with max pooling a wrong gradient (which a comparison
-sees).
+devices than on one.
 """
 
 from __future__ import annotations
@@ -30,18 +29,20 @@ jit = functools.partial(jax.jit, compiler_options=FAST)
 KEPT = (training._jitted_step, training.jitted_forward, course.ascent_of)
 
 
+WELL = jax.jit
+
+
 @contextlib.contextmanager
 def compiled_fast(how=FAST):
-    """Let ``jax.jit`` compile fast, here and in the package."""
-    well = jax.jit
+    """Let ``jax.jit`` compile fast, here and in the package; None: as users get it."""
 
     def jit(function=None, /, **options):
         if function is None:
             return functools.partial(jit, **options)
-        return well(function, **{"compiler_options": how, **options})
+        return WELL(function, **{"compiler_options": how, **options})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", jit)
+        patch.setattr(jax, "jit", WELL if how is None else jit)
         for kept in KEPT:
             kept.cache_clear()
         try:
@@ -61,6 +62,20 @@ def fast_programs():
 @pytest.fixture
 def fast_alike():
     """The same for a test that compares bits."""
+    with compiled_fast(FAST_ALIKE):
+        yield
+
+
+@pytest.fixture
+def as_users():
+    """A test of a module whose others compile fast has the programs that users get."""
+    with compiled_fast(None):
+        yield
+
+
+@pytest.fixture(scope="module")
+def only_fast_alike():
+    """``fast_alike`` for a module, with what its fixtures make after this one."""
     with compiled_fast(FAST_ALIKE):
         yield
 

@@ -12,13 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.compiling import FAST, FAST_ALIKE
+from helpers.compiling import FAST
 from models import parity
 
 from prism_jax.core import losses, statistics
 from prism_jax.models import ARCHITECTURES, import_torch, layers, swin, vit
-
-POOLING = ("alexnet", "densenet", "resnet", "shufflenet", "vgg", "wide_resnet")  # at its maximum
 
 
 def variables_of(case):
@@ -46,9 +44,7 @@ def drop_alike():
 
 def run(case, function, *args):
     """Run a function once: compile fast, not well, where there is little to compute."""
-    pools = ARCHITECTURES[case.architecture].family in POOLING
-    fast = FAST_ALIKE if pools else FAST
-    options = None if case.depth == case.width == 1 else fast
+    options = None if case.depth == case.width == 1 else FAST
     return jax.jit(function, compiler_options=options)(*args)
 
 
