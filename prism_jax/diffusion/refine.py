@@ -87,8 +87,19 @@ def loss(
     prediction = predict(noisy_BHWC, time_B)[..., : noisy_BHWC.shape[-1]]
     predicted = noise.PREDICTIONS[refining.schedule.prediction]
     error = predicted.estimate(noisy_BHWC, prediction, alpha, sigma).noise - noise_BHWC
-    axes = (1, 2, 3)
-    return jnp.mean(error**2, axes) + refining.maximum * jnp.max(jnp.abs(error), axes)
+    size_BD = jnp.abs(error).reshape(len(error), -1)
+    return jnp.mean(error**2, (1, 2, 3)) + refining.maximum * _largest(size_BD)
+
+
+def _largest(values_BD: Array) -> Array:
+    """The maximum of each row, (B,); the first where there are several.
+
+    The gradient of ``jnp.max`` looks for what equals it and divides by how many there are. XLA may
+    have computed those values anew with another last bit: then there are none, and it is NaN.
+    """
+    at_B = jnp.argmax(values_BD, 1)
+    chosen_BD = jnp.arange(values_BD.shape[1]) == at_B[:, None]
+    return jnp.sum(jnp.where(chosen_BD, values_BD, 0.0), 1)
 
 
 def refine(
