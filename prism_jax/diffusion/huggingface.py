@@ -12,6 +12,7 @@ parameter of the network comes from the files, or the directory is refused.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -284,8 +285,9 @@ def digest(path: str, part: str) -> str:
     return found.hexdigest()
 
 
+@functools.lru_cache(maxsize=8)  # seconds of a published U-Net; a run asks for it many times
 def shapes(part: str, module: nn.Module) -> PyTree:
-    """The shapes of a network's parameters.
+    """The shapes of a network's parameters, to be read only.
 
     Raises:
       UserError: the entries of its config do not belong together.

@@ -7,6 +7,7 @@ in ``layouts.LAYOUTS``.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -96,7 +97,11 @@ def to_torch(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
     return array
 
 
+@functools.lru_cache(maxsize=64)  # a deep network takes a second, and a run asks many times
 def variable_shapes(module: nn.Module, image_shape: tuple[int, int, int]) -> PyTree:
-    """The shapes of a network's variables for images of (height, width, channels)."""
+    """The shapes of a network's variables for images of (height, width, channels).
+
+    To be read only: whoever asks again is given the same tree.
+    """
     images_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     return jax.eval_shape(module.init, jax.random.key(0, impl="threefry2x32"), images_BHWC)
