@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.command import TINY, call, reference
+from helpers.compiling import as_users, only_fast_alike
 from PIL import Image
 
 from prism_jax import parallel, pipeline, synthesis
@@ -28,7 +29,9 @@ from prism_jax.stages.makers.start import initial_images, retrieved_images
 from prism_jax.synthesis import measuring
 from prism_jax.synthesis import start as synthesis_start
 
-__all__ = ["reference"]  # a fixture
+__all__ = ["as_users", "only_fast_alike", "reference"]  # fixtures
+# Both sides of a comparison are made in this process.
+pytestmark = pytest.mark.usefixtures("only_fast_alike")
 
 CLASS_MAJOR = ("batch_order=class_major", "batch_size=4")
 STATISTICS = ("match=bn,conv,patch", "statistic_patch=4")
@@ -602,6 +605,7 @@ def test_nothing_is_sent_for_a_lane_without_work(tmp_path, monkeypatch):
     assert placed == [1, 2]
 
 
+@pytest.mark.usefixtures("as_users")
 def test_blocks_of_two_sizes_are_the_same_on_any_devices(tmp_path, monkeypatch):
     """Five classes in batches of at most three: blocks of three and two."""
     fields = ("dataset.num_classes=5", "recover.batch_size=3", "recover.iterations=2",

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.compiling import FAST_ALIKE
 
 from prism_jax import parallel, rng
 from prism_jax.diffusion import generate, guidance, noise, pixels, samplers
@@ -59,7 +60,8 @@ def places(count: int = 6) -> Places:
 
 @functools.cache
 def program(sampling: Sampling, toy: Toy):
-    return jax.jit(functools.partial(generate.generate, Generator(Half(), toy, toy), sampling))
+    paint = functools.partial(generate.generate, Generator(Half(), toy, toy), sampling)
+    return jax.jit(paint, compiler_options=FAST_ALIKE)
 
 
 SILENT = Toy()

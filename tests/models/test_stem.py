@@ -97,15 +97,16 @@ def test_phases_of_a_convolution_have_its_gradients(kernel, size):
             draw.standard_normal((kernel, kernel, 3, 4)),
         )
         padding = (kernel - 1) // 2
-        whole, pull_back = jax.vjp(
-            lambda *given: layers.conv2d(*given, stride=2, padding=padding), x, weights
+        dy = draw.standard_normal((2, *(-(-side // 2) for side in size), 4))
+        whole, gradients = pulled(
+            lambda *given: layers.conv2d(*given, stride=2, padding=padding), dy, x, weights
         )
-        maps, pull_back_maps = jax.vjp(lambda *given: stem.convolve(*given, padding), x, weights)
+        by_phases = functools.partial(pulled, lambda *given: stem.convolve(*given, padding))
+        maps, found = by_phases(phases(dy), x, weights)
         assert furthest(maps, phases(whole)) < 1e-12
-        dy = draw.standard_normal(whole.shape)
-        assert furthest(pull_back_maps(phases(dy)), pull_back(dy)) < 1e-11
-        twin = pull_back_maps(phases(np.roll(dy, 1, 1)))
-        assert furthest(twin, pull_back(dy)) > 0.1
+        assert furthest(found, gradients) < 1e-11
+        _, twin = by_phases(phases(np.roll(dy, 1, 1)), x, weights)
+        assert furthest(twin, gradients) > 0.1
 
 
 def test_bfloat16_gradients_of_phases_are_rounded_a_few_times():
@@ -119,8 +120,8 @@ def test_bfloat16_gradients_of_phases_are_rounded_a_few_times():
     def gradient(dtype, phased):
         x_, k, d = (jnp.asarray(a, jnp.bfloat16).astype(dtype) for a in (x, weights, dy))
         if phased:
-            return jax.vjp(lambda x: stem.convolve(x, k, 3), x_)[1](phases(d))[0]
-        return jax.vjp(lambda x: layers.conv2d(x, k, stride=2, padding=3), x_)[1](d)[0]
+            return pulled(lambda x: stem.convolve(x, k, 3), phases(d), x_)[1][0]
+        return pulled(lambda x: layers.conv2d(x, k, stride=2, padding=3), d, x_)[1][0]
 
     exact = np.float64(gradient(jnp.float32, False))
     errors = [
@@ -128,6 +129,13 @@ def test_bfloat16_gradients_of_phases_are_rounded_a_few_times():
         for phased in (False, True)
     ]
     assert 1e-3 < errors[0] < 2e-3 and errors[1] < 4e-3, errors
+
+
+@functools.partial(jit, static_argnums=0)
+def pulled(function, dy, *given):
+    """What a function gives, and the gradient of its product with ``dy`` by each argument."""
+    y, pull_back = jax.vjp(function, *given)
+    return y, pull_back(dy)
 
 
 def phases(x_BHWC):
@@ -177,9 +185,11 @@ def test_the_first_of_equal_maxima_has_the_gradient():
 
 def pooled_by_phases(x_BHWC, dy_BHWC):
     """The maxima and the gradient of a whole map."""
-    pooled, pull_back = jax.vjp(lambda maps: stem.max_pool(maps, x_BHWC.shape[1:3]), phases(x_BHWC))
+    pooled, gradients = pulled(
+        lambda maps: stem.max_pool(maps, x_BHWC.shape[1:3]), dy_BHWC, phases(x_BHWC)
+    )
     gradient = np.zeros_like(x_BHWC)
-    for (i, j), part in zip(stem.PARITIES, *pull_back(dy_BHWC), strict=True):
+    for (i, j), part in zip(stem.PARITIES, *gradients, strict=True):
         gradient[:, i::2, j::2] = part
     return pooled, gradient
 
@@ -190,7 +200,9 @@ def test_what_is_not_frozen_has_the_stem_of_every_platform(frozen, train, on_tpu
     variables = variables_of(module, x.shape)
     if frozen:
         variables = layers.freeze(variables)
-    run = lambda: module.apply(variables, jnp.asarray(x), train, mutable=TOLD)  # noqa: E731
+    run = lambda: jit(  # noqa: E731
+        lambda x: module.apply(variables, x, train, mutable=TOLD)
+    )(x.astype(np.float32))
     wanted = run()
     on_tpu()
     assert furthest(run(), wanted) == 0.0

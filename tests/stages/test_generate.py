@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.command import ROOT, assert_same, call, run, signal_when, snapshot
+from helpers.compiling import as_users, only_fast_alike
 from PIL import Image
 
 from configs import tiny_d4m
@@ -26,6 +27,10 @@ from prism_jax.stages import anchoring, controls, fingerprints, generator, judgi
 from prism_jax.stages.context import Context
 from prism_jax.stages.inputs import first_classes
 from prism_jax.stages.makers import start
+
+__all__ = ["as_users", "only_fast_alike"]  # fixtures
+# What a test does in this process has a tolerance, or is compared with what it does there again.
+pytestmark = pytest.mark.usefixtures("only_fast_alike")
 
 D4M = f"--config={ROOT / 'tests' / 'configs' / 'tiny_d4m.py'}"
 RECOVER = "--stages=squeeze,recover"
@@ -82,6 +87,7 @@ def digests(root) -> dict[str, str]:
     return found
 
 
+@pytest.mark.usefixtures("as_users")
 def test_the_same_bits_on_eight_devices(made, reference):
     for name in ("recover", "generate"):
         shutil.rmtree(made / name)
@@ -283,6 +289,7 @@ def test_killed_in_substage_after_substage(tmp_path, reference):
     assert digests(root) == digests(reference)
 
 
+@pytest.mark.usefixtures("as_users")
 def test_killed_among_candidates_and_refined_images(tmp_path, reference):
     """Made by one device; without an interruption by eight."""
     root, whole = tmp_path / "run", tmp_path / "whole"
