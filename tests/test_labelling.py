@@ -236,6 +236,7 @@ def mirror_records(how: Augment = HOW, epochs: int = 2) -> list:
     return [r for epoch in range(epochs) for r in labeller.epoch(images(), epoch, seed=3)]
 
 
+@pytest.mark.usefixtures("fast_programs")
 @pytest.mark.parametrize(
     ("mix", "per"),
     [("none", "batch"), ("cutmix", "batch"), ("mixup", "batch"), ("cutmix", "image"),
@@ -265,6 +266,7 @@ def test_the_student_sees_what_the_teacher_saw(mix, per):
         assert max(losses(how=dataclasses.replace(how, crop_min=0.5))) > 1e-2
 
 
+@pytest.mark.usefixtures("fast_programs")
 @pytest.mark.parametrize("per", ["batch", "image"])
 def test_what_a_record_shows_is_replayed_from_the_manifest(per):
     how = dataclasses.replace(HOW, mix_per=per)
@@ -277,6 +279,7 @@ def test_what_a_record_shows_is_replayed_from_the_manifest(per):
         assert np.abs(twin - seen).max() > 0.1
 
 
+@pytest.mark.usefixtures("fast_programs")
 @pytest.mark.parametrize("mix", ["none", "cutmix", "mixup"])
 def test_labels_from_elsewhere_bring_their_views(mix):
     """Whatever the student's own seed, crops and mix: it is shown what the record says."""

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.command import TINY, assert_same, call, finished, reference, results, snapshot
+from helpers.compiling import fast_alike
 from PIL import Image
 
 from configs import tiny
@@ -33,7 +34,7 @@ from prism_jax.stages import validate
 from prism_jax.stages.context import Context
 from prism_jax.types import Normalisation
 
-__all__ = ["finished", "reference"]  # fixtures
+__all__ = ["fast_alike", "finished", "reference"]  # fixtures
 
 STUDENT = "validate/outside/0"
 
@@ -200,6 +201,7 @@ def test_weights_that_fit_no_longer_are_said(tmp_path, reference):
     assert status == 2 and "teacher first" in err and "dataset.image_size=16" in err
 
 
+@pytest.mark.usefixtures("fast_alike")
 def test_a_teacher_that_was_read_needs_its_file_no_more(tmp_path, reference):
     file = tmp_path / "first"
     shutil.copytree(reference / "squeeze/first", file)
@@ -212,6 +214,7 @@ def test_a_teacher_that_was_read_needs_its_file_no_more(tmp_path, reference):
     assert str(file) in call(TINY, f"--workdir={tmp_path / 'new'}", *given)[2]  # not read there
 
 
+@pytest.mark.usefixtures("fast_alike")
 def test_a_student_that_begins_as_its_teacher_began_is_named(finished):
     flags = ("--stages=validate", "--config.validate.students=first")
     out = ok(finished, *flags, "--config.validate.seeds=(0,1)")
@@ -222,6 +225,7 @@ def test_a_student_that_begins_as_its_teacher_began_is_named(finished):
 # --- changed settings -----------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("fast_alike")
 def test_validate_alone_is_repeated_when_it_changes(finished):
     before = snapshot(finished)
     out = ok(finished, "--config.validate.learning_rate=0.002", "--stages=validate,analyse")
@@ -241,6 +245,7 @@ def test_a_new_seed_trains_that_seed_only(finished):
     assert summary["seeds"] == [0, 1] and "controls" not in summary
 
 
+@pytest.mark.usefixtures("fast_alike")
 def test_students_on_several_devices_differ_by_little_and_say_so(finished):
     root = finished / STUDENT
     before = json.loads((root / "record.json").read_text())
@@ -289,6 +294,7 @@ def test_more_devices_than_there_are_are_refused(finished):
     assert "this process has 8 device(s)" in refused(finished, *many, *sizes)
 
 
+@pytest.mark.usefixtures("fast_alike")
 def test_relabel_and_validate_are_repeated_when_labels_change(finished):
     before = snapshot(finished, "squeeze", "recover")
     labels = snapshot(finished)["relabel/labels-00000.array_record"]
@@ -438,6 +444,7 @@ def test_teachers_are_imported_from_folders_of_another_run(tmp_path, reference):
     assert imported["top1"] == student["top1"] and imported["batch_norms"] == 0
 
 
+@pytest.mark.usefixtures("fast_alike")
 def test_a_teacher_is_trained_further_from_weights(tmp_path, reference):
     """At a rate that moves nothing they stay; images are read as is stated for these weights."""
     weights = reference / "squeeze/first/weights.safetensors"
@@ -471,6 +478,7 @@ def test_a_teacher_is_trained_further_from_weights(tmp_path, reference):
     assert "network.start_from" in again and "was made from other settings" in again
 
 
+@pytest.mark.usefixtures("fast_alike")
 def test_a_teacher_that_was_refused_is_made_as_the_message_says(tmp_path, reference):
     """Where nothing was made, nothing is of other settings."""
     folder = reference / "squeeze/first"
@@ -483,6 +491,7 @@ def test_a_teacher_that_was_refused_is_made_as_the_message_says(tmp_path, refere
     ok(tmp_path / "run", *given, *(flag.rstrip(".,") for flag in flags))
 
 
+@pytest.mark.usefixtures("fast_alike")
 def test_weights_that_were_made_for_other_pixels_are_refused(tmp_path, reference):
     """Of a teacher, of a training's checkpoints; of older teachers, which do not state it."""
     others = ("--config.dataset.mean=0.7,", "--config.dataset.std=0.2,")
@@ -589,6 +598,7 @@ def test_a_smaller_pool_adopts_its_teachers(tmp_path, reference):
     assert not (root / "recover").exists() and not (root / "validate").exists()
 
 
+@pytest.mark.usefixtures("fast_alike")
 def test_students_of_hard_labels_need_no_soft_ones(tmp_path, reference):
     hard = ("--config.validate.loss=ce", "--config.validate.controls=random_real_hard")
     root = tmp_path / "run"
@@ -632,6 +642,7 @@ def test_everything_that_fits_is_adopted(tmp_path, reference):
     }
 
 
+@pytest.mark.usefixtures("fast_alike")
 def test_what_is_computed_in_bfloat16_is_said(tmp_path, reference):
     root = tmp_path / "half"
     narrow = [f"--config.{stage}.dtype=bfloat16" for stage in ("recover", "relabel", "validate")]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from diffusion import parity
 from helpers.command import ROOT, call, snapshot
+from helpers.compiling import only_fast_alike
 from helpers.images import write_tree
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -23,6 +24,9 @@ from prism_jax.diffusion import huggingface, prompts
 from prism_jax.diffusion.autoencoder import AutoencoderKL
 from prism_jax.stages import fingerprints, generator
 from prism_jax.stages.context import Context
+
+__all__ = ["only_fast_alike"]  # a fixture
+pytestmark = pytest.mark.usefixtures("only_fast_alike")  # every test has all of its programs
 
 CLASSES = tuple(f"class{i}" for i in range(10))  # as many as the tiny transformer knows
 CASES = {"vae": "vae_decode", "unet": "unet_1", "text_encoder": "clip_text", "transformer": "dit"}
