@@ -7,9 +7,11 @@ MAIN := $(BIN)/python -m prism_jax.main
 # A file to a worker, in the order of tests/conftest.py: the longest first.
 PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
-# The compilers of GPUs and TPUs have an environment of their own, see pyproject.toml.
+# The compilers of GPUs and TPUs have an environment of their own, see pyproject.toml. What they are
+# not needed for is among the other tests.
 COMPILERS := .venv-compilers
-TEST_ACCELERATORS := $(COMPILERS)/bin/python -m pytest -q -n 2 tests/accelerators
+TEST_ACCELERATORS := $(COMPILERS)/bin/python -m pytest -q -n 2 --dist=worksteal --durations=20 \
+  tests/accelerators/test_compilers.py
 
 # The runs behind docs/results/digits_demo.md: three seeds of everything but the teachers, which
 # every run adopts from the demo's. A run that stopped continues; a finished one is only read.

@@ -34,9 +34,11 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 # The longest files begin first, so that no worker is left alone with one of them at the end.
 LONG = (
-    "test_hosts.py", "models/test_parity.py", "test_pipeline.py", "synthesis/test_synthesis.py",
-    "test_kill.py", "test_data_parallel.py", "test_compare.py", "test_recover_methods.py",
-    "test_faults.py", "test_labelling.py", "test_training.py", "synthesis/test_course.py",
+    "test_hosts.py", "models/test_parity.py", "test_pipeline.py", "test_recover_methods.py",
+    "stages/test_generate.py", "test_labelling.py", "models/test_stem.py", "test_compare.py",
+    "stages/test_generate_released.py", "test_parallel.py", "synthesis/test_synthesis.py",
+    "test_training.py", "test_kill.py", "models/test_layers.py", "models/test_fitting.py",
+    "diffusion/test_parity.py", "synthesis/test_course.py", "synthesis/test_methods.py",
 )  # fmt: skip
 
 
