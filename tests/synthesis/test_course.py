@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import by_hand
-from helpers.compiling import fast_programs
+from helpers.compiling import fast_alike, fast_programs
 from helpers.networks import COLOUR, small_pool
 from helpers.running import advance, begin, images_of, make_unit
 
@@ -17,7 +17,7 @@ from prism_jax import rng, synthesis
 from prism_jax.core.views import resize
 from prism_jax.synthesis import course
 
-__all__ = ["fast_programs"]  # a fixture
+__all__ = ["fast_alike", "fast_programs"]  # fixtures
 
 SHAPE, SEED = (8, 8, 3), 5
 UNITS = [make_unit(slot, 0, 30) for slot in range(2)]
@@ -36,12 +36,14 @@ def sre2l():
     return images(small_pool(1), method="sre2l")
 
 
+@pytest.mark.usefixtures("fast_alike")
 def test_cda_whose_curriculum_is_over_at_once_is_sre2l():
     cda = functools.partial(images, small_pool(1), method="cda", crop_curriculum="cosine")
     np.testing.assert_array_equal(cda(crop_milestone=0.0), sre2l())
     assert not np.array_equal(cda(crop_milestone=0.5), sre2l())
 
 
+@pytest.mark.usefixtures("fast_alike")
 def test_dwa_without_a_perturbation_and_a_variance_weight_is_sre2l():
     np.testing.assert_array_equal(
         images(small_pool(1), method="dwa", variance_weight=1.0, perturb_rho=0.0), sre2l()
@@ -51,12 +53,14 @@ def test_dwa_without_a_perturbation_and_a_variance_weight_is_sre2l():
     )
 
 
+@pytest.mark.usefixtures("fast_alike")
 @pytest.mark.parametrize("method", ["gvbsm", "fadrm", "cvdd"])
 def test_a_sampler_that_has_one_teacher_to_choose_from_is_sre2l(method):
     np.testing.assert_array_equal(images(small_pool(1), method=method), sre2l())
     assert not np.array_equal(images(small_pool(2), method=method), sre2l())
 
 
+@pytest.mark.usefixtures("fast_alike")
 def test_one_round_and_one_size_are_no_phases_at_all():
     start = np.zeros((6, 8, 8, 1), np.float32)
     for fields in ({}, {"rounds": 1, "slots": 2}, {"phase_sizes": (8,)}):
@@ -77,6 +81,7 @@ def a_batch(block):
     return make_unit(0, block, 10), random.standard_normal((3, 8, 8, 1)).astype(np.float32)
 
 
+@pytest.mark.usefixtures("fast_alike")
 def test_a_perturbation_that_is_not_undone_is_that_of_one_batch_after_the_other():
     first, second = a_batch(0), a_batch(1)
     pool = small_pool(1)

@@ -15,12 +15,15 @@ import jax
 import numpy as np
 import pytest
 from helpers import by_torch
+from helpers.compiling import fast_programs
 from helpers.networks import COLOUR, small_pool
 from helpers.running import make_unit
 
 from prism_jax import rng, synthesis
 from prism_jax.core import statistics
 from prism_jax.synthesis import course
+
+__all__ = ["fast_programs"]  # a fixture
 
 GOLDEN = pathlib.Path(__file__).with_name("golden_methods.json")
 SHAPE, CLASSES, PER_CLASS = (8, 8, 3), 5, 2
@@ -231,6 +234,7 @@ def golden_of(torch, name):
     return {"right": says(), "wrong": [says(**twin) for twin in twins]}
 
 
+@pytest.mark.usefixtures("fast_programs")
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_pixel_gradient_of_every_method(name):
     golden, history = json.loads(GOLDEN.read_text())[name], history_of(name)
