@@ -49,10 +49,11 @@ Writes cells/, teachers/, generators/, table.md, table.tex, table.csv, differenc
 accuracy_over_cost.png and records.json.
 The same command continues a comparison that was stopped, and adds what its config has gained.
 
-    python -m prism_jax.compare --records=FILE [--workdir=DIR] [--cost=AXIS]
+    python -m prism_jax.compare --records=FILE[,FILE ...] [--workdir=DIR] [--cost=AXIS]
 
 makes the tables anew from a records.json (or the folder that holds it), without the runs: printed,
-and written to DIR where one is given.
+and written to DIR where one is given. Of several, such as of seeds that machines shared out, it
+makes those of all their cells, and a records.json of them.
 """
 OWN = "own"  # the protocol that overrides nothing
 RECORDS = "records.json"
@@ -125,28 +126,37 @@ def _check_cost(name: str) -> None:
         raise UserError(f"--cost={name}; allowed: {', '.join(COSTS)}")
 
 
-def _from_records(path: str, folder: str | None, cost: str) -> int:
+def _from_records(paths: str, folder: str | None, cost: str) -> int:
     """The tables of cells whose records are kept."""
     from prism_jax import progress
     from prism_jax.analysis import cells, comparison
     from prism_jax.data import workdir
 
     _check_cost(cost)
-    file, folder = pathlib.Path(at_home(path)), folder and at_home(folder)
-    if folder:
+    if folder := folder and at_home(folder):
         check_root(folder, "a comparison")
-    file = file / RECORDS if file.is_dir() else file
-    if not file.is_file():
-        raise UserError(f"there is no {file}; --records takes the {RECORDS} of a comparison")
-    records = workdir.read_record(file)
-    try:
-        entries, choices = cells.from_records(records)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
-    found = comparison.documents(entries, choices, cost=cost)
-    for name, content in found.items() if folder else ():
-        workdir.write_bytes(pathlib.Path(folder or "") / name, content)
-    progress.say(found["table.md"].decode())
+    found = {}
+    for path in [paths] if pathlib.Path(at_home(paths)).exists() else paths.split(","):
+        file = pathlib.Path(at_home(path))
+        file = file / RECORDS if file.is_dir() else file
+        if not file.is_file():
+            raise UserError(f"there is no {file}; --records takes the {RECORDS} of a comparison")
+        if str(file) in found:
+            raise UserError(f"--records names {file} twice; name every comparison once")
+        records = workdir.read_record(file)
+        try:
+            found[str(file)] = cells.from_records(records)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
+    entries, choices = cells.merged(found)
+    documents = comparison.documents(entries, choices, cost=cost)
+    if folder:
+        for name, content in documents.items():
+            workdir.write_bytes(pathlib.Path(folder) / name, content)
+        if len(found) > 1:
+            together = cells.to_records(entries, choices)
+            workdir.write_record(pathlib.Path(folder) / RECORDS, together)
+    progress.say(documents["table.md"].decode())
     return 0
 
 

@@ -13,6 +13,7 @@ import pathlib
 import shutil
 import signal
 
+import numpy as np
 import pytest
 from helpers.command import call, snapshot
 from PIL import Image
@@ -25,7 +26,7 @@ from prism_jax.analysis.cells import Entry, to_records
 from prism_jax.analysis.differences import Choices
 from prism_jax.analysis.intervals import Resampling
 from prism_jax.config import resolve, to_dict
-from prism_jax.data import workdir
+from prism_jax.data import answers, workdir
 from prism_jax.errors import Unreachable, UserError
 from prism_jax.main import parse
 from prism_jax.stages import fingerprints, imported
@@ -660,6 +661,57 @@ def entry(row, seed, top1, *, ipc=1, protocol="single", control=None, **fields) 
     if control is not None:
         summary["controls"] = {"random_real": result(control)}
     return Entry(row, ipc, seed, protocol, summary, fields.get("peak", 10**6))
+
+
+def _recorded(path, *entries, **choices):
+    choices = Choices(**{"resampling": Resampling(resamples=100), **choices})
+    workdir.write_record(path / "records.json", to_records(entries, choices))
+    return path
+
+
+def test_seeds_that_machines_shared_out_are_one_table(tmp_path):
+    """The same bytes as of a comparison that has them all."""
+    first, second = [entry("a", 0, 0.5), entry("b", 0, 0.3)], [entry("a", 1, 0.6)]
+    one = _recorded(tmp_path / "one", *first, reference="a")
+    two = _recorded(tmp_path / "two", *second, reference="a", selected_real=("b",))
+    whole = _recorded(tmp_path / "whole", *first, *second, reference="a", selected_real=("b",))
+    for records, folder in ((f"{one},{two}/records.json", "merged"), (str(whole), "tables")):
+        assert run(f"--records={records}", f"--workdir={tmp_path / folder}")[0] == 0
+    for name in ("table.md", "table.tex", "table.csv", "differences.csv"):
+        found, wanted = ((tmp_path / f / name).read_bytes() for f in ("merged", "tables"))
+        assert found == wanted
+    assert "55.0 ± 7.1" in (tmp_path / "merged" / "table.md").read_text()
+    found, wanted = ((f / "records.json").read_bytes() for f in (tmp_path / "merged", whole))
+    assert found == wanted
+    assert not (tmp_path / "tables" / "records.json").exists()
+
+
+def _tested(seed, images):
+    right = {"synthetic": {"test": {"net_a": [answers.pack_right(np.ones(images, bool))]}}}
+    return dataclasses.replace(entry("a", seed, 0.5), right=right)
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ([entry("a", 0, 0.6)], "both have a of 1 images per class, seed 0, under single"),
+        ([dataclasses.replace(entry("a", 1, 0.6), summary={"protocol": {"epochs": 5}})],
+         "the protocol of a at 1 under single is None in one and {'epochs': 5} in the other"),
+        ([_tested(1, 90)], "the number of images of test is 100 in one and 90 in the other"),
+    ],
+)  # fmt: skip
+def test_records_that_do_not_belong_together_are_refused(tmp_path, others, said):
+    one = _recorded(tmp_path / "one", _tested(0, 100))
+    two = _recorded(tmp_path / "two", *others)
+    status, out, err = run(f"--records={one},{two}", f"--workdir={tmp_path / 'none'}")
+    assert status == 2 and said in err and len(err.splitlines()) == 1 and not out
+    assert not (tmp_path / "none").exists()
+    other = _recorded(tmp_path / "other", _tested(1, 100), reference="a")
+    status, _, err = run(f"--records={one},{other}")
+    assert status == 2 and "the reference is None in one and a in the other" in err
+    status, _, err = run(f"--records={one},{one}")
+    assert status == 2 and "twice" in err
+    assert run(f"--records={one},{_recorded(tmp_path / 'good', _tested(1, 100))}")[0] == 0
 
 
 def test_means_and_spreads_by_hand():

@@ -99,6 +99,52 @@ def from_records(found: Mapping[str, Any]) -> tuple[list[Entry], Choices]:
     return [entry_of(_as_now(cell)) for cell in found["cells"]], choices
 
 
+def merged(found: Mapping[str, tuple[list[Entry], Choices]]) -> tuple[list[Entry], Choices]:
+    """Several comparisons as one, such as of seeds that machines shared out; by their names.
+
+    Raises:
+      UserError: two have the same cell, or differ in the settings of a row, in the number of test
+        images or in what sets are measured by.
+    """
+    owners: dict[Any, str] = {}
+    settings: dict[Any, tuple[str, Any]] = {}
+
+    def agree(what: str, value: Any, name: str) -> None:
+        first, other = settings.setdefault(what, (name, value))
+        if other != value:
+            raise UserError(
+                f"{first} and {name} do not belong together: {what} is {other} in one and {value} "
+                f"in the other; name comparisons of one config that differ in their seeds or rows"
+            )
+
+    for name, (entries, choices) in found.items():
+        agree("the reference", choices.reference, name)
+        agree("the resampling", dataclasses.asdict(choices.resampling), name)
+        for e in entries:
+            cell = (e.row, e.ipc, e.seed, e.protocol)
+            if cell in owners:
+                raise UserError(
+                    f"{owners[cell]} and {name} both have {e.row} of {e.ipc} images per class, "
+                    f"seed {e.seed}, under {e.protocol}; name one of them"
+                )
+            owners[cell] = name
+            for key in ("config", "protocol"):
+                what = f"the {key} of {e.row} at {e.ipc} under {e.protocol}"
+                agree(what, e.summary.get(key), name)
+            for parts in e.right.values():
+                for part, by_student in parts.items():
+                    for packed in (one for seeds in by_student.values() for one in seeds if one):
+                        images = len(answers.unpack_right(packed))
+                        agree(f"the number of images of {part}", images, name)
+    whole = [choices for _, choices in found.values()]
+    choices = dataclasses.replace(
+        whole[0],
+        selected_real=tuple(dict.fromkeys(name for c in whole for name in c.selected_real)),
+        controls=tuple(dict.fromkeys(row for c in whole for row in c.controls)),
+    )
+    return [entry for entries, _ in found.values() for entry in entries], choices
+
+
 def _as_now(cell: Mapping[str, Any]) -> Mapping[str, Any]:
     """A cell's record; squeeze was one number of a set before it was told by networks."""
     costs = {}
