@@ -1036,9 +1036,10 @@ def _first(x_BHWC: Array, size: int, stride: int, padding: int) -> Array:
     is read, and a product and a sum that are rounded once in one place and twice in another give
     values of which none is the maximum.
     """
-    (_, best), *others = _windows(x_BHWC, (size, size), stride, padding, fill=-np.inf)
-    first = jnp.zeros(best.shape, jnp.float32)  # of integers XLA:TPU makes a pass of its own
-    for (i, j), window in others:
+    windows = _windows(x_BHWC, (size, size), stride, padding, fill=-np.inf)
+    (i, j), best = next(windows)
+    first = jnp.full(best.shape, float(i * size + j))  # of integers XLA:TPU makes a pass of its own
+    for (i, j), window in windows:
         higher = window > best
         best = jnp.where(higher, window, best)
         first = jnp.where(higher, float(i * size + j), first)
