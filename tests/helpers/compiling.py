@@ -15,6 +15,8 @@ import jax
 import pytest
 
 from prism_jax import training
+from prism_jax.diffusion import fit
+from prism_jax.stages import relabel
 from prism_jax.synthesis import course
 
 FAST_ALIKE = {
@@ -26,9 +28,10 @@ FAST = FAST_ALIKE | OLDER
 jit = functools.partial(jax.jit, compiler_options=FAST)
 
 # What the package keeps of compiled functions: none of here elsewhere, nor of elsewhere here.
-KEPT = (training._jitted_step, training.jitted_forward, course.ascent_of)
-
-
+KEPT = (
+    training._jitted_step, training.jitted_forward, course.ascent_of, fit.jitted_step,
+    relabel._online_labeller,
+)  # fmt: skip
 WELL = jax.jit
 
 
