@@ -248,6 +248,35 @@ def test_no_size_of_a_drawn_batch_and_no_fixed_teacher_is_certainly_another():
     assert held == [True] * 14
 
 
+@pytest.mark.parametrize(
+    ("label", "other", "student", "said"),
+    [
+        ("prism_other", "prism", "resnet20", "1.0 [-1.2, +3.1]"),
+        ("prism_other", "prism_self", "resnet20", "1.1 [-1.1, +3.5]"),
+        ("prism_all_at_once", "prism_class", "convnet_d3", "3.9 [1.4, 6.5]"),
+        ("prism_self", "prism_class", "convnet_d3", "4.4 [0.3, 8.2]"),
+        ("prism", "prism_class", "convnet_d3", "4.0 [-0.1, +7.8]"),
+        ("prism_class", RANDOM, "convnet_d3", "2.1 [-0.8, +5.1]"),
+        ("prism", RANDOM, "convnet_d3", "6.1 [0.8, 11.0]"),
+        ("prism_every_iteration", "prism", "resnet20", "0.7 [-1.6, +3.3]"),
+        ("prism_every_iteration", "prism", "convnet_d3", "-0.9 [-2.5, +0.8]"),
+        ("prism", CONFIDENT, "convnet_d3", "4.9 [1.8, 8.1]"),
+        (CONFIDENT, "prism", "resnet20", "5.0 [1.2, 8.8]"),
+    ],
+)
+def test_the_intervals_that_variants_quote(label, other, student, said):
+    quoted("cifar10_variants", 10, student, label, other, said)
+
+
+def test_no_variant_whose_batches_have_all_classes_is_certainly_another_than_prism():
+    variants = ("self", "other", "committee", "every_iteration", "all_at_once")
+    held = [
+        _drawn("cifar10_variants", 10, student).difference(f"prism_{name}", "prism").holds_zero
+        for student in ("resnet20", "convnet_d3") for name in variants
+    ]  # fmt: skip
+    assert held == [True] * 10
+
+
 @functools.cache
 def _of_crops(student):
     """All sets of a student under all protocols, by label and crop in per cent."""
