@@ -663,7 +663,7 @@ def entry(row, seed, top1, *, ipc=1, protocol="single", control=None, **fields) 
     return Entry(row, ipc, seed, protocol, summary, fields.get("peak", 10**6))
 
 
-def _recorded(path, *entries, **choices):
+def with_records(path, *entries, **choices):
     choices = Choices(**{"resampling": Resampling(resamples=100), **choices})
     workdir.write_record(path / "records.json", to_records(entries, choices))
     return path
@@ -672,9 +672,9 @@ def _recorded(path, *entries, **choices):
 def test_seeds_that_machines_shared_out_are_one_table(tmp_path):
     """The same bytes as of a comparison that has them all."""
     first, second = [entry("a", 0, 0.5), entry("b", 0, 0.3)], [entry("a", 1, 0.6)]
-    one = _recorded(tmp_path / "one", *first, reference="a")
-    two = _recorded(tmp_path / "two", *second, reference="a", selected_real=("b",))
-    whole = _recorded(tmp_path / "whole", *first, *second, reference="a", selected_real=("b",))
+    one = with_records(tmp_path / "one", *first, reference="a")
+    two = with_records(tmp_path / "two", *second, reference="a", selected_real=("b",))
+    whole = with_records(tmp_path / "whole", *first, *second, reference="a", selected_real=("b",))
     for records, folder in ((f"{one},{two}/records.json", "merged"), (str(whole), "tables")):
         assert run(f"--records={records}", f"--workdir={tmp_path / folder}")[0] == 0
     for name in ("table.md", "table.tex", "table.csv", "differences.csv"):
@@ -701,17 +701,17 @@ def _tested(seed, images):
     ],
 )  # fmt: skip
 def test_records_that_do_not_belong_together_are_refused(tmp_path, others, said):
-    one = _recorded(tmp_path / "one", _tested(0, 100))
-    two = _recorded(tmp_path / "two", *others)
+    one = with_records(tmp_path / "one", _tested(0, 100))
+    two = with_records(tmp_path / "two", *others)
     status, out, err = run(f"--records={one},{two}", f"--workdir={tmp_path / 'none'}")
     assert status == 2 and said in err and len(err.splitlines()) == 1 and not out
     assert not (tmp_path / "none").exists()
-    other = _recorded(tmp_path / "other", _tested(1, 100), reference="a")
+    other = with_records(tmp_path / "other", _tested(1, 100), reference="a")
     status, _, err = run(f"--records={one},{other}")
     assert status == 2 and "the reference is None in one and a in the other" in err
     status, _, err = run(f"--records={one},{one}")
     assert status == 2 and "twice" in err
-    assert run(f"--records={one},{_recorded(tmp_path / 'good', _tested(1, 100))}")[0] == 0
+    assert run(f"--records={one},{with_records(tmp_path / 'good', _tested(1, 100))}")[0] == 0
 
 
 def test_means_and_spreads_by_hand():
