@@ -711,6 +711,12 @@ def test_records_that_do_not_belong_together_are_refused(tmp_path, others, said)
     assert status == 2 and "the reference is None in one and a in the other" in err
     status, _, err = run(f"--records={one},{one}")
     assert status == 2 and "twice" in err
+    # What was recorded by several versions in one place is read as before.
+    younger = dataclasses.replace(
+        entry("a", 1, 0.6), summary={**entry("a", 1, 0.6).summary, "protocol": {"epochs": 5}}
+    )
+    mixed = with_records(tmp_path / "mixed", _tested(0, 100), younger)
+    assert run(f"--records={mixed}")[0] == 0
     assert run(f"--records={one},{with_records(tmp_path / 'good', _tested(1, 100))}")[0] == 0
 
 

@@ -100,7 +100,13 @@ def from_records(found: Mapping[str, Any]) -> tuple[list[Entry], Choices]:
 
 
 def merged(found: Mapping[str, tuple[list[Entry], Choices]]) -> tuple[list[Entry], Choices]:
-    """Several comparisons as one, such as of seeds that machines shared out; by their names.
+    """Several comparisons as one, such as of seeds that machines shared out.
+
+    Args:
+      found: the cells of each and what they are measured by, by the name that messages give it.
+
+    Returns:
+      The cells in the given order, measured by what any of them names.
 
     Raises:
       UserError: two have the same cell, or differ in the settings of a row, in the number of test
@@ -111,7 +117,7 @@ def merged(found: Mapping[str, tuple[list[Entry], Choices]]) -> tuple[list[Entry
 
     def agree(what: str, value: Any, name: str) -> None:
         first, other = settings.setdefault(what, (name, value))
-        if other != value:
+        if other != value and first != name:  # in one they may be of several versions
             raise UserError(
                 f"{first} and {name} do not belong together: {what} is {other} in one and {value} "
                 f"in the other; name comparisons of one config that differ in their seeds or rows"

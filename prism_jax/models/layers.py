@@ -1057,9 +1057,7 @@ def _max_pool_backward(size: int, stride: int, padding: int, saved, dy_BHWC: Arr
     def by_phases(_: Array, first_BHWC: Array, dy_BHWC: Array) -> Array:
         return _pool_gradient_by_phases(first_BHWC, dy_BHWC, **where)
 
-    dx_BHWC = lax.platform_dependent(
-        x_BHWC, first_BHWC, dy_BHWC, cpu=gathered, tpu=by_phases, default=by_phases
-    )
+    dx_BHWC = lax.platform_dependent(x_BHWC, first_BHWC, dy_BHWC, cpu=gathered, default=by_phases)
     return (dx_BHWC,)
 
 

@@ -62,7 +62,8 @@ TOGETHER = "of two images at least"  # BatchNorm groups, where equal ones would 
 
 # Raised when a change of code changes the bits that the same settings give, so that a workdir
 # begun before it is not continued after it. (Anchors of a class with copies of an image changed
-# under one version: no centre of theirs weighs nothing any more.)
+# under one version: no centre of theirs weighs nothing any more. So did gradients of max pooling
+# where maxima tie.)
 BITS_VERSION = 2
 # What statistics of convolutions hold whose fingerprint does not say.
 MEASURED = ("mean", "var", "patch_mean", "patch_var")
