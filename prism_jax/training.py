@@ -177,12 +177,17 @@ def initial_state(
     """The state before the first step: of ``variables``, or of :func:`fresh` ones."""
     variables = variables or fresh(module, seed, image_shape)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
-    # One program for all of its zeros: every shape is compiled apart otherwise.
-    opt_state = jax.jit(OPTIMISERS[recipe.optimiser](recipe).init)(params)
+    opt_state = _jitted_optimiser(dataclasses.replace(recipe, epochs=0))(params)
     state = TrainState(jnp.zeros((), jnp.int32), params, batch_stats, opt_state)
     if recipe.ema is not None:  # a copy: the step may reuse the memory of both
         state = state._replace(ema=jax.tree.map(jnp.copy, state.variables))
     return state
+
+
+@functools.lru_cache(maxsize=32)
+def _jitted_optimiser(recipe: TrainRecipe) -> jax.stages.Wrapped:
+    """An optimiser's first state; one program for all of its zeros, whose shapes are many."""
+    return jax.jit(OPTIMISERS[recipe.optimiser](recipe).init)
 
 
 def fresh(module: nn.Module, seed: int, image_shape: tuple[int, int, int]) -> PyTree:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from prism_jax import parallel, rng
@@ -72,13 +72,21 @@ def drawn_share(
     recipe: Recipe, teachers: tuple[Teacher, ...], seed: int, unit: UnitBatch
 ) -> np.ndarray:
     """The share of a unit's iterations in which each teacher's statistics counted, (T,)."""
+    steps = np.arange(int(unit.budget), dtype=np.int32)
+    nothing = np.zeros(0, np.int32)  # no draw reads labels or weights
+    place = unit._replace(labels_B=nothing, weights=None, probes_BHWC=None)
+    return np.asarray(_drawn(recipe, teachers)(np.uint32(seed), place, steps)).mean(0)
 
-    def drawn(step):
-        draw = draw_teachers(recipe, teachers, rng.root(np.uint32(seed)), unit, step)
+
+@functools.lru_cache(maxsize=8)
+def _drawn(recipe: Recipe, teachers: tuple[Teacher, ...]) -> jax.stages.Wrapped:
+    """Whose statistics count in each of some iterations; one program for all units."""
+
+    def drawn(seed, unit, step):
+        draw = draw_teachers(recipe, teachers, rng.root(seed), unit, step)
         return draw.statistic_weights_T > 0
 
-    steps = jnp.arange(int(unit.budget), dtype=jnp.int32)
-    return np.asarray(jax.jit(jax.vmap(drawn))(steps)).mean(0)
+    return jax.jit(jax.vmap(drawn, (None, None, 0)))
 
 
 def explain_failure(failed: Terms, names: tuple[str, ...]) -> str | None:

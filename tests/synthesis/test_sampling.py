@@ -238,6 +238,14 @@ def test_drawn_share_counts_the_iterations_of_a_unit():
     assert share[0] == 1 and 0 < share[1] < 1
 
 
+def test_what_was_drawn_for_another_unit_is_found_by_the_same_program(compilations):
+    recipe, teachers = synthesis.Recipe(granularity="per_iteration"), small_pool(4).teachers
+    shares = [synthesis.drawn_share(recipe, teachers, 9, make_unit(0, 0, 30))]
+    before = len(compilations)
+    shares += [synthesis.drawn_share(recipe, teachers, 8, make_unit(i, 2, 30)) for i in range(3)]
+    assert len(compilations) == before > 0 and len({share.tobytes() for share in shares}) > 1
+
+
 # --- a teacher without BatchNorm --------------------------------------------------------------
 
 
