@@ -202,6 +202,11 @@ def compare(
     }
 
 
+def lanes(spec: Mapping[str, Any]) -> int:
+    """How many batches ours works on at a time: two on the cores of a CPU."""
+    return 2 if spec["device"] == "cpu" and spec["threads"] > 1 else 1
+
+
 def rate(worker: Worker, method: str, clock: str) -> float:
     """What a side attains in one product or copy: FLOP or bytes per second."""
     answer = worker.time(method)

@@ -220,7 +220,7 @@ def main() -> None:
 
     spec = {
         "device": "gpu", "batch": batch, "size": size, "classes": 1000, "small_stem": size <= 32,
-        "roll": size // 7, "deterministic": True, "profile": None, **chosen,
+        "roll": size // 7, "deterministic": True, "profile": None, "threads": 1, **chosen,
     }  # fmt: skip
     ours.begin(spec)
     import jax

@@ -87,11 +87,12 @@ def count_work(module: Any, image_shape: tuple[int, int, int]) -> dict[str, floa
     return work
 
 
-def facts(work: dict[str, float], spec: dict[str, Any]) -> dict[str, Any]:
+def facts(work: dict[str, float], spec: dict[str, Any], lanes: int = 1) -> dict[str, Any]:
     """Memory by XLA's account and on the device; the least work of an iteration.
 
     Args:
       work: "flops" and "values" of an iteration, as ``count_work`` counts them.
+      lanes: how many run at a time on the device.
     """
     import jax
 
@@ -99,8 +100,9 @@ def facts(work: dict[str, float], spec: dict[str, Any]) -> dict[str, Any]:
     account = 0
     for program in device.client.live_executables():
         memory = program.get_compiled_memory_stats()
-        size = memory.argument_size_in_bytes + memory.output_size_in_bytes
-        account = max(account, size + memory.temp_size_in_bytes - memory.alias_size_in_bytes)
+        made = memory.output_size_in_bytes + memory.temp_size_in_bytes
+        size = memory.argument_size_in_bytes - memory.alias_size_in_bytes
+        account = max(account, size + lanes * made)
     stats = device.memory_stats() or {}  # None on a CPU
     return {
         "account_bytes": account,

@@ -39,7 +39,7 @@ def our_side(spec: dict):
     import jax.numpy as jnp
     import numpy as np
 
-    from prism_jax import rng, synthesis
+    from prism_jax import parallel, rng, synthesis
 
     class Ours(ours.Rates):
         def __init__(self):
@@ -50,23 +50,35 @@ def our_side(spec: dict):
             self._recipe = synthesis.Recipe(
                 method=method, granularity="per_iteration", roll=spec["roll"]
             )
-            self._engine = synthesis.engine(self._pool, self._recipe)
+            devices = parallel.lane_devices(measuring.lanes(spec))
+            self._engine = synthesis.engine(self._pool, self._recipe, devices=devices)
             images = np.random.default_rng(0).standard_normal((spec["batch"], *shape), np.float32)
             labels = np.arange(spec["batch"], dtype=np.int32)
             self._unit = synthesis.UnitBatch(np.int32(0), np.int32(0), np.int32(2 * STEPS), labels)
             state = jax.device_get(synthesis.initial_state(self._pool, self._recipe, images))
-            self._lane = self._place(self._unit), self._place(state)
+            self._lanes = [
+                (self._place(self._unit), self._place(state)) for _ in range(len(self._engine))
+            ]
 
         def _place(self, tree):
             return self._engine.place(tree, 0)
 
         def run(self, count: int) -> None:
-            """One dispatch of ``count`` iterations."""
-            unit, state = self._lane
-            state = state._replace(step=self._place(np.int32(self._start(count))))
-            [(state, report)] = self._engine(0, [(unit, state, self._place(np.int32(count)))])
-            assert np.isfinite(self._engine.fetch(report).last.loss)
-            self._lane = unit, state
+            """One dispatch of ``count`` iterations, shared out among the lanes."""
+            assert count % len(self._lanes) == 0
+            count //= len(self._lanes)
+            start = np.int32(self._start(count))
+            done = self._engine(
+                0,
+                [
+                    (unit, state._replace(step=self._place(start)), self._place(np.int32(count)))
+                    for unit, state in self._lanes
+                ],
+            )
+            assert all(np.isfinite(self._engine.fetch(report).last.loss) for _, report in done)
+            self._lanes = [
+                (unit, state) for (unit, _), (state, _) in zip(self._lanes, done, strict=True)
+            ]
 
         @functools.cache  # noqa: B019 - it lives as long as the process
         def _start(self, count: int) -> int:
@@ -97,7 +109,7 @@ def our_side(spec: dict):
                 * sum(s * w[kind] for s, w in zip(shares, works, strict=True))
                 for kind in ("flops", "values")
             }
-            return ours.facts(work, spec)
+            return ours.facts(work, spec, len(self._lanes))
 
     return Ours()
 
@@ -192,10 +204,11 @@ def main() -> None:
                 "precision": given.precision or measuring.PRECISION[given.device],
                 "deterministic": given.deterministic == "on",
                 "profile": given.profile,
+                "threads": given.threads,
             }
             row = measuring.compare(
                 __file__, SIDES, spec, threads=given.threads, rounds=given.rounds,
-                seconds=given.seconds, least=min(2, len(POOLS[pool])),
+                seconds=given.seconds, least=min(2, len(POOLS[pool])) * measuring.lanes(spec),
             )  # fmt: skip
             rows.append(spec | row)
             print(f"{pool} {shape}:", json.dumps(row["ratios"]), flush=True)

@@ -4,7 +4,8 @@
     python benchmarks/relabel.py --device=gpu --out=benchmarks/results/relabel_gpu
 
 Both sides start from uint8 images in memory: a crop and a flip per image, CutMix, the networks
-in evaluation mode, their mean logits back in memory. PyTorch's networks are channels-last.
+in evaluation mode, their mean logits back in memory. On a CPU ours labels two batches at a time, as
+the relabel stage does. PyTorch's networks are channels-last.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def our_side(spec: dict):
     import ours
 
     ours.begin(spec)
+    from prism_jax import parallel
     from prism_jax.core.augment import Augment
     from prism_jax.labelling import Labeller, LabelRecipe
 
@@ -40,7 +42,8 @@ def our_side(spec: dict):
             self._pool = ours.random_pool(TEACHERS[spec["teachers"]], spec)
             augment = Augment(0.25, True, "cutmix")
             recipe = LabelRecipe(augment, "mean", batch_size=spec["batch"])
-            self._labeller, self._epoch = Labeller(self._pool, recipe), 0
+            self._lanes = parallel.lane_devices(measuring.lanes(spec))
+            self._labeller, self._epoch = Labeller(self._pool, recipe, devices=self._lanes), 0
 
         def run(self, count: int) -> None:
             """One epoch of ``count`` batches."""
@@ -54,7 +57,7 @@ def our_side(spec: dict):
             work = {
                 kind: spec["batch"] * sum(w[kind] for w in works) for kind in ("flops", "values")
             }
-            return ours.facts(work, spec)
+            return ours.facts(work, spec, len(self._lanes))
 
     return Ours()
 
@@ -93,11 +96,11 @@ def main() -> None:
             spec = {
                 "device": given.device, "teachers": teachers, "batch": batch, "size": size,
                 "classes": 1000, "small_stem": size <= 32,
-                "precision": given.precision or "float32",
+                "precision": given.precision or "float32", "threads": given.threads,
             }  # fmt: skip
             row = measuring.compare(
                 __file__, SIDES, spec, threads=given.threads, rounds=given.rounds,
-                seconds=given.seconds,
+                seconds=given.seconds, least=measuring.lanes(spec),
             )  # fmt: skip
             rows.append(spec | row)
             print(f"{teachers} {shape}:", json.dumps(row["ratios"]), flush=True)

@@ -104,7 +104,7 @@ class Labeller:
             return ENSEMBLES[recipe.ensemble](jnp.stack(logits), weights_T)
 
         devices = devices or parallel.devices()[:1]
-        self._map = parallel.LaneMap(
+        self._map = parallel.lane_map(
             label, pool.variables, arity=3, devices=devices, how=how,
             key=("labels", recipe, pool.teachers, pool.normalisation),
         )  # fmt: skip
@@ -141,24 +141,12 @@ class Labeller:
         return begun._replace(logits_BK=self._map.fetch(begun.logits_BK))
 
     def _begin(self, images, epoch, first, indices, seed) -> list[SoftLabels]:
-        """Label up to one batch per device; idle lanes repeat the first batch of the same shape.
-
-        The logits stay on the devices.
-        """
+        """Label up to one batch per lane; the logits stay on the devices."""
         begun = []
         for size in dict.fromkeys(len(index) for index in indices):
             mine = [(first + i, index) for i, index in enumerate(indices) if len(index) == size]
-            padded = (
-                (mine * len(self._map))[: len(self._map)] if len(mine) < len(self._map) else mine
-            )
-            lanes = [
-                tuple(
-                    self._map.place(value, lane)
-                    for value in (np.int32(epoch), np.int32(batch), images[index])
-                )
-                for lane, (batch, index) in enumerate(padded)
-            ]
-            for (batch, index), logits in zip(mine, self._map(seed, lanes), strict=False):
+            batches = [(np.int32(epoch), np.int32(batch), images[index]) for batch, index in mine]
+            for (batch, index), logits in zip(mine, self._map.spread(seed, batches), strict=True):
                 begun.append(SoftLabels(epoch, batch, index.astype(np.int32), logits))
         return begun
 

@@ -3,9 +3,10 @@
 Recover and relabel give every device work of its own (:class:`LaneMap`), or recover a batch to
 several (:class:`SpanMap`); a training spreads each batch over several (:class:`DataMesh`).
 
-A *lane* is one device working on one image batch of its own. Lanes share the teachers' weights
-and the program, and nothing else: the compiled step holds no collective, so lanes may run
-different numbers of iterations, draw different teachers, and start and finish independently.
+A *lane* is one device, or one thread of a CPU (:class:`CoreMap`), working on one image batch of its
+own. Lanes share the teachers' weights and the program, and nothing else: the compiled step holds no
+collective, so lanes may run different numbers of iterations, draw different teachers, and start and
+finish independently.
 
 Devices may be *described* instead of here (:func:`described`): programs are then built and
 compiled for them as for others, on shapes alone, and cannot be run.
@@ -26,6 +27,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -33,6 +35,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from prism_jax import environment
 from prism_jax.errors import Unreachable, UserError
 from prism_jax.types import PyTree
 
@@ -41,6 +44,7 @@ T = TypeVar("T")
 AXIS = "lane"
 ROWS = "rows"
 MAPS = ("shard_map", "pmap")
+CORE_LANES = 2  # batches at a time on a CPU; a third brings 3 % more (two cores), and its memory
 
 _DESCRIBED: contextvars.ContextVar[tuple[jax.Device, ...]] = contextvars.ContextVar(
     "described", default=()
@@ -107,7 +111,12 @@ class LaneMap:
 
     ``shared`` is replicated once. A lane's trees live on its own device between calls
     (:meth:`place`), results stay there too, and only what is wanted is fetched.
+
+    Attributes:
+      together: all lanes run at once or none, so each needs work; else one without is None.
     """
+
+    together = True
 
     def __init__(
         self,
@@ -135,11 +144,12 @@ class LaneMap:
         if how not in MAPS:
             raise ValueError(f"how is {how!r}; allowed: {', '.join(MAPS)}")
         self.devices = list(devices)
-        self._mesh = Mesh(np.array(self.devices), (AXIS,))
+        self._places = list(dict.fromkeys(self.devices))  # one each, see ``CoreMap``
+        self._mesh = Mesh(np.array(self._places), (AXIS,))
         self._shared = put(shared, NamedSharding(self._mesh, P()))
         self.traces = 0  # once per shape, whatever subset, unit or count is run
         programs = _SHARED.get() if key is not None else None
-        address = (key, tuple(self.devices), arity, how, tuple(donate))
+        address = (key, tuple(self._places), arity, how, tuple(donate))
         if programs is not None and address in programs:
             self._mapped = programs[address]
             return
@@ -152,7 +162,7 @@ class LaneMap:
         if how == "pmap":
             axes = (None, None, *[0] * arity)
             self._mapped = jax.pmap(
-                counted, AXIS, in_axes=axes, devices=self.devices, donate_argnums=donated
+                counted, AXIS, in_axes=axes, devices=self._places, donate_argnums=donated
             )
         else:
             self._mapped = jax.jit(_shard_map(counted, self._mesh, arity), donate_argnums=donated)
@@ -187,21 +197,33 @@ class LaneMap:
         Returns:
           Per lane, its placed result.
         """
+        return self._run(seed, lanes)
+
+    def _run(self, seed: int, lanes: Sequence[Any]) -> list[PyTree]:
         return self._split(self._mapped(*self._arguments(seed, lanes)))
+
+    def spread(self, seed: int, batches: Sequence[tuple[PyTree, ...]]) -> list[PyTree]:
+        """Run up to one batch a lane, of equal shapes; lanes that have none repeat one, if need be.
+
+        Returns:
+          Their placed results.
+        """
+        count = len(self) if self.together else len(batches)
+        lanes = [
+            tuple(self.place(tree, at) for tree in batches[at % len(batches)])
+            for at in range(count)
+        ]
+        return self(seed, lanes)[: len(batches)]
 
     def stream(self, seed: int, batches: Iterable[PyTree]) -> Iterator[PyTree]:
         """Run any number of batches of equal shapes, as many at once as there are lanes.
-
-        A lane that has none left repeats another's.
 
         Yields:
           Their results, fetched, in order.
         """
         batches = iter(batches)
         while group := list(itertools.islice(batches, len(self))):
-            filled = [*group, *group[-1:] * (len(self) - len(group))]
-            lanes = [(self.place(batch, at),) for at, batch in enumerate(filled)]
-            for result in self(seed, lanes)[: len(group)]:
+            for result in self.spread(seed, [(batch,) for batch in group]):
                 yield self.fetch(result)
 
     def lower(self, seed: int, lanes: Sequence[tuple[PyTree, ...]]) -> jax.stages.Lowered:
@@ -218,7 +240,7 @@ class LaneMap:
         return self.lower(seed, lanes).compile()
 
     def _arguments(self, seed, lanes):
-        assert len(lanes) == len(self), "one lane tuple per device"
+        assert len(lanes) == len(self._places), "one lane tuple per device"
         joined = (self._join(trees) for trees in zip(*lanes, strict=True))
         return self._shared, np.uint32(seed), *joined
 
@@ -226,7 +248,7 @@ class LaneMap:
         sharding = NamedSharding(self._mesh, P(AXIS))
 
         def join(*shards):
-            shape = (len(self.devices), *shards[0].shape[1:])
+            shape = (len(shards), *shards[0].shape[1:])
             if _DESCRIBED.get():
                 return jax.ShapeDtypeStruct(shape, shards[0].dtype, sharding=sharding)
             return jax.make_array_from_single_device_arrays(shape, sharding, list(shards))
@@ -238,8 +260,69 @@ class LaneMap:
         by_device = [{s.device: s.data for s in leaf.addressable_shards} for leaf in leaves]
         return [
             jax.tree.unflatten(structure, [shards[device] for shards in by_device])
-            for device in self.devices
+            for device in self._places
         ]
+
+
+class CoreMap(LaneMap):
+    """As :class:`LaneMap`, on one CPU: a lane runs the program of one lane in a thread of its own.
+
+    One program leaves cores idle where its operations are too small to be divided, and two beside
+    one another do not: measured in docs/performance.md. The bits are those of one lane.
+    """
+
+    together = False
+
+    def __init__(self, *arguments: Any, **options: Any):
+        """Map as ``LaneMap`` does; ``devices`` names the CPU once for each lane."""
+        super().__init__(*arguments, **options)
+        assert len(self._places) == 1
+        self._threads = futures.ThreadPoolExecutor(len(self) - 1, "lane")  # the first is the caller
+        self._fits: dict[Any, bool] = {}
+
+    def _run(self, seed: int, lanes: Sequence[Any]) -> list[PyTree]:
+        begun = [self._arguments(seed, [lane]) for lane in lanes if lane is not None]
+        if self._fit(begun):
+            others = [self._threads.submit(self._alone, arguments) for arguments in begun[1:]]
+            try:
+                results = [self._alone(begun[0])]
+            finally:
+                futures.wait(others)
+            results += [other.result() for other in others]
+        else:
+            results = [self._alone(arguments) for arguments in begun]
+        ended = iter(results)
+        return [None if lane is None else next(ended) for lane in lanes]
+
+    def _alone(self, arguments: tuple) -> PyTree:
+        [result] = self._split(self._mapped(*arguments))
+        return jax.block_until_ready(result)
+
+    def _fit(self, begun: Sequence[tuple]) -> bool:
+        """Whether lanes may run beside one another: there is memory for all of them.
+
+        Compiles, so that no two threads do.
+        """
+        if len(begun) == 1:
+            return False
+        shapes = len(begun), *(x.shape for x in jax.tree.leaves(begun[0][2:]))
+        if shapes not in self._fits:
+            found = self._mapped.lower(*begun[0]).compile().memory_analysis()
+            each = found.temp_size_in_bytes + found.output_size_in_bytes
+            self._fits[shapes] = len(begun) * each <= environment.free_memory() / 2
+        return self._fits[shapes]
+
+    def lower(self, seed: int, lanes: Sequence[tuple[PyTree, ...]]) -> jax.stages.Lowered:
+        """The program of one lane, see ``LaneMap``."""
+        return super().lower(seed, lanes[:1])
+
+
+def lane_map(
+    function: Callable, shared: PyTree, *, devices: Sequence[jax.Device], **options: Any
+) -> LaneMap:
+    """A function mapped over the devices that ``lane_devices`` names; see ``LaneMap``."""
+    kind = CoreMap if len(set(devices)) < len(devices) else LaneMap
+    return kind(function, shared, devices=devices, **options)
 
 
 class SpanMap:
@@ -249,6 +332,8 @@ class SpanMap:
     up what spans them, so that a BatchNorm's moments are those of the whole batch and a gradient
     is that of the whole batch's loss. Each lane has a program of its own.
     """
+
+    together = False
 
     def __init__(
         self,
@@ -294,7 +379,8 @@ class SpanMap:
         """Run every lane once; see ``LaneMap``."""
         assert len(lanes) == len(self), "one lane tuple per group of devices"
         results = [
-            self._jit(s, np.uint32(seed), *a) for s, a in zip(self._shared, lanes, strict=True)
+            None if a is None else self._jit(s, np.uint32(seed), *a)
+            for s, a in zip(self._shared, lanes, strict=True)
         ]
         # As `place` leaves them, so that the next call, or a resumed run's first, is one program.
         return [
@@ -507,9 +593,12 @@ def _of_this_process() -> list[jax.Device]:
 def lane_devices(limit: int, span: int = 1) -> list[jax.Device]:
     """The local devices to use for ``limit`` independent batches of ``span`` devices each.
 
-    What is described is used whole: a program of a TPU slice is compiled for all of its chips.
+    What is described is used whole: a program of a TPU slice is compiled for all of its chips. A
+    CPU that is one device is named once for each batch that runs on it at a time.
     """
     limit = len(devices()) if _DESCRIBED.get() else max(1, limit)
+    if len(devices()) == span == 1 and on_cpu() and environment.cores() > 1:
+        return devices() * min(limit, CORE_LANES)
     lanes = min(limit, len(devices()) // span)
     return devices()[: lanes * span]
 

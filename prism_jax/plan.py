@@ -260,7 +260,8 @@ def _measured(e: Experiment, batch: int, iterations: int) -> dict[str, str]:
     if not times:
         return rows
     labels = relabel.plan_for(programs.shapes_of(e), e.recover.ipc * e.dataset.num_classes)
-    per_batch = _time_labels(e, labels.batch_size)
+    lanes = _timed_lanes(labels.batches_per_epoch)
+    per_batch = _time_labels(e, labels.batch_size, lanes) / len(lanes)
     rounds = math.ceil(labels.batches_per_epoch / len(jax.local_devices()))
     hours = times * labels.epochs * rounds * per_batch / 3600
     said = (
@@ -291,6 +292,12 @@ def _measured_fit(e: Experiment) -> dict[str, str]:
     }
 
 
+def _timed_lanes(batches: int, span: int = 1) -> list[jax.Device]:
+    """The devices of one lane, which stands for all of them, or the lanes of one CPU together."""
+    here = jax.local_devices()
+    return parallel.lane_devices(batches, span) if len(here) == 1 else here[:span]
+
+
 def recover_bytes(e: Experiment) -> int | None:
     """What one image batch takes on a device in recover, as compiled; None without a program."""
     if not e.recover.iterations and e.recover.maker != "generate":
@@ -303,7 +310,8 @@ def recover_bytes(e: Experiment) -> int | None:
 def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, str]:
     """Hours and the peak memory of recover."""
     layout, span = batch_layout(e), e.parallel.recover_devices
-    devices = jax.local_devices()[:span]
+    units = layout.groups * layout.blocks
+    devices = _timed_lanes(units, span)
     if len(devices) < span:
         return {
             "recover takes": f"not known here: parallel.recover_devices={span} share a batch, and "
@@ -319,14 +327,13 @@ def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, s
     available = _memory(devices[0])
     rows, size, least = {}, batch, math.lcm(recipe.slots, span)
     while True:
-        lanes = [_random_lane(e, engine, pool, recipe, size)]
+        lanes = [_random_lane(e, engine, pool, recipe, size)] * len(engine)
         analysis = engine.compile(0, lanes).memory_analysis()
-        peak = _total(analysis)
+        peak = _total(analysis, len(engine))
         if peak is None or available is None or peak <= 0.8 * available or size == least:
             break
         size = max(least, size // 2 // least * least)
     seconds = _time_draws(e, engine, pool, recipe, size) * batch / size * _mean_images(e)
-    units = layout.groups * layout.blocks
     at_once = max(1, min(units, len(jax.local_devices()) // span))
     hours = iterations / units * math.ceil(units / at_once) * seconds / 3600
     note = f", measured with {size} images a batch and scaled" if size != batch else ""
@@ -411,7 +418,7 @@ def _mean_images(e: Experiment) -> float:
 
 
 def _time_draws(e: Experiment, engine: synthesis.Engine, pool, recipe, size: int) -> float:
-    """Mean seconds of an iteration over some draws of teachers.
+    """Mean seconds of an iteration over some draws of teachers; lanes of a CPU share them.
 
     The first two dispatches compile and warm up. A device is given as many iterations as a run
     gives it: one alone would be counted with the way to it and back. A CPU is given as many of them
@@ -424,10 +431,13 @@ def _time_draws(e: Experiment, engine: synthesis.Engine, pool, recipe, size: int
         if draw == 2 and on_cpu:
             count = max(1, min(most, int(1 / seconds[-1])))
         slot = draw % layout.groups * layout.slots
-        lane = _random_lane(e, engine, pool, recipe, size, slot=slot, step=1 + draw, count=count)
+        lanes = [
+            _random_lane(e, engine, pool, recipe, size, slot=slot, step=1 + draw, count=count)
+            for _ in range(len(engine))
+        ]
         began = time.monotonic()
-        jax.block_until_ready(engine(e.seed, [lane]))
-        seconds.append((time.monotonic() - began) / count)
+        jax.block_until_ready(engine(e.seed, lanes))
+        seconds.append((time.monotonic() - began) / count / len(lanes))
     return float(np.mean(seconds[2:]))
 
 
@@ -463,24 +473,21 @@ def _time(function) -> float:
     return seconds
 
 
-def _time_labels(e: Experiment, size: int) -> float:
+def _time_labels(e: Experiment, size: int, lanes: list[jax.Device]) -> float:
+    """Seconds of a batch on each lane."""
     pool = _random_pool(e, e.relabel.teachers, e.relabel.dtype)
-    labeller = Labeller(pool, relabel.recipe_of(e, size))
+    labeller = Labeller(pool, relabel.recipe_of(e, size), devices=lanes)
     shape = Inputs(e).image_shape
-    images = np.random.default_rng(0).integers(0, 256, (size, *shape), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (len(lanes) * size, *shape), np.uint8)
     return _time(lambda: list(labeller.epoch(images, 0, seed=0)))
 
 
-def _total(analysis: Any) -> int | None:
-    """Arguments, outputs and temporaries of a compiled program, in bytes."""
+def _total(analysis: Any, at_once: int = 1) -> int | None:
+    """Arguments of a compiled program, outputs and temporaries of each that runs, in bytes."""
     if analysis is None:
         return None
-    return (
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        + analysis.temp_size_in_bytes
-        - analysis.alias_size_in_bytes
-    )
+    each = analysis.output_size_in_bytes + analysis.temp_size_in_bytes
+    return analysis.argument_size_in_bytes - analysis.alias_size_in_bytes + at_once * each
 
 
 def _memory(device: jax.Device) -> int | None:

@@ -55,14 +55,18 @@ RECIPE = LabelRecipe(HOW, "norm_mean", BATCH)
 
 
 @functools.cache
-def labels(devices: int, how: str = "shard_map", epoch: int = 2):
-    labeller = Labeller(pool(), RECIPE, devices=jax.devices()[:devices], how=how)
+def labels(devices: int, how: str = "shard_map", epoch: int = 2, threads: int = 1):
+    used = jax.devices()[:devices] * threads
+    labeller = Labeller(pool(), RECIPE, devices=used, how=how)
     return list(labeller.epoch(images(), epoch, seed=3))
 
 
-@pytest.mark.parametrize(("devices", "how"), [(2, "shard_map"), (8, "shard_map"), (8, "pmap")])
-def test_any_number_of_devices_gives_the_same_labels(devices, how):
-    one, many = labels(1), labels(devices, how)
+@pytest.mark.parametrize(
+    ("devices", "how", "threads"),
+    [(2, "shard_map", 1), (8, "shard_map", 1), (8, "pmap", 1), (1, "shard_map", 2)],
+)
+def test_any_number_of_devices_or_threads_gives_the_same_labels(devices, how, threads):
+    one, many = labels(1), labels(devices, how, threads=threads)
     assert len(one) == len(many) == 5
     for a, b in zip(one, many, strict=True):
         assert (a.epoch, a.batch) == (b.epoch, b.batch)

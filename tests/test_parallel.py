@@ -11,6 +11,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,13 @@ def test_eight_devices_and_units_that_differ():
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_any_number_of_devices_and_either_map(devices, how):
     np.testing.assert_array_equal(images_of(run(devices=devices, how=how)), expected())
+
+
+@pytest.mark.parametrize("how", parallel.MAPS)
+def test_two_batches_beside_one_another_on_one_cpu(how):
+    """And the last of three alone."""
+    images = images_of(run(UNITS[:3], threads=2, how=how))
+    np.testing.assert_array_equal(images, expected()[:3])
 
 
 @pytest.mark.parametrize("chunk", [1, 7])
@@ -190,6 +198,67 @@ def test_lanes_share_the_first_argument_and_nothing_else(how):
     np.testing.assert_array_equal(second["y"], [17, 27, 37])
     assert (first["n"], second["n"]) == (1, 2)
     assert lane_map.traces == 1
+
+
+class Meeting(parallel.CoreMap):
+    """Every lane waits for another one; those that are alone wait in vain."""
+
+    def __init__(self, *arguments, seconds, **options):
+        super().__init__(*arguments, **options)
+        self.meeting, self.seconds = threading.Barrier(2), seconds
+
+    def _alone(self, arguments):
+        self.meeting.wait(self.seconds)
+        return super()._alone(arguments)
+
+
+def beside(lanes=2, kind=parallel.CoreMap, **options):
+    """A map on one CPU that adds, and what each of some lanes is given."""
+    found = kind(
+        lambda shared, seed, x: x + shared, np.float32(1), arity=1,
+        devices=jax.devices()[:1] * lanes, donate=(0,), **options,
+    )  # fmt: skip
+    return found, lambda count: [(found.place(np.full(3, i, np.float32), i),) for i in range(count)]
+
+
+def test_lanes_of_a_cpu_run_at_the_same_time_as_one_program(monkeypatch):
+    lane_map, lanes = beside(kind=Meeting, seconds=60)
+    assert [x.tolist() for x in map(lane_map.fetch, lane_map(0, lanes(2)))] == [[1] * 3, [2] * 3]
+    assert lane_map.traces == 1 and len(lane_map) == 2
+    # Where there is no memory for both, one after the other, to the same results.
+    monkeypatch.setattr(parallel.environment, "free_memory", lambda: 0)
+    lane_map, lanes = beside()
+    assert [x.tolist() for x in map(lane_map.fetch, lane_map(0, lanes(2)))] == [[1] * 3, [2] * 3]
+    # The twin: then they do not meet.
+    lane_map, lanes = beside(kind=Meeting, seconds=0.1)
+    with pytest.raises(threading.BrokenBarrierError):
+        lane_map(0, lanes(2))
+
+
+def test_lanes_of_a_cpu_without_work_are_none_and_errors_are_heard():
+    lane_map, lanes = beside(3)
+    first, none, last = lane_map(0, [lanes(1)[0], None, lanes(3)[2]])
+    assert none is None
+    assert [lane_map.fetch(x).tolist() for x in (first, last)] == [[1] * 3, [3] * 3]
+    stream = lane_map.stream(0, [np.float32(i) for i in range(7)])
+    assert [float(x) for x in stream] == [1, 2, 3, 4, 5, 6, 7]
+    gone = lanes(2)
+    lane_map(0, [gone[1]])
+    with pytest.raises((RuntimeError, ValueError), match="deleted or donated"):
+        lane_map(0, gone)  # the second lane's thread has nothing to read
+
+
+@pytest.mark.parametrize(
+    ("cores", "devices", "found"), [(1, 1, [1, 1, 1]), (4, 1, [1, 2, 2]), (4, 8, [1, 2, 8])]
+)
+def test_a_cpu_of_one_device_is_named_once_for_each_batch(monkeypatch, cores, devices, found):
+    monkeypatch.setattr(parallel.environment, "cores", lambda: cores)
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:devices])
+    lanes = [parallel.lane_devices(batches) for batches in (0, 2, 9)]
+    assert [len(x) for x in lanes] == found
+    assert len({*lanes[2]}) == devices
+    with parallel.described(jax.devices()[:1]):  # another machine's compiler has no threads
+        assert len(parallel.lane_devices(9)) == 1
 
 
 def test_results_stay_on_their_device_and_placed_copies_are_the_maps_own():

@@ -63,14 +63,21 @@ def test_an_iteration_of_phases_with_fewer_images_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("on_cpu", "warm", "first", "count"),
-    [(True, 50, 1, 1), (True, 0.125, 1, 8), (True, 0.001, 1, 50), (False, 50, 50, 50)],
-)
-def test_an_iteration_is_timed_over_several_draws(monkeypatch, on_cpu, warm, first, count):
+    ("on_cpu", "lanes", "warm", "first", "count"),
+    [
+        (True, 1, 50, 1, 1), (True, 2, 0.25, 1, 8), (True, 1, 0.001, 1, 50), (False, 1, 50, 50, 50),
+    ],
+)  # fmt: skip
+def test_an_iteration_is_timed_over_several_draws(monkeypatch, on_cpu, lanes, warm, first, count):
     """Five slots draw; the first two dispatches, which compile and warm up, do not count.
 
-    A dispatch is one of a run's length, on a CPU of what takes a second.
+    A dispatch is one of a run's length, on a CPU of what takes a second; all its lanes work.
     """
+
+    class Engine(list):
+        def __call__(self, seed, lanes):
+            assert len(lanes) == len(self)
+
     monkeypatch.setattr(plan.parallel, "on_cpu", lambda: on_cpu)
     c = prism.get_config("digits")
     c.recover.ipc = 5
@@ -81,10 +88,11 @@ def test_an_iteration_is_timed_over_several_draws(monkeypatch, on_cpu, warm, fir
         asked.append((slot, step, count))
 
     monkeypatch.setattr(plan, "_random_lane", lane)
-    found = plan._time_draws(resolve(c), lambda seed, lanes: lanes, None, None, 10)
-    assert found == 3.0 / count
+    found = plan._time_draws(resolve(c), Engine(range(lanes)), None, None, 10)
+    assert found == 3.0 / count / lanes
     slots, counts = (0, 1, 2, 3, 4, 0), (first, first, *[count] * 4)
-    assert asked == list(zip(slots, range(1, 7), counts, strict=True))
+    asked_once = list(zip(slots, range(1, 7), counts, strict=True))
+    assert asked == [asked for asked in asked_once for _ in range(lanes)]
 
 
 def test_disk_holds_what_a_run_writes(tmp_path):
@@ -111,7 +119,7 @@ def test_plan_builds_networks_in_the_numbers_that_a_run_has(monkeypatch):
     monkeypatch.setattr(plan, "_random_pool", lambda *given: built.append(given[1:]) or 1 / 0)
     for measure in (
         lambda: plan._measured_recover(e, 8, 10),
-        lambda: plan._time_labels(e, 8),
+        lambda: plan._time_labels(e, 8, jax.devices()[:1]),
     ):
         with pytest.raises(ZeroDivisionError):
             measure()
@@ -189,3 +197,12 @@ def test_a_batch_that_devices_share_is_timed_on_them(monkeypatch):
             said = f"about {hours} on {at_once * span} device(s): 3.6e+03 s"
             assert found["recover takes"].startswith(said)
     assert timed == [8, 8] and sizes[1] < 0.8 * sizes[0]
+    # One CPU works on two batches at a time, in memory for both; seconds are of each.
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    monkeypatch.setattr(plan.parallel.environment, "cores", lambda: 2)
+    monkeypatch.setattr(
+        plan, "_time_draws", lambda e, engine, *given: timed.append(len(engine)) or 3600.0
+    )
+    found = plan._measured_recover(e, 8, 12 * units)
+    assert found["recover takes"].startswith(f"about {plan.hours_of(12 * units)} on 1 device(s)")
+    assert timed[2:] == [2] and 1.2 * sizes[0] < sizes[2] < 2 * sizes[0]

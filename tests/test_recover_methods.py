@@ -606,18 +606,19 @@ def test_nothing_is_sent_for_a_lane_without_work(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("as_users")
-def test_blocks_of_two_sizes_are_the_same_on_any_devices(tmp_path, monkeypatch):
+def test_blocks_of_two_sizes_are_the_same_on_any_devices_and_threads(tmp_path, monkeypatch):
     """Five classes in batches of at most three: blocks of three and two."""
     fields = ("dataset.num_classes=5", "recover.batch_size=3", "recover.iterations=2",
               "squeeze.epochs=1")  # fmt: skip
     problems: list[str] = []
     config, _ = parse([TINY, *(f"--config.{f}" for f in fields)], problems)
     find, found = parallel.lane_devices, []
-    for devices in (1, 8):
+    for devices in (1, 8, "threads"):
         context = Context(resolve(config, problems), tmp_path / str(devices))
-        monkeypatch.setattr(
-            parallel, "lane_devices", lambda limit, span=1, n=devices: find(min(limit, n))
+        used = {"threads": lambda limit: find(1) * 2}.get(
+            devices, lambda limit, n=devices: find(min(limit, n))
         )
+        monkeypatch.setattr(parallel, "lane_devices", lambda limit, span=1, used=used: used(limit))
         if found:
             shutil.copytree(tmp_path / "1" / "squeeze", context.root / "squeeze")
         else:
@@ -629,4 +630,5 @@ def test_blocks_of_two_sizes_are_the_same_on_any_devices(tmp_path, monkeypatch):
         blocks = [workdir.read_record(unit)["classes"] for unit in units]
         assert blocks == [[0, 2], [3, 4], [0, 2], [3, 4]]
     assert len(found[0]) == 10
-    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])

@@ -62,7 +62,7 @@ def engine(
     devices, shared = devices or parallel.devices()[:span], (pool.variables, guide)
     if span > 1:
         return parallel.SpanMap(chunk, shared, devices=devices, span=span, donate=(1,))
-    return parallel.LaneMap(
+    return parallel.lane_map(
         chunk, shared, arity=3, devices=devices, how=how, donate=(1,),
         key=("synthesis", recipe, pool.teachers, pool.normalisation),
     )  # fmt: skip

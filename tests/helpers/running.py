@@ -45,18 +45,20 @@ def begin(pool, recipe, units, size: int = 8) -> list:
 
 
 def advance(
-    pool, recipe, units, states, *, devices=1, how="shard_map", chunk=50, until=None, seed=0
-) -> list:
-    """Run every unit to iteration ``until`` (or its end), in a new engine of ``devices`` lanes.
+    pool, recipe, units, states, *, devices=1, how="shard_map", chunk=50, until=None, seed=0,
+    threads=1,
+) -> list:  # fmt: skip
+    """Run every unit to iteration ``until`` (or its end), in a new engine of ``devices`` lanes, or
+    of several threads of one device.
 
     Returns:
       The states, on the host again.
     """
-    run = synthesis.engine(pool, recipe, devices=jax.devices()[:devices], how=how)
-    after = []
-    for first in range(0, len(units), devices):
-        here = range(min(devices, len(units) - first))
-        group, at = units[first : first + devices], states[first : first + devices]
+    run = synthesis.engine(pool, recipe, devices=jax.devices()[:devices] * threads, how=how)
+    after, width = [], len(run)
+    for first in range(0, len(units), width):
+        here = range(min(width, len(units) - first))
+        group, at = units[first : first + width], states[first : first + width]
         placed = [run.place(group[i], i) for i in here]
         going = [run.place(at[i], i) for i in here]
         left = [min(int(group[i].budget), until or 10**9) - int(at[i].step) for i in here]

@@ -277,8 +277,8 @@ def _enter_phase(context: Context, engine, recipe, lane: Lane, at: int) -> None:
 def _dispatch(context: Context, engine, lanes, counts, idle: Idle) -> tuple[list, Idle]:
     """Run every lane that has a unit; one call of the engine per shape of images.
 
-    A lane without a unit, or with one of another shape, runs zero iterations of a copy, which stays
-    on its device: nothing is sent again for it.
+    Where lanes run together, one without a unit, or with one of another shape, runs zero iterations
+    of a copy, which stays on its device: nothing is sent again for it.
 
     Returns:
       the lanes' results, and the copies for the next dispatch.
@@ -288,19 +288,23 @@ def _dispatch(context: Context, engine, lanes, counts, idle: Idle) -> tuple[list
     for shape in dict.fromkeys(lane.shape for lane in lanes if lane):
         mine = [lane is not None and lane.shape == shape for lane in lanes]
         copies = {at: idle[at, shape] for at in range(len(lanes)) if (at, shape) in idle}
-        if missing := [at for at, own in enumerate(mine) if not own and at not in copies]:
+        missing = [at for at, own in enumerate(mine) if not own and at not in copies]
+        if missing and engine.together:
             spare = lanes[mine.index(True)]
             copy = engine.fetch((spare.placed_unit, spare.state))
             copies |= {at: engine.place(copy, at) for at in missing}
-        arguments = []
+        arguments: list[tuple | None] = []
         for at, (lane, count) in enumerate(zip(lanes, counts, strict=True)):
+            if not (mine[at] or engine.together):
+                arguments.append(None)
+                continue
             placed = (lane.placed_unit, lane.state) if mine[at] else copies[at]
             arguments.append((*placed, engine.place(np.int32(count if mine[at] else 0), at)))
         found = engine(context.config.seed, arguments)
         for at, (result, own) in enumerate(zip(found, mine, strict=True)):
             if own:
                 results[at] = result
-            else:
+            elif engine.together:
                 kept[at, shape] = (copies[at][0], result[0])
     return results, kept
 
