@@ -90,8 +90,12 @@ _SHARED: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def shared_programs() -> Iterator[None]:
-    """Inside, lane maps of equal keys share one program: many runs compile once."""
-    token = _SHARED.set({})
+    """Inside, lane maps of equal keys share one program: many runs compile once.
+
+    Within another it is a part of that one.
+    """
+    there = _SHARED.get()
+    token = _SHARED.set({} if there is None else there)
     try:
         yield
     finally:

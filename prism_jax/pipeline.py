@@ -147,16 +147,21 @@ def _fewer_at_once(context: Context) -> str:
 
 
 def _relabel(context: Context) -> None:
-    for labelled in sets(context):
-        if labelled.name == "synthetic" and (labelled.soft or validate.pending(context, labelled)):
-            imported.say_top1(context, labelled, functools.partial(fingerprints.pool, context))
-        if not labelled.soft:
-            continue
-        if labelled.name != "synthetic":
-            controls.write(context, labelled)
-        if not relabel.is_done(context, labelled):
-            squeeze.check(context)
-            relabel.run(context, labelled)
+    with parallel.shared_programs():  # of all sets of a size
+        for labelled in sets(context):
+            _relabel_one(context, labelled)
+
+
+def _relabel_one(context: Context, labelled: LabelledSet) -> None:
+    if labelled.name == "synthetic" and (labelled.soft or validate.pending(context, labelled)):
+        imported.say_top1(context, labelled, functools.partial(fingerprints.pool, context))
+    if not labelled.soft:
+        return
+    if labelled.name != "synthetic":
+        controls.write(context, labelled)
+    if not relabel.is_done(context, labelled):
+        squeeze.check(context)
+        relabel.run(context, labelled)
 
 
 def _validate(context: Context) -> None:

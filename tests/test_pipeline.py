@@ -25,12 +25,12 @@ from helpers.compiling import fast_alike
 from PIL import Image
 
 from configs import tiny
-from prism_jax import pipeline, training
+from prism_jax import parallel, pipeline, training
 from prism_jax.config import resolve
 from prism_jax.data import workdir
 from prism_jax.data.metrics import read_lines
 from prism_jax.data.weights import WEIGHTS, unpack_variables
-from prism_jax.stages import validate
+from prism_jax.stages import relabel, validate
 from prism_jax.stages.context import Context
 from prism_jax.types import Normalisation
 
@@ -354,6 +354,22 @@ def test_students_of_online_labels_are_those_of_the_store(finished, tmp_path):
     assert "relabel synthetic: 4/4" in out and "validate" not in out
     assert snapshot(online, "validate", "controls/random_real/validate") == before
     assert_same(online, finished)
+
+
+@pytest.mark.parametrize("programs", [1, pytest.param(2, id="twin")])
+def test_sets_of_a_size_are_labelled_by_one_program(finished, reference, monkeypatch, programs):
+    """And in the twin, where maps do not share, by one each."""
+    shutil.rmtree(finished / "relabel")
+    shutil.rmtree(finished / "controls/random_real/relabel")
+    if programs == 2:
+        monkeypatch.setattr(parallel, "shared_programs", nullcontext)
+    make, made = relabel.labeller_of, []
+    monkeypatch.setattr(
+        relabel, "labeller_of", lambda *given: made.append(make(*given)) or made[-1]
+    )
+    ok(finished, "--stages=relabel")
+    assert len(made) == 2 and sum(labeller._map.traces for labeller in made) == programs
+    assert_same(finished, reference)
 
 
 def test_seconds_of_labels_go_on_where_the_run_does(finished):
