@@ -6,11 +6,14 @@ import importlib.util
 import pathlib
 
 import numpy as np
+from helpers.compiling import fast_programs
+
+__all__ = ["fast_programs"]  # a fixture
 
 EXAMPLE = pathlib.Path(__file__).parent.parent / "examples" / "own_data_own_teacher.py"
 
 
-def test_own_data_own_teacher():
+def test_own_data_own_teacher(fast_programs):
     spec = importlib.util.spec_from_file_location("own_data_own_teacher", EXAMPLE)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)

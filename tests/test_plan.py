@@ -11,12 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.command import TINY, call
+from helpers.compiling import fast_programs
 
 from configs import tiny, tiny_d4m
 from configs.methods import delt, prism
 from prism_jax import plan
 from prism_jax.config import batch_layout, resolve
 from prism_jax.stages import relabel
+
+__all__ = ["fast_programs"]  # a fixture
 
 
 def test_the_time_of_an_image_by_hand(monkeypatch):
@@ -171,7 +174,7 @@ def test_weights_that_are_not_there_are_told(tmp_path):
     assert f"--config.networks.{second}.start_from=FILE" in lines[1]
 
 
-def test_a_batch_that_devices_share_is_timed_on_them(monkeypatch):
+def test_a_batch_that_devices_share_is_timed_on_them(monkeypatch, fast_programs):
     """Of eight devices four share a batch: two batches at a time, and a share of the memory."""
     c = tiny.get_config()
     c.recover.ipc, c.recover.batch_size, c.recover.slots_per_batch = 8, 8, 2

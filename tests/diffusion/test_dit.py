@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from diffusion import parity
+from helpers.compiling import only_fast_programs
 from models.parity import generator
 
 from prism_jax.diffusion import dit, huggingface
 from prism_jax.errors import UserError
+
+__all__ = ["only_fast_programs"]  # a fixture
+pytestmark = pytest.mark.usefixtures("only_fast_programs")
 
 SMALL = {"classes": 3, "channels": 1, "patch": 4, "width": 16, "depth": 2, "heads": 2}
 
@@ -156,12 +160,11 @@ def test_a_fresh_one_predicts_zero_and_learns_everything_at_once():
     noisy = jnp.asarray(generator("noisy").standard_normal((2, 8, 12, 1)), jnp.float32)
     arguments = noisy, jnp.array([0.25, 1.0]), jnp.array([0, 3])
     params = jax.jit(module.init)(jax.random.key(0), *arguments)["params"]
-    predict = jax.jit(module.predict)
-    assert not predict(params, *arguments).any()
+    assert not jax.jit(module.predict)(params, *arguments).any()
     leaves, structure = jax.tree.flatten(params)
     drawn = [generator(str(i)).standard_normal(leaf.shape) * 0.3 for i, leaf in enumerate(leaves)]
     params = jax.tree.unflatten(structure, [jnp.asarray(d, jnp.float32) for d in drawn])
-    gradient = jax.jit(jax.grad(lambda p: (predict(p, *arguments) ** 2).sum()))(params)
+    gradient = jax.jit(jax.grad(lambda p: (module.predict(p, *arguments) ** 2).sum()))(params)
     assert all(leaf.any() for leaf in jax.tree.leaves(gradient))
 
 

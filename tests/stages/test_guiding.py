@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 from helpers.clip_files import needs_tokenizers, write_clip
 from helpers.command import TINY, call, snapshot
+from helpers.compiling import only_fast_alike
 from PIL import Image
 
 from prism_jax import parallel, plan, programs
@@ -19,7 +20,8 @@ from prism_jax.main import parse
 from prism_jax.stages import fingerprints, guiding
 from prism_jax.stages.context import Context
 
-pytestmark = needs_tokenizers
+__all__ = ["only_fast_alike"]  # a fixture
+pytestmark = [needs_tokenizers, pytest.mark.usefixtures("only_fast_alike")]
 STAGES = "--stages=squeeze,recover"
 GUIDED = ("--config.recover.clip=5.0", "--config.recover.parametrisation=pyramid")
 
