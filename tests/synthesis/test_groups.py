@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import by_hand
-from helpers.compiling import fast_programs
+from helpers.compiling import fast_alike, fast_programs
 from helpers.networks import COLOUR, small_pool
 from helpers.running import advance, begin, collectives, images_of, make_unit
 
@@ -18,7 +18,7 @@ from prism_jax.core import views
 from prism_jax.errors import UserError
 from prism_jax.synthesis.objective import GROUPS
 
-__all__ = ["fast_programs"]  # a fixture
+__all__ = ["fast_alike", "fast_programs"]  # fixtures
 
 SHAPE, SLOTS, BUDGET = (8, 8, 3), 3, 5
 # The whole image: what is compared is the alignment, not the view.
@@ -88,6 +88,7 @@ def test_alignment_and_gradient_against_numpy(slot):
         assert abs(twin.bn / found.bn - 1) > 1e-3
 
 
+@pytest.mark.usefixtures("fast_alike")
 def test_groups_of_running_statistics_change_no_bit():
     units = [make_unit(slot, 0, BUDGET) for slot in range(SLOTS)]
     plain = dataclasses.replace(RECIPE, targets="running")
@@ -102,6 +103,7 @@ def test_groups_of_running_statistics_change_no_bit():
     assert not np.array_equal(found["random"], found["plain"])  # twin
 
 
+@pytest.mark.usefixtures("fast_alike")
 def test_every_slot_is_one_program_without_a_collective_and_the_same_on_any_devices():
     pool = pool_of(random_groups)
     units = [make_unit(slot, 0, BUDGET + slot) for slot in range(SLOTS)]

@@ -148,6 +148,7 @@ def test_resolutions_that_are_not_stated(size, sides):
     assert synthesis.resolutions_of((size,), size) == (size,)
 
 
+@pytest.mark.usefixtures("fast_alike")
 def test_a_pyramid_of_the_image_alone_is_its_pixels():
     pool = small_pool(1)
     fields = {"method": "sre2l", "roll": 2}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import by_hand
-from helpers.compiling import fast_programs
+from helpers.compiling import fast_alike, fast_programs
 from helpers.networks import COLOUR, GREY, NoNorm, TwoConvs, random_variables, small_pool
 from helpers.running import advance, begin, images_of, make_unit
 
@@ -24,7 +24,7 @@ from prism_jax.synthesis import Recipe, course, sampling
 from prism_jax.teachers import TeacherPool
 from prism_jax.types import Draw
 
-__all__ = ["fast_programs"]  # a fixture
+__all__ = ["fast_alike", "fast_programs"]  # fixtures
 
 SHAPE, BATCH, POOL = (8, 8, 3), 3, 3
 LABELS = np.array([4, 0, 2], np.int32)
@@ -283,6 +283,7 @@ def test_every_chunk_reports_its_first_and_last_iteration():
 # --- methods -----------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("fast_alike")
 def test_prism_with_a_pool_of_one_is_sre2l_bit_for_bit():
     units = [make_unit(slot, 0, 40) for slot in range(2)]
 
