@@ -268,6 +268,26 @@ def test_the_intervals_that_variants_quote(label, other, student, said):
     quoted("cifar10_variants", 10, student, label, other, said)
 
 
+@pytest.mark.parametrize(
+    ("label", "other", "student", "said"),
+    [
+        (RANDOM, "prism", "resnet20", "17.5 [13.9, 21.0]"),
+        (RANDOM, "psm", "resnet20", "9.5 [6.0, 13.1]"),
+        ("prism", RANDOM, "convnet_d3", "0.3 [-2.8, +3.3]"),
+        ("prism_plus", "psm", "resnet20", "12.7 [9.1, 16.2]"),
+        ("prism_plus", "psm", "convnet_d3", "5.2 [2.4, 8.2]"),
+        ("prism_plus", "prism", "resnet20", "20.6 [16.9, 24.3]"),
+        ("prism_plus", "prism", "convnet_d3", "8.5 [5.5, 11.6]"),
+        ("prism_plus", CONFIDENT, "convnet_d3", "4.4 [1.9, 7.2]"),
+        (CONFIDENT, "prism_plus", "resnet20", "1.2 [-1.8, +4.0]"),
+        (CONFIDENT, RANDOM, "resnet20", "4.3 [1.6, 7.1]"),
+        (CONFIDENT, RANDOM, "convnet_d3", "4.3 [2.0, 6.8]"),
+    ],
+)
+def test_the_intervals_that_fifty_images_per_class_quote(label, other, student, said):
+    quoted("cifar10_ipc50", 50, student, label, other, said)
+
+
 def test_no_variant_whose_batches_have_all_classes_is_certainly_another_than_prism():
     variants = ("self", "other", "committee", "every_iteration", "all_at_once")
     held = [
