@@ -44,7 +44,7 @@ T = TypeVar("T")
 AXIS = "lane"
 ROWS = "rows"
 MAPS = ("shard_map", "pmap")
-CORE_LANES = 2  # batches at a time on a CPU; a third brings 3 % more (two cores), and its memory
+CORE_LANES = 2  # batches at a time on a CPU; a third brings a few per cent, for its memory
 
 _DESCRIBED: contextvars.ContextVar[tuple[jax.Device, ...]] = contextvars.ContextVar(
     "described", default=()
@@ -139,7 +139,7 @@ class LaneMap:
           function: pure; returns a tree of arrays.
           shared: its first argument, the same for every lane (teachers' weights).
           arity: how many trees a lane tuple holds.
-          devices: one lane each.
+          devices: one lane each; a CPU several times for ``CoreMap`` alone.
           how: "shard_map" or "pmap".
           donate: positions in the lane tuple whose buffers the call may reuse.
           key: all that the function's results depend on beside its arguments: see
@@ -191,15 +191,16 @@ class LaneMap:
         """A lane's tree as NumPy arrays, without the lane axis."""
         return jax.tree.map(lambda x: np.array(x)[0], jax.device_get(lane_tree))
 
-    def __call__(self, seed: int, lanes: Sequence[tuple[PyTree, ...]]) -> list[PyTree]:
+    def __call__(self, seed: int, lanes: Sequence[tuple[PyTree, ...] | None]) -> list[PyTree]:
         """Run every lane once.
 
         Args:
           seed: shared by all lanes.
-          lanes: one tuple of placed trees per device, of equal shapes.
+          lanes: one tuple of placed trees per lane, of equal shapes; None for one without work,
+            unless they run ``together``.
 
         Returns:
-          Per lane, its placed result.
+          Per lane, its placed result; None where there was no work.
         """
         return self._run(seed, lanes)
 

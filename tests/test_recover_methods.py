@@ -613,12 +613,10 @@ def test_blocks_of_two_sizes_are_the_same_on_any_devices_and_threads(tmp_path, m
     problems: list[str] = []
     config, _ = parse([TINY, *(f"--config.{f}" for f in fields)], problems)
     find, found = parallel.lane_devices, []
-    for devices in (1, 8, "threads"):
-        context = Context(resolve(config, problems), tmp_path / str(devices))
-        used = {"threads": lambda limit: find(1) * 2}.get(
-            devices, lambda limit, n=devices: find(min(limit, n))
-        )
-        monkeypatch.setattr(parallel, "lane_devices", lambda limit, span=1, used=used: used(limit))
+    lanes = {"1": lambda *_: find(1), "8": find, "threads": lambda *_: find(1) * 2}
+    for name, used in lanes.items():
+        context = Context(resolve(config, problems), tmp_path / name)
+        monkeypatch.setattr(parallel, "lane_devices", used)
         if found:
             shutil.copytree(tmp_path / "1" / "squeeze", context.root / "squeeze")
         else:

@@ -124,6 +124,15 @@ def test_lanes_are_whole_groups_of_devices():
     assert len(parallel.lane_devices(100, 3)) == 6
 
 
+def test_a_lane_of_devices_without_work_is_left_out():
+    span = parallel.SpanMap(
+        lambda shared, seed, x: x + shared, np.float32(1), devices=jax.devices()[:4], span=2
+    )
+    none, done = span(0, [None, (span.place(np.arange(3, dtype=np.float32), 1),)])
+    assert none is None and span.fetch(done).tolist() == [1, 2, 3]
+    assert {*done.devices()} == {*jax.devices()[2:4]}
+
+
 def test_recover_with_batches_that_span_devices(tmp_path, finished, reference):
     """Other images, so a fingerprint of their own; the same for every run of these settings."""
     span = "--config.parallel.recover_devices=4"

@@ -289,7 +289,7 @@ def _dispatch(context: Context, engine, lanes, counts, idle: Idle) -> tuple[list
         mine = [lane is not None and lane.shape == shape for lane in lanes]
         copies = {at: idle[at, shape] for at in range(len(lanes)) if (at, shape) in idle}
         missing = [at for at, own in enumerate(mine) if not own and at not in copies]
-        if missing and engine.together:
+        if engine.together and missing:
             spare = lanes[mine.index(True)]
             copy = engine.fetch((spare.placed_unit, spare.state))
             copies |= {at: engine.place(copy, at) for at in missing}
