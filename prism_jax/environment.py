@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib.metadata
+import math
 import os
 import pathlib
 import platform
@@ -17,6 +18,8 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from typing import Any, NoReturn
+
+from prism_jax import control_groups
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -98,28 +101,38 @@ def collect_less() -> None:
 
 
 def cores() -> int:
-    """The processor's cores that this process may use."""
+    """The processor's cores that this process may use, and is given time on."""
+    there = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        there = len(os.sched_getaffinity(0))
+    return max(1, min([there, *map(math.ceil, control_groups.cores())]))
+
+
+def memory() -> int | None:
+    """Bytes of memory that this process may have: the machine's, or its group's; None: unknown."""
+    if not hasattr(os, "sysconf"):
+        return None
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([there, *(limit for limit, _ in control_groups.memory())])
 
 
 def free_memory() -> int:
     """Bytes of memory that new work can have; half of all where nobody says."""
     try:
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
+        there = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
     except (OSError, StopIteration):  # no Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        return (memory() or 0) // 2
+    return max(0, min([there, *(limit - used for limit, used in control_groups.memory())]))
 
 
 def used_memory() -> float:
-    """The share of the machine's memory that this process holds; 0 where nobody says."""
+    """The share of its memory that this process holds; 0 where nobody says."""
     try:
         resident = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     except OSError:  # no Linux
         return 0.0
-    return resident / os.sysconf("SC_PHYS_PAGES")
+    return resident * os.sysconf("SC_PAGE_SIZE") / (memory() or math.inf)
 
 
 class EarlyInterrupt:
@@ -159,6 +172,7 @@ def provenance(argv: Sequence[str]) -> dict[str, Any]:
 
     versions = {
         "prism_jax": prism_jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
         "python": platform.python_version(),
         **{m.__name__.split(".")[0]: m.__version__ for m in (jax, flax, optax, numpy)},
         "orbax": importlib.metadata.version("orbax-checkpoint"),  # importing it takes half a second
@@ -169,6 +183,7 @@ def provenance(argv: Sequence[str]) -> dict[str, Any]:
         "platform": devices[0].platform,
         "devices": len(devices),
         "device_kind": devices[0].device_kind,
+        "runtime": " ".join(devices[0].client.platform_version.split()),
         "float32": float32_of(devices[0].platform, precision),
         "processes": jax.process_count(),
         "cpus": os.cpu_count(),

@@ -151,15 +151,17 @@ class LaneMap:
         self._places = list(dict.fromkeys(self.devices))  # one each, see ``CoreMap``
         self._mesh = Mesh(np.array(self._places), (AXIS,))
         self._shared = put(shared, NamedSharding(self._mesh, P()))
-        self.traces = 0  # once per shape, whatever subset, unit or count is run
+        self._traced: list[None] = []
         programs = _SHARED.get() if key is not None else None
         address = (key, tuple(self._places), arity, how, tuple(donate))
         if programs is not None and address in programs:
             self._mapped = programs[address]
             return
 
+        traced = self._traced  # alone: a shared program outlives its first map, and not its weights
+
         def counted(*arguments):
-            self.traces += 1
+            traced.append(None)
             return function(*arguments)
 
         donated = tuple(2 + position for position in donate)
@@ -175,6 +177,11 @@ class LaneMap:
 
     def __len__(self) -> int:
         return len(self.devices)
+
+    @property
+    def traces(self) -> int:
+        """How often the function was traced: once per shape, whatever is run."""
+        return len(self._traced)
 
     def place(self, tree: PyTree, lane: int) -> PyTree:
         """A tree's leaves on one lane's device, with the lane axis in front.
@@ -304,22 +311,32 @@ class CoreMap(LaneMap):
         return jax.block_until_ready(result)
 
     def _fit(self, begun: Sequence[tuple]) -> bool:
-        """Whether lanes may run beside one another: there is memory for all of them.
-
-        Compiles, so that no two threads do.
-        """
+        """Whether lanes may run beside one another. Compiles, so that no two threads do."""
         if len(begun) == 1:
             return False
         shapes = len(begun), *(x.shape for x in jax.tree.leaves(begun[0][2:]))
         if shapes not in self._fits:
-            found = self._mapped.lower(*begun[0]).compile().memory_analysis()
-            each = found.temp_size_in_bytes + found.output_size_in_bytes
-            self._fits[shapes] = len(begun) * each <= environment.free_memory() / 2
+            analysis = self._mapped.lower(*begun[0]).compile().memory_analysis()
+            self._fits[shapes] = lanes_at_once(analysis, len(begun)) > 1
         return self._fits[shapes]
 
     def lower(self, seed: int, lanes: Sequence[tuple[PyTree, ...]]) -> jax.stages.Lowered:
         """The program of one lane, see ``LaneMap``."""
         return super().lower(seed, lanes[:1])
+
+
+def lanes_at_once(analysis: Any, lanes: int) -> int:
+    """How many of a CPU's lanes run beside one another: all, or one where memory is short.
+
+    Half of what is free is for them; processes that begin together have a part of it each.
+
+    Args:
+      analysis: the memory of the program of one lane, as compiled; None: unknown.
+    """
+    if analysis is None:
+        return 1
+    each = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+    return lanes if lanes * each <= environment.free_memory() / 2 / jax.process_count() else 1
 
 
 def lane_map(
@@ -523,12 +540,21 @@ def enough_memory(remedy: str) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not any(word in str(error) for word in _EXHAUSTED):
             raise
+        library = "" if _EXHAUSTED[0] in str(error) else _FOR_LIBRARIES
         raise UserError(
-            f"the device has not enough memory ({str(error).splitlines()[0]}). {remedy} What was "
-            f"finished stays where it is."
+            f"the device has not enough memory ({str(error).splitlines()[0]}). {remedy}{library} "
+            f"What was finished stays where it is."
         ) from error
+
+
+# What XLA says, and what CUDA's libraries do, for which XLA leaves the rest of a GPU's memory.
+_EXHAUSTED = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "ALLOC_FAILED", "STATUS_NOT_INITIALIZED")
+_FOR_LIBRARIES = (
+    " Or leave more to CUDA's libraries: XLA_PYTHON_CLIENT_MEM_FRACTION=.6 in the environment "
+    "(JAX takes .75 at its start)."
+)
 
 
 _CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from etils import epath
 from rich.table import Table
 
-from prism_jax import parallel, programs, progress, synthesis, training
+from prism_jax import environment, parallel, programs, progress, synthesis, training
 from prism_jax.accelerators.targets import Target
 from prism_jax.analysis.words import size as size_of
 from prism_jax.config import SOFT_CONTROLS, Dtype, Experiment, Layout, batch_layout, budget_of
@@ -295,7 +294,7 @@ def _measured_fit(e: Experiment) -> dict[str, str]:
 def _timed_lanes(batches: int, span: int = 1) -> list[jax.Device]:
     """The devices of one lane, which stands for all of them, or the lanes of one CPU together."""
     here = jax.local_devices()
-    return parallel.lane_devices(batches, span) if len(here) == 1 else here[:span]
+    return parallel.lane_devices(batches) if len(here) == span == 1 else here[:span]
 
 
 def recover_bytes(e: Experiment) -> int | None:
@@ -329,7 +328,7 @@ def _measured_recover(e: Experiment, batch: int, iterations: int) -> dict[str, s
     while True:
         lanes = [_random_lane(e, engine, pool, recipe, size)] * len(engine)
         analysis = engine.compile(0, lanes).memory_analysis()
-        peak = _total(analysis, len(engine))
+        peak = _total(analysis, parallel.lanes_at_once(analysis, len(engine)))
         if peak is None or available is None or peak <= 0.8 * available or size == least:
             break
         size = max(least, size // 2 // least * least)
@@ -429,7 +428,7 @@ def _time_draws(e: Experiment, engine: synthesis.Engine, pool, recipe, size: int
     count = 1 if on_cpu else most
     for draw in range(2 + DRAWS):
         if draw == 2 and on_cpu:
-            count = max(1, min(most, int(1 / seconds[-1])))
+            count = max(1, min(most, int(1 / seconds[-1] / len(engine))))
         slot = draw % layout.groups * layout.slots
         lanes = [
             _random_lane(e, engine, pool, recipe, size, slot=slot, step=1 + draw, count=count)
@@ -493,6 +492,6 @@ def _total(analysis: Any, at_once: int = 1) -> int | None:
 def _memory(device: jax.Device) -> int | None:
     """Bytes of memory that a device has."""
     if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return environment.memory()
     stats = device.memory_stats() or {}
     return stats.get("bytes_limit")

@@ -13,7 +13,7 @@ PACKAGE = "prism_jax"
 
 # From the ground up. A module imports from its own layer and from those below.
 LAYERS = (
-    ("types", "rng", "errors", "paths", "progress", "environment"),
+    ("types", "rng", "errors", "paths", "progress", "control_groups", "environment"),
     ("parallel",),
     ("models",),
     ("core",),

@@ -7,11 +7,14 @@ wrong size of the thread pool would go unnoticed (measured; the twin below depen
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import pathlib
 import subprocess
 import sys
 import threading
+import weakref
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,7 @@ from helpers.networks import small_pool
 from helpers.running import advance, begin, collectives, images_of, make_unit
 
 from prism_jax import parallel, synthesis
+from prism_jax.errors import UserError
 
 SIZE, CHUNK, STOP = 16, 50, 23
 RECIPE = synthesis.Recipe(granularity="per_iteration", roll=2)
@@ -253,6 +257,51 @@ def test_lanes_of_a_cpu_without_work_are_none_and_errors_are_heard(monkeypatch):
     assert lane_map.fetch(lane_map(0, lanes(1))[0]).tolist() == [1] * 3  # the caller's is none
     with pytest.raises(MemoryError, match="in a thread"):
         lane_map(0, lanes(2))
+
+
+@pytest.mark.parametrize(
+    ("each", "processes", "at_once"), [(50, 1, 2), (51, 1, 1), (25, 2, 2), (26, 2, 1), (None, 1, 1)]
+)
+def test_lanes_beside_one_another_need_half_of_what_is_free(monkeypatch, each, processes, at_once):
+    """Of 200 bytes; processes that begin together share that half."""
+    monkeypatch.setattr(parallel.environment, "free_memory", lambda: 200)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    one = each and SimpleNamespace(temp_size_in_bytes=each - 9, output_size_in_bytes=9)
+    assert parallel.lanes_at_once(one, 2) == at_once
+
+
+@pytest.mark.parametrize(
+    ("said", "library"),
+    [("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5 bytes", False),
+     ("INTERNAL: Failed to load module: CUDA_ERROR_OUT_OF_MEMORY: out of memory", True),
+     ("FAILED_PRECONDITION: DNN library: CUDNN_STATUS_ALLOC_FAILED", True),
+     ("INTERNAL: CUBLAS_STATUS_NOT_INITIALIZED", True)],
+)  # fmt: skip
+def test_too_little_memory_is_known_by_all_its_names(said, library):
+    with pytest.raises(UserError, match=said) as raised, parallel.enough_memory("Lower it."):
+        raise jax.errors.JaxRuntimeError(said)
+    assert "Lower it." in str(raised.value)
+    assert ("XLA_PYTHON_CLIENT_MEM_FRACTION" in str(raised.value)) == library
+    with pytest.raises(jax.errors.JaxRuntimeError), parallel.enough_memory("Lower it."):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+def test_a_shared_program_keeps_nobodys_weights():
+    """Of the first of equal keys neither: on a device, teachers' are the dearest that there is."""
+
+    def held(key):
+        weights = np.zeros(3, np.float32)
+        made = parallel.lane_map(
+            lambda shared, seed, x: x + shared, weights, arity=1,
+            devices=jax.devices()[:1] * 2, key=key,
+        )  # fmt: skip
+        assert made(0, [(made.place(np.ones(3), 0),), None])[0] is not None
+        return weakref.ref(made)
+
+    with parallel.shared_programs():
+        first = held("one")
+        gc.collect()
+        assert first() is None
 
 
 @pytest.mark.parametrize(

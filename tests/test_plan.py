@@ -68,7 +68,7 @@ def test_an_iteration_of_phases_with_fewer_images_by_hand():
 @pytest.mark.parametrize(
     ("on_cpu", "lanes", "warm", "first", "count"),
     [
-        (True, 1, 50, 1, 1), (True, 2, 0.25, 1, 8), (True, 1, 0.001, 1, 50), (False, 1, 50, 50, 50),
+        (True, 1, 50, 1, 1), (True, 2, 0.25, 1, 4), (True, 1, 0.001, 1, 50), (False, 1, 50, 50, 50),
     ],
 )  # fmt: skip
 def test_an_iteration_is_timed_over_several_draws(monkeypatch, on_cpu, lanes, warm, first, count):
@@ -209,3 +209,10 @@ def test_a_batch_that_devices_share_is_timed_on_them(monkeypatch, fast_programs)
     found = plan._measured_recover(e, 8, 12 * units)
     assert found["recover takes"].startswith(f"about {plan.hours_of(12 * units)} on 1 device(s)")
     assert timed[2:] == [2] and 1.2 * sizes[0] < sizes[2] < 2 * sizes[0]
+    # Where there is no memory for both, one after the other; a batch of two devices has not one.
+    monkeypatch.setattr(plan.parallel.environment, "free_memory", lambda: 0)
+    plan._measured_recover(e, 8, 12 * units)
+    assert timed[3:] == [2] and sizes[3] == pytest.approx(sizes[0], rel=0.1)
+    spread = dataclasses.replace(e.parallel, recover_devices=2)
+    found = plan._measured_recover(dataclasses.replace(e, parallel=spread), 8, 12 * units)
+    assert "this machine has 1 device(s)" in found["recover takes"]

@@ -17,7 +17,7 @@ import pytest
 from prism_jax import training
 from prism_jax.diffusion import fit
 from prism_jax.stages import relabel
-from prism_jax.synthesis import course
+from prism_jax.synthesis import course, lanes
 
 FAST_ALIKE = {
     "xla_backend_optimization_level": 0,
@@ -29,8 +29,8 @@ jit = functools.partial(jax.jit, compiler_options=FAST)
 
 # What the package keeps of compiled functions: none of here elsewhere, nor of elsewhere here.
 KEPT = (
-    training._jitted_step, training.jitted_forward, course.ascent_of, fit.jitted_step,
-    relabel._online_labeller,
+    training._jitted_step, training._jitted_optimiser, training.jitted_forward, course.ascent_of,
+    fit.jitted_step, lanes._drawn, relabel._online_labeller,
 )  # fmt: skip
 WELL = jax.jit
 
