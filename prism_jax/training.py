@@ -355,24 +355,30 @@ class Trainer:
         self, image_shape: tuple[int, int, int], variables: PyTree | None = None
     ) -> TrainState:
         """The given weights, or fresh ones for images of (height, width, channels)."""
-        return initial_state(self.module, self.recipe, self._seed, image_shape, variables)
+        return self.place(
+            initial_state(self.module, self.recipe, self._seed, image_shape, variables)
+        )
+
+    def place(self, state: TrainState) -> TrainState:
+        """A state that does not come from here, such as a restored one, where ``step`` has it."""
+        return self.mesh.replicate(state)
 
     def step(self, state: TrainState, batch: TrainBatch) -> tuple[TrainState, Array]:
         """One optimiser step; the loss stays on the device."""
-        return self._step(*self._call(state, batch))
+        return self._step(*self._arguments, state, self._spread(batch))
 
     def lower(self, state: TrainState, batch: TrainBatch) -> jax.stages.Lowered:
         """The program of a step for arguments of such shapes, to be compiled and inspected."""
-        return self._step.lower(*self._call(state, batch))
+        return self._step.lower(*self._arguments, self.place(state), self._spread(batch))
 
-    def _call(self, state: TrainState, batch: TrainBatch) -> tuple:
+    def _spread(self, batch: TrainBatch) -> TrainBatch:
         view_epoch = batch.epoch if batch.view_epoch is None else batch.view_epoch
         batch = batch._replace(
             epoch=np.int32(batch.epoch),
             batch=np.int32(batch.batch),
             view_epoch=np.int32(view_epoch),
         )
-        return *self._arguments, self.mesh.replicate(state), self.mesh.spread(batch)
+        return self.mesh.spread(batch)
 
     def test(
         self, state: TrainState, images_uint8: Images, labels, *, batch_size: int = TESTED
@@ -425,7 +431,7 @@ def test(
     """
     mesh = mesh or parallel.data_mesh()
     forward = jitted_forward(module, normalisation, mesh)
-    variables = mesh.replicate(variables)
+    variables = sent(mesh.replicate(variables))
     count = len(labels_N)
     batch_size = mesh.count * -(-min(batch_size, count) // mesh.count)
     right1, right5 = np.zeros(count, bool), np.zeros(count, bool)
@@ -459,6 +465,11 @@ def test(
         right1[labels_N == c].mean() if (labels_N == c).any() else np.nan for c in range(classes)
     ]
     return TestResult(float(right1.mean()), float(right5.mean()), np.array(per_class), answers_N)
+
+
+def sent(variables: PyTree) -> PyTree:
+    """Weights on the device: what is given as NumPy's arrays would be sent with every batch."""
+    return parallel.arrived(jax.device_put(variables))
 
 
 def _ahead(images: Images) -> int:

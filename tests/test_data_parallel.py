@@ -60,7 +60,8 @@ def start():
 
 
 def begin(devices: int, **options):
-    return trainer_of(devices, **options), jax.tree.map(np.copy, start())
+    trainer = trainer_of(devices, **options)
+    return trainer, trainer.place(jax.tree.map(np.copy, start()))
 
 
 @functools.cache
@@ -120,7 +121,7 @@ def test_resumed_on_several_devices_it_has_the_same_bits():
     whole, _ = train(4, accumulate=4)
     halfway, _ = train(4, accumulate=4, sizes=(SIZE,) * 3)
     trainer, _ = begin(4, accumulate=4)
-    state = halfway
+    state = trainer.place(halfway)
     for number in (3, 4):
         state, _ = trainer.step(state, batch(number))
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, whole, jax.device_get(state))))
@@ -140,6 +141,29 @@ def test_statistics_of_whole_groups_cross_no_device():
     assert collectives(1, accumulate=4) == 0
     within, across = collectives(4, accumulate=4), collectives(4)
     assert 0 < within < across
+
+
+def test_weights_are_sent_once(monkeypatch):
+    """Not with every step or batch: on a GPU some hundred arrays, or megabytes, each time."""
+    trainer, state = begin(2)
+    assert all(len(x.sharding.device_set) == 2 for x in jax.tree.leaves(trainer.start(SHAPE)))
+    sent = []
+    monkeypatch.setattr(trainer.mesh, "replicate", lambda tree: sent.append(tree) or tree)
+    for number in range(2):
+        state, _ = trainer.step(state, batch(number))
+    assert sent == []
+
+    def forward(module, normalisation, mesh):
+        def read(variables, images):
+            assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(variables))
+            return np.zeros((len(images), CLASSES))
+
+        return read
+
+    monkeypatch.setattr(training, "jitted_forward", forward)
+    variables = random_variables(MODULE, SHAPE, 0)
+    assert isinstance(jax.tree.leaves(variables)[0], np.ndarray)
+    training.test(MODULE, variables, np.zeros((3, *SHAPE), np.uint8), np.zeros(3, np.int32), GREY)
 
 
 def test_testing_is_shared_too():

@@ -17,7 +17,7 @@ from prism_jax.diffusion.quality import nearest
 from prism_jax.errors import UserError
 from prism_jax.report.finished import Run
 from prism_jax.stages import analyse
-from prism_jax.training import TESTED, jitted_forward
+from prism_jax.training import TESTED, jitted_forward, sent
 from prism_jax.types import PyTree
 
 # Of real images, in bytes: of larger ones no distances of pixels are measured, and of a larger
@@ -254,6 +254,7 @@ def teachers_logits(run: Run, names: Sequence[str], images: Images) -> dict[str,
 def _logits(module: Any, variables: PyTree, normalisation: Any, images: Images) -> np.ndarray:
     """Logits of uint8 images, by the program that tests are made with."""
     mesh = parallel.data_mesh()
-    forward, placed = jitted_forward(module, normalisation, mesh), mesh.replicate(variables)
+    forward = jitted_forward(module, normalisation, mesh)
+    placed = sent(mesh.replicate(variables))
     size = min(TESTED, len(images))
     return diversity.embeddings(lambda part: forward(placed, mesh.put(part)), images, size)

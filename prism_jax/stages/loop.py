@@ -79,6 +79,7 @@ def train(
     losses: list[float | jax.Array] = []  # of the epoch so far
     if restored := checkpoints.restore(jax.device_get(state)):
         done, state, meta = restored
+        state = trainer.place(state)
         best, seconds, losses = meta["best_top1"], meta["seconds"], meta["losses"]
         context.say(f"{title}: continues after step {done} of {total}")
     done = int(state.step)
