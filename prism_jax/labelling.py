@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from prism_jax.core.augment import Augment, augment, draw
 from prism_jax.core.codec import Coding
 from prism_jax.core.ensemble import ENSEMBLES, votes
 from prism_jax.data.label_store import LabelPlan, rounded
-from prism_jax.data.lazy import Images
+from prism_jax.data.lazy import Images, read_ahead
 from prism_jax.data.pipeline import epoch_order, num_batches
 from prism_jax.data.sets.fkd import torch_orders
 from prism_jax.errors import UserError
@@ -70,6 +71,13 @@ def _torch_orders(count: int, epochs: int) -> np.ndarray:
     return torch_orders(count, epochs).astype(np.int32)
 
 
+class _Wanted(NamedTuple):
+    """A batch of an epoch, and which images it has."""
+
+    batch: int
+    index_B: np.ndarray
+
+
 class Labeller:
     """Labels whole batches, one per device at a time; a batch is never split.
 
@@ -87,26 +95,26 @@ class Labeller:
     ):
         self.recipe = recipe
         weights_T = votes(recipe.priors, recipe.prior_temperature) if recipe.priors else None
+        # Not the pool itself: a shared program outlives this labeller, and not its weights.
+        teachers, normalisation = pool.teachers, pool.normalisation
 
         def label(variables, seed, epoch, batch, images_uint8_BHWC):
             key = rng.stream(rng.root(seed), VIEWS, epoch, batch)
-            images_BHWC, _ = augment(key, images_uint8_BHWC, recipe.augment, pool.normalisation)
+            images_BHWC, _ = augment(key, images_uint8_BHWC, recipe.augment, normalisation)
             statistics: contextlib.AbstractContextManager = contextlib.nullcontext()
             if recipe.teacher_mode == "train":
                 statistics = batch_statistics(len(images_BHWC), recipe.bn_group, recipe.parts)
             with statistics:
                 logits = [
-                    teacher.read(
-                        weights, images_BHWC, pool.normalisation, statistics=False
-                    ).logits_BK
-                    for teacher, weights in zip(pool.teachers, variables, strict=True)
+                    teacher.read(weights, images_BHWC, normalisation, statistics=False).logits_BK
+                    for teacher, weights in zip(teachers, variables, strict=True)
                 ]
             return ENSEMBLES[recipe.ensemble](jnp.stack(logits), weights_T)
 
         devices = devices or parallel.devices()[:1]
         self._map = parallel.lane_map(
             label, pool.variables, arity=3, devices=devices, how=how,
-            key=("labels", recipe, pool.teachers, pool.normalisation),
+            key=("labels", recipe, teachers, normalisation),
         )  # fmt: skip
 
     def epoch(
@@ -122,13 +130,15 @@ class Labeller:
           size does not divide.
         """
         count, size = len(images_uint8_NHWC), self.recipe.batch_size
-        order = self.recipe.of_epoch(seed, epoch, count)
-        indices = [order[b * size : (b + 1) * size] for b in range(num_batches(count, size))]
-        width = len(self._map)
+        order, width = self.recipe.of_epoch(seed, epoch, count), len(self._map)
+        wanted = [
+            _Wanted(batch, order[batch * size : (batch + 1) * size])
+            for batch in range(start, num_batches(count, size))
+        ]
+        read = read_ahead(images_uint8_NHWC, wanted, lambda one: one.index_B, ahead=2 * width)
         begun: list = []  # on the devices, while the host works on what came before
-        for first in range(start, len(indices), width):
-            batches = indices[first : first + width]
-            ended, begun = begun, self._begin(images_uint8_NHWC, epoch, first, batches, seed)
+        while group := list(itertools.islice(read, width)):
+            ended, begun = begun, self._begin(epoch, group, seed)
             yield from map(self._end, ended)
         yield from map(self._end, begun)
 
@@ -140,14 +150,16 @@ class Labeller:
     def _end(self, begun: SoftLabels) -> SoftLabels:
         return begun._replace(logits_BK=self._map.fetch(begun.logits_BK))
 
-    def _begin(self, images, epoch, first, indices, seed) -> list[SoftLabels]:
+    def _begin(
+        self, epoch: int, group: Sequence[tuple[_Wanted, np.ndarray]], seed: int
+    ) -> list[SoftLabels]:
         """Label up to one batch per lane; the logits stay on the devices."""
         begun = []
-        for size in dict.fromkeys(len(index) for index in indices):
-            mine = [(first + i, index) for i, index in enumerate(indices) if len(index) == size]
-            batches = [(np.int32(epoch), np.int32(batch), images[index]) for batch, index in mine]
-            for (batch, index), logits in zip(mine, self._map.spread(seed, batches), strict=True):
-                begun.append(SoftLabels(epoch, batch, index.astype(np.int32), logits))
+        for size in dict.fromkeys(len(images) for _, images in group):
+            mine = [(one, images) for one, images in group if len(images) == size]
+            batches = [(np.int32(epoch), np.int32(one.batch), images) for one, images in mine]
+            for (one, _), logits in zip(mine, self._map.spread(seed, batches), strict=True):
+                begun.append(SoftLabels(epoch, one.batch, one.index_B.astype(np.int32), logits))
         return begun
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
+import weakref
 
 import flax.linen as nn
 import jax
@@ -14,7 +16,7 @@ from helpers.compiling import fast_programs
 from helpers.networks import GREY, Mirror, small_pool
 
 import prism_jax
-from prism_jax import rng
+from prism_jax import parallel, rng
 from prism_jax.core import batching
 from prism_jax.core.augment import Augment, augment
 from prism_jax.data import label_store
@@ -59,6 +61,20 @@ def labels(devices: int, how: str = "shard_map", epoch: int = 2, threads: int = 
     used = jax.devices()[:devices] * threads
     labeller = Labeller(pool(), RECIPE, devices=used, how=how)
     return list(labeller.epoch(images(), epoch, seed=3))
+
+
+def test_a_program_of_many_sets_keeps_no_sets_teachers():
+    """Not on the devices and not on the host, where the next set has its own."""
+
+    def label() -> weakref.ref:
+        teachers = dataclasses.replace(pool())
+        next(Labeller(teachers, RECIPE).epoch(images(), 0, seed=0))
+        return weakref.ref(teachers)
+
+    with parallel.shared_programs():
+        first = label()
+        gc.collect()
+        assert first() is None
 
 
 @pytest.mark.parametrize(

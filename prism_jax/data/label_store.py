@@ -24,7 +24,9 @@ import os
 import struct
 import tempfile
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,7 @@ _COORDINATES = struct.Struct("<II")
 _ROWS_AT = _CHECKSUM_BYTES + _COORDINATES.size
 _SMALL_SHARD_BYTES = 4 << 20
 _BLOCK = 1 << 16
+_WAITING = 8  # records that may wait to be packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,10 +151,16 @@ def write_shard(
         with (
             writing(local),
             contextlib.closing(ArrayRecordWriter(local, "group_size:1,zstd:3")) as writer,
+            ThreadPoolExecutor(1) as thread,  # packs while the next ones are labelled
         ):
+            waiting: deque[Future[None]] = deque()
             for coordinates, record in zip(expected, records, strict=True):
                 assert (record.epoch, record.batch) == coordinates, (record[:2], coordinates)
-                writer.write(_pack(record, plan))
+                waiting.append(thread.submit(lambda one: writer.write(_pack(one, plan)), record))
+                if len(waiting) > _WAITING:
+                    waiting.popleft().result()
+            for written in waiting:
+                written.result()
         workdir.write_bytes(shard_path(root, shard), epath.Path(local).read_bytes())
 
 

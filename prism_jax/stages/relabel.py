@@ -165,9 +165,11 @@ def _label(context: Context, labelled: LabelledSet, shards: list[int]) -> None:
 
     def records(shard: int, bar: progress.Bar) -> Iterator[SoftLabels]:
         for epoch in plan.epochs_of(shard):
-            yield from labeller.epoch(labelled.images_uint8_NHWC, epoch, seed=context.config.seed)
+            images = labelled.images_uint8_NHWC
+            for record in labeller.epoch(images, epoch, seed=context.config.seed):
+                context.stop.check()  # a shard begun is not there; its epochs are labelled again
+                yield record
             bar.advance(1)
-            context.stop.check()  # a shard begun is not there; its epochs are labelled again
 
     left = sum(len(plan.epochs_of(shard)) for shard in shards)
     with progress.task(f"relabel {labelled.name}", left, unit="epoch") as bar:
