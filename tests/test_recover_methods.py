@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shutil
 import signal
+import threading
 
 import jax
 import numpy as np
@@ -25,6 +27,7 @@ from prism_jax.stages import controls, fingerprints, recover, squeeze, statistic
 from prism_jax.stages.context import Context
 from prism_jax.stages.coordination import Interrupted
 from prism_jax.stages.makers import optimise
+from prism_jax.stages.makers.optimise import Ahead
 from prism_jax.stages.makers.start import initial_images, retrieved_images
 from prism_jax.synthesis import measuring
 from prism_jax.synthesis import start as synthesis_start
@@ -157,6 +160,39 @@ def test_stopped_and_continued_on_other_devices_is_the_same(
     again.work.lock.release()
     assert max(starts) == 8
     np.testing.assert_array_equal(images_of(again), whole(name))
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_units_are_begun_in_order_and_no_further_ahead_than_asked(ahead):
+    begun, threads, failing = [], set(), 5
+
+    def make(unit):
+        begun.append(unit)
+        threads.add(threading.current_thread().name)
+        if unit == failing:
+            raise Interrupted(signal.SIGTERM)
+        return -unit
+
+    with contextlib.closing(optimise.Ahead(make, range(7), ahead)) as queue:
+        assert queue.next() == (0, 0) and len(queue) == 6
+        queue._thread and queue._thread.submit(str).result()  # what was asked for is made
+        assert begun == [*range(1 + ahead)]
+        assert [queue.next() for _ in range(4)] == [(i, -i) for i in range(1, 5)]
+        with pytest.raises(Interrupted):  # of its own unit, not before
+            queue.next()
+        assert len(queue) == 1
+    assert {name.startswith("units") for name in threads} == {bool(ahead)}
+
+
+def test_units_made_ahead_are_the_same(whole, reference, tmp_path, monkeypatch):
+    context, made = context_of(tmp_path / "run", "delt"), []
+    prepare(context, reference)
+    monkeypatch.setattr(optimise, "Ahead", lambda make, waiting, _: made.append(1) or
+                        Ahead(make, waiting, 2))  # fmt: skip
+    recover.run(context)
+    context.work.lock.release()
+    assert made
+    np.testing.assert_array_equal(images_of(context), whole("delt"))
 
 
 def test_lanes_in_different_phases_run_apart(whole, reference, tmp_path, monkeypatch):

@@ -233,12 +233,13 @@ def read_images(source: ImageSource, positions: Sequence[int], *, threads: int =
       uint8 images_NHWC.
     """
     positions = [int(position) for position in positions]
+    at_once = max(1, min(_AT_ONCE, num_batches(len(positions), max(1, threads))))
 
     def read(number: int) -> np.ndarray:
-        some = positions[number * _AT_ONCE : (number + 1) * _AT_ONCE]
+        some = positions[number * at_once : (number + 1) * at_once]
         return np.stack([source.image(position) for position in some])
 
-    numbers = range(num_batches(len(positions), _AT_ONCE))
+    numbers = range(num_batches(len(positions), at_once))
     return np.concatenate(list(read_batches(numbers, read, threads=threads)))
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import flax
@@ -120,6 +123,8 @@ class Lane:
         return now.images, now.size
 
 
+Begun = tuple[synthesis.UnitBatch, np.ndarray]  # a unit's coordinates, and its initial images
+
 # The unit and the state that a lane without work is given, by the lane and the shape of its images.
 Idle = dict[tuple[int, tuple[int, int]], tuple[PyTree, PyTree]]
 
@@ -131,20 +136,23 @@ def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Ma
     pool = context.networks.pool(config.recover.pool, config.recover.dtype)
     pool = statistics.with_targets(context, pool)
     engine = engine_of(context, pool, recipe, len(waiting), guiding.open_(context))
-    queue = deque(waiting)
     lanes: list[Lane | None] = [None] * len(engine)
     idle: Idle = {}
     writer = MetricsWriter(own_file(root), tensorboard_dir=root / "tensorboard")
-    total = sum(unit_budget(config, unit) for unit in queue)
+    total = sum(unit_budget(config, unit) for unit in waiting)
     warned = False
+    if not parallel.on_cpu():
+        context.say("recover: compiling; with several large networks this takes minutes")
 
-    with progress.task("recover", total, unit="iteration") as bar:
+    with (
+        progress.task("recover", total, unit="iteration") as bar,
+        _read_ahead(context, root, waiting, len(engine)) as queue,
+    ):
         while queue or any(lanes):
             for at, lane in enumerate(lanes):
                 if lane is None and queue:
                     try:
-                        unit = queue.popleft()
-                        lanes[at] = lane = _start(context, root, engine, pool, recipe, unit, at)
+                        lanes[at] = lane = _start(context, root, engine, pool, recipe, queue, at)
                     except Interrupted:  # between two classes of a unit's initial images
                         writer.flush()
                         for other in filter(None, lanes):
@@ -205,10 +213,53 @@ def engine_of(
     return synthesis.engine(pool, recipe, devices=devices, how=how, span=span, guide=guide)
 
 
-def _start(context: Context, root: epath.Path, engine, pool, recipe, unit: Unit, at: int) -> Lane:
-    """Put a unit on a lane: from its checkpoint, or from its initial images."""
+class Ahead:
+    """Units in their order, each with its ``batch_of``, made while devices work on those before.
+
+    Not where the devices are the processor itself: a thread more takes time from its programs.
+    """
+
+    def __init__(self, make: Callable[[Unit], Begun], waiting: Sequence[Unit], ahead: int):
+        """Make so many ahead of the one asked for."""
+        self._make, self._waiting, self._ahead = make, deque(waiting), ahead
+        self._thread = ThreadPoolExecutor(1, "units") if ahead else None
+        self._here = contextvars.copy_context()  # shared programs are the thread's too
+        self._begun: deque[tuple[Unit, Future[Begun]]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._begun) + len(self._waiting)
+
+    def next(self) -> tuple[Unit, Begun]:
+        """The next unit."""
+        if self._thread is None:
+            unit = self._waiting.popleft()
+            return unit, self._make(unit)
+        while self._waiting and len(self._begun) <= self._ahead:
+            unit = self._waiting.popleft()
+            self._begun.append((unit, self._thread.submit(self._here.run, self._make, unit)))
+        unit, begun = self._begun.popleft()
+        return unit, begun.result()
+
+    def close(self) -> None:
+        """Make no more."""
+        if self._thread:
+            self._thread.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _read_ahead(
+    context: Context, root: epath.Path, waiting: Sequence[Unit], lanes: int
+) -> Iterator[Ahead]:
+    ahead = 0 if parallel.on_cpu() else lanes
+    queue = Ahead(lambda unit: batch_of(context, unit, keep=root), waiting, ahead)
+    with contextlib.closing(queue):
+        yield queue
+
+
+def _start(context: Context, root: epath.Path, engine, pool, recipe, queue: Ahead, at: int) -> Lane:
+    """Put the next unit on a lane: from its checkpoint, or from its initial images."""
+    unit, (batch, start_BHWC) = queue.next()
     config, budget = context.config, unit_budget(context.config, unit)
-    batch, start_BHWC = batch_of(context, unit, keep=root)
     phases = course.phases_of(recipe, budget, start_BHWC)
 
     def state_after(step: int) -> SynthState:
@@ -242,9 +293,7 @@ def _start(context: Context, root: epath.Path, engine, pool, recipe, unit: Unit,
     )  # fmt: skip
 
 
-def batch_of(
-    context: Context, unit: Unit, *, keep: epath.Path | None = None
-) -> tuple[synthesis.UnitBatch, np.ndarray]:
+def batch_of(context: Context, unit: Unit, *, keep: epath.Path | None = None) -> Begun:
     """A unit's coordinates and labels, and its initial images; see ``initial_images``."""
     classes, slots = members(context.config, unit)
     restarts = context.config.recover.round_robin_restarts
