@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +11,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from prism_jax import environment, progress
+
 T = TypeVar("T")
+
+LARGE_BYTES = 1e9  # what takes a while to read
 
 
 class LazyImages:
@@ -54,12 +60,33 @@ class OneByOne:
 
 
 def hold(images: LazyImages, *, limit_bytes: float) -> Images:
-    """The images in memory, or as they are where they would take more than the limit."""
-    return images[:] if np.prod(images.shape, dtype=np.int64) <= limit_bytes else images
+    """The images in memory, or as they are where they would take too much of it.
+
+    That is more than the limit, or more than half of what is free, which is said.
+    """
+    size, free = math.prod(images.shape), environment.free_memory()
+    if size > limit_bytes:
+        return images
+    if size > free / 2:
+        progress.say(
+            f"{len(images)} images take {size / 1e9:.3g} GB and {free / 1e9:.3g} GB are free: they "
+            f"are read whenever they are needed"
+        )
+        return images
+    held = np.empty(images.shape, np.uint8)  # read in parts, since a part is there twice
+    shown = progress.task("reading images", len(images), unit="image")
+    with shown if size > LARGE_BYTES else contextlib.nullcontext() as bar:
+        for part in chunks(len(images)):
+            held[part] = images[part]
+            if bar:
+                bar.advance(len(held[part]))
+    return held
 
 
-def read_ahead(images: Images, items: Iterable[T], index: Callable[[T], Any]) -> Iterator[tuple]:
-    """Every item with ``images[index(item)]``, read while the ones before are worked on.
+def read_ahead(
+    images: Images, items: Iterable[T], index: Callable[[T], Any], *, ahead: int = 2
+) -> Iterator[tuple]:
+    """Every item with ``images[index(item)]``, so many read while the ones before are worked on.
 
     An array needs no reading and is indexed when it is asked for.
     """
@@ -71,7 +98,7 @@ def read_ahead(images: Images, items: Iterable[T], index: Callable[[T], Any]) ->
         waiting: deque = deque()
         for item in items:
             waiting.append((item, reader.submit(images.__getitem__, index(item))))
-            if len(waiting) > 2:
+            if len(waiting) > ahead:
                 item, found = waiting.popleft()
                 yield item, found.result()
         for item, found in waiting:

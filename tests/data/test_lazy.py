@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import pytest
 
+from prism_jax.data import lazy as lazy_images
 from prism_jax.data.lazy import LazyImages, OneByOne, chunks, hold, read_ahead
 
 SET = np.random.default_rng(0).integers(0, 256, (10, 3, 4, 1), np.uint8)
@@ -59,6 +60,27 @@ def test_small_sets_are_held():
     assert isinstance(hold(lazy(), limit_bytes=SET.size - 1), LazyImages)
 
 
+def test_sets_that_memory_cannot_hold_are_read_when_they_are_needed_and_that_is_said(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr(lazy_images.environment, "free_memory", lambda: 2 * SET.size)
+    assert isinstance(hold(lazy(), limit_bytes=1e9), np.ndarray)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(lazy_images.environment, "free_memory", lambda: 2 * SET.size - 1)
+    assert isinstance(hold(lazy(), limit_bytes=1e9), LazyImages)
+    assert "10 images take 1.2e-07 GB and 2.39e-07 GB are free" in capsys.readouterr().out
+
+
+def test_what_is_held_is_read_in_parts_and_shown_where_it_is_much(monkeypatch, capsys):
+    """All at once would take its memory twice."""
+    monkeypatch.setattr(lazy_images, "chunks", lambda count: chunks(count, 4))
+    monkeypatch.setattr(lazy_images, "LARGE_BYTES", SET.size - 1)
+    read = Counting()
+    np.testing.assert_array_equal(hold(lazy(read), limit_bytes=1e9), SET)
+    assert [len(asked) for asked in read.asked] == [4, 4, 2]
+    assert "reading images: 10/10 images in" in capsys.readouterr().out
+
+
 def test_one_by_one_keeps_the_order_and_raises_what_reading_raises():
     together = threading.Barrier(2, timeout=30)
 
@@ -98,6 +120,11 @@ def test_reading_ahead_is_bounded_and_begins_before_it_is_asked():
     next(ahead)
     assert taken == [0, 1, 2]
     ahead.close()
+    taken.clear()
+    more = read_ahead(lazy(), items(), lambda item: item, ahead=5)
+    next(more)
+    assert taken == [0, 1, 2, 3, 4, 5]
+    more.close()
     eager = read_ahead(SET, items(), lambda item: item)
     taken.clear()
     next(eager)

@@ -13,7 +13,7 @@ import numpy as np
 
 from prism_jax.data.datasets import DatasetInfo, imagenet_validation_wnids
 from prism_jax.data.sources import kinds, tars
-from prism_jax.data.sources.base import ImageSource, existing, file_state
+from prism_jax.data.sources.base import ImageSource, existing, file_state, file_states
 from prism_jax.data.sources.decoding import EncodedSource
 from prism_jax.errors import UserError
 from prism_jax.paths import is_text
@@ -62,7 +62,7 @@ def open_folder(info: DatasetInfo, path: str | None, split: str, size: int) -> I
     files = _labelled(walk(root, others), others, classes, opened, root, expected, instead)
 
     def states() -> list[tuple[str, int, int]]:
-        return [file_state(os.path.join(root, path)) for path in files.paths]
+        return file_states([os.path.join(root, path) for path in files.paths])
 
     return _source(
         info,

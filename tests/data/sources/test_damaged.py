@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from helpers.images import random_pixels, write_tar, write_tree
 
 from prism_jax.data.image_set import DamagedFile
 from prism_jax.data.pipeline import batches
-from prism_jax.data.sources import ArraySource, damaged, open_source, read_all
+from prism_jax.data.sources import ArraySource, base, damaged, open_source, read_all
 from prism_jax.data.sources.base import cached
 from prism_jax.errors import UserError
 
@@ -82,6 +83,15 @@ def test_batches_are_those_of_a_set_without_the_damaged_files(root, tmp_path, th
         assert ours.number == theirs.number
     seen = [sorted(i for b in found if b.epoch == e for i in b.index_B) for e in range(2)]
     assert seen == [[0, 1, 2, 3]] * 2
+
+
+def test_many_files_are_looked_at_as_one_is(tmp_path):
+    paths = [str(tmp_path / f"{i}.png") for i in range(70)]
+    for i, path in enumerate(paths[:-1]):
+        pathlib.Path(path).write_bytes(b"1" * i)
+    found = base.file_states(paths)
+    assert found == [base.file_state(path) for path in paths]
+    assert [size for _, size, _ in found] == [*range(69), -1] and base.file_states([]) == []
 
 
 def test_the_pass_is_done_once_per_state_of_the_files(root, monkeypatch):
