@@ -6,8 +6,8 @@
 # A smoke of all five stages, the bits of runs made again, what products are rounded to, our timings
 # beside the estimates of benchmarks/targets.py, and, where PyTorch is there and time is left, the
 # commands of docs/performance.md. What is not timed runs at once, and compiles what is timed then,
-# with the device to itself. Each writes OUT* when it is done, so that a device that is taken away
-# leaves what there is. Environment: PYTHON (default: .venv's, else python3), LIMIT in seconds (480),
+# with the device to itself; on a TPU, which is one process' at a time, one after the other. Each
+# writes OUT* when it is done, so that a device that is taken away leaves what there is. Environment: PYTHON (default: .venv's, else python3), LIMIT in seconds (480),
 # CUT=1 (everything small; without a device too, to see that it runs).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
@@ -69,17 +69,22 @@ short=(
   --config.validate.eval_every=2 --config.validate.students=convnet --config.squeeze.least_top1=0
   "--config.validate.controls=random_real"
 )
+# together COMMAND...: beside what comes next, where a device takes several processes
+together() {
+  if [[ $platform == tpu ]]; then "$@"; else "$@" & fi
+}
+
 # Several processes on one device: none may take its memory in advance.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
-step smoke 170 "$python" -m prism_jax.main --config="configs/digits_${CUT:+sre2l_}ipc10.py" \
-  --workdir="$work/smoke" "${short[@]}" --config.recover.iterations=20 &
-step bits 170 "$python" benchmarks/bits.py --modes=on --workdir="$work/bits" --out="${out}_bits" \
+together step smoke 170 "$python" -m prism_jax.main --config="configs/digits_${CUT:+sre2l_}ipc10.py" \
+  --workdir="$work/smoke" "${short[@]}" --config.recover.iterations=20
+together step bits 170 "$python" benchmarks/bits.py --modes=on --workdir="$work/bits" --out="${out}_bits" \
   -- --config=configs/digits_sre2l_ipc10.py "${short[@]}" \
-  "--config.recover.iterations=$iterations" &
-step precision 170 "$python" benchmarks/precision.py --architectures="$networks" --size=64 \
-  --as-it-is --out="${out}_precision" &
-step programs 170 "$python" benchmarks/on_device.py --prepare --out="$out" --shape="$shape" \
-  --limit=$((165 * patience)) &
+  "--config.recover.iterations=$iterations"
+together step precision 170 "$python" benchmarks/precision.py --architectures="$networks" --size=64 \
+  --as-it-is --out="${out}_precision"
+[[ $platform == tpu ]] || step programs 170 "$python" benchmarks/on_device.py --prepare \
+  --out="$out" --shape="$shape" --limit=$((165 * patience)) &
 wait
 unset XLA_PYTHON_CLIENT_PREALLOCATE
 step timings 235 "$python" benchmarks/on_device.py --out="$out" --shape="$shape" \

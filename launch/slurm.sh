@@ -24,6 +24,11 @@ if (($# == 0)); then
   exit 2
 fi
 
+# Where JAX finds no GPU it takes the processor, for as long as the job may last: say so instead.
+if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then
+  export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda,cpu}"
+fi
+
 # srun does not take --cpus-per-task over from the job.
 command=(srun "--cpus-per-task=${SLURM_CPUS_PER_TASK:-16}" --kill-on-bad-exit=0 --label
   "${PYTHON:-python}" -m prism_jax.main "$@")

@@ -56,14 +56,19 @@ def run(context: Context, stages: Sequence[str] = STAGES) -> None:
             RUNNERS[stage](context)
 
 
+LIBRARIES = ("prism_jax", "jax", "jaxlib", "flax", "optax")  # that decide bits
+
+
 def _machine(provenance: Mapping[str, Any]) -> str:
     """What of a machine and its libraries decides bits."""
     if not provenance:
         return ""
     found, versions = provenance["machine"], provenance["versions"]
     on_cpu = found["platform"] == "cpu"  # whose thread pool counts, and no other's
-    kind = ["cpu", f"NPROC={found['nproc']}"] if on_cpu else [found["device_kind"]]
-    libraries = [f"{name} {versions[name]}" for name in ("prism_jax", "jax", "flax", "optax")]
+    kind = (
+        ["cpu", f"NPROC={found['nproc']}"] if on_cpu else [found["device_kind"], found["runtime"]]
+    )
+    libraries = [f"{name} {versions[name]}" for name in LIBRARIES]
     return ", ".join([*kind, f"float32 as {found['float32']}", *libraries])
 
 

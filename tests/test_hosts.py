@@ -246,6 +246,7 @@ def test_what_decides_bits_of_a_machine_is_compared():
     for where, key, value, same in (
         ("machine", "nproc", 0, False),
         ("versions", "jax", "0.1", False),
+        ("versions", "jaxlib", "0.1", False),
         ("machine", "devices", 2, True),
     ):
         other = {**here, where: {**here[where], key: value}}
@@ -253,6 +254,8 @@ def test_what_decides_bits_of_a_machine_is_compared():
     gpus = [{**here["machine"], "platform": "gpu", "device_kind": f"NVIDIA {k}"} for k in "AB"]
     a, b = (pipeline._machine({**here, "machine": machine}) for machine in gpus)
     assert a != b and a.startswith("NVIDIA A, ") and "NPROC" not in a
+    younger = {**here, "machine": {**gpus[0], "runtime": "cuda 13.1"}}
+    assert pipeline._machine(younger) == a.replace("NVIDIA A, cpu, ", "NVIDIA A, cuda 13.1, ")
 
 
 ALONE = {

@@ -68,6 +68,23 @@ def test_slurm_leaves_the_processes_to_srun():
     assert "--cpus-per-task=24" in command  # since SLURM 22.05 srun does not take it over
 
 
+@pytest.mark.parametrize(
+    ("environ", "found"),
+    [({"SLURM_GPUS_ON_NODE": "8"}, "cuda,cpu"), ({}, ""),
+     ({"SLURM_GPUS_ON_NODE": "8", "JAX_PLATFORMS": "rocm"}, "rocm")],
+)  # fmt: skip
+def test_a_job_with_gpus_does_not_run_on_the_processor(tmp_path, environ, found):
+    """Where JAX sees none of them it would take that, for days, with a line of warning."""
+    (tmp_path / "srun").write_text('#!/bin/bash\necho "on ${JAX_PLATFORMS:-}"\n')
+    (tmp_path / "srun").chmod(0o755)
+    here = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "SLURM_", "DRY_"))}
+    done = subprocess.run(
+        [ROOT / "launch/slurm.sh", *GIVEN], capture_output=True, text=True,
+        env={**here, "PATH": f"{tmp_path}:{here['PATH']}", **environ},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, f"on {found}\n"), done.stderr
+
+
 def test_a_pod_is_made_filled_and_started():
     found = commands(dry("tpu_pod.sh", *GIVEN, **POD, TPU_CREATE_FLAGS="--spot --network=n"))
     verbs = [c[4] if c[0] == "gcloud" else c[0] for c in found]

@@ -119,7 +119,13 @@ class Work:
         if found and self._provenance:
             before = found["provenance"].get("machine", {})
             now = self._provenance["machine"]
-            kinds = {"nproc": "NPROC=", "platform": "", "device_kind": "", "float32": "float32 as "}
+            kinds = {
+                "nproc": "NPROC=",
+                "platform": "",
+                "device_kind": "",
+                "runtime": "",
+                "float32": "float32 as ",
+            }
             for key, words in kinds.items():
                 was, on = before.get(key), now.get(key)
                 if was not in (None, on):

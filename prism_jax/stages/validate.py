@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from etils import epath
 
+from prism_jax import parallel
 from prism_jax.config import Experiment, bn_group_of
 from prism_jax.core.augment import Augment
 from prism_jax.data import answers, workdir
@@ -251,6 +252,13 @@ def _train(
         accumulate=recipe.accumulate,
         bn_group=recipe.bn_group,
     )
+    if (there := parallel.local_devices()) > devices and parallel.platform() == "gpu":
+        note = (
+            f"note: {devices} of {there} devices share a student's batch. With a process for each "
+            f"device (launch/local.sh -n {there} -g; SLURM: --ntasks-per-node={there}) as many "
+            f"students train at a time"
+        )
+        context.once(note, lambda: context.say(note))
     trainer = Trainer(
         context.networks.build(student, student=True, dtype=context.config.validate.dtype),
         recipe,
