@@ -16,6 +16,7 @@ import signal
 import numpy as np
 import pytest
 from helpers.command import call, snapshot
+from helpers.compiling import only_fast_programs
 from PIL import Image
 
 from configs.digits import config as digits
@@ -32,6 +33,9 @@ from prism_jax.main import parse
 from prism_jax.stages import fingerprints, imported
 from prism_jax.stages.context import Context
 from prism_jax.stages.fingerprints import BITS_VERSION
+
+__all__ = ["only_fast_programs"]  # a fixture
+pytestmark = pytest.mark.usefixtures("only_fast_programs")
 
 ROOT = pathlib.Path(__file__).resolve().parent
 TINY = f"--config={ROOT / 'configs' / 'tiny_compare.py'}"

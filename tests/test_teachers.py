@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from helpers.compiling import only_fast_programs
 from helpers.networks import COLOUR, TwoConvs, random_variables
 
 from configs import tiny
@@ -18,6 +19,9 @@ from prism_jax.models import layers
 from prism_jax.stages.context import Context
 from prism_jax.teachers import STATISTICS, TeacherPool, describe
 from prism_jax.types import Normalisation
+
+__all__ = ["only_fast_programs"]  # a fixture
+pytestmark = pytest.mark.usefixtures("only_fast_programs")
 
 OWN = Normalisation(mean=(0.1, 0.6, 0.3), std=(0.4, 0.15, 0.35))
 COLUMNS = (7, 0, 4, 2, 5)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import by_hand
-from helpers.compiling import fast_programs
+from helpers.compiling import as_users, only_fast_programs
 from helpers.networks import GREY, Mirror, NoNorm, TwoConvs, random_variables
 
 import prism_jax
@@ -24,7 +24,8 @@ from prism_jax.teachers import TeacherPool
 from prism_jax.training import OPTIMISERS, TrainBatch, Trainer, TrainRecipe, hard_batches
 from prism_jax.types import Normalisation
 
-__all__ = ["fast_programs"]  # a fixture
+__all__ = ["as_users", "only_fast_programs"]  # fixtures
+pytestmark = pytest.mark.usefixtures("only_fast_programs")
 
 SHAPE, CLASSES = (6, 6, 1), 5
 PLAIN = Augment(crop_min=1.0, flip=False)  # the whole image, as it is
@@ -112,7 +113,6 @@ def difference(these, those) -> float:
     return max(float(np.abs(a - b).max()) for a, b in pairs)
 
 
-@pytest.mark.usefixtures("fast_programs")
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 @pytest.mark.parametrize("accumulate", [1, 2, 5, 9])
 def test_steps_equal_numpy_however_the_batch_is_divided(optimiser, accumulate):
@@ -120,7 +120,6 @@ def test_steps_equal_numpy_however_the_batch_is_divided(optimiser, accumulate):
     assert difference(found, by_numpy(optimiser)) < 2e-5
 
 
-@pytest.mark.usefixtures("fast_programs")
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 def test_wrong_steps_do_not_pass(optimiser):
     found = by_trainer(optimiser, 2)
@@ -134,7 +133,6 @@ def test_wrong_steps_do_not_pass(optimiser):
         assert difference(found, twin) > 1e-3, name
 
 
-@pytest.mark.usefixtures("fast_programs")
 def test_an_image_of_weight_two_trains_as_two():
     """One step on five images that count differently, and on those that stand so often."""
     counts = np.array([2, 0, 1, 1, 1])
@@ -207,7 +205,6 @@ def test_only_kernels_decay():
     assert {"cls_token", "pos_embed"} <= {path[-1].key for path, yes in chosen if not yes}
 
 
-@pytest.mark.usefixtures("fast_programs")
 def test_batch_norm_sees_one_part_at_a_time():
     pixels, labels = a_set(6)
     module = TwoConvs(num_classes=CLASSES)
@@ -233,7 +230,6 @@ def test_batch_norm_sees_one_part_at_a_time():
         assert np.abs(trained(parts) - running_mean(3 - parts)).max() > 1e-3
 
 
-@pytest.mark.usefixtures("fast_programs")
 @pytest.mark.parametrize("per", ["batch", "image"])
 def test_hard_labels_are_mixed_as_the_pixels_are(per):
     """One step of a linear network in two parts, against NumPy: each image has its own share."""
@@ -285,7 +281,6 @@ def one_step(devices: int = 1, pixels_labels=None, **options):
     return jax.device_get(state), float(loss)
 
 
-@pytest.mark.usefixtures("fast_programs")
 def test_groups_in_one_pass_are_groups_one_after_the_other():
     """``bn_group`` decides what BatchNorm sees; ``accumulate`` only how much is held at a time."""
     after, loss = one_step(accumulate=4)
@@ -346,7 +341,6 @@ def by_pytorch(batches, start, *, groups: int, momentum=0.1):
     return found
 
 
-@pytest.mark.usefixtures("fast_programs")
 def test_students_are_trained_as_the_released_loop_trains_them():
     random = np.random.default_rng(0)
     batches = [
@@ -382,7 +376,6 @@ class Dropped(nn.Module):
         return layers.Dense(CLASSES, name="head")(x_BD)
 
 
-@pytest.mark.usefixtures("fast_programs")
 def test_what_is_dropped_does_not_depend_on_how_the_batch_is_divided():
     def head(accumulate: int, devices: int = 1, batch: int = 0):
         recipe = TrainRecipe("train/view", PLAIN, accumulate=accumulate, optimiser="sgd")
@@ -395,6 +388,7 @@ def test_what_is_dropped_does_not_depend_on_how_the_batch_is_divided():
     assert apart(head(1), head(1, batch=1)) > 1e-5  # another batch drops others
 
 
+@pytest.mark.usefixtures("as_users")
 def test_the_average_is_of_weights_and_of_statistics_and_is_what_is_tested():
     recipe = TrainRecipe("train/view", PLAIN, learning_rate=0.05, ema=0.8)
     trainer, state = norm_student(recipe)
@@ -418,6 +412,7 @@ def test_the_average_is_of_weights_and_of_statistics_and_is_what_is_tested():
     assert not np.array_equal(tested, plain.test(bare, pixels, labels).per_class_K)
 
 
+@pytest.mark.usefixtures("as_users")
 def test_an_average_of_weights_alone_has_the_last_statistics():
     recipe = TrainRecipe("train/view", PLAIN, learning_rate=0.05, ema=0.8, ema_statistics=False)
     trainer, state = norm_student(recipe)

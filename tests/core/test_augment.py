@@ -7,6 +7,7 @@ import functools
 
 import jax
 import numpy as np
+from helpers.compiling import FAST
 
 from prism_jax import rng
 from prism_jax.core.augment import Augment, augment, sample_order, shuffle
@@ -15,7 +16,7 @@ from prism_jax.types import Normalisation
 PIXELS = Normalisation((0.0,), (1.0,))
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jax.jit, static_argnums=2, compiler_options=FAST)
 def augmented(seed, images, how):
     return augment(rng.root(seed), images, how, PIXELS)
 

@@ -11,11 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import drawn_digits
+from helpers.compiling import only_fast_programs
 
 from prism_jax import rng
 from prism_jax.diffusion import fit, noise
 from prism_jax.diffusion.fit import Fitting
 from prism_jax.errors import UserError
+
+__all__ = ["only_fast_programs"]  # a fixture
+pytestmark = pytest.mark.usefixtures("only_fast_programs")
 
 SHAPE = (2, 2, 1)
 SHORT = Fitting(steps=12, batch_size=8, warmup=3)

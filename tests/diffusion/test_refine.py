@@ -9,12 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.compiling import only_fast_programs
 
 from prism_jax import rng
 from prism_jax.diffusion import generate, noise, refine
 from prism_jax.diffusion.generate import Generator, Places, Weights
 from prism_jax.diffusion.refine import Refining
 from prism_jax.errors import UserError
+
+__all__ = ["only_fast_programs"]  # a fixture
+pytestmark = pytest.mark.usefixtures("only_fast_programs")
 
 SHAPE = (3, 2, 2)
 DISCRETE = Refining(noise.DIT, sampled=50, steps=6, learning_rate=0.02, maximum=3.0)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.compiling import fast_programs
+from helpers.compiling import only_fast_programs
 from helpers.networks import GREY, NoNorm, random_variables, small_pool
 from helpers.running import make_unit
 
@@ -15,7 +15,8 @@ from prism_jax.core import losses, statistics, views
 from prism_jax.synthesis import disagreement
 from prism_jax.teachers import TeacherPool
 
-__all__ = ["fast_programs"]  # a fixture
+__all__ = ["only_fast_programs"]  # a fixture
+pytestmark = pytest.mark.usefixtures("only_fast_programs")
 
 RECIPE = synthesis.Recipe(roll=1, subset_others=2)
 STEP, SEED = np.int32(3), np.uint32(7)

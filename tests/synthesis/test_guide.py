@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.clip_files import LENGTH, needs_tokenizers, write_clip
-from helpers.compiling import fast_alike, fast_programs
+from helpers.compiling import fast_alike, fast_programs, only_fast_alike
 from helpers.networks import COLOUR, GREY, small_pool
 from helpers.running import make_unit, start_images
 
@@ -22,7 +22,8 @@ from prism_jax.errors import UserError
 from prism_jax.synthesis import guide as guiding
 from prism_jax.types import Normalisation, SynthState
 
-__all__ = ["fast_alike", "fast_programs"]  # fixtures
+__all__ = ["fast_alike", "fast_programs", "only_fast_alike"]  # fixtures
+pytestmark = pytest.mark.usefixtures("only_fast_alike")
 
 SIZE, SEED, BUDGET = 8, 5, 10
 LABELS = np.array([4, 0, 2], np.int32)

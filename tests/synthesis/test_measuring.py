@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from helpers.compiling import fast_programs
+from helpers.compiling import fast_programs, only_fast_alike
 from helpers.networks import COLOUR, TwoConvs, random_variables
 from scipy import ndimage
 
@@ -18,7 +18,8 @@ from prism_jax.models import build
 from prism_jax.synthesis import Recipe, Shown, measuring, misalignment
 from prism_jax.teachers import describe
 
-__all__ = ["fast_programs"]  # a fixture
+__all__ = ["fast_programs", "only_fast_alike"]  # fixtures
+pytestmark = pytest.mark.usefixtures("only_fast_alike")
 
 SHAPE, SIZE, PATCH, SEED = (8, 8, 3), 6, 4, 5
 RANDOM = np.random.default_rng(0)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import by_torch
-from helpers.compiling import fast_programs
+from helpers.compiling import only_fast_programs
 from helpers.networks import COLOUR, small_pool
 from helpers.running import make_unit
 
@@ -23,7 +23,8 @@ from prism_jax import rng, synthesis
 from prism_jax.core import statistics
 from prism_jax.synthesis import course
 
-__all__ = ["fast_programs"]  # a fixture
+__all__ = ["only_fast_programs"]  # fixtures
+pytestmark = pytest.mark.usefixtures("only_fast_programs")
 
 GOLDEN = pathlib.Path(__file__).with_name("golden_methods.json")
 SHAPE, CLASSES, PER_CLASS = (8, 8, 3), 5, 2
@@ -234,7 +235,6 @@ def golden_of(torch, name):
     return {"right": says(), "wrong": [says(**twin) for twin in twins]}
 
 
-@pytest.mark.usefixtures("fast_programs")
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_pixel_gradient_of_every_method(name):
     golden, history = json.loads(GOLDEN.read_text())[name], history_of(name)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import by_hand
-from helpers.compiling import fast_alike, fast_programs
+from helpers.compiling import fast_alike, fast_programs, only_fast_alike
 from helpers.networks import COLOUR, GREY, NoNorm, TwoConvs, random_variables, small_pool
 from helpers.running import advance, begin, images_of, make_unit
 
@@ -24,7 +24,8 @@ from prism_jax.synthesis import Recipe, course, sampling
 from prism_jax.teachers import TeacherPool
 from prism_jax.types import Draw
 
-__all__ = ["fast_alike", "fast_programs"]  # fixtures
+__all__ = ["fast_alike", "fast_programs", "only_fast_alike"]  # fixtures
+pytestmark = pytest.mark.usefixtures("only_fast_alike")
 
 SHAPE, BATCH, POOL = (8, 8, 3), 3, 3
 LABELS = np.array([4, 0, 2], np.int32)

@@ -12,6 +12,7 @@ import tarfile
 import jax
 import numpy as np
 import pytest
+from helpers.compiling import only_fast_programs
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -25,6 +26,9 @@ from prism_jax.models.import_torch import to_state_dict
 from prism_jax.tools.teachers import __main__ as teachers
 from prism_jax.tools.teachers import commands, reading
 from prism_jax.types import Normalisation
+
+__all__ = ["only_fast_programs"]  # a fixture
+pytestmark = pytest.mark.usefixtures("only_fast_programs")
 
 DIGITS = DATASETS["digits"]
 ARCHITECTURE = "convnet_d1_bn"
