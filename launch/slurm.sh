@@ -26,7 +26,7 @@ fi
 
 # Where JAX finds no GPU it takes the processor, for as long as the job may last: say so instead.
 if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then
-  export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda,cpu}"
+  export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda}"
 fi
 
 # srun does not take --cpus-per-task over from the job.

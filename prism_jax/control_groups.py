@@ -10,21 +10,25 @@ import pathlib
 ROOT = pathlib.Path("/sys/fs/cgroup")
 OWN = pathlib.Path("/proc/self/cgroup")
 
-MEMORY = (  # limit, use, what of that would be given back, in version 2 and in version 1
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+MEMORY = (  # limit, use, and what files kept of it begin with, in version 2 and in version 1
+    ("memory.max", "memory.current", ""),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
+FILES = ("inactive", "active")
 
 
 def memory() -> list[tuple[int, int]]:
     """(Limit, use that cannot be given back) of each group that has a limit, in bytes."""
     found = []
     for group in _groups("memory"):
-        for limit, use, given_back in MEMORY:
+        for limit, use, prefix in MEMORY:
             allowed, used = _said(group / limit).strip(), _said(group / use).strip()
             if allowed.isdecimal() and used.isdecimal():  # not "max"
                 stat = dict(line.split() for line in _said(group / "memory.stat").splitlines())
-                found.append((int(allowed), int(used) - int(stat.get(given_back, 0))))
+                files = (
+                    int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active")
+                )
+                found.append((int(allowed), int(used) - sum(files)))
     return found
 
 

@@ -6,6 +6,7 @@ CPU, and is fixed when the first backend is created.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib.metadata
@@ -16,7 +17,8 @@ import platform
 import shlex
 import signal
 import subprocess
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from prism_jax import control_groups
@@ -98,6 +100,21 @@ def collect_less() -> None:
     """
     gc.freeze()
     gc.set_threshold(10_000)
+
+
+_ONE_THREAD = threading.RLock()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Linear algebra on the host by one thread, whose number decides the order of its sums.
+
+    The limit is the process': who comes while another has it waits.
+    """
+    from threadpoolctl import threadpool_limits
+
+    with _ONE_THREAD, threadpool_limits(1):
+        yield
 
 
 def cores() -> int:

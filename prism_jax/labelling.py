@@ -135,7 +135,7 @@ class Labeller:
             _Wanted(batch, order[batch * size : (batch + 1) * size])
             for batch in range(start, num_batches(count, size))
         ]
-        read = read_ahead(images_uint8_NHWC, wanted, lambda one: one.index_B, ahead=2 * width)
+        read = read_ahead(images_uint8_NHWC, wanted, lambda one: one.index_B, ahead=width)
         begun: list = []  # on the devices, while the host works on what came before
         while group := list(itertools.islice(read, width)):
             ended, begun = begun, self._begin(epoch, group, seed)

@@ -25,6 +25,7 @@ import gc
 import importlib.util
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -336,7 +337,7 @@ def lanes_at_once(analysis: Any, lanes: int) -> int:
     if analysis is None:
         return 1
     each = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
-    return lanes if lanes * each <= environment.free_memory() / 2 / jax.process_count() else 1
+    return lanes if lanes * each <= environment.free_memory() / 2 / processes_here() else 1
 
 
 def lane_map(
@@ -542,18 +543,20 @@ def enough_memory(remedy: str) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if not any(word in str(error) for word in _EXHAUSTED):
             raise
-        library = "" if _EXHAUSTED[0] in str(error) else _FOR_LIBRARIES
+        said, more = "the device has not enough memory", ""
+        if _EXHAUSTED[0] not in str(error):
+            said, more = "the device's libraries find not enough memory, it seems", _FOR_LIBRARIES
         raise UserError(
-            f"the device has not enough memory ({str(error).splitlines()[0]}). {remedy}{library} "
-            f"What was finished stays where it is."
+            f"{said} ({str(error).splitlines()[0]}). {more}{remedy} What was finished stays where "
+            f"it is."
         ) from error
 
 
 # What XLA says, and what CUDA's libraries do, for which XLA leaves the rest of a GPU's memory.
 _EXHAUSTED = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "ALLOC_FAILED", "STATUS_NOT_INITIALIZED")
 _FOR_LIBRARIES = (
-    " Or leave more to CUDA's libraries: XLA_PYTHON_CLIENT_MEM_FRACTION=.6 in the environment "
-    "(JAX takes .75 at its start)."
+    "Leave them more: XLA_PYTHON_CLIENT_MEM_FRACTION=.6 in the environment (JAX takes .75 of a GPU "
+    "at its start), and see that nobody else uses it. Or: "
 )
 
 
@@ -673,8 +676,7 @@ def has_what_it_sees(environ: Mapping[str, str]) -> bool:
         return True
     if local := environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"):
         return local == "1"
-    tasks = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS")
-    nodes = environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_NNODES")
+    tasks, nodes = _slurm(environ)
     return tasks is not None and tasks == nodes
 
 
@@ -754,6 +756,25 @@ def process_count() -> int:
     return jax.process_count()
 
 
+def processes_here() -> int:
+    """How many processes of this run share this machine, by what started them."""
+    count = jax.process_count()
+    if count == 1:
+        return 1
+    if (_joined().coordinator_address or "").startswith(("127.", "localhost:")):
+        return count
+    if local := os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"):
+        return int(local)
+    tasks, nodes = _slurm(os.environ)
+    return math.ceil(int(tasks) / int(nodes)) if tasks and nodes else 1
+
+
+def _slurm(environ: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """Of SLURM's step, or job, the numbers of processes and of machines."""
+    tasks = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS")
+    return tasks, environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_NNODES")
+
+
 def name() -> str:
     """This process, as its messages name it."""
     return f"process {jax.process_index()} of {jax.process_count()}"
@@ -801,10 +822,15 @@ def stopped_elsewhere() -> Stopped | None:
 
 
 def _store() -> Any:
-    """The key-value store of jax.distributed, which has no public door."""
+    """The key-value store of jax.distributed."""
+    return _joined().client
+
+
+def _joined() -> Any:
+    """What jax.distributed knows of the other processes, which has no public door."""
     from jax._src import distributed
 
-    return distributed.global_state.client
+    return distributed.global_state
 
 
 def process_share(items: Sequence[Any]) -> list[Any]:

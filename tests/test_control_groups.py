@@ -30,19 +30,19 @@ def groups(tmp_path, monkeypatch):
 def test_a_group_has_no_more_than_those_that_it_is_in(groups):
     groups("0::/job/step\n", {
         "job/memory.max": f"{8 * GB}\n", "job/memory.current": f"{7 * GB}\n",
-        "job/memory.stat": f"anon 5\ninactive_file {2 * GB}\nactive_file 9\n",
+        "job/memory.stat": f"anon 5\ninactive_file {2 * GB}\nactive_file {GB}\n",
         "job/step/memory.max": "max\n", "job/step/memory.current": f"{GB}\n",
         "job/cpu.max": "250000 100000\n", "job/step/cpu.max": "max 100000\n",
         "other/memory.max": "4096\n", "other/memory.current": "0\n", "other/cpu.max": "1 2\n",
     })  # fmt: skip
-    assert control_groups.memory() == [(8 * GB, 5 * GB)]
+    assert control_groups.memory() == [(8 * GB, 4 * GB)]
     assert control_groups.cores() == [2.5]
 
 
 def test_version_1_has_a_tree_for_each_and_a_container_its_root(groups):
     groups("5:cpu,cpuacct:/docker/ab\n4:memory:/docker/ab\n3:name=systemd:/\n0::/\n", {
         "memory/memory.limit_in_bytes": f"{3 * GB}\n", "memory/memory.usage_in_bytes": f"{GB}\n",
-        "memory/memory.stat": "inactive_file 7\ntotal_inactive_file 24\n",
+        "memory/memory.stat": "inactive_file 7\ntotal_inactive_file 16\ntotal_active_file 8\n",
         "cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n",
     })  # fmt: skip
     assert control_groups.memory() == [(3 * GB, GB - 24)]

@@ -21,7 +21,7 @@ from prism_jax.config import resolve
 from prism_jax.environment import provenance
 from prism_jax.errors import UserError
 from prism_jax.main import find_devices, main
-from prism_jax.stages.coordination import Interrupted, StopSignal, Work
+from prism_jax.stages.coordination import DECIDE_BITS, Interrupted, StopSignal, Work
 
 __all__ = ["reference"]  # a fixture
 
@@ -256,6 +256,30 @@ def test_what_decides_bits_of_a_machine_is_compared():
     assert a != b and a.startswith("NVIDIA A, ") and "NPROC" not in a
     younger = {**here, "machine": {**gpus[0], "runtime": "cuda 13.1"}}
     assert pipeline._machine(younger) == a.replace("NVIDIA A, cpu, ", "NVIDIA A, cuda 13.1, ")
+
+
+def test_what_goes_on_elsewhere_says_what_is_other(tmp_path, capsys):
+    """Each of what decides bits; of an older version, what it did not write is not compared."""
+    begun = provenance([])
+    config = resolve(tiny.get_config())
+    others = {"nproc": 3, "runtime": "cuda 13.1", "jaxlib": "0.1"}
+    assert others.keys() <= DECIDE_BITS.keys()
+
+    def goes_on(now) -> str:
+        work = Work(epath.Path(tmp_path), config, StopSignal(), now)
+        work.acquire()
+        work.lock.release()
+        return capsys.readouterr().out
+
+    assert goes_on(begun) == goes_on(begun) == ""
+    for key, value in others.items():
+        where = "machine" if key in begun["machine"] else "versions"
+        said = goes_on({**begun, where: {**begun[where], key: value}})
+        assert said.count("warning: this workdir was begun with") == 1
+        assert f"{begun[where][key]} and goes on with" in said and str(value) in said
+        goes_on(begun)
+    goes_on({**begun, "versions": {}})
+    assert goes_on(begun) == ""
 
 
 ALONE = {

@@ -70,7 +70,7 @@ def test_slurm_leaves_the_processes_to_srun():
 
 @pytest.mark.parametrize(
     ("environ", "found"),
-    [({"SLURM_GPUS_ON_NODE": "8"}, "cuda,cpu"), ({}, ""),
+    [({"SLURM_GPUS_ON_NODE": "8"}, "cuda"), ({}, ""),
      ({"SLURM_GPUS_ON_NODE": "8", "JAX_PLATFORMS": "rocm"}, "rocm")],
 )  # fmt: skip
 def test_a_job_with_gpus_does_not_run_on_the_processor(tmp_path, environ, found):

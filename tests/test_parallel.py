@@ -265,9 +265,27 @@ def test_lanes_of_a_cpu_without_work_are_none_and_errors_are_heard(monkeypatch):
 def test_lanes_beside_one_another_need_half_of_what_is_free(monkeypatch, each, processes, at_once):
     """Of 200 bytes; processes that begin together share that half."""
     monkeypatch.setattr(parallel.environment, "free_memory", lambda: 200)
-    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(parallel, "processes_here", lambda: processes)
     one = each and SimpleNamespace(temp_size_in_bytes=each - 9, output_size_in_bytes=9)
     assert parallel.lanes_at_once(one, 2) == at_once
+
+
+@pytest.mark.parametrize(
+    ("count", "coordinator", "environ", "here"),
+    [(1, None, {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 1), (8, "127.0.0.1:99", {}, 8),
+     (8, "10.0.0.1:99", {}, 1), (8, "10.0.0.1:99", {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 4),
+     (8, "n1:99", {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "3"}, 3),
+     (8, "n1:99", {"SLURM_NTASKS": "8", "SLURM_NNODES": "8"}, 1)],
+)  # fmt: skip
+def test_who_shares_a_machine_shares_its_memory(monkeypatch, count, coordinator, environ, here):
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_"))]:
+        monkeypatch.delenv(name)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    joined = SimpleNamespace(coordinator_address=coordinator)
+    monkeypatch.setattr(parallel, "_joined", lambda: joined)
+    assert parallel.processes_here() == here
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,20 @@ def test_units_are_begun_in_order_and_no_further_ahead_than_asked(ahead):
     assert {name.startswith("units") for name in threads} == {bool(ahead)}
 
 
+def test_what_has_no_memory_beside_the_devices_work_is_made_without_it():
+    threads = []
+
+    def make(unit):
+        threads.append(threading.current_thread().name)
+        if threads[-1].startswith("units"):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return unit
+
+    with contextlib.closing(optimise.Ahead(make, [3], 1)) as queue:
+        assert queue.next() == (3, 3)
+    assert len(threads) == 2
+
+
 def test_units_made_ahead_are_the_same(whole, reference, tmp_path, monkeypatch):
     context, made = context_of(tmp_path / "run", "delt"), []
     prepare(context, reference)
@@ -568,8 +582,10 @@ def test_a_selected_control_is_its_initialiser_without_iterations(reference, tmp
     np.testing.assert_array_equal(control.images_uint8_NHWC[:], images_of(context))
     context.work.lock.release()
     # Twin: random images are others.
-    random = controls.labelled_set(other, "random_real").images_uint8_NHWC[:]
+    random = controls.labelled_set(other, "random_real").images_uint8_NHWC
     assert not np.array_equal(random, images_of(context))
+    # Those with hard labels are the same ones, and not another copy of them.
+    assert controls.labelled_set(other, "random_real_hard").images_uint8_NHWC is random
 
 
 def test_retrieved_images_are_of_their_class_and_nearest(reference, tmp_path):

@@ -7,7 +7,8 @@ do not depend on the number of threads. (Another processor's linear algebra may 
 from __future__ import annotations
 
 import numpy as np
-from threadpoolctl import threadpool_limits
+
+from prism_jax import environment
 
 
 def kmeans(rows_ND: np.ndarray, count: int, *, random_state: int) -> np.ndarray:
@@ -16,7 +17,7 @@ def kmeans(rows_ND: np.ndarray, count: int, *, random_state: int) -> np.ndarray:
     from sklearn.metrics import pairwise_distances
 
     rows_ND = np.asarray(rows_ND, np.float64)
-    with threadpool_limits(1):
+    with environment.one_thread():
         model = KMeans(count, n_init=1, random_state=random_state).fit(rows_ND)
         return pairwise_distances(rows_ND, model.cluster_centers_)
 

@@ -6,12 +6,12 @@ import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
 
-from prism_jax import environment, progress
+from prism_jax import environment, parallel, progress
 
 T = TypeVar("T")
 
@@ -62,15 +62,16 @@ class OneByOne:
 def hold(images: LazyImages, *, limit_bytes: float) -> Images:
     """The images in memory, or as they are where they would take too much of it.
 
-    That is more than the limit, or more than half of what is free, which is said.
+    That is more than the limit, or more than half of what is free, which is said; processes on one
+    machine hold a copy each.
     """
-    size, free = math.prod(images.shape), environment.free_memory()
+    size, free = math.prod(images.shape), environment.free_memory() / parallel.processes_here()
     if size > limit_bytes:
         return images
     if size > free / 2:
         progress.say(
-            f"{len(images)} images take {size / 1e9:.3g} GB and {free / 1e9:.3g} GB are free: they "
-            f"are read whenever they are needed"
+            f"{len(images)} images take {size / 1e9:.3g} GB, and of memory {free / 1e9:.3g} GB are "
+            f"free for them: they are read whenever they are needed"
         )
         return images
     held = np.empty(images.shape, np.uint8)  # read in parts, since a part is there twice
@@ -94,8 +95,8 @@ def read_ahead(
         for item in items:
             yield item, images[index(item)]
         return
-    with ThreadPoolExecutor(1) as reader:
-        waiting: deque = deque()
+    reader, waiting = ThreadPoolExecutor(1), deque[tuple[T, Future]]()
+    try:
         for item in items:
             waiting.append((item, reader.submit(images.__getitem__, index(item))))
             if len(waiting) > ahead:
@@ -103,6 +104,8 @@ def read_ahead(
                 yield item, found.result()
         for item, found in waiting:
             yield item, found.result()
+    finally:
+        reader.shutdown(cancel_futures=True)
 
 
 def chunks(count: int, size: int = 256) -> Iterator[slice]:

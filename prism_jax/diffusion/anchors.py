@@ -13,9 +13,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
-from prism_jax import rng
+from prism_jax import environment, rng
 from prism_jax.core.clusters import nearest_members
 from prism_jax.errors import UserError
 
@@ -155,7 +154,7 @@ def anchors(
     from sklearn.metrics import pairwise_distances
 
     draw = rng.generator(seed, "diffusion/anchors", cls)
-    with threadpool_limits(1):
+    with environment.one_thread():
         kept = inliers(rows_ND, clustering.outliers)
         if ipc > len(kept):
             raise UserError(

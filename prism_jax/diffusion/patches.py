@@ -11,8 +11,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from threadpoolctl import threadpool_limits
 
+from prism_jax import environment
 from prism_jax.diffusion import pixels
 from prism_jax.diffusion.noise import Bounds
 from prism_jax.errors import UserError
@@ -105,7 +105,7 @@ def fit_patches(images_uint8_NHWC: np.ndarray, side: int, components: int) -> di
             chunk = pixels.from_uint8(images_uint8_NHWC[at : at + CHUNK]).astype(np.float64)
             yield patches_of(chunk, side).reshape(-1, numbers)
 
-    with threadpool_limits(1):
+    with environment.one_thread():
         count, total, products = 0, np.zeros(numbers), np.zeros((numbers, numbers))
         for patches in rows():
             count, total = count + len(patches), total + patches.sum(0)

@@ -73,7 +73,10 @@ def labelled_set(context: Context, name: str) -> LabelledSet:
         at = random_positions(source, classes, slots, config.seed, repeat=repeat)
         return context.inputs.read(source, at)
 
-    return LabelledSet(name, root, read, classes, fields, soft)
+    def read_once() -> Images:  # those with soft and with hard labels: of ImageNet, gigabytes
+        return context.once("random real images", read)
+
+    return LabelledSet(name, root, read_once, classes, fields, soft)
 
 
 def write(context: Context, labelled: LabelledSet) -> None:

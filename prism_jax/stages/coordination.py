@@ -83,6 +83,18 @@ class StopSignal:
             raise Interrupted(self.signum or signal.SIGTERM, self._elsewhere)
 
 
+# Of what began a workdir: the words before its value, and what comes of another.
+DECIDE_BITS = {
+    "nproc": ("NPROC=", "on a CPU other bits will follow"),
+    "platform": ("", "other bits will follow"),
+    "device_kind": ("", "other bits will follow"),
+    "float32": ("float32 as ", "other bits will follow"),
+    "runtime": ("", "other bits may follow"),
+    "jax": ("jax ", "other bits may follow"),
+    "jaxlib": ("jaxlib ", "other bits may follow"),
+}
+
+
 class Work:
     """The work on one directory, shared by the processes of a run.
 
@@ -117,22 +129,16 @@ class Work:
         if found and found["experiment"] != to_dict(self._config):
             self._outdate()
         if found and self._provenance:
-            before = found["provenance"].get("machine", {})
-            now = self._provenance["machine"]
-            kinds = {
-                "nproc": "NPROC=",
-                "platform": "",
-                "device_kind": "",
-                "runtime": "",
-                "float32": "float32 as ",
-            }
-            for key, words in kinds.items():
+            before, now = (
+                {**of.get("versions", {}), **of.get("machine", {})}
+                for of in (found["provenance"], self._provenance)
+            )
+            for key, (words, follow) in DECIDE_BITS.items():
                 was, on = before.get(key), now.get(key)
                 if was not in (None, on):
-                    where = "on a CPU " if key == "nproc" else ""
                     progress.say(
                         f"warning: this workdir was begun with {words}{was} and goes on with "
-                        f"{words}{on}; {where}other bits will follow."
+                        f"{words}{on}; {follow}."
                     )
         workdir.write_record(
             path, {"experiment": to_dict(self._config), "provenance": self._provenance}

@@ -252,7 +252,9 @@ def _train(
         accumulate=recipe.accumulate,
         bn_group=recipe.bn_group,
     )
-    if (there := parallel.local_devices()) > devices and parallel.platform() == "gpu":
+    several = len(students(context)) * (1 + len(validate.controls)) > 1
+    there = parallel.local_devices()
+    if several and there > devices and parallel.platform() == "gpu":
         note = (
             f"note: {devices} of {there} devices share a student's batch. With a process for each "
             f"device (launch/local.sh -n {there} -g; SLURM: --ntasks-per-node={there}) as many "

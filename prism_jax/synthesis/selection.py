@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
+from prism_jax import environment
 from prism_jax.core.clusters import kmeans, nearest_members
 
 
@@ -146,7 +146,7 @@ def retrieve(embedding_BD: np.ndarray, pool: Features, *, simplicity: float) -> 
     Returns:
       (B,) positions; the first of equals.
     """
-    with threadpool_limits(1):
+    with environment.one_thread():
         near_BN = _units(embedding_BD) @ _units(pool.embedding_ND).T
     complexity_N = np.asarray(pool.complexity_N, np.float64)
     span = np.ptp(complexity_N)

@@ -66,9 +66,15 @@ def test_sets_that_memory_cannot_hold_are_read_when_they_are_needed_and_that_is_
     monkeypatch.setattr(lazy_images.environment, "free_memory", lambda: 2 * SET.size)
     assert isinstance(hold(lazy(), limit_bytes=1e9), np.ndarray)
     assert capsys.readouterr().out == ""
+    monkeypatch.setattr(lazy_images.parallel, "processes_here", lambda: 2)
+    assert isinstance(hold(lazy(), limit_bytes=1e9), LazyImages)
+    capsys.readouterr()
+    monkeypatch.setattr(lazy_images.parallel, "processes_here", lambda: 1)
     monkeypatch.setattr(lazy_images.environment, "free_memory", lambda: 2 * SET.size - 1)
     assert isinstance(hold(lazy(), limit_bytes=1e9), LazyImages)
-    assert "10 images take 1.2e-07 GB and 2.39e-07 GB are free" in capsys.readouterr().out
+    assert (
+        "10 images take 1.2e-07 GB, and of memory 2.39e-07 GB are free" in capsys.readouterr().out
+    )
 
 
 def test_what_is_held_is_read_in_parts_and_shown_where_it_is_much(monkeypatch, capsys):

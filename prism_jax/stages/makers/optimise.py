@@ -238,12 +238,15 @@ class Ahead:
             unit = self._waiting.popleft()
             self._begun.append((unit, self._thread.submit(self._here.run, self._make, unit)))
         unit, begun = self._begun.popleft()
-        return unit, begun.result()
+        try:
+            return unit, begun.result()
+        except jax.errors.JaxRuntimeError:  # too little memory beside what runs; now nothing does
+            return unit, self._make(unit)
 
     def close(self) -> None:
-        """Make no more."""
+        """Make no more; what is being made is not waited for."""
         if self._thread:
-            self._thread.shutdown(cancel_futures=True)
+            self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager
