@@ -136,6 +136,9 @@ def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Ma
     pool = context.networks.pool(config.recover.pool, config.recover.dtype)
     pool = statistics.with_targets(context, pool)
     engine = engine_of(context, pool, recipe, len(waiting), guiding.open_(context))
+    # A thread more would take time from programs of the processor itself.
+    ahead = 0 if parallel.on_cpu() else len(engine)
+    queue = Ahead(lambda unit: batch_of(context, unit, keep=root), waiting, ahead)
     lanes: list[Lane | None] = [None] * len(engine)
     idle: Idle = {}
     writer = MetricsWriter(own_file(root), tensorboard_dir=root / "tensorboard")
@@ -146,7 +149,7 @@ def make(context: Context, root: epath.Path, waiting: list[Unit]) -> Iterator[Ma
 
     with (
         progress.task("recover", total, unit="iteration") as bar,
-        _read_ahead(context, root, waiting, len(engine)) as queue,
+        contextlib.closing(queue),
     ):
         while queue or any(lanes):
             for at, lane in enumerate(lanes):
@@ -214,13 +217,10 @@ def engine_of(
 
 
 class Ahead:
-    """Units in their order, each with its ``batch_of``, made while devices work on those before.
-
-    Not where the devices are the processor itself: a thread more takes time from its programs.
-    """
+    """Units in their order, each with its ``batch_of``, made while devices work on those before."""
 
     def __init__(self, make: Callable[[Unit], Begun], waiting: Sequence[Unit], ahead: int):
-        """Make so many ahead of the one asked for."""
+        """Make so many ahead of the one asked for; 0: in the caller, when it asks."""
         self._make, self._waiting, self._ahead = make, deque(waiting), ahead
         self._thread = ThreadPoolExecutor(1, "units") if ahead else None
         self._here = contextvars.copy_context()  # shared programs are the thread's too
@@ -247,16 +247,6 @@ class Ahead:
         """Make no more; what is being made is not waited for."""
         if self._thread:
             self._thread.shutdown(wait=False, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _read_ahead(
-    context: Context, root: epath.Path, waiting: Sequence[Unit], lanes: int
-) -> Iterator[Ahead]:
-    ahead = 0 if parallel.on_cpu() else lanes
-    queue = Ahead(lambda unit: batch_of(context, unit, keep=root), waiting, ahead)
-    with contextlib.closing(queue):
-        yield queue
 
 
 def _start(context: Context, root: epath.Path, engine, pool, recipe, queue: Ahead, at: int) -> Lane:
