@@ -278,10 +278,12 @@ def test_the_intervals_that_variants_quote(label, other, student, said):
         ("prism_plus", "psm", "convnet_d3", "5.2 [2.4, 8.2]"),
         ("prism_plus", "prism", "resnet20", "20.6 [16.9, 24.3]"),
         ("prism_plus", "prism", "convnet_d3", "8.5 [5.5, 11.6]"),
-        ("prism_plus", CONFIDENT, "convnet_d3", "4.4 [1.9, 7.2]"),
-        (CONFIDENT, "prism_plus", "resnet20", "1.2 [-1.8, +4.0]"),
-        (CONFIDENT, RANDOM, "resnet20", "4.3 [1.6, 7.1]"),
-        (CONFIDENT, RANDOM, "convnet_d3", "4.3 [2.0, 6.8]"),
+        ("prism_plus", CONFIDENT, "convnet_d3", "5.5 [3.0, 8.2]"),
+        ("prism_plus", RANDOM, "convnet_d3", "9.9 [6.9, 12.8]"),
+        (CONFIDENT, "prism_plus", "resnet20", "1.2 [-1.8, +4.1]"),
+        ("prism_plus", RANDOM, "resnet20", "1.2 [-2.0, +4.4]"),
+        (CONFIDENT, RANDOM, "resnet20", "2.4 [-1.8, +6.0]"),
+        (CONFIDENT, RANDOM, "convnet_d3", "4.3 [2.3, 6.3]"),
     ],
 )
 def test_the_intervals_that_fifty_images_per_class_quote(label, other, student, said):
