@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.compiling import fast_programs, only_fast_alike
+from helpers.compiling import fast_programs
 from helpers.networks import GREY, Mirror, small_pool
 
 import prism_jax
@@ -37,8 +37,7 @@ from prism_jax.teachers import TeacherPool, batch_statistics
 from prism_jax.training import Trainer, TrainRecipe, importance, soft_batches
 from prism_jax.types import Mix
 
-__all__ = ["fast_programs", "only_fast_alike"]  # fixtures
-pytestmark = pytest.mark.usefixtures("only_fast_alike")
+__all__ = ["fast_programs"]  # a fixture
 
 COUNT, BATCH, SIZE = 23, 5, 16  # five batches, the last of three images
 HOW = Augment(crop_min=0.25, flip=True, mix="cutmix")
