@@ -7,8 +7,9 @@
 # beside the estimates of benchmarks/targets.py, and, where PyTorch is there and time is left, the
 # commands of docs/performance.md. What is not timed runs at once, and compiles what is timed then,
 # with the device to itself; on a TPU, which is one process' at a time, one after the other. Each
-# writes OUT* when it is done, so that a device that is taken away leaves what there is. Environment: PYTHON (default: .venv's, else python3), LIMIT in seconds (480),
-# CUT=1 (everything small; without a device too, to see that it runs).
+# writes OUT* when it is done, so that a device that is taken away leaves what there is.
+# Environment: PYTHON (default: .venv's, else python3), LIMIT in seconds (480), CUT=1 (everything
+# small; without a device too, to see that it runs).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 

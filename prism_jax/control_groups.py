@@ -25,9 +25,7 @@ def memory() -> list[tuple[int, int]]:
             allowed, used = _said(group / limit).strip(), _said(group / use).strip()
             if allowed.isdecimal() and used.isdecimal():  # not "max"
                 stat = dict(line.split() for line in _said(group / "memory.stat").splitlines())
-                files = (
-                    int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active")
-                )
+                files = [int(stat.get(f"{prefix}{kind}_file", 0)) for kind in FILES]
                 found.append((int(allowed), int(used) - sum(files)))
     return found
 

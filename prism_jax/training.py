@@ -431,7 +431,7 @@ def test(
     """
     mesh = mesh or parallel.data_mesh()
     forward = jitted_forward(module, normalisation, mesh)
-    variables = sent(mesh.replicate(variables))
+    variables = jax.device_put(mesh.replicate(variables))  # once, not with every batch
     count = len(labels_N)
     batch_size = mesh.count * -(-min(batch_size, count) // mesh.count)
     right1, right5 = np.zeros(count, bool), np.zeros(count, bool)
@@ -465,11 +465,6 @@ def test(
         right1[labels_N == c].mean() if (labels_N == c).any() else np.nan for c in range(classes)
     ]
     return TestResult(float(right1.mean()), float(right5.mean()), np.array(per_class), answers_N)
-
-
-def sent(variables: PyTree) -> PyTree:
-    """Weights on the device: what is given as NumPy's arrays would be sent with every batch."""
-    return parallel.arrived(jax.device_put(variables))
 
 
 def _ahead(images: Images) -> int:

@@ -74,7 +74,7 @@ def test_slurm_leaves_the_processes_to_srun():
      ({"SLURM_GPUS_ON_NODE": "8", "JAX_PLATFORMS": "rocm"}, "rocm")],
 )  # fmt: skip
 def test_a_job_with_gpus_does_not_run_on_the_processor(tmp_path, environ, found):
-    """Where JAX sees none of them it would take that, for days, with a line of warning."""
+    """Told which platform to take, JAX ends where it has none (tests/test_devices.py)."""
     (tmp_path / "srun").write_text('#!/bin/bash\necho "on ${JAX_PLATFORMS:-}"\n')
     (tmp_path / "srun").chmod(0o755)
     here = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "SLURM_", "DRY_"))}

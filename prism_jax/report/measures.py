@@ -17,7 +17,7 @@ from prism_jax.diffusion.quality import nearest
 from prism_jax.errors import UserError
 from prism_jax.report.finished import Run
 from prism_jax.stages import analyse
-from prism_jax.training import TESTED, jitted_forward, sent
+from prism_jax.training import TESTED, jitted_forward
 from prism_jax.types import PyTree
 
 # Of real images, in bytes: of larger ones no distances of pixels are measured, and of a larger
@@ -255,6 +255,6 @@ def _logits(module: Any, variables: PyTree, normalisation: Any, images: Images) 
     """Logits of uint8 images, by the program that tests are made with."""
     mesh = parallel.data_mesh()
     forward = jitted_forward(module, normalisation, mesh)
-    placed = sent(mesh.replicate(variables))
+    placed = jax.device_put(mesh.replicate(variables))
     size = min(TESTED, len(images))
     return diversity.embeddings(lambda part: forward(placed, mesh.put(part)), images, size)

@@ -327,13 +327,14 @@ def scorer(teacher: Teacher, variables: PyTree, normalisation: Normalisation, si
     """
 
     log_probabilities = log_probabilities_of(teacher, normalisation)
+    placed = jax.device_put(variables)  # once, not with every batch
 
     def score(images_uint8_BHWC: np.ndarray, cls: int) -> np.ndarray:
         found = []
         for at in range(0, len(images_uint8_BHWC), SCORED):
             rows = np.arange(at, min(at + SCORED, len(images_uint8_BHWC)))
             images = pixels.normalise(images_uint8_BHWC[np.resize(rows, SCORED)], normalisation)
-            table = log_probabilities(variables, centred(np.asarray(images), size))
+            table = log_probabilities(placed, centred(np.asarray(images), size))
             found.append(np.asarray(table)[: len(rows), cls])
         return np.concatenate(found)
 
