@@ -129,7 +129,7 @@ def file_state(path: epath.PathLike) -> tuple[str, int, int]:
 
 
 def file_states(paths: Sequence[str]) -> list[tuple[str, int, int]]:
-    """``file_state`` of many files: a network's file system takes up to a millisecond for one."""
+    """``file_state`` of many files at once: on a disk in a network each asks another machine."""
     parts = [paths[at::THREADS] for at in range(THREADS)]
     states: list[Any] = [None] * len(paths)
     with ThreadPoolExecutor(THREADS) as pool:
