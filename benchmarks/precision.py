@@ -36,6 +36,7 @@ from jax.extend.core import Literal
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from prism_jax import parallel
 from prism_jax.core import losses, pixels, statistics, views
 from prism_jax.data import weights
 from prism_jax.environment import commit
@@ -100,10 +101,9 @@ def emulate(how: str, function: Callable, *arguments):
     return jax.tree.unflatten(jax.tree.structure(shape), run(*jax.tree.leaves(arguments)))
 
 
-def elsewhere(*arguments, default, **per_platform):
-    """``lax.platform_dependent`` as a platform sees it that is not named."""
-    del per_platform
-    return default(*arguments)
+def on_gpu() -> mock._patch:
+    """Trace the forms of a GPU."""
+    return mock.patch.object(parallel, "platform", lambda: "gpu")
 
 
 def photographs(count: int, size: int, seed: int) -> np.ndarray:
@@ -168,8 +168,8 @@ def read(
         by_pixels = jax.grad(energy, has_aux=True)
         if how is None:
             gradient, (logits, layers) = jax.jit(by_pixels)(images_BHWC)
-        else:  # in the forms that other platforms run
-            with mock.patch.object(lax, "platform_dependent", elsewhere):
+        else:
+            with on_gpu():
                 gradient, (logits, layers) = emulate(how, by_pixels, images_BHWC)
     found = {"logits": [logits], "gradient": [gradient]}
     found |= {what: [layer[what] for layer in layers] for what in ("mean", "var")}
@@ -195,7 +195,7 @@ def seen(images_BHWC: np.ndarray, draws: int = 8) -> list[dict]:
         images, gradients, furthest = [], [], []
         for view in drawn:
             viewed, pulled = both(view)
-            with mock.patch.object(lax, "platform_dependent", elsewhere):
+            with on_gpu():
                 image, gradient = emulate(how, both, view)
             images.append(relative(image, viewed))
             gradients.append(relative(gradient, pulled))

@@ -526,6 +526,18 @@ def platform() -> str:
     return name if name in ("cpu", "tpu") else "gpu"
 
 
+def suited(*, cpu: T, default: T, tpu: T | None = None) -> T:
+    """Of the forms of one thing, the one for what programs are built for.
+
+    It is chosen when a program is traced. ``lax.platform_dependent`` chooses when it is lowered,
+    and traces them all: the same program for up to twice the time.
+
+    Args:
+      default: for a GPU; for a TPU, too, where it has none of its own.
+    """
+    return {"cpu": cpu, "tpu": default if tpu is None else tpu}.get(platform(), default)
+
+
 def on_cpu() -> bool:
     """Whether programs run on a CPU, not only are built for one."""
     return not _DESCRIBED.get() and platform() == "cpu"

@@ -68,6 +68,8 @@ def test_the_platform_is_that_of_the_devices_that_are_described():
     for name, platform in (("tpu", "tpu"), ("cuda", "gpu"), ("rocm", "gpu"), ("cpu", "cpu")):
         with parallel.described([types.SimpleNamespace(platform=name)]):
             assert parallel.platform() == platform
+            assert parallel.suited(cpu="cpu", tpu="tpu", default="gpu") == platform
+            assert parallel.suited(cpu=0, default=1) == (platform != "cpu")
             assert not parallel.on_cpu()  # nothing is run
 
 

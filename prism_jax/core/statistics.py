@@ -19,6 +19,7 @@ import numpy as np
 from flax import traverse_util
 from jax import lax
 
+from prism_jax import parallel
 from prism_jax.core.views import resize
 from prism_jax.errors import UserError
 from prism_jax.models.layers import at_least_float32
@@ -183,9 +184,11 @@ def alignment(
 
 def distances(pairs: list[tuple[Array, Array]]) -> tuple[Array, ...]:
     """The Euclidean distance of each pair of vectors."""
-    return lax.platform_dependent(
-        pairs, cpu=lambda p: tuple(safe_norm(this - that) for this, that in p), default=_together
-    )
+    return parallel.suited(cpu=_one_by_one, default=_together)(pairs)
+
+
+def _one_by_one(pairs: list[tuple[Array, Array]]) -> tuple[Array, ...]:
+    return tuple(safe_norm(this - that) for this, that in pairs)
 
 
 def _together(pairs: list[tuple[Array, Array]]) -> tuple[Array, ...]:

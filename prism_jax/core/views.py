@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from prism_jax import parallel
 from prism_jax.types import AnyArray, Array, View
 
 TRIES = 10  # torchvision's RandomResizedCrop
@@ -141,10 +142,8 @@ def apply_view(images_BHWC: Array, view: View) -> Array:
     # Off the CPU three passes of bfloat16, or TF32, move a pixel by less than its rounding to 8
     # bits (docs/precision.md).
     in_passes = functools.partial(_resample, precision=lax.Precision.HIGH)
-    return lax.platform_dependent(
-        rows, columns, images_BHWC,
-        cpu=_resample, tpu=in_passes, default=in_passes if view.flip.ndim else _resample_lines,
-    )  # fmt: skip
+    on_gpu = in_passes if view.flip.ndim else _resample_lines
+    return parallel.suited(cpu=_resample, tpu=in_passes, default=on_gpu)(rows, columns, images_BHWC)
 
 
 def apply_shift(images_BHWC: Array, view: View, border_C: AnyArray) -> Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from prism_jax import parallel
 from prism_jax.models import layers
 from prism_jax.types import Array
 
@@ -147,7 +148,7 @@ def attend(query_BNHD: Array, key_BMHD: Array, value_BMHD: Array, *, causal: boo
     given = query_BNHD, key_BMHD, value_BMHD
     if causal:
         return jax.nn.dot_product_attention(*given, is_causal=True)
-    return lax.platform_dependent(*given, cpu=_on_cpu, default=_in_parts)
+    return parallel.suited(cpu=_on_cpu, default=_in_parts)(*given)
 
 
 def _in_parts(query_BNHD: Array, key_BMHD: Array, value_BMHD: Array) -> Array:

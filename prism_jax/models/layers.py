@@ -113,19 +113,17 @@ def freeze(variables: PyTree, dtype: jnp.dtype | None = None) -> PyTree:
       dtype: in which the network computes, where that is not float32.
 
     Returns:
-      The variables with the collections "flipped", the kernels (on a CPU a tenth of a ResNet's
+      The variables with the collections "flipped", on a CPU the kernels (a tenth of a ResNet's
       step, measured), "folded", the gain and shift of each BatchNorm, and "converted", the
       parameters in ``dtype`` (on a GPU each of these is a launch per layer).
     """
 
-    def once(kernel: Array) -> Array:
-        return lax.platform_dependent(kernel, cpu=flip, default=lambda k: k.swapaxes(2, 3))
-
     flat = traverse_util.flatten_dict(variables["params"])
     flipped = {
-        path: once(leaf)
+        path: flip(leaf)
         for path, leaf in flat.items()
         if path[-1] == "kernel" and leaf.ndim == 4 and leaf.shape[0] > 1
+        if parallel.platform() == "cpu"
     }
     running = traverse_util.flatten_dict(variables.get("batch_stats", {}))
     folded: dict[tuple[str, ...], Array] = {}
@@ -160,14 +158,10 @@ def _conv_backward(spec: Spec, saved: tuple[Array, Array, Array | None], dy_BHWC
 def _input_gradient(
     dy_BHWC: Array, kernel_HWIO: Array, flipped_HWOI: Array | None, spec: Spec
 ) -> Array:
-    slide = FORMS[choose_form("input_gradient", spec, "cpu")].slide
-    if flipped_HWOI is None or slide is None:
-        return _run("input_gradient", dy_BHWC, kernel_HWIO, spec)
-    return lax.platform_dependent(
-        dy_BHWC, kernel_HWIO, flipped_HWOI,
-        cpu=lambda dy, _, flipped: slide(dy, flipped, spec),
-        default=lambda dy, kernel, _: _run("input_gradient", dy, kernel, spec),
-    )  # fmt: skip
+    form = FORMS[choose_form("input_gradient", spec, parallel.platform())]
+    if flipped_HWOI is None or form.slide is None:
+        return form.input_gradient(dy_BHWC, kernel_HWIO, spec)
+    return form.slide(dy_BHWC, flipped_HWOI, spec)
 
 
 _conv.defvjp(_conv_forward, _conv_backward)
@@ -231,20 +225,9 @@ def _eights_suit(spec: Spec) -> bool:
 
 
 def _run(step: str, left: Array, right: Array, spec: Spec) -> Array:
-    """Run one step; the platform is known when the program is lowered, not when it is traced."""
-    cpu, tpu, gpu = (
-        _of_spec(getattr(FORMS[choose_form(step, spec, platform)], step), spec)
-        for platform in ("cpu", "tpu", "gpu")
-    )
-    if cpu is tpu is gpu:
-        return cpu(left, right)
-    return lax.platform_dependent(left, right, cpu=cpu, tpu=tpu, default=gpu)
-
-
-@functools.cache
-def _of_spec(function: Callable[[Array, Array, Spec], Array], spec: Spec) -> Callable[..., Array]:
-    """One object for one purpose, since JAX traces once what it knows."""
-    return lambda left, right: function(left, right, spec)
+    form = FORMS[choose_form(step, spec, parallel.platform())]
+    result: Array = getattr(form, step)(left, right, spec)
+    return result
 
 
 def _lax_forward(x_BHWC: Array, kernel_HWIO: Array, spec: Spec) -> Array:
@@ -757,15 +740,12 @@ class BatchNorm(nn.Module):
                     running_mean.value += self.momentum * (mean_C - running_mean.value)
                     running_var.value += self.momentum * (unbiased_C - running_var.value)
         normal = self._normaliser(scale_C, bias_C)
-        if not frozen or self.epsilon != EPSILON:
-            return normal(wide, mean_C, var_C)
         # A CPU folds within its pass over the map.
-        folded: list[Array] = [self.get_variable("folded", name) for name in ("gain", "shift")]
-        return lax.platform_dependent(
-            wide, (mean_C, var_C), folded,
-            cpu=lambda x, told, _: normal(x, *told),
-            default=lambda x, _, folded: (x * folded[0] + folded[1]).astype(self.dtype),
-        )  # fmt: skip
+        if not frozen or self.epsilon != EPSILON or parallel.platform() == "cpu":
+            return normal(wide, mean_C, var_C)
+        gain_C: Array = self.get_variable("folded", "gain")
+        shift_C: Array = self.get_variable("folded", "shift")
+        return (wide * gain_C + shift_C).astype(self.dtype)
 
     def _normaliser(self, scale_C: Array, bias_C: Array) -> Callable[[Array, Array, Array], Array]:
         def normal(x: Array, mean_C: Array, var_C: Array) -> Array:
@@ -833,14 +813,13 @@ def moments(*maps_BHWC: Array) -> tuple[Array, Array]:
 @jax.custom_jvp
 def _means(x_BHWC: Array) -> tuple[Array, Array]:
     """Means of a map and of its squares, per channel."""
-    return lax.platform_dependent(
-        x_BHWC, cpu=MEANS["apart"], tpu=MEANS["apart"], default=MEANS["complex"]
-    )
+    form = MEANS["complex" if parallel.platform() == "gpu" else "apart"]
+    return form(x_BHWC)
 
 
 @_means.defjvp
 def _means_jvp(primals, tangents):
-    """The derivative has one form: through a choice of forms a CPU would fuse it otherwise."""
+    """The derivative has one form."""
     _, slopes = jax.jvp(MEANS["apart"], primals, tangents)
     return _means(*primals), slopes
 
@@ -1017,15 +996,11 @@ def max_pool(x_BHWC: Array, size: int, stride: int, padding: int = 0) -> Array:
 
 def _max_pool_forward(x_BHWC: Array, size: int, stride: int, padding: int):
     y_BHWC = max_pool(x_BHWC, size, stride, padding)
-
-    def find(x_BHWC: Array, y_BHWC: Array) -> tuple[Array, Array]:
-        """Now, while the windows are at hand; without the barrier XLA would read them again."""
-        first_BHWC = _first(x_BHWC, size, stride, padding)
-        return lax.optimization_barrier((y_BHWC, first_BHWC))
-
-    y_BHWC, first_BHWC = lax.platform_dependent(
-        x_BHWC, y_BHWC, cpu=lambda _, y: (y, jnp.zeros(y.shape, jnp.int8)), default=find
-    )
+    if parallel.platform() == "cpu":
+        return y_BHWC, (x_BHWC, None)
+    # Now, while the windows are at hand; without the barrier XLA would read them again.
+    first_BHWC = _first(x_BHWC, size, stride, padding)
+    y_BHWC, first_BHWC = lax.optimization_barrier((y_BHWC, first_BHWC))
     return y_BHWC, (x_BHWC, first_BHWC)
 
 
@@ -1048,17 +1023,11 @@ def _first(x_BHWC: Array, size: int, stride: int, padding: int) -> Array:
 
 def _max_pool_backward(size: int, stride: int, padding: int, saved, dy_BHWC: Array):
     x_BHWC, first_BHWC = saved
-    where = {"sizes": x_BHWC.shape[1:3], "size": size, "stride": stride, "padding": padding}
-
-    def gathered(x_BHWC: Array, _: Array, dy_BHWC: Array) -> Array:
+    by = parallel.suited(cpu=_pool_gradient_by_gather, default=_pool_gradient_by_phases)
+    if first_BHWC is None:
         first_BHWC = _first(x_BHWC, size, stride, padding)
-        return _pool_gradient_by_gather(first_BHWC, dy_BHWC, **where)
-
-    def by_phases(_: Array, first_BHWC: Array, dy_BHWC: Array) -> Array:
-        return _pool_gradient_by_phases(first_BHWC, dy_BHWC, **where)
-
-    dx_BHWC = lax.platform_dependent(x_BHWC, first_BHWC, dy_BHWC, cpu=gathered, default=by_phases)
-    return (dx_BHWC,)
+    sizes = x_BHWC.shape[1:3]
+    return (by(first_BHWC, dy_BHWC, sizes=sizes, size=size, stride=stride, padding=padding),)
 
 
 def _pool_gradient_by_gather(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -16,7 +17,7 @@ from helpers.networks import TwoConvs, furthest, random_variables
 from jax import lax
 
 from prism_jax import parallel
-from prism_jax.models import layers
+from prism_jax.models import build, layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,19 +146,15 @@ def test_every_form_is_tested():
 
 @pytest.fixture
 def platform(request, monkeypatch):
-    """Trace everything as another platform lowers it."""
-
-    def chosen(*arguments, default, **per_platform):
-        return per_platform.get(request.param, default)(*arguments)
-
-    monkeypatch.setattr(lax, "platform_dependent", chosen)
+    """Trace everything as for this platform."""
+    monkeypatch.setattr(parallel, "platform", lambda: request.param)
     return request.param
 
 
-everywhere = pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"], indirect=True)
+everywhere = pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"], indirect=True)
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"], indirect=True)
+@pytest.mark.parametrize("platform", ["tpu", "gpu"], indirect=True)
 @pytest.mark.parametrize("shape", [SHAPES[i] for i in (1, 9, 10, 12, 14, 22, 23, 24)], ids=str)
 def test_forms_of_other_platforms_are_the_convolution(shape, platform):
     with jax.enable_x64(True):
@@ -292,7 +289,7 @@ def test_kernels_flipped_before(shape):
     assert read != np.array_equal(gradient(-np.asarray(flipped_HWOI)), plain_BHWC)
 
 
-def test_a_frozen_network_gets_every_kernel_flipped_once():
+def test_a_frozen_network_gets_every_kernel_flipped_once(monkeypatch):
     class Two(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -306,6 +303,9 @@ def test_a_frozen_network_gets_every_kernel_flipped_once():
     assert "wide" in jax.tree_util.keystr(path)
     kernel_HWIO = np.asarray(variables["params"]["wide"]["kernel"])
     np.testing.assert_array_equal(flipped_HWOI[0, 2], kernel_HWIO[2, 0].T)
+    monkeypatch.setattr(parallel, "platform", lambda: "gpu")
+    assert not layers.freeze(variables)["flipped"]  # nothing there reads it
+    monkeypatch.undo()
     gradient = lambda v: jax.grad(lambda x: jnp.sum(jnp.sin(Two().apply(v, x))))(x)  # noqa: E731
     np.testing.assert_array_equal(gradient(prepared), gradient(variables))
     broken = {**prepared, "flipped": jax.tree.map(jnp.negative, prepared["flipped"])}
@@ -322,15 +322,36 @@ def test_forms_keep_the_dtype(dtype, tolerance):
         assert furthest([np.float32(y)], [exact]) < tolerance * float(np.max(np.abs(exact)))
 
 
+@everywhere
 @pytest.mark.parametrize(
-    ("shape", "plain_on"), [(SHAPES[9], {"tpu"}), (SHAPES[14], {"tpu", "cuda"})]
+    ("shape", "plain_on"), [(SHAPES[9], {"tpu"}), (SHAPES[14], {"tpu", "gpu"})]
 )
-def test_other_platforms_keep_the_plain_convolution(shape, plain_on):
-    x, kernel = arrays(shape, np.float32)
-    traced = jax.jit(functools.partial(ours, shape)).trace(x, kernel)
-    lowered = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu", "cuda")}
+def test_other_platforms_keep_the_plain_convolution(shape, plain_on, platform):
+    lowered = jax.jit(functools.partial(ours, shape)).lower(*arrays(shape, np.float32))
     groups = f"feature_group_count = {shape.groups}"
-    assert {platform for platform, text in lowered.items() if groups in text} == plain_on
+    assert (groups in lowered.as_text()) == (platform in plain_on)
+
+
+@everywhere
+def test_the_forms_of_other_platforms_are_not_traced(platform):
+    network = build("mobilenet_v2", 10, depth=0.25)  # pooling, depthwise, products
+    x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    variables = jax.eval_shape(network.init, jax.random.key(0), x)
+
+    def energy(variables, x):
+        variables = layers.freeze(variables)
+        logits_BK, told = network.apply(variables, x, mutable=["bn_statistics"])
+        moments = jax.tree.leaves(layers.whole_statistics(told["bn_statistics"]))
+        return logits_BK.sum() + sum(leaf.sum() for leaf in moments)
+
+    assert not choices(jax.make_jaxpr(jax.grad(energy, 1))(variables, x))
+    twin = lambda x: lax.platform_dependent(x, cpu=jnp.sin, default=jnp.cos)  # noqa: E731
+    assert choices(jax.make_jaxpr(twin)(x))
+
+
+def choices(jaxpr) -> list[str]:
+    """What is left to be chosen by the platform when a program is lowered."""
+    return re.findall("platform_index", str(jaxpr))
 
 
 class Norm(nn.Module):
@@ -486,7 +507,7 @@ def test_every_form_of_the_means(form):
     assert furthest(layers.MEANS[form](jnp.asarray(-x, jnp.float32)), both) > 1
 
 
-@pytest.mark.parametrize("platform", ["cuda"], indirect=True)
+@pytest.mark.parametrize("platform", ["gpu"], indirect=True)
 def test_a_frozen_norm_is_folded_once(platform):
     frozen = layers.freeze(norm_variables())
     y = Norm().apply(norm_variables(), FOUR_PIXELS)
