@@ -18,6 +18,7 @@ cosine.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import pathlib
@@ -101,7 +102,7 @@ def emulate(how: str, function: Callable, *arguments):
     return jax.tree.unflatten(jax.tree.structure(shape), run(*jax.tree.leaves(arguments)))
 
 
-def on_gpu() -> mock._patch:
+def on_gpu() -> contextlib.AbstractContextManager:
     """Trace the forms of a GPU."""
     return mock.patch.object(parallel, "platform", lambda: "gpu")
 

@@ -529,8 +529,9 @@ def platform() -> str:
 def suited(*, cpu: T, default: T, tpu: T | None = None) -> T:
     """Of the forms of one thing, the one for what programs are built for.
 
-    It is chosen when a program is traced. ``lax.platform_dependent`` chooses when it is lowered,
-    and traces them all: the same program for up to twice the time.
+    It is chosen when a program is traced, since it is lowered for the devices of here.
+    ``lax.platform_dependent`` chooses when it is lowered, and traces all forms: the same program
+    for up to twice the time.
 
     Args:
       default: for a GPU; for a TPU, too, where it has none of its own.
