@@ -333,8 +333,9 @@ def test_other_platforms_keep_the_plain_convolution(shape, plain_on, platform):
 
 
 @everywhere
-def test_the_forms_of_other_platforms_are_not_traced(platform):
-    network = build("mobilenet_v2", 10, depth=0.25)  # pooling, depthwise, products
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])  # max pooling; depthwise, products
+def test_the_forms_of_other_platforms_are_not_traced(name, platform):
+    network = build(name, 10, depth=0.25)
     x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(network.init, jax.random.key(0), x)
 
